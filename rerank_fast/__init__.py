@@ -1,0 +1,36 @@
+"""Fast training and inference of cross-encoder rerankers.
+
+Every public name is imported when it is first used: `import rerank_fast` loads neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rerank_fast.model.cross_encoder import CrossEncoder as CrossEncoder
+    from rerank_fast.ops.lambda_loss import lambda_loss as lambda_loss
+    from rerank_fast.training import Trainer as Trainer
+    from rerank_fast.training import TrainingConfig as TrainingConfig
+
+_ORIGIN = {
+    "CrossEncoder": "rerank_fast.model.cross_encoder",
+    "Trainer": "rerank_fast.training",
+    "TrainingConfig": "rerank_fast.training",
+    "lambda_loss": "rerank_fast.ops.lambda_loss",
+}
+
+__all__ = [*_ORIGIN, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ORIGIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ORIGIN[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,239 @@
+"""LambdaLoss on flat lists: schema -> fake -> backends -> autograd.Function -> lambda_loss()."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
+ReductionLog = Literal["binary", "natural"]
+Reduction = Literal["pairs", "lists", "sum", "none"]
+Backend = Literal["reference", "cpu", "triton"]
+
+_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
+_LIBRARY.define(
+    "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, float mu, "
+    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::lambda_loss", lib=_LIBRARY)
+def _fake(
+    scores: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    scheme: str,
+    k: int,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    compute_dtype = torch.promote_types(scores.dtype, torch.float32)
+    shape = (offsets.shape[0] - 1,) if reduction == "none" else ()
+    return scores.new_empty(shape, dtype=compute_dtype), scores.new_empty(scores.shape, dtype=compute_dtype)
+
+
+def _forward(
+    scores: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    scheme: str,
+    k: int,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    # A backend is imported when it is first asked for: importing the package loads neither triton nor csrc.
+    if backend == "cpu":
+        from rerank_fast.ops.cpu import forward
+    elif backend == "triton":
+        from rerank_fast.ops.triton.lambda_loss import forward
+    else:
+        from rerank_fast.ops.reference import forward
+    return forward(
+        scores.contiguous(),
+        labels.contiguous(),
+        offsets.contiguous(),
+        scheme=scheme,
+        k=k,
+        sigma=sigma,
+        mu=mu,
+        eps=eps,
+        reduction_log=reduction_log,
+        reduction=reduction,
+    )
+
+
+_LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
+
+
+class _LambdaLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, *options: Any) -> Tensor:
+        loss, grad = torch.ops.rerank_fast.lambda_loss(scores, labels, offsets, *options)
+        ctx.save_for_backward(grad, offsets)
+        ctx.dtype = scores.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad, offsets = ctx.saved_tensors
+        if grad_loss.dim() == 1:  # one upstream gradient a list: give each document its list's
+            grad_loss = torch.repeat_interleave(grad_loss, offsets.diff(), output_size=grad.shape[0])
+        # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
+        return (grad * grad_loss).to(ctx.dtype), *(None,) * 10
+
+
+def _resolve_backend(backend: str | None, device: torch.device) -> str:
+    if backend is None:
+        if device.type == "cpu":
+            return "cpu" if _cpu_available() else "reference"
+        return "triton" if device.type == "cuda" and _triton_available() else "reference"
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {backend!r}")
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}")
+        if not _cpu_available():
+            from rerank_fast.ops import cpu
+
+            raise ValueError(f"backend 'cpu' can't run: {cpu.unavailable_reason()}")
+    if backend == "triton":
+        if not _triton_available():
+            raise ValueError("backend 'triton' can't run: triton is not installed (pip install triton)")
+        if device.type != "cuda" and not _triton_interprets():
+            raise ValueError(
+                f"backend 'triton' takes CUDA or ROCm tensors, got tensors on {device}; "
+                "set TRITON_INTERPRET=1 before the first use to run its interpreter on the CPU"
+            )
+    return backend
+
+
+_availability: dict[str, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _cpu_available() -> bool:
+    if "cpu" not in _availability:
+        from rerank_fast.ops import cpu
+
+        _availability["cpu"] = cpu.available()
+        if not cpu.available():
+            warnings.warn(
+                f"rerank_fast runs LambdaLoss through its slower eager path: {cpu.unavailable_reason()}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return _availability["cpu"]
+
+
+@torch.compiler.assume_constant_result
+def _triton_available() -> bool:
+    if "triton" not in _availability:
+        import importlib.util
+
+        _availability["triton"] = importlib.util.find_spec("triton") is not None
+    return _availability["triton"]
+
+
+@torch.compiler.assume_constant_result
+def _triton_interprets() -> bool:
+    import os
+
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
+    """Shapes, dtypes and devices; on the CPU the offsets' values too (reading a GPU's would wait for it)."""
+    if scores.dim() != 1 or not scores.dtype.is_floating_point:
+        raise ValueError(
+            f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
+        )
+    if labels.shape != scores.shape:
+        raise ValueError(
+            f"labels must have the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}"
+        )
+    if labels.is_complex():
+        raise ValueError(f"labels must be real numbers, got {labels.dtype}")
+    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
+        raise ValueError(
+            f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    if not scores.device == labels.device == offsets.device:
+        raise ValueError(
+            "scores, labels and offsets must be on one device, "
+            f"got {scores.device}, {labels.device} and {offsets.device}"
+        )
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != scores.shape[0] or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
+            raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got {shown}")
+
+
+def lambda_loss(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    *,
+    scheme: Scheme = "ndcg2pp",
+    k: int | None = None,
+    sigma: float = 1.0,
+    mu: float = 10.0,
+    eps: float = 1e-10,
+    reduction_log: ReductionLog = "binary",
+    reduction: Reduction = "pairs",
+    backend: Backend | None = None,
+) -> Tensor:
+    """LambdaLoss (Wang et al., CIKM 2018) of ragged lists, with its gradient computed in the same pass.
+
+    Args:
+        scores: (N,) model scores of all documents, list after list; fp16, bf16, fp32 or fp64.
+        labels: (N,) relevance labels, binary or graded; gains are 2^max(label, 0) - 1.
+        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1].
+        scheme: weighting of a preference pair: "none", "ndcg1", "ndcg2", "lambdarank" or "ndcg2pp".
+        k: count pairs with at least one document ranked in the top k, and take the ideal DCG at k;
+            None or 0 counts all.
+        sigma: slope of the sigmoid.
+        mu: share of NDCGLoss2 beside LambdaRank in "ndcg2pp".
+        eps: least ideal DCG.
+        reduction_log: "binary" (log2) or "natural".
+        reduction: "pairs" divides the sum over all pairs by the number of pairs in the batch, as
+            sentence-transformers does; "lists" divides it by Q; "sum" does not divide; "none" gives
+            each list's own sum.
+        backend: "cpu" (C++), "triton" or "reference"; None takes the device's own.
+
+    Returns:
+        The loss, () or (Q,) for "none", in fp32 (fp64 for fp64 scores). Only scores get a gradient,
+        in their own dtype; differentiating twice raises RuntimeError.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
+    """
+    _check_tensors(scores, labels, offsets)
+    _check_choice("scheme", scheme, get_args(Scheme))
+    _check_choice("reduction_log", reduction_log, get_args(ReductionLog))
+    _check_choice("reduction", reduction, get_args(Reduction))
+    if k is not None and k < 0:
+        raise ValueError(f"k must be None or at least 0, got {k}")
+    resolved = _resolve_backend(backend, scores.device)
+    labels = labels.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    options = (scheme, k or 0, float(sigma), float(mu), float(eps), reduction_log, reduction, resolved)
+    return _LambdaLoss.apply(scores, labels, offsets, *options)
