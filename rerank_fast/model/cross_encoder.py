@@ -1,0 +1,280 @@
+"""CrossEncoder: load, predict, rank, save. Directories are exchangeable with sentence-transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rerank_fast.model import storage
+from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+
+logger = logging.getLogger(__name__)
+
+Pair = Sequence[str]
+
+
+class CrossEncoder(nn.Module):
+    """A Hugging Face sequence-classification model with one label that scores (query, document) pairs.
+
+    Opens a bare encoder (with a fresh, untrained head and one warning), any sequence-classification checkpoint
+    with one label, and directories saved by sentence-transformers' CrossEncoder. Weights are read from
+    safetensors only.
+
+    Args:
+        path_or_hub_id: a local directory or a model id on the Hugging Face hub.
+        num_labels: must be 1.
+        max_length: longest pair in tokens; longer ones are truncated, longest side first. None takes the
+            smaller of the tokenizer's and the model's limit.
+        device: None takes CUDA where there is one, else the CPU.
+        dtype: of the weights; None keeps the checkpoint's own.
+        activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
+        trust_remote_code: run model code that the checkpoint brings along.
+        revision: branch, tag or commit on the hub.
+        token: hub access token.
+
+    Raises:
+        ValueError: the model is missing, has no safetensors weights, or has more than one label.
+    """
+
+    def __init__(
+        self,
+        path_or_hub_id: str | Path,
+        *,
+        num_labels: int = 1,
+        max_length: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        super().__init__()
+        if num_labels != 1:
+            raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
+        if max_length is not None and max_length < 4:
+            raise ValueError(
+                f"max_length must leave room for two texts and their separators, got {max_length}"
+            )
+        hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
+        self.name_or_path = str(path_or_hub_id)
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.max_length = min(max_length or loaded.max_length, loaded.max_length)
+        # Set past nn.Module, which would register a module's parameters as the model's own.
+        object.__setattr__(self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid())
+        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.eval()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation_fn":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def num_labels(self) -> int:
+        return int(self.model.config.num_labels)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations in the backward pass: less memory, more time."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    # -- text to tokens ---------------------------------------------------------------------------------
+
+    def tokenize(self, pairs: Sequence[Pair], *, show_progress_bar: bool = False) -> TokenizedPairs:
+        """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
+
+        Raises:
+            ValueError: an element is not a pair of strings; names its index.
+        """
+        _check_pairs(pairs)
+        chunk = 2048  # pairs a tokenizer call: enough for its threads, little memory beside the result
+        parts = []
+        for start in tqdm(range(0, len(pairs), chunk), desc="Tokenizing", disable=not show_progress_bar):
+            encoded = self._encode(pairs[start : start + chunk])
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            types = encoded.get("token_type_ids")
+            parts.append(
+                TokenizedPairs(
+                    np.fromiter((i for ids in encoded["input_ids"] for i in ids), np.int32, sum(lengths)),
+                    None
+                    if types is None
+                    else np.fromiter((i for ids in types for i in ids), np.int8, sum(lengths)),
+                    np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+                )
+            )
+        return TokenizedPairs.concatenate(parts)
+
+    def _encode(self, pairs: Sequence[Pair], **options: Any) -> Mapping[str, Any]:
+        return self.tokenizer(
+            [pair[0] for pair in pairs],
+            [pair[1] for pair in pairs],
+            truncation="longest_first",
+            max_length=self.max_length,
+            **options,
+        )
+
+    def pad(self, tokens: TokenizedPairs, indices: np.ndarray) -> dict[str, Tensor]:
+        """The pairs at indices as one padded batch of model inputs on the model's device."""
+        return tokens.pad(
+            indices,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            padding_side=self.tokenizer.padding_side,
+            pad_token_type_id=self.tokenizer.pad_token_type_id,
+            device=self.device,
+        )
+
+    def preprocess(
+        self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
+        """One padded batch of the pairs, on the host; the prompt goes before each query."""
+        if prompt:
+            pairs = [(prompt + pair[0], pair[1]) for pair in pairs]
+        return dict(self._encode(pairs, padding=True, return_tensors="pt"))
+
+    # -- tokens to scores -------------------------------------------------------------------------------
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raw scores (logits) of one padded batch: {"scores": (B,) fp32}."""
+        return {"scores": self.model(**features).logits.reshape(-1).float()}
+
+    @torch.inference_mode()
+    def score_tokens(
+        self,
+        tokens: TokenizedPairs,
+        *,
+        batch_size: int = 32,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        show_progress_bar: bool = False,
+    ) -> Tensor:
+        """(N,) fp32 scores of tokenised pairs on the model's device, in their order, dropout off."""
+        was_training = self.training
+        self.eval()
+        try:
+            plan = plan_micro_batches(tokens.lengths, batch_size)
+            scores = torch.empty(len(tokens), dtype=torch.float32, device=self.device)
+            for indices in tqdm(plan, desc="Scoring", disable=not show_progress_bar):
+                target = torch.from_numpy(indices).to(self.device, non_blocking=True)
+                scores[target] = self.forward(self.pad(tokens, indices))["scores"]
+            return (activation_fn or self.activation_fn)(scores)
+        finally:
+            self.train(was_training)
+
+    def predict(
+        self,
+        pairs: Sequence[Pair] | Pair,
+        batch_size: int = 32,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """Scores of (query, document) pairs, in their order.
+
+        Args:
+            pairs: N pairs of strings, or one pair.
+            batch_size: pairs per forward pass; they are taken in order of length in tokens.
+            activation_fn: instead of the model's own.
+            show_progress_bar: None shows it when INFO messages are logged.
+            convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
+            convert_to_tensor: return a (N,) fp32 tensor on the model's device.
+
+        Returns:
+            The scores; a single value for one pair.
+
+        Raises:
+            ValueError: an element is not a pair of strings; names its index.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(pairs, np.ndarray):
+            pairs = pairs.tolist()
+        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item, assignment]
+        if show_progress_bar is None:
+            show_progress_bar = logger.isEnabledFor(logging.INFO)
+        scores = self.score_tokens(
+            self.tokenize(batch),
+            batch_size=batch_size,
+            activation_fn=activation_fn,
+            show_progress_bar=show_progress_bar,
+        )
+        if convert_to_tensor:
+            return scores[0] if single else scores
+        if convert_to_numpy:
+            array = scores.cpu().numpy()  # the one transfer to the host
+            return array[0] if single else array
+        return scores[0] if single else list(scores)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Documents by descending score, ties in input order.
+
+        Returns:
+            [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be None or at least 1, got {top_k}")
+        scores = self.predict(
+            [(query, document) for document in documents],
+            batch_size=batch_size,
+            activation_fn=activation_fn,
+            show_progress_bar=show_progress_bar,
+        )
+        ranking = []
+        for index in np.argsort(-scores, kind="stable")[:top_k].tolist():
+            entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
+            if return_documents:
+                entry["text"] = documents[index]
+            ranking.append(entry)
+        return ranking
+
+    # -- to disk and hub --------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write safetensors weights, config, tokenizer and sentence-transformers' files to a directory.
+
+        Raises:
+            ValueError: the directory holds a model and overwrite is False, or can't be written.
+        """
+        storage.save(
+            self.model, self.tokenizer, self.activation_fn, self.max_length, Path(path), overwrite=overwrite
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | bool | None = None) -> str:
+        """Upload the model to the hub, to a private repository unless told otherwise; returns the commit's URL."""
+        return storage.push(self.save_pretrained, repo_id, private=private, token=token)
+
+
+def _check_pairs(pairs: Sequence[Pair]) -> None:
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(f"pair {index}: expected (query, document), got {pair!r:.80}")
+        for side, text in zip(("query", "document"), pair, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"pair {index}: expected the {side} to be a string, got {type(text).__name__}"
+                )

@@ -1,0 +1,244 @@
+"""Model directories: reading Hugging Face and sentence-transformers checkpoints, writing both at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import __version__ as transformers_version
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger(__name__)
+
+_SENTENCE_TRANSFORMERS_CONFIG = "config_sentence_transformers.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a checkpoint holds; activation_fn is None where it names none."""
+
+    model: Any
+    tokenizer: Any
+    max_length: int
+    activation_fn: Callable[[Tensor], Tensor] | None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and load report: what matters of it is said in our own words."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load(
+    path_or_hub_id: str,
+    *,
+    dtype: str | torch.dtype | None,
+    trust_remote_code: bool,
+    revision: str | None,
+    token: str | bool | None,
+) -> LoadedModel:
+    """Open a checkpoint with one label; see CrossEncoder."""
+    hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+    directory = Path(path_or_hub_id)
+    if directory.exists() and not (directory / "config.json").is_file():
+        raise ValueError(f"expected a model directory with a config.json, got {path_or_hub_id}")
+    if not directory.exists() and (
+        path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))
+    ):
+        raise ValueError(f"model directory {path_or_hub_id} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(path_or_hub_id, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(_explain(path_or_hub_id, error)) from error
+    architectures = config.architectures or []
+    has_head = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if has_head and config.num_labels != 1:
+        raise ValueError(
+            f"{path_or_hub_id} has {config.num_labels} labels; expected a sequence-classification model with 1"
+        )
+    config.num_labels = 1
+    with _quiet_transformers():
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                path_or_hub_id,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **hub,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub)
+        except (OSError, ValueError) as error:
+            raise ValueError(_explain(path_or_hub_id, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        logger.warning(
+            "%s has no trained score head: %s start from random values, so train before you rank.",
+            path_or_hub_id,
+            ", ".join(missing),
+        )
+    if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return LoadedModel(
+        model,
+        tokenizer,
+        _max_length(config, tokenizer),
+        None if missing else _saved_activation(path_or_hub_id, config, revision, token),
+    )
+
+
+def _explain(path_or_hub_id: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path_or_hub_id).exists():
+        if "safetensors" in str(error):
+            return f"{path_or_hub_id} has no safetensors weights, and pickled weights are not loaded: {first_line}"
+        return f"{path_or_hub_id} can't be opened as a sequence-classification model: {first_line}"
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")
+    state = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
+    return f"model {path_or_hub_id} is no local directory, and {state}: {first_line}"
+
+
+def _max_length(config: Any, tokenizer: Any) -> int:
+    """The smaller of the tokenizer's limit and the number of positions the model has embeddings for."""
+    limits = [tokenizer.model_max_length]
+    positions = getattr(config, "max_position_embeddings", -1)
+    if positions is not None and positions > 0:
+        # RoBERTa and its kin count positions from pad + 1, so that many of the embeddings are never used.
+        offset = 0
+        if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+            offset = (config.pad_token_id or 0) + 1
+        limits.append(positions - offset)
+    return int(min(limits))
+
+
+def _saved_activation(
+    path_or_hub_id: str, config: Any, revision: str | None, token: str | bool | None
+) -> Callable[[Tensor], Tensor] | None:
+    """The activation that sentence-transformers saved, in any of the places its versions used."""
+    from transformers.utils import cached_file
+
+    saved: dict[str, Any] = getattr(config, "sentence_transformers", None) or {}
+    file = cached_file(
+        path_or_hub_id,
+        _SENTENCE_TRANSFORMERS_CONFIG,
+        revision=revision,
+        token=token,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if file is not None:
+        saved = saved | json.loads(Path(file).read_text(encoding="utf-8"))
+    name = saved.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
+    if name is None:
+        return None
+    # A name in a config must not run code of its choosing: PyTorch's activations only.
+    module, _, attribute = name.rpartition(".")
+    kind = getattr(import_module(module), attribute, None) if module.startswith("torch.nn.modules.") else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        logger.warning(
+            "%s names the activation %s, which is not one of torch.nn; using Sigmoid.", path_or_hub_id, name
+        )
+        return None
+    return kind()
+
+
+def holds_model(directory: Path) -> bool:
+    """Whether a directory has a config or weights that a save would replace."""
+    return (directory / "config.json").exists() or any(directory.glob("*.safetensors"))
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    activation_fn: object,
+    max_length: int,
+    directory: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a model directory; files appear in it only once all of them are written."""
+    if not overwrite and holds_model(directory):
+        raise ValueError(
+            f"{directory} already holds a model; pass overwrite=True (--overwrite) to replace it"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    except OSError as error:
+        raise ValueError(f"can't write a model to {directory}: {error}") from error
+    try:
+        with _quiet_transformers():
+            model.save_pretrained(staging)
+            tokenizer_limit = tokenizer.model_max_length
+            tokenizer.model_max_length = max_length
+            try:
+                tokenizer.save_pretrained(staging)
+            finally:
+                tokenizer.model_max_length = tokenizer_limit
+        for name, content in _sentence_transformers_files(activation_fn).items():
+            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in sorted(staging.iterdir()):
+            os.replace(file, directory / file.name)
+    except OSError as error:
+        raise ValueError(f"can't write a model to {directory}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sentence_transformers_files(activation_fn: object) -> dict[str, Any]:
+    """What sentence-transformers 6 reads beside the Hugging Face files."""
+    kind = type(activation_fn)
+    return {
+        "modules.json": [
+            {
+                "idx": 0,
+                "name": "0",
+                "path": "",
+                "type": "sentence_transformers.base.modules.transformer.Transformer",
+            }
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "sequence-classification",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+            "module_output_name": "scores",
+        },
+        _SENTENCE_TRANSFORMERS_CONFIG: {
+            "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
+            "activation_fn": f"{kind.__module__}.{kind.__qualname__}",
+            "default_prompt_name": None,
+            "model_type": "CrossEncoder",
+            "prompts": {},
+        },
+    }
+
+
+def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool, token: str | bool | None) -> str:
+    """Save to a temporary directory and upload that."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        save_to(Path(directory))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory))

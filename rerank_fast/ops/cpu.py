@@ -1,0 +1,75 @@
+"""The CPU backend: hands tensors' addresses to the compiled kernels in csrc/."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from rerank_fast import _C
+except ImportError as error:
+    _C, _reason = None, str(error)
+else:
+    _reason = ""
+
+_SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}  # enum Scheme of csrc/lambda_loss.h
+
+
+def available() -> bool:
+    """Whether the compiled module is there."""
+    return _C is not None
+
+
+def unavailable_reason() -> str:
+    """What is missing and how to get it."""
+    return (
+        f"the compiled module rerank_fast._C is missing ({_reason}). Install a C++17 compiler "
+        "(Debian and Ubuntu: apt-get install g++) and run: pip install --force-reinstall --no-deps -e ."
+    )
+
+
+def forward(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    *,
+    scheme: str,
+    k: int,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    num_lists = offsets.shape[0] - 1
+    kernel: Any = _C.lambda_loss_double if scores.dtype == torch.float64 else _C.lambda_loss_float
+    per_list = torch.empty(num_lists, dtype=torch.float64)
+    pairs = torch.empty(num_lists, dtype=torch.int64)
+    grad = torch.empty_like(scores)
+    kernel(
+        scores.data_ptr(),
+        labels.data_ptr(),
+        offsets.data_ptr(),
+        num_lists,
+        _SCHEMES[scheme],
+        k,
+        sigma,
+        mu,
+        eps,
+        1 / math.log(2) if reduction_log == "binary" else 1.0,
+        torch.get_num_threads(),
+        per_list.data_ptr(),
+        pairs.data_ptr(),
+        grad.data_ptr(),
+    )
+    if reduction == "none":
+        return per_list.to(scores.dtype), grad
+    divisor = {"pairs": int(pairs.sum()), "lists": num_lists, "sum": 1}[reduction]
+    divisor = max(divisor, 1)
+    return (per_list.sum() / divisor).to(scores.dtype), grad.div_(divisor)

@@ -1,0 +1,65 @@
+"""Tiny random models with real tokenizers, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+_WORDS = (
+    "a an the what is are of in and or kind long question about weather sea rain wind sun panda bear fish bamboo "
+    "paris france capital city museum berlin people live population eats all day that over wet no yes query document"
+).split()
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def make_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer over a few dozen words and all letters, with BERT's pair template."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789.,?!'")
+    pieces = [*_SPECIAL, *dict.fromkeys([*_WORDS, *letters, *(f"##{letter}" for letter in letters)])]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=model_max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def make_tiny_bert(directory: str | Path, *, head: bool = True, num_labels: int = 1, seed: int = 0) -> Path:
+    """Save a 2-layer BERT of width 32 with its tokenizer; `head=False` saves the bare encoder."""
+    directory = Path(directory)
+    tokenizer = make_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=num_labels,
+    )
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(config) if head else BertModel(config)
+    # The usual 0.02 leaves a tiny random model's scores all but equal: spread them.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,217 @@
+"""The drop-in loss beside sentence-transformers' own, also inside its trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import losses as peer_losses
+from transformers import TrainerCallback
+
+from rerank_fast import losses
+from tests.model_factory import make_tiny_bert
+
+SCHEMES = [
+    "NoWeightingScheme",
+    "NDCGLoss1Scheme",
+    "NDCGLoss2Scheme",
+    "LambdaRankScheme",
+    "NDCGLoss2PPScheme",
+]
+QUERIES = ["what is a panda", "capital of france", "a long question about the weather and the sea"]
+DOCUMENTS = [
+    ["a panda is a bear", "a fish", "a panda is a kind of bear that eats bamboo all day long"],
+    ["paris", "paris is the capital of france"],
+    ["the sea is wet", "weather", "rain and wind and sun over the sea", "a bear", "no"],
+]
+LABELS = [[1.0, 0.0, 2.0], [0.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(make_tiny_bert(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def model(directory):
+    torch.manual_seed(0)
+    # Dropout off: the two losses order their forwards differently, so their random draws differ.
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
+
+
+def loss_and_gradients(loss, batch=None):
+    model = loss.model
+    model.zero_grad()
+    inputs, labels = batch or ([QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS])
+    value = loss(inputs, labels)
+    value.backward()
+    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, peer):
+    torch.testing.assert_close(ours[0], peer[0], rtol=1e-5, atol=1e-7)
+    assert ours[1].keys() == peer[1].keys()
+    scale = max(grad.abs().max() for grad in peer[1].values())
+    for name, grad in peer[1].items():
+        assert (ours[1][name] - grad).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme_module", [losses, peer_losses])
+def test_every_scheme_ours_or_theirs(model, scheme, scheme_module):
+    peer = peer_losses.LambdaLoss(model, weighting_scheme=getattr(peer_losses, scheme)(), k=3)
+    ours = losses.LambdaLoss(model, weighting_scheme=getattr(scheme_module, scheme)(), k=3)
+    assert_same(loss_and_gradients(ours), loss_and_gradients(peer))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scheme_modules_give_their_weights(scheme):
+    gain = torch.rand(2, 5)
+    discount = torch.log2(torch.arange(2, 7).float())[None]
+    ours = getattr(losses, scheme)()(gain, discount, gain)
+    theirs = getattr(peer_losses, scheme)()(gain, discount, gain)
+    torch.testing.assert_close(ours.expand(2, 5, 5), theirs.expand(2, 5, 5))
+
+
+class GainOnly(losses.BaseWeightingScheme):
+    def forward(self, gain, discount, true_sorted):
+        return (gain[:, :, None] - gain[:, None, :]).abs() + true_sorted[:, :, None]
+
+
+class PeerGainOnly(peer_losses.NDCGLoss1Scheme):
+    def forward(self, gain, discount, true_sorted):
+        return (gain / discount)[:, :, None] + true_sorted[:, None, :]
+
+
+class Tempered(losses.NDCGLoss2PPScheme):
+    def forward(self, gain, discount, true_sorted):
+        return super().forward(gain, discount, true_sorted) * 0.5
+
+
+@pytest.mark.parametrize("scheme", [GainOnly(), PeerGainOnly(), Tempered()])
+@pytest.mark.parametrize("k", [None, 2])
+def test_custom_schemes_fall_back_to_their_own_forward(model, scheme, k):
+    peer = peer_losses.LambdaLoss(model, weighting_scheme=scheme, k=k, reduction_log="natural")
+    ours = losses.LambdaLoss(model, weighting_scheme=scheme, k=k, reduction_log="natural")
+    assert_same(loss_and_gradients(ours), loss_and_gradients(peer))
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 1, 4, -1])
+def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(model, mini_batch_size, monkeypatch):
+    loss = losses.LambdaLoss(model, mini_batch_size=mini_batch_size)
+    sizes, tokenized, padded = [], [], []
+    forward, preprocess = model.forward, model.preprocess
+
+    def counting_forward(features, **kwargs):
+        mask = features["attention_mask"]
+        sizes.append(len(mask))
+        padded.append(int((mask == 0).sum()))
+        return forward(features, **kwargs)
+
+    def counting_preprocess(pairs, **kwargs):
+        tokenized.append(len(pairs))
+        return preprocess(pairs, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting_forward)
+    monkeypatch.setattr(model, "preprocess", counting_preprocess)
+    loss_and_gradients(loss)
+    assert tokenized == [10]
+    limit = {None: 3, 1: 1, 4: 4, -1: 10}[mini_batch_size]
+    assert sum(sizes) == 10
+    assert max(sizes) == limit
+    if mini_batch_size == 1:
+        assert sum(padded) == 0
+
+
+def test_config_and_citation(model):
+    peer = peer_losses.LambdaLoss(model, k=10, mini_batch_size=16)
+    ours = losses.LambdaLoss(model, losses.NDCGLoss2PPScheme(mu=5.0), k=10, mini_batch_size=16)
+    config = ours.get_config_dict()
+    assert config.keys() - peer.get_config_dict().keys() == {"mu"}
+    assert config["mu"] == 5.0
+    assert config["weighting_scheme"] == "rerank_fast.losses.NDCGLoss2PPScheme"
+    assert "wang2018lambdaloss" in ours.citation
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels"),
+    [
+        ([QUERIES, DOCUMENTS], torch.ones(3)),
+        ([QUERIES, DOCUMENTS, DOCUMENTS], [torch.tensor(values) for values in LABELS]),
+        ([QUERIES, DOCUMENTS], [torch.ones(3), torch.ones(3), torch.ones(5)]),
+    ],
+)
+def test_the_same_errors(model, inputs, labels):
+    with pytest.raises(ValueError) as theirs:
+        peer_losses.LambdaLoss(model)(inputs, labels)
+    with pytest.raises(ValueError) as ours:
+        losses.LambdaLoss(model)(inputs, labels)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_more_than_one_label_is_refused(directory):
+    three = PeerCrossEncoder(directory, num_labels=3, device="cpu")
+    with pytest.raises(ValueError, match="1 output label"):
+        losses.LambdaLoss(three)
+
+
+def test_our_cross_encoder_can_stand_in(directory, model):
+    from rerank_fast import CrossEncoder
+
+    mine = CrossEncoder(directory, device="cpu")
+    mine.model.load_state_dict(model.model.state_dict())
+    mine.eval()
+    batch = [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS]
+    ours = losses.LambdaLoss(mine)(*batch)
+    torch.testing.assert_close(ours, peer_losses.LambdaLoss(model.eval())(*batch), rtol=1e-5, atol=1e-6)
+
+
+class _Curve(TrainerCallback):
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def _train(directory, output, loss_class, scheme):
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
+    repeated = 14
+    dataset = Dataset.from_dict(
+        {"query": QUERIES * repeated, "docs": DOCUMENTS * repeated, "labels": LABELS * repeated}
+    )
+    curve = _Curve()
+    CrossEncoderTrainer(
+        model=model,
+        args=CrossEncoderTrainingArguments(
+            output_dir=str(output),
+            max_steps=10,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            warmup_steps=1,
+            seed=12,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        loss=loss_class(model, weighting_scheme=scheme, mini_batch_size=8),
+        callbacks=[curve],
+    ).train()
+    return curve.losses
+
+
+def test_changing_the_import_in_their_trainer_keeps_the_loss_curve(directory, tmp_path):
+    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme())
+    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme())
+    assert len(ours) == 10
+    assert peer[-1] < 0.9 * peer[0]
+    assert ours == pytest.approx(peer, rel=1e-5, abs=1e-5)
