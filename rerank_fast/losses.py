@@ -34,9 +34,7 @@ class BaseWeightingScheme(nn.Module):
             true_sorted: (Q, D) labels, at least 0; 0 in padding.
         """
         if self.scheme is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} must implement forward(gain, discount, true_sorted)"
-            )
+            raise NotImplementedError(f"{type(self).__name__} must implement forward(gain, discount, true_sorted)")
         rank = torch.arange(1, gain.shape[1] + 1, device=gain.device)
         mu = float(getattr(self, "mu", 0.0))
         return torch.stack([pair_weights(g, rank, scheme=self.scheme, mu=mu) for g in gain])
@@ -186,9 +184,7 @@ class LambdaLoss(nn.Module):
                 f"{name} expects a list of labels for each sample, but got a single value for each sample."
             )
         if len(inputs) != 2:
-            raise ValueError(
-                f"{name} expects two inputs (queries, documents_list), but got {len(inputs)} inputs."
-            )
+            raise ValueError(f"{name} expects two inputs (queries, documents_list), but got {len(inputs)} inputs.")
         queries, documents = inputs
         if len(queries) != len(documents):
             raise ValueError(f"{name} got {len(queries)} queries but {len(documents)} lists of documents.")
@@ -199,9 +195,7 @@ class LambdaLoss(nn.Module):
                 f"Number of documents per query in inputs ({docs_per_query}) does not match "
                 f"number of labels per query ({labels_per_query})."
             )
-        pairs = [
-            (query, document) for query, docs in zip(queries, documents, strict=True) for document in docs
-        ]
+        pairs = [(query, document) for query, docs in zip(queries, documents, strict=True) for document in docs]
         if not pairs:
             raise ValueError(f"{name} got a batch of {len(queries)} queries without any document.")
 
@@ -329,9 +323,7 @@ def _is_padded_text(features: Mapping[str, Any], num_pairs: int) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_pairs:
         return False
     return all(
-        value.dim() == 2 and value.shape[0] == num_pairs
-        for value in features.values()
-        if isinstance(value, Tensor)
+        value.dim() == 2 and value.shape[0] == num_pairs for value in features.values() if isinstance(value, Tensor)
     )
 
 

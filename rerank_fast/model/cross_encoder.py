@@ -60,9 +60,7 @@ class CrossEncoder(nn.Module):
         if num_labels != 1:
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
         if max_length is not None and max_length < 4:
-            raise ValueError(
-                f"max_length must leave room for two texts and their separators, got {max_length}"
-            )
+            raise ValueError(f"max_length must leave room for two texts and their separators, got {max_length}")
         hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
         self.name_or_path = str(path_or_hub_id)
@@ -88,9 +86,7 @@ class CrossEncoder(nn.Module):
     def num_labels(self) -> int:
         return int(self.model.config.num_labels)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
@@ -275,6 +271,4 @@ def _check_pairs(pairs: Sequence[Pair]) -> None:
             raise ValueError(f"pair {index}: expected (query, document), got {pair!r:.80}")
         for side, text in zip(("query", "document"), pair, strict=True):
             if not isinstance(text, str):
-                raise ValueError(
-                    f"pair {index}: expected the {side} to be a string, got {type(text).__name__}"
-                )
+                raise ValueError(f"pair {index}: expected the {side} to be a string, got {type(text).__name__}")

@@ -37,9 +37,7 @@ class TokenizedPairs:
         return TokenizedPairs(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate(types) if types else None,
-            np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(
-                np.int64
-            ),
+            np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64),
         )
 
     def select(self, indices: np.ndarray) -> TokenizedPairs:

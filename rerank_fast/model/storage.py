@@ -62,9 +62,7 @@ def load(
     directory = Path(path_or_hub_id)
     if directory.exists() and not (directory / "config.json").is_file():
         raise ValueError(f"expected a model directory with a config.json, got {path_or_hub_id}")
-    if not directory.exists() and (
-        path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))
-    ):
+    if not directory.exists() and (path_or_hub_id.count("/") > 1 or path_or_hub_id.startswith((".", "/", "~"))):
         raise ValueError(f"model directory {path_or_hub_id} does not exist")
     try:
         config = AutoConfig.from_pretrained(path_or_hub_id, **hub)
@@ -179,9 +177,7 @@ def save(
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
     if not overwrite and holds_model(directory):
-        raise ValueError(
-            f"{directory} already holds a model; pass overwrite=True (--overwrite) to replace it"
-        )
+        raise ValueError(f"{directory} already holds a model; pass overwrite=True (--overwrite) to replace it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))

@@ -167,15 +167,11 @@ def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
             f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
         )
     if labels.shape != scores.shape:
-        raise ValueError(
-            f"labels must have the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels must have the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
     if labels.is_complex():
         raise ValueError(f"labels must be real numbers, got {labels.dtype}")
     if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
-        raise ValueError(
-            f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
-        )
+        raise ValueError(f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
     if not scores.device == labels.device == offsets.device:
         raise ValueError(
             "scores, labels and offsets must be on one device, "

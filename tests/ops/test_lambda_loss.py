@@ -105,9 +105,7 @@ def test_gradcheck(scheme, reduction):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_closed_form_gradient_equals_autograd_of_the_loss(scheme):
     scores, labels, offsets = ragged()
-    options = dict(
-        scheme=scheme, k=4, sigma=0.6, mu=2.0, eps=1e-10, reduction_log="natural", reduction="pairs"
-    )
+    options = dict(scheme=scheme, k=4, sigma=0.6, mu=2.0, eps=1e-10, reduction_log="natural", reduction="pairs")
     loss, grad = reference.forward(scores, labels, offsets, **options)
     leaf = scores.clone().requires_grad_()
     written = reference.lambda_loss(leaf, labels, offsets, **options)
@@ -315,9 +313,7 @@ def test_asking_for_triton_on_cpu_tensors_is_a_clear_error():
 
 
 def test_importing_the_package_loads_neither_torch_nor_triton():
-    program = (
-        "import sys, rerank_fast; print([m for m in ('torch', 'triton', 'transformers') if m in sys.modules])"
-    )
+    program = "import sys, rerank_fast; print([m for m in ('torch', 'triton', 'transformers') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
     program = "import sys, rerank_fast.ops.lambda_loss; print('triton' in sys.modules)"
     # torch itself may import triton; the op must not be what does.
