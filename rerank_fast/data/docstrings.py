@@ -1,0 +1,237 @@
+"""A ranking task from the documentation that every install has: which documentation does a summary line open?
+
+Query: the summary of a function or class. Right document: the rest of its docstring. Wrong ones: what BM25 finds
+for the summary among the other documents of the same split. Sources are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import logging
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "numpy", "transformers")
+_NOT_DOCUMENTATION = {"test", "tests", "testing", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
+_HELD_OUT_SHARE = 0.2
+_MIN_SUMMARY_WORDS = 4
+_MAX_SUMMARY_WORDS = 40
+_MIN_DOCUMENT_WORDS = 8
+_MAX_DOCUMENT_WORDS = 150  # about what 256 tokens hold
+
+
+@dataclass(frozen=True)
+class DocumentedName:
+    """A function or class and its documentation, the summary apart from the rest."""
+
+    module: str  # dotted, e.g. "torch.nn.functional"
+    name: str
+    summary: str
+    document: str
+
+    @property
+    def group(self) -> str:
+        """What is kept together in one split: the package and its first submodule."""
+        return ".".join(self.module.split(".")[:2])
+
+
+def build_docstring_lists(
+    *, num_negatives: int = 9, max_lists: int | None = None, seed: int = 12
+) -> tuple[Dataset, Dataset]:
+    """Ranking lists from the docstrings of the standard library, torch, numpy and transformers.
+
+    Whole modules are held out (a fifth of them), and a list's documents come from its own split alone. Each list
+    holds one right document (label 1) and the BM25-best wrong ones (label 0), in BM25's order; a right document
+    that BM25 ranks below all of those stands last.
+
+    Args:
+        num_negatives: wrong documents a list; fewer where the split has no more.
+        max_lists: most lists of each split, a random choice; None takes all.
+        seed: of that choice and of the split.
+
+    Returns:
+        (train, held out), each with the columns query, docs and labels.
+
+    Raises:
+        ValueError: a number below 1, bm25s is missing, or no documentation was found.
+    """
+    for name, value in (("num_negatives", num_negatives), ("max_lists", max_lists)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if importlib.util.find_spec("bm25s") is None:
+        raise ValueError("the docstring task takes its negatives from bm25s: pip install 'rerank-fast[demo]'")
+    names = documented_names()
+    held_out = [is_held_out(name.group, seed=seed) for name in names]
+    splits = []
+    for wanted in (False, True):
+        split = [name for name, held in zip(names, held_out, strict=True) if held is wanted]
+        if len(split) < 2:
+            raise ValueError(f"expected the docstrings of several modules in {', '.join(_roots())}, got {len(names)}")
+        splits.append(_lists(split, num_negatives=num_negatives, max_lists=max_lists, seed=seed))
+    return splits[0], splits[1]
+
+
+def is_held_out(group: str, *, seed: int = 12) -> bool:
+    """Whether a group of modules is in the held-out split: a hash, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < _HELD_OUT_SHARE * 2**64
+
+
+def documented_names() -> list[DocumentedName]:
+    """Every usable docstring once, sorted by module; texts that occur twice are left out altogether."""
+    found = [name for prefix, root in _roots().items() for name in _in_directory(root, prefix)]
+    found.sort(key=lambda name: (name.module, name.name))
+    # A repeated summary has several right answers, a repeated document is right under several summaries.
+    summaries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    for name in found:
+        summaries[name.summary.lower()] = summaries.get(name.summary.lower(), 0) + 1
+        documents[name.document] = documents.get(name.document, 0) + 1
+    return [name for name in found if summaries[name.summary.lower()] == 1 and documents[name.document] == 1]
+
+
+def _roots() -> dict[str, Path]:
+    """Module prefix -> source directory; the standard library's modules have no prefix."""
+    roots = {"": Path(sysconfig.get_paths()["stdlib"])}
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)  # top-level names are found without being imported
+        if spec is not None and spec.submodule_search_locations:
+            roots[package] = Path(next(iter(spec.submodule_search_locations)))
+    return roots
+
+
+def _in_directory(root: Path, prefix: str) -> Iterator[DocumentedName]:
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        if any(part in _NOT_DOCUMENTATION or part.startswith(("test_", "config-")) for part in parts):
+            continue
+        # Private modules hold the code of public names (torch/_tensor.py); vendored ones hold others'.
+        if any(part.startswith("_vendor") or part.startswith("_inductor") for part in parts):
+            continue
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        module = ".".join(([prefix] if prefix else []) + list(parts))
+        try:
+            source = file.read_text(encoding="utf-8")
+            if '"""' not in source and "'''" not in source:
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                tree = ast.parse(source)
+        except (OSError, ValueError, SyntaxError, RecursionError) as error:
+            logger.debug("left out %s: %s", file, error)
+            continue
+        for name, docstring in _docstrings(tree):
+            parted = part_docstring(docstring)
+            if parted is not None:
+                yield DocumentedName(module, name, *parted)
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of public functions and classes, and of add_docstr calls (torch's built-ins)."""
+    scopes: list[tuple[str, list[ast.stmt]]] = [("", tree.body)]
+    while scopes:
+        scope, body = scopes.pop()
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if node.name.startswith("_"):
+                    continue
+                name = f"{scope}.{node.name}" if scope else node.name
+                docstring = ast.get_docstring(node)
+                if docstring:
+                    yield name, docstring
+                if isinstance(node, ast.ClassDef):
+                    scopes.append((name, node.body))
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                builtin = _added_docstring(node.value)
+                if builtin is not None:
+                    yield builtin
+
+
+def _added_docstring(call: ast.Call) -> tuple[str, str] | None:
+    """(name, docstring) of `add_docstr(torch.abs, "...")` and `add_docstr_all("abs", "...")`."""
+    function = call.func
+    if not isinstance(function, ast.Name) or not function.id.lstrip("_").startswith("add_docstr"):
+        return None
+    if len(call.args) < 2:
+        return None
+    target, text = call.args[:2]
+    # The text may be followed by .format(...) of the shared argument descriptions.
+    if isinstance(text, ast.Call) and isinstance(text.func, ast.Attribute) and text.func.attr == "format":
+        text = text.func.value
+    if not (isinstance(text, ast.Constant) and isinstance(text.value, str)):
+        return None
+    name = str(target.value) if isinstance(target, ast.Constant) else ast.unparse(target)
+    return name, re.sub(r"\{\w+\}", "", text.value).replace("{{", "{").replace("}}", "}")
+
+
+_SIGNATURE = re.compile(r"^[\w.]+\s*\(.*\)?(\s*->.*)?$|->|^\.\. |^[:>@]|^[\w.]+\(")
+_SECTION = re.compile(
+    r"^(args|arguments|parameters|params|returns?|yields?|raises|examples?|usage|notes?|see also|references|"
+    r"attributes|keyword arguments|shape)\s*:*$",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`:*])")
+
+
+def part_docstring(docstring: str) -> tuple[str, str] | None:
+    """(summary, rest) of a docstring on one line each, or None where either says too little to be ranked.
+
+    The summary is the first sentence of the first paragraph that is not a signature (`abs(input) -> Tensor`) or
+    a directive.
+    """
+    paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", docstring.strip()) if paragraph.strip()]
+    # A signature alone on the first line is dropped; one that is all there is makes no summary.
+    if paragraphs and _SIGNATURE.search(paragraphs[0].strip()):
+        paragraphs = paragraphs[1:]
+    if not paragraphs:
+        return None
+    first = " ".join(paragraphs[0].split())
+    if _SIGNATURE.search(first) or _SECTION.match(paragraphs[0].strip().splitlines()[0]):
+        return None
+    sentences = _SENTENCE_END.split(first, maxsplit=1)
+    summary, rest = sentences[0], " ".join([*sentences[1:], *paragraphs[1:]])
+    words, document = summary.split(), rest.split()
+    if not _MIN_SUMMARY_WORDS <= len(words) <= _MAX_SUMMARY_WORDS or len(document) < _MIN_DOCUMENT_WORDS:
+        return None
+    if summary.lower() in " ".join(document).lower():
+        return None  # the answer would quote the question
+    return summary, " ".join(document[:_MAX_DOCUMENT_WORDS])
+
+
+def _lists(names: list[DocumentedName], *, num_negatives: int, max_lists: int | None, seed: int) -> Dataset:
+    import bm25s
+    from datasets import Dataset, Features, Value
+    from datasets import List as ListOf
+
+    documents = [name.document for name in names]
+    chosen = np.arange(len(names))
+    if max_lists is not None and max_lists < len(names):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(names), max_lists, replace=False))
+    retriever = bm25s.BM25()
+    retriever.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
+    queries = bm25s.tokenize([names[i].summary for i in chosen], stopwords="en", show_progress=False)
+    # One more than the negatives: the right document is usually among them.
+    found, _ = retriever.retrieve(queries, k=min(num_negatives + 1, len(names)), show_progress=False)
+    rows: dict[str, list] = {"query": [], "docs": [], "labels": []}
+    for right, ranking in zip(chosen.tolist(), found.tolist(), strict=True):
+        # BM25's order; a right document that is not in its list stands last.
+        order = ranking if right in ranking else [*ranking[:num_negatives], right]
+        rows["query"].append(names[right].summary)
+        rows["docs"].append([documents[i] for i in order])
+        rows["labels"].append([float(i == right) for i in order])
+    features = Features({"query": Value("string"), "docs": ListOf(Value("string")), "labels": ListOf(Value("float32"))})
+    return Dataset.from_dict(rows, features=features)
