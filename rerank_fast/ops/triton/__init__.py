@@ -1,0 +1,1 @@
+"""Triton kernels, one file a family. Importing one imports triton."""
