@@ -1,0 +1,203 @@
+"""The compiled backends against the fp64 reference; Triton natively on a GPU, else in its interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerank_fast.ops import cpu, reference
+
+SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
+REDUCTIONS = ["pairs", "lists", "sum", "none"]
+OPTIONS = {
+    "scheme": "ndcg2pp",
+    "k": 0,
+    "sigma": 1.0,
+    "mu": 10.0,
+    "eps": 1e-10,
+    "reduction_log": "binary",
+    "reduction": "pairs",
+}
+
+
+def forward(backend, scores, labels, offsets, **options):
+    if backend == "cpu":
+        assert cpu.available(), cpu.unavailable_reason()
+        return cpu.forward(scores, labels, offsets, **options)
+    pytest.importorskip("triton")
+    from rerank_fast.ops.triton import lambda_loss
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss, grad = lambda_loss.forward(scores.to(device), labels.to(device), offsets.to(device), **options)
+    return loss.cpu(), grad.cpu()
+
+
+def assert_within_budget(backend, scores, labels, offsets, **options):
+    """Kernel error <= error of the eager formula in the same precision, plus rounding of the result."""
+    options = OPTIONS | options
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    labels = labels.to(wide)
+    results = forward(backend, scores, labels, offsets, **options)
+    eager = reference.forward(scores, labels, offsets, **options)
+    exact = reference.forward(scores.double(), labels.double(), offsets, **options)
+    rounding = 8 * torch.finfo(wide).eps
+    for ours, theirs, true in zip(results, eager, exact, strict=True):
+        assert ours.dtype == wide
+        assert ours.shape == true.shape
+        if true.numel():
+            error, eager_error = (ours - true).abs().max(), (theirs - true).abs().max()
+            assert error <= eager_error + rounding * true.abs().max() + 1e-30, (error, eager_error)
+
+
+def ragged(sizes, *, seed=0, grades=3, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(sizes)
+    scores = spread * torch.randn(n, generator=generator)
+    labels = torch.randint(0, grades, (n,), generator=generator).float()
+    return scores, labels, torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("k", "sigma", "reduction_log"), [(0, 1.0, "binary"), (3, 2.5, "natural"), (100, 0.3, "binary")]
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_grid(backend, scheme, k, sigma, reduction_log, reduction):
+    lists = ragged([5, 0, 37, 1, 12])
+    options = {"scheme": scheme, "k": k, "sigma": sigma, "reduction_log": reduction_log, "reduction": reduction}
+    assert_within_budget(backend, *lists, **options)
+
+
+_lists = st.lists(
+    st.lists(
+        st.tuples(st.floats(-20, 20, width=16), st.integers(-1, 4)),
+        min_size=0,
+        max_size=12,
+    ),
+    min_size=0,
+    max_size=4,
+)
+
+
+def _flat(lists):
+    flat = [document for documents in lists for document in documents]
+    scores = torch.tensor([score for score, _ in flat], dtype=torch.float32)
+    labels = torch.tensor([label for _, label in flat], dtype=torch.float32)
+    return scores, labels, torch.tensor([0, *itertools.accumulate(map(len, lists))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(lists=_lists, scheme=st.sampled_from(SCHEMES), k=st.integers(0, 6), sigma=st.sampled_from([0.5, 1.0, 4.0]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_cpu_on_generated_lists(dtype, lists, scheme, k, sigma):
+    scores, labels, offsets = _flat(lists)
+    for reduction in ("pairs", "none"):
+        options = {"scheme": scheme, "k": k, "sigma": sigma, "reduction": reduction}
+        assert_within_budget("cpu", scores.to(dtype), labels, offsets, **options)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lists=_lists, scheme=st.sampled_from(SCHEMES), k=st.integers(0, 6), sigma=st.sampled_from([0.5, 1.0, 4.0]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_on_generated_lists(dtype, lists, scheme, k, sigma):
+    scores, labels, offsets = _flat(lists)
+    assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, k=k, sigma=sigma)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("spread", [30.0, 1e4])
+def test_extreme_score_differences(backend, scheme, spread):
+    assert_within_budget(backend, *ragged([20, 9], spread=spread), scheme=scheme)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_large_labels_and_ties(backend):
+    scores = torch.tensor([0.5, 0.5, -1.0, 2.0, 2.0, 0.0])
+    labels = torch.tensor([1000.0, 999.0, 0.0, 500.0, 0.0, 1000.0])
+    for scheme in SCHEMES:
+        loss, grad = forward(backend, scores, labels, torch.tensor([0, 6]), **OPTIONS | {"scheme": scheme})
+        assert loss.isfinite()
+        assert grad.isfinite().all()
+        assert_within_budget(backend, scores, labels, torch.tensor([0, 6]), scheme=scheme)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_nan_is_seen_and_stays_in_its_list(backend):
+    scores, labels, offsets = ragged([6, 6], grades=2)
+    labels[:6] = torch.tensor([1.0, 0, 0, 1, 0, 0])
+    labels[6:] = labels[:6]
+    scores[2] = math.nan
+    loss, grad = forward(backend, scores, labels, offsets, **OPTIONS | {"reduction": "none"})
+    assert loss.isnan().tolist() == [True, False]
+    assert grad[6:].isfinite().all()
+    assert grad[2].isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("sizes", [[], [0, 0], [1], [0, 2, 0]])
+def test_outputs_are_written_where_nothing_counts(backend, sizes):
+    scores, labels, offsets = ragged(sizes)
+    loss, grad = forward(backend, scores, torch.ones_like(labels), offsets, **OPTIONS)
+    assert loss.item() == 0
+    assert grad.tolist() == [0.0] * len(scores)
+
+
+def test_one_long_list_and_threads_agree_with_the_reference():
+    scores, labels, offsets = ragged([1500, 700, 1500], grades=5)
+    assert_within_budget("cpu", scores, labels, offsets)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(cpu.forward(scores, labels, offsets, **OPTIONS))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_triton_list_of_several_tiles():
+    assert_within_budget("triton", *ragged([150, 2, 3, 1], grades=4), k=7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_public_op_on_a_gpu_does_not_wait_for_it():
+    from rerank_fast import lambda_loss
+
+    scores, labels, offsets = (tensor.cuda() for tensor in ragged([16, 1000, 3]))
+    scores.requires_grad_()
+    lambda_loss(scores, labels, offsets).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lambda_loss(scores, labels, offsets).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kernels_compile_ahead_of_time_for_every_target():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    output = subprocess.run(
+        [sys.executable, "-m", "tests.ops.aot_compile"], capture_output=True, text=True, env=environment
+    )
+    assert output.returncode == 0, output.stderr
+    rows = [json.loads(line) for line in output.stdout.splitlines()]
+    assert {row["target"] for row in rows} == {"80", "86", "90", "100", "120", "gfx942"}
+    assert len(rows) == 6 * 7
+    for row in rows:
+        assert row["bytes"] > 1000
+        assert row.get("STACK", 0) == row.get("LOCAL", 0) == 0, row
