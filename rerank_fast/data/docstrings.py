@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "numpy", "transformers")
-_NOT_DOCUMENTATION = {"test", "tests", "testing", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
+# Code that readers of documentation don't call, or near-copies by the hundred (transformers/models).
+_LEFT_OUT = frozenset(
+    "test tests testing testing_utils site-packages dist-packages lib2to3 idlelib turtledemo ensurepip models".split()
+)
+# Other private modules are left out too; these document public names.
+_PRIVATE_BUT_DOCUMENTED = re.compile(r"torch\._(\w+_docs|tensor)\b|numpy\._core\.|numpy\.lib\._")
 _HELD_OUT_SHARE = 0.2
 _MIN_SUMMARY_WORDS = 4
 _MAX_SUMMARY_WORDS = 40
@@ -80,7 +85,9 @@ def build_docstring_lists(
     for wanted in (False, True):
         split = [name for name, held in zip(names, held_out, strict=True) if held is wanted]
         if len(split) < 2:
-            raise ValueError(f"expected the docstrings of several modules in {', '.join(_roots())}, got {len(names)}")
+            raise ValueError(
+                f"expected the docstrings of several modules in {', '.join(_roots())}, got {len(names)}"
+            )
         splits.append(_lists(split, num_negatives=num_negatives, max_lists=max_lists, seed=seed))
     return splits[0], splits[1]
 
@@ -117,13 +124,12 @@ def _roots() -> dict[str, Path]:
 def _in_directory(root: Path, prefix: str) -> Iterator[DocumentedName]:
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        if any(part in _NOT_DOCUMENTATION or part.startswith(("test_", "config-")) for part in parts):
-            continue
-        # Private modules hold the code of public names (torch/_tensor.py); vendored ones hold others'.
-        if any(part.startswith("_vendor") or part.startswith("_inductor") for part in parts):
+        if not _LEFT_OUT.isdisjoint(parts) or any("-" in part or part.startswith("test_") for part in parts):
             continue
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         module = ".".join(([prefix] if prefix else []) + list(parts))
+        if any(part.startswith("_") for part in parts) and not _PRIVATE_BUT_DOCUMENTED.match(module):
+            continue
         try:
             source = file.read_text(encoding="utf-8")
             if '"""' not in source and "'''" not in source:
@@ -233,5 +239,7 @@ def _lists(names: list[DocumentedName], *, num_negatives: int, max_lists: int | 
         rows["query"].append(names[right].summary)
         rows["docs"].append([documents[i] for i in order])
         rows["labels"].append([float(i == right) for i in order])
-    features = Features({"query": Value("string"), "docs": ListOf(Value("string")), "labels": ListOf(Value("float32"))})
+    features = Features(
+        {"query": Value("string"), "docs": ListOf(Value("string")), "labels": ListOf(Value("float32"))}
+    )
     return Dataset.from_dict(rows, features=features)

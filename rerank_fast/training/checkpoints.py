@@ -16,7 +16,7 @@ from rerank_fast.model.storage import holds_model
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def prepare_output(directory: Path, *, overwrite: bool) -> None:
+def check_output(directory: Path, *, overwrite: bool) -> None:
     """Make the directory and make sure that a model can be written to it.
 
     Raises:
@@ -34,6 +34,10 @@ def prepare_output(directory: Path, *, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output {directory} can't be written: {error}") from error
+
+
+def clear_output(directory: Path) -> None:
+    """Remove what an earlier run left beside its model: two runs' checkpoints and logs never mix."""
     for old in checkpoints(directory):
         shutil.rmtree(old)
     for name in ("train_log.jsonl", "metrics.json"):

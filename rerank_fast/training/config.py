@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
 
 @dataclass
@@ -73,6 +74,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field, for a value out of its range."""
+        for name, hint in get_type_hints(type(self)).items():
+            if hint in _KINDS and not _KINDS[hint](getattr(self, name)):
+                raise ValueError(f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}")
         at_least = {
             "batch_size": 1,
             "mini_batch_size": 1,
@@ -80,7 +84,6 @@ class TrainingConfig:
             "save_steps": 1,
             "save_total_limit": 1,
             "logging_steps": 1,
-            "learning_rate": 0,
             "weight_decay": 0,
             "max_grad_norm": 0,
         }
@@ -88,6 +91,13 @@ class TrainingConfig:
             value = getattr(self, name)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("learning_rate", "sigma", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.max_length is not None and self.max_length < 4:
+            raise ValueError(f"max_length must be None or at least 4, got {self.max_length}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be -1 or at least 1, got {self.max_steps}")
         if self.max_steps <= 0 and not self.num_epochs > 0:
             raise ValueError(f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -113,3 +123,14 @@ class TrainingConfig:
     def at_k(self) -> int:
         """Cut of the evaluation's MRR and NDCG: metric_for_best's, else 10."""
         return int(self.metric_for_best.partition("@")[2] or 10)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_KINDS = {int: _is_integer, float: _is_finite, bool: lambda value: isinstance(value, bool)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,7 +24,7 @@ from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.ops.lambda_loss import lambda_loss
-from rerank_fast.training.checkpoints import prepare_output, save_checkpoint, write_json
+from rerank_fast.training.checkpoints import check_output, clear_output, save_checkpoint, write_json
 from rerank_fast.training.config import TrainingConfig
 
 
@@ -44,7 +44,7 @@ class Trainer:
     """Fine-tunes a CrossEncoder on ranking lists with LambdaLoss.
 
     Args:
-        model: a CrossEncoder, or the path or hub id of a model to open.
+        model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32.
         train_lists: whatever `load_lists` takes.
         eval_lists: the same; without them the last model is saved instead of the best.
         config: settings; see TrainingConfig.
@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: CrossEncoder | str,
+        model: CrossEncoder | str | Path,
         train_lists: Source,
         *,
         eval_lists: Source | None = None,
@@ -64,17 +64,18 @@ class Trainer:
     ) -> None:
         self.config = config = config or TrainingConfig()
         self.output = Path(config.output)
-        prepare_output(self.output, overwrite=config.overwrite)
+        check_output(self.output, overwrite=config.overwrite)
         lists = load_lists(train_lists)
         self.evaluator = None
         if eval_lists is not None:
             self.evaluator = RerankingEvaluator(eval_lists, at_k=config.at_k)
-        self.accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"training runs in one process, but was launched in {self.accelerator.num_processes}")
+        # Not Accelerator: its precision is one per process, and a second run may want another.
+        state = PartialState()
+        if state.num_processes > 1:
+            raise ValueError(f"training runs in one process, but was launched in {state.num_processes}")
         set_seed(config.seed)  # before the model: a fresh head is random
-        self.model = CrossEncoder(model) if isinstance(model, str) else model
-        self.model.to(self.accelerator.device)
+        self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=state.device)
+        self.model.float()  # bf16 weights would round a step of the recipe's size away
         if config.max_length is not None:
             self.model.max_length = min(config.max_length, self.model.max_length)
         if config.gradient_checkpointing:
@@ -111,14 +112,14 @@ class Trainer:
         """(N,) fp32 scores of a batch's pairs, from forwards over pairs of similar length."""
         plan = plan_micro_batches(batch.pairs.lengths, self.config.mini_batch_size)
         # One autocast region for all of them: weights are cast once a step.
-        with self.accelerator.autocast():
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             parts = [self.model(self.model.pad(batch.pairs, pairs))["scores"] for pairs in plan]
-        place = torch.from_numpy(np.argsort(np.concatenate(plan))).to(self.accelerator.device)
+        place = torch.from_numpy(np.argsort(np.concatenate(plan))).to(self.model.device)
         return torch.cat(parts).float()[place]
 
     def _step(self, batch: TokenizedLists) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
-        config, device = self.config, self.accelerator.device
+        config, device = self.config, self.model.device
         loss = lambda_loss(
             self._scores(batch),
             torch.from_numpy(batch.labels).to(device),
@@ -131,9 +132,9 @@ class Trainer:
             reduction_log=config.reduction_log,
             reduction=config.reduction,
         )
-        self.accelerator.backward(loss)
+        loss.backward()
         if config.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,10 +148,12 @@ class Trainer:
             KeyboardInterrupt: after a checkpoint was written.
         """
         config, model, started = self.config, self.model, time.perf_counter()
+        clear_output(self.output)
         # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
         model.activation_fn = nn.Identity()
         model.train()
-        best, best_step, step, train_loss = {}, 0, 0, math.nan
+        best: dict[str, float] = {}
+        best_step, step, train_loss = 0, 0, math.nan
         losses: list[Tensor] = []  # since the last log line, on the device
         pairs, logged_at = 0, time.perf_counter()
         bar = tqdm(total=self.num_steps, desc="Training", disable=not config.show_progress_bar)
@@ -160,14 +163,17 @@ class Trainer:
                 step += 1
                 pairs += len(batch.pairs)
                 bar.update()
-                if step % config.logging_steps == 0 or step == self.num_steps:
+                evaluates = self.evaluator and (step % config.eval_steps == 0 or step == self.num_steps)
+                saves = step % config.save_steps == 0 and step < self.num_steps
+                # Also before a save: a diverged model never replaces a sound one.
+                if step % config.logging_steps == 0 or step == self.num_steps or evaluates or saves:
                     train_loss = self._finite_mean(losses, step)
                     rate = pairs / (time.perf_counter() - logged_at)
                     learning_rate = self.scheduler.get_last_lr()[0]
                     bar.set_postfix(loss=f"{train_loss:.4f}", lr=f"{learning_rate:.2e}", pairs_per_s=f"{rate:.0f}")
                     self._log(step, loss=train_loss, learning_rate=learning_rate, pairs_per_second=rate)
                     losses, pairs, logged_at = [], 0, time.perf_counter()
-                if self.evaluator and (step % config.eval_steps == 0 or step == self.num_steps):
+                if self.evaluator and evaluates:
                     paused_at = time.perf_counter()
                     metrics = self.evaluator(model)
                     self._log(step, **metrics)
@@ -176,7 +182,7 @@ class Trainer:
                         best, best_step = metrics, step
                         model.save_pretrained(self.output, overwrite=True)
                     logged_at += time.perf_counter() - paused_at
-                if step % config.save_steps == 0 and step < self.num_steps:
+                if saves:
                     self._checkpoint(step, best, best_step)
                 if step == self.num_steps:
                     break

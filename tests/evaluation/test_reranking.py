@@ -1,0 +1,182 @@
+"""The evaluator: equal to sentence-transformers' on untied scores; one call, cached tokens, CSV."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rerank_fast.evaluation import RerankingEvaluator
+from rerank_fast.model.cross_encoder import CrossEncoder
+from tests.model_factory import make_tiny_bert
+
+LISTS = [
+    {"query": "what is a panda", "docs": ["sea and rain", "a bear", "bamboo"], "labels": [0, 1, 1]},
+    {"query": "capital of france", "docs": ["paris is the capital", "berlin"], "labels": [1, 0]},
+    {"query": "rain", "docs": ["sun", "wind"], "labels": [0, 0]},
+]
+
+
+class Stub:
+    """Scores by a table; counts the calls."""
+
+    model_card_data = None
+
+    def __init__(self, scores: dict[tuple[str, str], float]) -> None:
+        self.scores = scores
+        self.calls: list[list[tuple[str, str]]] = []
+
+    def predict(self, pairs: Sequence[Sequence[str]], **options: Any) -> np.ndarray:
+        self.calls.append([(query, doc) for query, doc in pairs])
+        return np.array([self.scores[query, doc] for query, doc in pairs])
+
+
+def random_lists(seed: int, count: int = 60) -> tuple[list[dict[str, Any]], Stub]:
+    """Lists of 1 to 30 different documents, some without a relevant one, and untied scores."""
+    generator = np.random.default_rng(seed)
+    lists, scores = [], {}
+    for q in range(count):
+        docs = [f"doc {q} {i}" for i in range(generator.integers(1, 31))]
+        labels = (generator.random(len(docs)) < 0.2).astype(float)
+        lists.append({"query": f"query {q}", "docs": docs, "labels": labels.tolist()})
+        scores.update({(f"query {q}", doc): float(s) for doc, s in zip(docs, generator.normal(size=len(docs)))})
+    assert any(not any(row["labels"]) for row in lists)
+    return lists, Stub(scores)
+
+
+@pytest.mark.parametrize(("at_k", "name"), [(10, ""), (3, "dev"), (50, "x")])
+def test_equals_sentence_transformers(at_k: int, name: str) -> None:
+    oracle = pytest.importorskip("sentence_transformers.cross_encoder.evaluation")
+    lists, model = random_lists(seed=at_k)
+    samples = [
+        {
+            "query": row["query"],
+            "positive": [doc for doc, label in zip(row["docs"], row["labels"], strict=True) if label > 0],
+            "documents": row["docs"],
+        }
+        for row in lists
+    ]
+    theirs_evaluator = oracle.CrossEncoderRerankingEvaluator(samples, at_k=at_k, name=name)
+    # Their model card is no part of a score.
+    theirs_evaluator.store_metrics_in_model_card_data = lambda *args, **kwargs: None
+    theirs = theirs_evaluator(model)
+    evaluator = RerankingEvaluator(lists, at_k=at_k, name=name)
+    ours = evaluator(model)
+    assert set(ours) == set(theirs)
+    for metric, value in theirs.items():
+        assert ours[metric] == pytest.approx(value, abs=1e-9), metric
+    assert evaluator.primary_metric == theirs_evaluator.primary_metric
+
+
+def test_all_pairs_in_one_call() -> None:
+    lists, model = random_lists(seed=1, count=20)
+    RerankingEvaluator(lists)(model)
+    assert model.calls == [[(row["query"], doc) for row in lists for doc in row["docs"]]]
+
+
+def test_per_query_values_and_their_means() -> None:
+    lists, model = random_lists(seed=2)
+    evaluator = RerankingEvaluator(lists, name="dev")
+    means, each = evaluator(model), evaluator.evaluate_per_query(model)
+    assert set(means) == {f"dev_{name}" for name in each}
+    for name, values in each.items():
+        assert values.shape == (len(lists),)
+        assert means[f"dev_{name}"] == pytest.approx(values.mean())
+
+
+def test_duplicate_documents_count_each_in_its_place() -> None:
+    lists = [{"query": "q", "docs": ["a", "b", "b", "a"], "labels": [0, 0, 1, 1]}]
+    result = RerankingEvaluator(lists)(Stub({("q", "a"): 1.0, ("q", "b"): 2.0}))
+    # Order by score, ties as given: b (0), b (1), a (0), a (1).
+    assert result["map"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert result["mrr@10"] == 0.5
+    assert result["base_mrr@10"] == pytest.approx(1 / 3)
+
+
+def test_nan_score_names_the_list() -> None:
+    lists, model = random_lists(seed=3, count=20)
+    model.scores[lists[4]["query"], lists[4]["docs"][0]] = float("nan")
+    with pytest.raises(ValueError, match=r"list 4\b"):
+        RerankingEvaluator(lists)(model)
+
+
+@pytest.mark.parametrize("at_k", [0, -3])
+def test_cut_below_one(at_k: int) -> None:
+    with pytest.raises(ValueError, match="at_k"):
+        RerankingEvaluator(LISTS, at_k=at_k)
+
+
+def test_malformed_list() -> None:
+    with pytest.raises(ValueError, match=r"row 1\b.*docs"):
+        RerankingEvaluator([LISTS[0], {"query": "q", "docs": [], "labels": []}])
+
+
+def test_csv_grows_by_a_row_a_call(tmp_path: Path) -> None:
+    lists, model = random_lists(seed=4, count=20)
+    evaluator = RerankingEvaluator(lists, name="dev")
+    result = evaluator(model, output_path=str(tmp_path / "new"), epoch=0, steps=10)
+    evaluator(model, output_path=str(tmp_path / "new"), epoch=1, steps=20)
+    (file,) = (tmp_path / "new").iterdir()
+    with file.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.reader(handle))
+    assert rows[0] == ["epoch", "steps", "MAP", "MRR@10", "NDCG@10"]
+    assert [row[:2] for row in rows[1:]] == [["0", "10"], ["1", "20"]]
+    assert [float(value) for value in rows[1][2:]] == [
+        pytest.approx(result[f"dev_{metric}"]) for metric in ("map", "mrr@10", "ndcg@10")
+    ]
+
+
+def test_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="rerank_fast"):
+        RerankingEvaluator(LISTS)(Stub({(row["query"], doc): 0.0 for row in LISTS for doc in row["docs"]}))
+    assert "->" in caplog.text
+    assert "ndcg@10" in caplog.text.lower()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
+    return CrossEncoder(str(make_tiny_bert(tmp_path_factory.mktemp("tiny"))), device="cpu")
+
+
+def test_tokens_are_kept_for_the_same_model(model: CrossEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    tokenize = CrossEncoder.tokenize
+
+    def counting(self: CrossEncoder, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return tokenize(self, *args, **kwargs)
+
+    monkeypatch.setattr(CrossEncoder, "tokenize", counting)
+    evaluator = RerankingEvaluator(LISTS)
+    assert evaluator(model) == evaluator(model)
+    assert len(calls) == 1
+
+
+def test_model_is_not_kept_alive(tmp_path: Path) -> None:
+    other = CrossEncoder(str(make_tiny_bert(tmp_path)), device="cpu")
+    alive = weakref.ref(other)
+    evaluator = RerankingEvaluator(LISTS)
+    evaluator(other)
+    del other
+    gc.collect()
+    assert alive() is None
+
+
+def test_saturating_activation_does_not_tie(model: CrossEncoder) -> None:
+    """A sigmoid of large scores is 1 for all of them in fp32: the order must be that of the raw scores."""
+    evaluator = RerankingEvaluator(LISTS)
+    activation = model.activation_fn
+    try:
+        model.activation_fn = torch.nn.Identity()
+        raw = evaluator(model)
+        model.activation_fn = lambda scores: torch.sigmoid(scores + 1000)
+        assert evaluator(model) == raw
+    finally:
+        model.activation_fn = activation

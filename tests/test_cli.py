@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rerank_fast import cli
+from tests.model_factory import make_tiny_bert
+
+_ROWS = [
+    {"query": "what is the panda", "docs": ["fish rain sea", "panda rain", "bear"], "labels": [0, 1, 0]},
+    {"query": "what is the bear", "docs": ["bear museum city rain", "panda"], "labels": [1, 0]},
+] * 6
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli")
+    make_tiny_bert(directory / "bert")
+    (directory / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _ROWS))
+    return directory
+
+
+def train_arguments(work: Path, output: str) -> list[str]:
+    lists = str(work / "lists.jsonl")
+    return ["train", "--model", str(work / "bert"), "--train", lists, "--eval", lists,
+            "--output", str(work / output),
+            "--show_progress_bar", "false", "--precision", "fp32"]  # fmt: skip
+
+
+def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(work: Path, capsys: pytest.CaptureFixture):
+    settings = {"batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "max_steps": 9, "eval_steps": 2}
+    (work / "run.yaml").write_text(yaml.safe_dump(settings))
+    arguments = [*train_arguments(work, "trained"), "--config", str(work / "run.yaml"), "--max_steps", "4"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "4 steps" in printed
+    assert "ndcg@10" in printed
+    written = json.loads((work / "trained" / "metrics.json").read_text())
+    assert written["steps"] == 4
+
+    # The model is there now: refused without --overwrite, replaced with it.
+    assert cli.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "already holds a model" in errors
+    assert errors.count("\n") == 1
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    capsys.readouterr()
+
+    code = cli.main(["evaluate", "--model", str(work / "trained"), "--data", str(work / "lists.jsonl"),
+                     "--output", str(work / "metrics.json")])  # fmt: skip
+    assert code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["metric", "base", "reranked", "change"]
+    assert [line.split()[0] for line in lines[1:]] == ["map", "mrr@10", "ndcg@10"]
+    metrics = json.loads((work / "metrics.json").read_text())
+    assert metrics["ndcg@10"] == pytest.approx(written["metrics"]["ndcg@10"], abs=1e-9)
+
+
+def test_print_config_shows_every_setting_and_can_be_given_back(work: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*train_arguments(work, "printed"), "--seed", "7", "--print_config"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    shown = yaml.safe_load(text)
+    assert shown["seed"] == 7
+    assert {"batch_size", "learning_rate", "precision", "k", "output", "overwrite"} <= shown.keys()
+    (work / "printed.yaml").write_text(text)
+    assert cli.main(["train", "--config", str(work / "printed.yaml"), "--max_steps", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--train", "missing.jsonl"], "missing.jsonl"),
+        (["--model", "missing/model"], "missing/model"),
+        (["--learning_rate", "-1"], "learning_rate must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    changes: list[str], message: str, work: Path, capsys: pytest.CaptureFixture
+):
+    assert cli.main([*train_arguments(work, "bad"), *changes]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rerank-fast train: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (work / "bad" / "config.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [["train", "--model", "m"], ["train", "--precision", "fp8"], ["fly"], []])
+def test_wrong_usage_exits_2(arguments: list[str]):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_evaluate_refuses_an_output_it_cannot_write(work: Path, capsys: pytest.CaptureFixture):
+    data = str(work / "lists.jsonl")
+    assert cli.main(["evaluate", "--model", "m", "--data", data, "--output", str(work / "no" / "m.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, work: Path):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupt)
+    assert cli.main(train_arguments(work, "stopped")) == 130

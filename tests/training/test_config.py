@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rerank_fast.training.config import TrainingConfig
+
+
+def test_the_defaults_are_the_published_recipe():
+    config = TrainingConfig()
+    assert (config.batch_size, config.num_epochs, config.learning_rate) == (16, 1, 2e-5)
+    assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (0.1, "linear", "bf16", 12)
+    assert (config.scheme, config.k, config.sigma, config.mu) == ("ndcg2pp", None, 1.0, 10.0)
+    assert (config.weight_decay, config.max_grad_norm, config.mini_batch_size) == (0.0, 1.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("max_steps", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", "2e-5"),
+        ("max_grad_norm", float("inf")),
+        ("max_length", 2),
+        ("overwrite", "no"),
+        ("num_epochs", 0),
+        ("learning_rate", float("nan")),
+        ("warmup_ratio", 1.1),
+        ("schedule", "constant"),
+        ("weight_decay", -0.1),
+        ("precision", "fp16"),
+        ("scheme", "ndcg3"),
+        ("reduction", "none"),
+        ("metric_for_best", "ndcg"),
+        ("metric_for_best", "ndcg@0"),
+        ("save_total_limit", 0),
+        ("output", ""),
+    ],
+)
+def test_a_value_that_no_run_can_use_is_named(name: str, value: object):
+    with pytest.raises(ValueError, match=rf"^{name} must "):
+        TrainingConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("metric", "k"), [("ndcg@10", 10), ("mrr@3", 3), ("map", 10)])
+def test_the_named_metric_sets_the_cut_of_the_evaluation(metric: str, k: int):
+    config = TrainingConfig(metric_for_best=metric)
+    assert config.at_k == k
+
+
+def test_importing_the_config_and_the_command_line_loads_no_torch():
+    code = (
+        "import sys, rerank_fast.cli; from rerank_fast.training import TrainingConfig; TrainingConfig();"
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'triton'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
