@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pybind11
 from setuptools import Extension, setup
@@ -13,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class NinjaBuildExt(build_ext):
-    """Compiles through ninja, in parallel and only what changed. A build that fails leaves a pure Python install."""
+    """Compiles through ninja, only what changed. A build that fails leaves a pure Python install."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -36,7 +37,7 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs)]
         with (build / "build.ninja").open("w") as file:
-            ninja = Writer(file)
+            ninja: Any = Writer(file)  # type: ignore[arg-type]
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
             ninja.variable("cflags", [*ext.extra_compile_args, *includes])
             ninja.variable("ldflags", ext.extra_link_args)

@@ -59,8 +59,8 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         precision="bf16" if _has_fast_bf16() else "fp32",
     )
     print("Building a ranking task from installed documentation ...", flush=True)
-    train, held_out = build_docstring_lists(num_negatives=7, max_lists=960, seed=seed)
-    held_out = held_out.select(range(min(200, len(held_out))))
+    train, held_out = build_docstring_lists(num_negatives=7, max_lists=640, seed=seed)
+    held_out = held_out.select(range(min(120, len(held_out))))
     print(f"{len(train)} training lists, {len(held_out)} held-out lists of {len(held_out[0]['docs'])} documents")
     torch.manual_seed(seed)
     model = CrossEncoder(encoder, max_length=config.max_length)

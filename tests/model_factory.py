@@ -8,10 +8,50 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-_WORDS = (
-    "a an the what is are of in and or kind long question about weather sea rain wind sun panda bear fish bamboo "
-    "paris france capital city museum berlin people live population eats all day that over wet no yes query document"
-).split()
+_WORDS = [
+    "a",
+    "an",
+    "the",
+    "what",
+    "is",
+    "are",
+    "of",
+    "in",
+    "and",
+    "or",
+    "kind",
+    "long",
+    "question",
+    "about",
+    "weather",
+    "sea",
+    "rain",
+    "wind",
+    "sun",
+    "panda",
+    "bear",
+    "fish",
+    "bamboo",
+    "paris",
+    "france",
+    "capital",
+    "city",
+    "museum",
+    "berlin",
+    "people",
+    "live",
+    "population",
+    "eats",
+    "all",
+    "day",
+    "that",
+    "over",
+    "wet",
+    "no",
+    "yes",
+    "query",
+    "document",
+]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "numpy", "transformers")
 # Code that readers of documentation don't call, or near-copies by the hundred (transformers/models).
 _LEFT_OUT = frozenset(
-    "test tests testing testing_utils site-packages dist-packages lib2to3 idlelib turtledemo ensurepip models".split()
+    (
+        *("test", "tests", "testing", "testing_utils", "lib2to3", "idlelib", "turtledemo", "ensurepip"),
+        *("site-packages", "dist-packages", "models", "cli", "exporters"),
+    )
 )
 # Other private modules are left out too; these document public names.
 _PRIVATE_BUT_DOCUMENTED = re.compile(r"torch\._(\w+_docs|tensor)\b|numpy\._core\.|numpy\.lib\._")
@@ -65,8 +68,8 @@ def build_docstring_lists(
 
     Args:
         num_negatives: wrong documents a list; fewer where the split has no more.
-        max_lists: most lists of each split, a random choice; None takes all.
-        seed: of that choice and of the split.
+        max_lists: most lists of each split, a random choice; None takes all. Lists come in random order.
+        seed: of that order and of the split.
 
     Returns:
         (train, held out), each with the columns query, docs and labels.
@@ -213,6 +216,8 @@ def part_docstring(docstring: str) -> tuple[str, str] | None:
     words, document = summary.split(), rest.split()
     if not _MIN_SUMMARY_WORDS <= len(words) <= _MAX_SUMMARY_WORDS or len(document) < _MIN_DOCUMENT_WORDS:
         return None
+    if summary.endswith(":") or ">>>" in summary:
+        return None  # it introduces what follows, or is code
     if summary.lower() in " ".join(document).lower():
         return None  # the answer would quote the question
     return summary, " ".join(document[:_MAX_DOCUMENT_WORDS])
@@ -224,9 +229,9 @@ def _lists(names: list[DocumentedName], *, num_negatives: int, max_lists: int | 
     from datasets import List as ListOf
 
     documents = [name.document for name in names]
-    chosen = np.arange(len(names))
-    if max_lists is not None and max_lists < len(names):
-        chosen = np.sort(np.random.default_rng(seed).choice(len(names), max_lists, replace=False))
+    # Shuffled, so that the first lists of a split are a sample of all its modules.
+    chosen = np.random.default_rng(seed).permutation(len(names))[:max_lists]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own logger to DEBUG
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
     queries = bm25s.tokenize([names[i].summary for i in chosen], stopwords="en", show_progress=False)

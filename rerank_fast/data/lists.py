@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 
 FEATURES = Features({"query": Value("string"), "docs": List(Value("string")), "labels": List(Value("float32"))})
 # sentence-transformers takes any of these as the label column.
 _ALIASES = {"query": ("query",), "docs": ("docs",), "labels": ("labels", "label", "scores", "score")}
+_FLOAT32_MAX = 3.4028234663852886e38
 _LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
-Source = str | os.PathLike[str] | Dataset | Sequence[Any]
+Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Any]
 
 
 def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, split: str | None = None) -> Dataset:
@@ -36,6 +36,10 @@ def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, spli
     for name in columns or {}:
         if name not in _ALIASES:
             raise ValueError(f"columns maps query, docs and labels to the source's names, got the key {name!r}")
+    if isinstance(source, DatasetDict):
+        if (split or "train") not in source:
+            raise ValueError(f"the dataset has the splits {sorted(map(str, source))}, not {split or 'train'!r}")
+        source = source[split or "train"]
     if isinstance(source, Dataset):
         return _collect(_dataset_rows(source, "dataset", columns), "dataset")
     if isinstance(source, str | os.PathLike):
@@ -91,13 +95,13 @@ def _open(path: str, columns: Mapping[str, str] | None, split: str | None) -> It
 
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text: {error}") from error
@@ -164,6 +168,10 @@ def _text(value: Any, place: str, *, allow_empty: bool = True) -> str:
         raise ValueError(f"{place}: expected a string, got {type(value).__name__} {value!r:.60}")
     if not allow_empty and not value.strip():
         raise ValueError(f"{place}: the string is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{place}: not valid Unicode: {error}") from error
     return value
 
 
@@ -179,6 +187,6 @@ def _documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> 
         )
     texts = [_text(doc, f"{place}, field {names['docs']}[{i}]") for i, doc in enumerate(docs)]
     for i, label in enumerate(labels):
-        if not isinstance(label, int | float) or not math.isfinite(label):
-            raise ValueError(f"{place}, field {names['labels']}[{i}]: expected a finite number, got {label!r}")
+        if not isinstance(label, int | float) or not abs(label) <= _FLOAT32_MAX:  # NaN too
+            raise ValueError(f"{place}, field {names['labels']}[{i}]: expected a finite float32, got {label!r:.40}")
     return {"docs": texts, "labels": [float(label) for label in labels]}

@@ -47,9 +47,10 @@ def ranking_metrics(
         judged[str(q)] = {str(i): int(y[i] > 0) for i in range(len(y))}
         run[str(q)] = {str(i): float(len(y) - position) for position, i in enumerate(order)}
         gains.append(y)
+    # trec_eval makes a table as long as the largest judgement: 1e6 bounds it.
     # Judgements are whole numbers in the field's formats. Fractional labels keep their order of relevance
     # for MAP and MRR and enter NDCG exactly, as the same ratio computed here would.
-    whole = all(np.array_equal(y, np.round(y)) for y in gains)
+    whole = all(np.array_equal(y, np.round(y)) and (y < 1e6).all() for y in gains)
     if whole:
         for q, y in enumerate(gains):
             judged[str(q)] = {str(i): int(max(value, 0)) for i, value in enumerate(y)}

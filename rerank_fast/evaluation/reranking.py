@@ -77,7 +77,10 @@ class RerankingEvaluator:
                 activation_fn=nn.Identity(),
                 show_progress_bar=self.show_progress_bar,
             )
-        return np.split(np.asarray(scores, dtype=np.float64), self._bounds)
+        scores = np.asarray(scores, dtype=np.float64)
+        if scores.size != len(self.pairs):
+            raise ValueError(f"expected one score for each of {len(self.pairs)} pairs, got shape {scores.shape}")
+        return np.split(scores.reshape(-1), self._bounds)
 
     def evaluate_per_query(self, model: Any) -> dict[str, np.ndarray]:
         """Each metric, reranked and base_, as an array (Q,) in list order."""

@@ -61,7 +61,7 @@ class CrossEncoder(nn.Module):
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
         if max_length is not None and max_length < 4:
             raise ValueError(f"max_length must leave room for two texts and their separators, got {max_length}")
-        hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
@@ -167,7 +167,8 @@ class CrossEncoder(nn.Module):
             for indices in tqdm(plan, desc="Scoring", disable=not show_progress_bar):
                 target = torch.from_numpy(indices).to(self.device, non_blocking=True)
                 scores[target] = self.forward(self.pad(tokens, indices))["scores"]
-            return (activation_fn or self.activation_fn)(scores)
+            activation: Any = activation_fn or self.activation_fn
+            return activation(scores)
         finally:
             self.train(was_training)
 
@@ -201,7 +202,7 @@ class CrossEncoder(nn.Module):
         if isinstance(pairs, np.ndarray):
             pairs = pairs.tolist()
         single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
-        batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item, assignment]
+        batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item]
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         scores = self.score_tokens(

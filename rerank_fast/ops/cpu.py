@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 try:
-    from rerank_fast import _C
+    import rerank_fast._C as _compiled
 except ImportError as error:
-    _C, _reason = None, str(error)
+    _C: Any = None
+    _reason = str(error)
 else:
-    _reason = ""
+    _C, _reason = _compiled, ""
 
 _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}  # enum Scheme of csrc/lambda_loss.h
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rerank_fast.ops import cpu
 
 Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 ReductionLog = Literal["binary", "natural"]
@@ -54,9 +58,9 @@ def _forward(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    # A backend is imported when it is first asked for: importing the package loads neither triton nor csrc.
+    # Triton is imported when it is first asked for.
     if backend == "cpu":
-        from rerank_fast.ops.cpu import forward
+        forward = cpu.forward
     elif backend == "triton":
         from rerank_fast.ops.triton.lambda_loss import forward
     else:
@@ -100,20 +104,18 @@ def _resolve_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         if device.type == "cpu":
             return "cpu" if _cpu_available() else "reference"
-        return "triton" if device.type == "cuda" and _triton_available() else "reference"
+        return "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {backend!r}")
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}")
         if not _cpu_available():
-            from rerank_fast.ops import cpu
-
             raise ValueError(f"backend 'cpu' can't run: {cpu.unavailable_reason()}")
     if backend == "triton":
-        if not _triton_available():
+        if not _HAS_TRITON:
             raise ValueError("backend 'triton' can't run: triton is not installed (pip install triton)")
-        if device.type != "cuda" and not _triton_interprets():
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 f"backend 'triton' takes CUDA or ROCm tensors, got tensors on {device}; "
                 "set TRITON_INTERPRET=1 before the first use to run its interpreter on the CPU"
@@ -121,38 +123,19 @@ def _resolve_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
-_availability: dict[str, bool] = {}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not loaded
+_warned: list[str] = []
 
 
-@torch.compiler.assume_constant_result
 def _cpu_available() -> bool:
-    if "cpu" not in _availability:
-        from rerank_fast.ops import cpu
-
-        _availability["cpu"] = cpu.available()
-        if not cpu.available():
-            warnings.warn(
-                f"rerank_fast runs LambdaLoss through its slower eager path: {cpu.unavailable_reason()}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-    return _availability["cpu"]
-
-
-@torch.compiler.assume_constant_result
-def _triton_available() -> bool:
-    if "triton" not in _availability:
-        import importlib.util
-
-        _availability["triton"] = importlib.util.find_spec("triton") is not None
-    return _availability["triton"]
-
-
-@torch.compiler.assume_constant_result
-def _triton_interprets() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    if not cpu.available() and not _warned and not torch.compiler.is_compiling():
+        _warned.append("cpu")
+        warnings.warn(
+            f"rerank_fast runs LambdaLoss through its slower eager path: {cpu.unavailable_reason()}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return cpu.available()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -46,7 +46,9 @@ def random_lists(seed: int, count: int = 60) -> tuple[list[dict[str, Any]], Stub
         docs = [f"doc {q} {i}" for i in range(generator.integers(1, 31))]
         labels = (generator.random(len(docs)) < 0.2).astype(float)
         lists.append({"query": f"query {q}", "docs": docs, "labels": labels.tolist()})
-        scores.update({(f"query {q}", doc): float(s) for doc, s in zip(docs, generator.normal(size=len(docs)))})
+        scores.update(
+            {(f"query {q}", doc): float(s) for doc, s in zip(docs, generator.normal(size=len(docs)), strict=True)}
+        )
     assert any(not any(row["labels"]) for row in lists)
     return lists, Stub(scores)
 

@@ -1,0 +1,65 @@
+"""LambdaLoss, forward and backward, against sentence-transformers' loss math."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sentence_transformers.cross_encoder.losses import LambdaLoss
+from torch import nn
+
+from rerank_fast import lambda_loss
+
+
+class _Scores(nn.Module):
+    """Stands in for a CrossEncoder so that only the loss is timed: no text, scores are a leaf."""
+
+    num_labels = 1
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        super().__init__()
+        self.scores = scores
+        self.device = scores.device
+
+    def preprocess(self, pairs, prompt=None, task=None):
+        return {}
+
+    def forward(self, features):
+        return {"scores": self.scores}
+
+
+CASES = [
+    pytest.param(16, 10, "binary", 200, id="loss-16x10"),
+    pytest.param(64, 32, "binary", 50, id="loss-64x32"),
+    pytest.param(64, 100, "binary", 20, id="loss-64x100"),
+    pytest.param(16, 1000, "binary", 5, id="loss-16x1000-binary"),
+    pytest.param(16, 1000, "graded", 5, id="loss-16x1000-graded"),
+]
+
+
+@pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds"), CASES)
+def test_loss(compare, num_lists, num_docs, labels, rounds):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_lists, num_docs)
+    if labels == "binary":  # 15 % positive
+        target = (torch.rand(shape, generator=generator) < 0.15).float()
+    else:
+        target = torch.randint(0, 5, shape, generator=generator).float()
+    scores = torch.randn(num_lists * num_docs, generator=generator).to(device).requires_grad_()
+    flat, offsets = target.flatten().to(device), torch.arange(num_lists + 1, device=device) * num_docs
+    peer_loss = LambdaLoss(_Scores(scores), mini_batch_size=-1)
+    inputs = [["q"] * num_lists, [["d"] * num_docs] * num_lists]
+    rows = list(target.to(device))
+
+    def ours():
+        scores.grad = None
+        lambda_loss(scores, flat, offsets).backward()
+        return scores.grad
+
+    def peer():
+        scores.grad = None
+        peer_loss(inputs, rows).backward()
+        return scores.grad
+
+    torch.testing.assert_close(ours(), peer(), rtol=1e-4, atol=1e-7)
+    compare(f"loss {num_lists} lists x {num_docs} documents, {labels}", ours, peer, rounds=rounds)
