@@ -37,7 +37,7 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs)]
         with (build / "build.ninja").open("w") as file:
-            ninja: Any = Writer(file)  # type: ignore[arg-type]
+            ninja: Any = Writer(file)
             ninja.variable("cxx", os.environ.get("CXX", "c++"))
             ninja.variable("cflags", [*ext.extra_compile_args, *includes])
             ninja.variable("ldflags", ext.extra_link_args)
