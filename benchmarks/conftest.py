@@ -55,6 +55,7 @@ def compare(benchmark) -> Callable[..., Row]:
     return run
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter) -> None:
     if not _ROWS:
         return
