@@ -70,7 +70,7 @@ setup(
     ext_modules=[
         Extension(
             "rerank_fast._C",
-            sources=["csrc/lambda_loss.cpp", "csrc/bindings.cpp"],
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=compile_args,
             extra_link_args=["-bundle", "-undefined", "dynamic_lookup"] if macos else ["-shared", "-pthread"],

@@ -3,353 +3,542 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <limits>
+#include <new>
 #include <numeric>
-#include <thread>
+#include <utility>
 #include <vector>
 
-// One build serves every x86-64 processor: the loader picks a clone of the pair loop at run time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define RERANK_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RERANK_FAST_CLONES
-#endif
-#if defined(__GNUC__)
-#define RERANK_FAST_INLINE inline __attribute__((always_inline))
-#else
-#define RERANK_FAST_INLINE inline
-#endif
+#include "lambda_loss_pairs.h"
+#include "threads.h"
 
 namespace rerank_fast {
 namespace {
 
-// log(1 + x) for x >= 0 given r = 1 / (1 + x): the rounding of 1 + x is put back as c * r, so small x keep their
-// relative accuracy. The logarithm is exponent + polynomial (a Chebyshev fit of (log(1+f) - f + f*f/2) / f^3).
-RERANK_FAST_INLINE float log1p_positive(float x, float r) {
-  const float u = 1.0f + x;
-  const float c = x < 1.0f ? x - (u - 1.0f) : 1.0f - (u - x);
-  std::int32_t bits;
-  std::memcpy(&bits, &u, sizeof bits);
-  // Exponent such that the mantissa lies in [sqrt(1/2), sqrt(2)).
-  const std::int32_t exponent = (bits - 0x3f3504f3) >> 23;
-  bits -= exponent << 23;
-  float m;
-  std::memcpy(&m, &bits, sizeof m);
-  const float f = m - 1.0f;
-  const float e = static_cast<float>(exponent);
-  float p = 0.06980701959f;
-  p = p * f - 0.1149454661f;
-  p = p * f + 0.1168907114f;
-  p = p * f - 0.1242403772f;
-  p = p * f + 0.1424855126f;
-  p = p * f - 0.1666785097f;
-  p = p * f + 0.200007305f;
-  p = p * f - 0.2499999663f;
-  p = p * f + 0.3333333112f;
-  const float ff = f * f;
-  // ln 2 in two parts: the high one times an exponent is exact.
-  const float low = ff * (f * p) - 0.5f * ff + e * -2.12194440e-4f + c * r;
-  return (f + low) + e * 0.693359375f;
-}
-
-RERANK_FAST_INLINE double log1p_positive(double x, double) { return std::log1p(x); }
-
 // exp of a score must neither overflow nor become subnormal, nor may the ratio of two.
 template <typename T>
 constexpr double kExponentLimit = sizeof(T) == 4 ? 80.0 : 600.0;
+// Labels that are whole numbers below this are counted rather than sorted; their gains are exact in double.
+constexpr int kSmallLabels = 64;
+// A list with more visits than this is cut into row ranges for all threads; fewer in all are done by one thread.
+constexpr double kVisitsPerTask = 1 << 21, kVisitsForThreads = 1 << 16;
+constexpr std::int64_t kRangesPerList = 8;  // fixed, so that sums do not depend on the number of threads
 
-// A list's documents in descending order of label, one array a quantity, so that the documents below a label are a
-// contiguous suffix and the pair loop reads memory in order.
+std::int64_t padded(std::int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
+
+// Arrays of T on cache-line bounds in one allocation that only grows.
 template <typename T>
-struct Documents {
-  std::vector<T> score, gain, inverse_discount, exponential, pull;
-  std::vector<std::int32_t> rank;
-  std::vector<T> in_cut;
+class Arena {
+ public:
+  void reserve(std::int64_t count) {
+    if (count <= capacity_) return;
+    release();
+    capacity_ = count + count / 2;
+    data_ = static_cast<T*>(::operator new(static_cast<std::size_t>(capacity_) * sizeof(T), std::align_val_t{64}));
+  }
+  T* data() const { return data_; }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { release(); }
+
+ private:
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{64});
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+  T* data_ = nullptr;
+  std::int64_t capacity_ = 0;
 };
 
-template <typename T>
-struct Row {
-  T loss, pull;
-  T pairs;
+// What follows from a list's labels alone. Counts of small labels reach up to `largest`.
+struct Labels {
+  bool nan;                          // then nothing else is known
+  bool small;                        // whole numbers from 0 to kSmallLabels - 1
+  std::int64_t count[kSmallLabels];  // of each, where they are small
+  int largest;
+  std::int64_t distinct;
+  std::int64_t pairs;                // unordered pairs of different labels
+  double majority;                   // the most frequent label
+  std::int64_t majority_count;
 };
 
-// The pairs of one document i with the documents [begin, end): sums of loss and pull, and pull added to the others.
-template <typename T, Scheme kScheme, bool kCut, bool kFast>
-RERANK_FAST_INLINE Row<T> visit(const Documents<T>& documents, T* pull, const T* delta, std::int64_t i,
-                                std::int64_t begin, std::int64_t end, T sigma, T mu) {
-  const T* score = documents.score.data();
-  const T* gain = documents.gain.data();
-  const T* inverse = documents.inverse_discount.data();
-  const T* exponential = documents.exponential.data();
-  const T* in_cut = documents.in_cut.data();
-  const std::int32_t* rank = documents.rank.data();
-  const T s_i = score[i], g_i = gain[i], inverse_i = inverse[i], in_cut_i = in_cut[i];
-  const T reciprocal_i = kFast ? T(1) / exponential[i] : T(0);
-  const std::int32_t rank_i = rank[i];
-  T loss = 0, row_pull = 0, pairs = 0;
-#pragma omp simd reduction(+ : loss, row_pull, pairs)
-  for (std::int64_t j = begin; j < end; ++j) {
-    T probability, negative_log;  // sigmoid(-d) and -log sigmoid(d) of d = sigma * (s_i - s_j)
-    if constexpr (kFast) {
-      const T x = exponential[j] * reciprocal_i;  // exp(-d)
-      const T r = T(1) / (T(1) + x);
-      probability = x * r;
-      negative_log = log1p_positive(x, r);
-    } else {
-      const T d = sigma * (s_i - score[j]);
-      const T t = std::exp(-std::fabs(d));
-      probability = (d >= 0 ? t : T(1)) / (T(1) + t);
-      probability = d != d ? d : probability;
-      negative_log = (d < 0 ? -d : T(0)) + std::log1p(t);
-    }
-    T weight;
-    if constexpr (kScheme == Scheme::kNone) {
-      weight = T(1);
-    } else if constexpr (kScheme == Scheme::kNdcg1) {
-      weight = g_i * inverse_i;
-    } else {
-      const T difference = std::fabs(g_i - gain[j]);
-      const T swap = std::fabs(inverse_i - inverse[j]);
-      if constexpr (kScheme == Scheme::kLambdaRank) {
-        weight = swap * difference;
-      } else {
-        const std::int32_t distance = rank_i - rank[j];
-        const T by_distance = delta[distance < 0 ? -distance : distance];
-        weight = (kScheme == Scheme::kNdcg2 ? by_distance : mu * by_distance + swap) * difference;
-      }
-    }
-    if constexpr (kCut) {
-      const bool counts = in_cut_i + in_cut[j] > T(0);
-      // A pair outside the cut contributes nothing, not even a NaN.
-      weight = counts ? weight : T(0);
-      probability = counts ? probability : T(0);
-      negative_log = counts ? negative_log : T(0);
-      pairs += counts ? T(1) : T(0);
-    }
-    const T pulled = weight * probability;
-    loss += weight * negative_log;
-    row_pull += pulled;
-    pull[j] -= pulled;
-  }
-  if constexpr (!kCut) pairs = static_cast<T>(end - begin);
-  return {loss, row_pull, pairs};
-}
-
-template <typename T, Scheme kScheme, bool kCut, bool kFast>
-RERANK_FAST_INLINE void visit_all(Documents<T>& documents, const T* sorted_labels, const T* delta, std::int64_t size,
-                                  T sigma, T mu, double* loss, std::int64_t* pairs) {
-  T* pull = documents.pull.data();
-  double loss_sum = 0;
-  std::int64_t pair_sum = 0;
-  std::int64_t below = 0;  // first document with a lower label than i's
-  for (std::int64_t i = 0; i < size; ++i) {
-    std::int64_t begin = 0;
-    if constexpr (kScheme != Scheme::kNdcg1) {
-      while (below < size && sorted_labels[below] >= sorted_labels[i]) ++below;
-      if (below == size) break;
-      begin = below;
-    }
-    const Row<T> row = visit<T, kScheme, kCut, kFast>(documents, pull, delta, i, begin, size, sigma, mu);
-    pull[i] += row.pull;
-    loss_sum += row.loss;
-    pair_sum += static_cast<std::int64_t>(row.pairs);
-  }
-  *loss = loss_sum;
-  *pairs = pair_sum;
-}
-
-#define RERANK_FAST_PAIR_LOOP(NAME, T, SCHEME)                                                                       \
-  RERANK_FAST_CLONES void NAME(Documents<T>& documents, const T* sorted_labels, const T* delta, std::int64_t size,   \
-                               bool cut, bool fast, T sigma, T mu, double* loss, std::int64_t* pairs) {              \
-    if (cut) {                                                                                                       \
-      fast ? visit_all<T, SCHEME, true, true>(documents, sorted_labels, delta, size, sigma, mu, loss, pairs)         \
-           : visit_all<T, SCHEME, true, false>(documents, sorted_labels, delta, size, sigma, mu, loss, pairs);       \
-    } else {                                                                                                         \
-      fast ? visit_all<T, SCHEME, false, true>(documents, sorted_labels, delta, size, sigma, mu, loss, pairs)        \
-           : visit_all<T, SCHEME, false, false>(documents, sorted_labels, delta, size, sigma, mu, loss, pairs);      \
-    }                                                                                                                \
-  }
-// Clones exist for plain functions only, hence a function for each type and scheme rather than a template.
-#define RERANK_FAST_PAIR_LOOPS(T)                                        \
-  RERANK_FAST_PAIR_LOOP(pairs_none_##T, T, Scheme::kNone)               \
-  RERANK_FAST_PAIR_LOOP(pairs_ndcg1_##T, T, Scheme::kNdcg1)             \
-  RERANK_FAST_PAIR_LOOP(pairs_ndcg2_##T, T, Scheme::kNdcg2)             \
-  RERANK_FAST_PAIR_LOOP(pairs_lambdarank_##T, T, Scheme::kLambdaRank)   \
-  RERANK_FAST_PAIR_LOOP(pairs_ndcg2pp_##T, T, Scheme::kNdcg2pp)         \
-  void pair_loop(Scheme scheme, Documents<T>& documents, const T* sorted_labels, const T* delta,                     \
-                 std::int64_t size, bool cut, bool fast, T sigma, T mu, double* loss, std::int64_t* pairs) {         \
-    switch (scheme) {                                                                                                \
-      case Scheme::kNone:                                                                                            \
-        return pairs_none_##T(documents, sorted_labels, delta, size, cut, fast, sigma, mu, loss, pairs);             \
-      case Scheme::kNdcg1:                                                                                           \
-        return pairs_ndcg1_##T(documents, sorted_labels, delta, size, cut, fast, sigma, mu, loss, pairs);            \
-      case Scheme::kNdcg2:                                                                                           \
-        return pairs_ndcg2_##T(documents, sorted_labels, delta, size, cut, fast, sigma, mu, loss, pairs);            \
-      case Scheme::kLambdaRank:                                                                                      \
-        return pairs_lambdarank_##T(documents, sorted_labels, delta, size, cut, fast, sigma, mu, loss, pairs);       \
-      case Scheme::kNdcg2pp:                                                                                         \
-        return pairs_ndcg2pp_##T(documents, sorted_labels, delta, size, cut, fast, sigma, mu, loss, pairs);          \
-    }                                                                                                                \
-  }
-RERANK_FAST_PAIR_LOOPS(float)
-RERANK_FAST_PAIR_LOOPS(double)
-
-// Scratch of one thread, reused from list to list and from call to call.
+// What one thread needs for one list; it grows to the longest list seen and is kept.
 template <typename T>
 struct Scratch {
-  Documents<T> documents;
-  std::vector<std::int64_t> order, by_label;
-  std::vector<std::int32_t> rank;
-  std::vector<T> sorted_labels, delta;
-  std::vector<double> gain, inverse_discount;  // inverse_discount[r - 1] = 1 / log2(1 + r), grown as lists need it
+  Arena<T> arrays, row_pull;
+  Arena<double> pull;
+  std::vector<T> delta;                    // delta(|d|), its middle at `longest`
+  std::int64_t longest = -1;
+  std::vector<double> inverse_discount;    // 1 / log2(1 + r) for r = 1, 2, ... at r - 1
+  std::vector<double> ideal;               // ideal[n]: the sum of the first n of them
+  std::vector<std::int32_t> rank, order;   // 0-based rank of a document, and the document at a rank
+  std::vector<std::uint64_t> keys, swap;
+  std::vector<T> sorted_labels;
+  RankedList<T> list;
+  Labels labels;
 
   void reserve(std::int64_t size) {
-    const auto n = static_cast<std::size_t>(size);
-    for (std::int64_t r = static_cast<std::int64_t>(inverse_discount.size()) + 1; r <= size + 1; ++r)
-      inverse_discount.push_back(1.0 / std::log2(1.0 + static_cast<double>(r)));
-    if (delta.empty()) delta.push_back(T(0));
-    for (std::size_t d = delta.size(); d <= n; ++d)
-      delta.push_back(static_cast<T>(inverse_discount[d - 1] - inverse_discount[d]));
-    if (order.size() >= n) return;
-    for (auto* v : {&order, &by_label}) v->resize(n);
-    rank.resize(n);
-    gain.resize(n);
-    sorted_labels.resize(n);
-    Documents<T>& d = documents;
-    for (auto* v : {&d.score, &d.gain, &d.inverse_discount, &d.exponential, &d.pull, &d.in_cut}) v->resize(n);
-    d.rank.resize(n);
+    const std::int64_t width = padded(size) + kBlock;
+    arrays.reserve(8 * width);
+    pull.reserve(width);
+    row_pull.reserve(width);
+    T** const targets[] = {&list.score,            &list.exponential, &list.reciprocal,  &list.gain,
+                           &list.inverse_discount, &list.label,       &list.is_majority, &list.share};
+    for (int a = 0; a < 8; ++a) *targets[a] = arrays.data() + a * width;
+    if (static_cast<std::int64_t>(order.size()) < width) {
+      order.resize(static_cast<std::size_t>(width));
+      rank.resize(static_cast<std::size_t>(width));
+      keys.resize(static_cast<std::size_t>(width));
+    }
+    if (longest < width) {
+      longest = width + width / 2;
+      ideal.assign(1, 0.0);
+      inverse_discount.clear();
+      for (std::int64_t r = 1; r <= longest + 1; ++r) {
+        inverse_discount.push_back(1.0 / std::log2(1.0 + static_cast<double>(r)));
+        ideal.push_back(ideal.back() + inverse_discount.back());
+      }
+      delta.assign(static_cast<std::size_t>(2 * longest + 1), T(0));
+      for (std::int64_t d = 1; d <= longest; ++d) {
+        const auto value = static_cast<T>(inverse_discount[d - 1] - inverse_discount[d]);
+        delta[longest - d] = delta[longest + d] = value;
+      }
+    }
+    list.delta = delta.data() + longest;
   }
 };
 
 template <typename T>
-void one_list(const T* scores, const T* labels, std::int64_t size, const LambdaLossOptions& options,
-              Scratch<T>& scratch, double* loss, std::int64_t* pairs, T* grad) {
-  *loss = 0;
-  *pairs = 0;
-  std::fill(grad, grad + size, T(0));
-  const bool every_pair = options.scheme == Scheme::kNdcg1;
-  if (size == 0 || (size == 1 && !every_pair)) return;
-  scratch.reserve(size);
+Scratch<T>& this_threads_scratch() {
+  static thread_local Scratch<T> scratch;
+  return scratch;
+}
 
-  // Ranks: NaN first, then by score descending; ties keep the input order.
-  auto order = scratch.order.begin();
-  std::iota(order, order + size, std::int64_t{0});
-  std::sort(order, order + size, [scores](std::int64_t a, std::int64_t b) {
+// A key per score that sorts as ranks do: NaN first, then descending. -0 and +0 are equal.
+std::uint32_t rank_key(float score) {
+  if (score != score) return 0;
+  score += 0.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return ~(bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u));
+}
+
+constexpr std::int64_t kCountedRanks = 192;  // lists up to here are ranked by counting, longer ones by sorting
+
+// Each document's 0-based rank by counting the documents before it: quadratic, but without branches.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+void count_ranks(const std::uint32_t* keys, std::int32_t size, std::int32_t* rank) {
+  for (std::int32_t first = 0; first < size; first += kBlock) {
+    std::int32_t count[kBlock] = {0};
+    // Equal keys keep their order: an earlier document goes before, a later one does not.
+    for (std::int32_t j = 0; j < first; ++j)
+      for (std::int32_t lane = 0; lane < kBlock; ++lane) count[lane] += keys[j] <= keys[first + lane] ? 1 : 0;
+    const std::int32_t stop = std::min(first + static_cast<std::int32_t>(kBlock), size);
+    for (std::int32_t j = first; j < stop; ++j)
+      for (std::int32_t lane = 0; lane < kBlock; ++lane) {
+        const std::uint32_t own = keys[first + lane];
+        count[lane] += (keys[j] < own || (keys[j] == own && j < first + lane)) ? 1 : 0;
+      }
+    for (std::int32_t j = stop; j < size; ++j)
+      for (std::int32_t lane = 0; lane < kBlock; ++lane) count[lane] += keys[j] < keys[first + lane] ? 1 : 0;
+    std::copy(count, count + kBlock, rank + first);
+  }
+}
+
+// Sorts (key << 32 | index) by key, in three passes of 11 bits.
+void radix_sort(std::uint64_t* keys, std::uint64_t* other, std::int64_t size) {
+  constexpr int kBits = 11, kBuckets = 1 << kBits;
+  std::uint32_t starts[3][kBuckets] = {};
+  for (std::int64_t i = 0; i < size; ++i)
+    for (int pass = 0; pass < 3; ++pass) ++starts[pass][keys[i] >> (32 + kBits * pass) & (kBuckets - 1)];
+  for (int pass = 0; pass < 3; ++pass) {
+    std::uint32_t sum = 0;
+    for (std::uint32_t& start : starts[pass]) sum += std::exchange(start, sum);
+    for (std::int64_t i = 0; i < size; ++i)
+      other[starts[pass][keys[i] >> (32 + kBits * pass) & (kBuckets - 1)]++] = keys[i];
+    std::swap(keys, other);
+  }
+  std::copy(keys, keys + size, other);  // three passes end in the other array
+}
+
+void find_ranks(const float* scores, std::int64_t size, Scratch<float>& scratch) {
+  std::int32_t* rank = scratch.rank.data();
+  if (size <= kCountedRanks) {
+    alignas(64) std::uint32_t keys[kCountedRanks + kBlock];
+    for (std::int64_t i = 0; i < size; ++i) keys[i] = rank_key(scores[i]);
+    std::fill(keys + size, keys + padded(size), 0xffffffffu);
+    return count_ranks(keys, static_cast<std::int32_t>(size), rank);
+  }
+  scratch.swap.resize(scratch.keys.size());
+  for (std::int64_t i = 0; i < size; ++i)
+    scratch.keys[i] = static_cast<std::uint64_t>(rank_key(scores[i])) << 32 | static_cast<std::uint64_t>(i);
+  radix_sort(scratch.keys.data(), scratch.swap.data(), size);
+  for (std::int64_t r = 0; r < size; ++r) rank[scratch.keys[r] & 0xffffffffu] = static_cast<std::int32_t>(r);
+}
+
+void find_ranks(const double* scores, std::int64_t size, Scratch<double>& scratch) {
+  std::iota(scratch.order.begin(), scratch.order.begin() + size, 0);
+  std::stable_sort(scratch.order.begin(), scratch.order.begin() + size, [scores](std::int32_t a, std::int32_t b) {
     const bool nan_a = scores[a] != scores[a], nan_b = scores[b] != scores[b];
-    if (nan_a != nan_b) return nan_a;
-    if (!nan_a && scores[a] != scores[b]) return scores[a] > scores[b];
-    return a < b;
+    return nan_a != nan_b ? nan_a : scores[a] > scores[b];
   });
-  for (std::int64_t r = 0; r < size; ++r) scratch.rank[order[r]] = static_cast<std::int32_t>(r + 1);
+  for (std::int64_t r = 0; r < size; ++r) scratch.rank[scratch.order[r]] = static_cast<std::int32_t>(r);
+}
 
-  auto by_label = scratch.by_label.begin();
-  std::iota(by_label, by_label + size, std::int64_t{0});
-  std::sort(by_label, by_label + size, [labels](std::int64_t a, std::int64_t b) {
-    return labels[a] != labels[b] ? labels[a] > labels[b] : a < b;
-  });
+// Unordered pairs of different labels among `size` documents, of whose labels each occurs count times.
+std::int64_t unequal_pairs(const std::int64_t* count, const std::int64_t* end, std::int64_t size) {
+  std::int64_t equal = 0;
+  for (; count != end; ++count) equal += *count * *count;
+  return (size * size - equal) / 2;
+}
 
-  // Gains, divided like the ideal DCG by 2^largest so that large labels stay finite.
-  const double largest = std::max(0.0, static_cast<double>(labels[by_label[0]]));
-  const double one = std::exp2(-largest);
-  const std::int64_t k = options.k == 0 ? size : std::min(options.k, size);
-  double ideal = 0;
-  for (std::int64_t r = 0; r < size; ++r) {
-    const double relevance = std::max(0.0, static_cast<double>(labels[by_label[r]]));
-    // expm1 where 2^relevance is in range: exact for labels near zero.
-    scratch.gain[r] = relevance < 64.0 ? std::expm1(relevance * 0.6931471805599453) * one
-                                       : std::exp2(relevance - largest) - one;
-    if (r < k) ideal += scratch.gain[r] * scratch.inverse_discount[r];
+// Runs of equal labels, from the highest label down.
+template <typename T>
+std::vector<std::int64_t> label_runs(std::vector<T>& labels) {
+  std::sort(labels.begin(), labels.end(), std::greater<T>());
+  std::vector<std::int64_t> runs;
+  for (std::size_t i = 0; i < labels.size(); ++i) {
+    if (i == 0 || labels[i] != labels[i - 1]) runs.push_back(0);
+    ++runs.back();
   }
-  const double normalizer = 1.0 / std::max(ideal, options.eps * one);
-
-  double lowest = scores[0], highest = scores[0];
-  for (std::int64_t i = 0; i < size; ++i) {
-    const double s = scores[i];
-    lowest = s < lowest ? s : lowest;
-    highest = s > highest ? s : highest;
-  }
-  bool fast = std::fabs(options.sigma) * (highest - lowest) <= kExponentLimit<T>;
-
-  Documents<T>& documents = scratch.documents;
-  for (std::int64_t r = 0; r < size; ++r) {
-    const std::int64_t i = by_label[r];
-    const std::int32_t rank = scratch.rank[i];
-    documents.score[r] = scores[i];
-    documents.rank[r] = rank;
-    documents.gain[r] = static_cast<T>(scratch.gain[r] * normalizer);
-    documents.inverse_discount[r] = static_cast<T>(scratch.inverse_discount[rank - 1]);
-    documents.in_cut[r] = rank <= k ? T(1) : T(0);
-    documents.pull[r] = T(0);
-    scratch.sorted_labels[r] = labels[i];
-    fast = fast && scores[i] == scores[i];
-    // In double: the rounding of a large difference would show in its exponential.
-    documents.exponential[r] =
-        fast ? static_cast<T>(std::exp(options.sigma * (static_cast<double>(scores[i]) - highest))) : T(0);
-  }
-  // A negative sigma turns exp(sigma * (s - max)) upside down: it may overflow.
-  fast = fast && options.sigma >= 0;
-
-  pair_loop(options.scheme, documents, scratch.sorted_labels.data(), scratch.delta.data(), size,
-            options.k != 0 && options.k < size, fast, static_cast<T>(options.sigma), static_cast<T>(options.mu), loss,
-            pairs);
-
-  *loss *= options.scale;
-  const double slope = -options.scale * options.sigma;
-  for (std::int64_t r = 0; r < size; ++r)
-    grad[by_label[r]] = static_cast<T>(slope * static_cast<double>(documents.pull[r]));
+  return runs;
 }
 
 template <typename T>
-void some_lists(const T* scores, const T* labels, const std::int64_t* offsets, std::int64_t begin, std::int64_t end,
-                const LambdaLossOptions& options, double* list_loss, std::int64_t* list_pairs, T* grad) {
-  thread_local Scratch<T> scratch;
-  for (std::int64_t q = begin; q < end; ++q) {
-    const std::int64_t start = offsets[q];
-    one_list(scores + start, labels + start, offsets[q + 1] - start, options, scratch, list_loss + q, list_pairs + q,
-             grad + start);
+void read_labels(const T* y, std::int64_t size, Scratch<T>& scratch) {
+  Labels& labels = scratch.labels;
+  bool small = true;
+  labels.nan = false;
+  for (std::int64_t i = 0; i < size; ++i) {
+    small = small && y[i] >= T(0) && y[i] < T(kSmallLabels) && y[i] == static_cast<T>(static_cast<int>(y[i]));
+    labels.nan = labels.nan || y[i] != y[i];
   }
+  labels.small = small;
+  if (labels.nan) return;
+  labels.distinct = 0;
+  labels.majority_count = 0;
+  const auto note = [&labels](double label, std::int64_t count) {
+    ++labels.distinct;
+    if (count <= labels.majority_count) return;
+    labels.majority_count = count;
+    labels.majority = label;
+  };
+  if (small) {
+    std::fill(labels.count, labels.count + kSmallLabels, 0);
+    labels.largest = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const auto label = static_cast<int>(y[i]);
+      ++labels.count[label];
+      labels.largest = std::max(labels.largest, label);
+    }
+    for (int label = 0; label <= labels.largest; ++label)
+      if (labels.count[label] != 0) note(label, labels.count[label]);
+    labels.pairs = unequal_pairs(labels.count, labels.count + labels.largest + 1, size);
+    return;
+  }
+  scratch.sorted_labels.assign(y, y + size);
+  const std::vector<std::int64_t> runs = label_runs(scratch.sorted_labels);
+  std::int64_t start = 0;
+  for (const std::int64_t run : runs) {
+    note(static_cast<double>(scratch.sorted_labels[static_cast<std::size_t>(start)]), run);
+    start += run;
+  }
+  labels.pairs = unequal_pairs(runs.data(), runs.data() + runs.size(), size);
+}
+
+// The gain of a label, and the ideal DCG@k at least eps, both over 2^largest so that a large label stays finite.
+struct Gains {
+  double largest = 0, normalizer = 0;
+  double small[kSmallLabels];  // normalised, where labels are small whole numbers
+
+  double of(double label) const {
+    const double relevance = std::max(0.0, label);
+    // expm1 where 2^relevance is in range: exact for labels near zero.
+    return normalizer * (relevance < 64.0 ? std::expm1(relevance * 0.6931471805599453) * std::exp2(-largest)
+                                          : std::exp2(relevance - largest) - std::exp2(-largest));
+  }
+};
+
+template <typename T>
+void find_gains(std::int64_t k, double eps, const Scratch<T>& scratch, std::int64_t size, Gains& gains) {
+  double ideal = 0;
+  gains.normalizer = 1;
+  if (scratch.labels.small) {
+    std::int64_t rank = 0;
+    double power = std::ldexp(1.0, scratch.labels.largest);
+    for (int label = scratch.labels.largest; label >= 0; --label, power *= 0.5) {
+      const std::int64_t count = scratch.labels.count[label];
+      gains.small[label] = power - 1.0;
+      const std::int64_t from = std::min(rank, k), to = std::min(rank + count, k);
+      ideal += gains.small[label] * (scratch.ideal[to] - scratch.ideal[from]);
+      rank += count;
+    }
+    const double normalizer = 1.0 / std::max(ideal, eps);
+    for (int label = 0; label <= scratch.labels.largest; ++label) gains.small[label] *= normalizer;
+    return;
+  }
+  gains.largest = std::max(0.0, static_cast<double>(scratch.sorted_labels[0]));
+  for (std::int64_t r = 0; r < std::min(k, size); ++r)
+    ideal += gains.of(static_cast<double>(scratch.sorted_labels[r])) * scratch.inverse_discount[r];
+  gains.normalizer = 1.0 / std::max(ideal, eps * std::exp2(-gains.largest));
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+void exponentials(const float* scores, std::int64_t size, double slope, float* result, float* reciprocal) {
+  const auto highest = static_cast<double>(scores[0]);
+  // The argument is reduced in double: the rounding of a large difference would show in its exponential.
+#pragma omp simd
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double x = slope * (static_cast<double>(scores[i]) - highest);
+    const double shifted = x * 1.4426950408889634 + 6755399441055744.0;  // rounds to the nearest whole number
+    const double n = shifted - 6755399441055744.0;
+    const auto f = static_cast<float>(x - n * 0.6931471805599453);
+    const auto exponent = static_cast<std::int32_t>(n);
+    const std::int32_t bits = (exponent + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    float p = 0.00138368458f;
+    p = p * f + 0.0083748158f;
+    p = p * f + 0.0416682256f;
+    p = p * f + 0.166664202f;
+    p = p * f + 0.499999921f;
+    p = p * f + 1.00000004f;
+    p = p * f + 1.0f;
+    result[i] = p * power;
+    reciprocal[i] = 1.0f / result[i];
+  }
+}
+
+void exponentials(const double* scores, std::int64_t size, double slope, double* result, double* reciprocal) {
+  for (std::int64_t i = 0; i < size; ++i) {
+    result[i] = std::exp(slope * (scores[i] - scores[0]));
+    reciprocal[i] = 1.0 / result[i];
+  }
+}
+
+struct Plan {
+  Weighting weighting;
+  bool majority_mode;
+  std::int64_t rows;   // rows to visit: those below it
+  std::int64_t pairs;  // preference pairs (for NDCGLoss1 all ordered pairs) under the cut
+};
+
+// Lays one list out in rank order. False where it has no pair, or a NaN label: then the loss is written, and the
+// gradient of every document equals it.
+template <typename T>
+bool prepare(const T* scores, const T* labels, std::int64_t size, const LambdaLossOptions& options,
+             Scratch<T>& scratch, Plan& plan, double* loss) {
+  const bool every_pair = options.scheme == Scheme::kNdcg1;
+  plan.pairs = 0;
+  *loss = 0;
+  if (size == 0 || (size == 1 && !every_pair)) return false;
+  scratch.reserve(size);
+  read_labels(labels, size, scratch);
+  if (scratch.labels.nan) {
+    *loss = std::numeric_limits<double>::quiet_NaN();
+    return false;
+  }
+  if (scratch.labels.distinct < 2 && !every_pair) return false;
+
+  const std::int64_t cut = options.k == 0 ? size : std::min(options.k, size);
+  const double slope = std::fabs(options.sigma);
+  RankedList<T>& list = scratch.list;
+  list.size = size;
+  list.cut = cut;
+  list.turned = options.sigma < 0;
+  list.slope = static_cast<T>(slope);
+  list.mu = static_cast<T>(options.scheme == Scheme::kNdcg2     ? 1.0
+                           : options.scheme == Scheme::kNdcg2pp ? options.mu
+                                                                : 0.0);
+  plan.weighting = every_pair                        ? Weighting::kEveryPair
+                   : options.scheme == Scheme::kNone ? Weighting::kNone
+                                                     : Weighting::kGain;
+  find_ranks(scores, size, scratch);
+  const std::int32_t* rank = scratch.rank.data();
+  const std::int64_t width = padded(size);
+
+  Gains gains;
+  const bool none = plan.weighting == Weighting::kNone, small = scratch.labels.small;
+  if (!none) find_gains(cut, options.eps, scratch, size, gains);
+  // Preferences turn round with a negative sigma; for kEveryPair the pair loop sees to it.
+  const T sign = list.turned && !every_pair ? T(-1) : T(1);
+  const auto majority = static_cast<T>(scratch.labels.majority);
+  T lowest_gain = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::int32_t r = rank[i];
+    const T y = labels[i];
+    const T gain = sign * (none    ? y
+                           : small ? static_cast<T>(gains.small[static_cast<int>(y)])
+                                   : static_cast<T>(gains.of(static_cast<double>(y))));
+    lowest_gain = std::min(lowest_gain, gain);
+    list.score[r] = scores[i];
+    list.gain[r] = gain;
+    list.label[r] = y;
+    list.is_majority[r] = y == majority ? T(1) : T(0);
+    list.share[r] = y == majority ? T(1) : T(0.5);
+  }
+  const bool by_discount = options.scheme == Scheme::kLambdaRank || options.scheme == Scheme::kNdcg2pp;
+  for (std::int64_t r = 0; r < size; ++r)
+    list.inverse_discount[r] = by_discount ? static_cast<T>(scratch.inverse_discount[r]) : T(0);
+  if (every_pair)
+    for (std::int64_t r = 0; r < size; ++r) list.gain[r] *= static_cast<T>(scratch.inverse_discount[r]);
+
+  // NaN comes first: one at either end makes the range NaN, and the comparison false.
+  const auto highest = static_cast<double>(list.score[0]), lowest = static_cast<double>(list.score[size - 1]);
+  list.fast = slope * (highest - lowest) <= kExponentLimit<T> && !(list.turned && every_pair);
+  if (list.fast) exponentials(list.score, size, slope, list.exponential, list.reciprocal);
+  for (std::int64_t r = list.fast ? size : 0; r < width; ++r) list.exponential[r] = list.reciprocal[r] = T(0);
+  for (std::int64_t r = size; r < width; ++r) {
+    list.inverse_discount[r] = list.label[r] = list.is_majority[r] = list.share[r] = T(0);
+    list.score[r] = list.score[size - 1];
+    list.gain[r] = every_pair ? T(0) : lowest_gain;
+  }
+
+  // Visits of the triangle of all pairs against those of the rows of rare labels.
+  const std::int64_t rare = size - scratch.labels.majority_count;
+  plan.majority_mode = !every_pair && cut == size && 2 * rare < size;
+  plan.rows = plan.majority_mode ? size : cut;
+
+  if (every_pair) {
+    plan.pairs = size * size - (size - cut) * (size - cut);
+    double diagonal = 0;
+    // s - s: a score that is not finite must be seen.
+    for (std::int64_t r = 0; r < cut; ++r)
+      diagonal += static_cast<double>(list.gain[r]) + static_cast<double>(list.score[r] - list.score[r]);
+    *loss = diagonal * 0.6931471805599453;
+  } else if (cut == size) {
+    plan.pairs = scratch.labels.pairs;
+  } else if (small) {
+    std::int64_t count[kSmallLabels] = {};
+    for (std::int64_t r = cut; r < size; ++r) ++count[static_cast<int>(list.label[r])];
+    plan.pairs = scratch.labels.pairs - unequal_pairs(count, count + kSmallLabels, size - cut);
+  } else {
+    std::vector<T> below(list.label + cut, list.label + size);
+    const std::vector<std::int64_t> runs = label_runs(below);
+    plan.pairs = scratch.labels.pairs - unequal_pairs(runs.data(), runs.data() + runs.size(), size - cut);
+  }
+  std::fill(scratch.pull.data(), scratch.pull.data() + width, 0.0);
+  return true;
+}
+
+// Writes the gradient of the list's own sum.
+template <typename T>
+void finish(const Scratch<T>& scratch, const LambdaLossOptions& options, const double* pull, double* loss, T* grad) {
+  const double factor = -options.scale * std::fabs(options.sigma);
+  for (std::int64_t i = 0; i < scratch.list.size; ++i) grad[i] = static_cast<T>(factor * pull[scratch.rank[i]]);
+  *loss *= options.scale;
+}
+
+template <typename T>
+void one_list(const T* scores, const T* labels, std::int64_t size, const LambdaLossOptions& options, double* loss,
+              std::int64_t* pairs, T* grad) {
+  Scratch<T>& scratch = this_threads_scratch<T>();
+  Plan plan;
+  const bool has_pairs = prepare(scores, labels, size, options, scratch, plan, loss);
+  *pairs = plan.pairs;
+  if (!has_pairs) return std::fill(grad, grad + size, static_cast<T>(*loss));
+  visit_pairs(scratch.list, plan.weighting, plan.majority_mode, 0, plan.rows, loss, scratch.pull.data(),
+              scratch.row_pull.data());
+  finish(scratch, options, scratch.pull.data(), loss, grad);
+}
+
+// One list on all threads: its rows in ranges of about equal work, each with sums of its own.
+template <typename T>
+void one_long_list(const T* scores, const T* labels, std::int64_t size, const LambdaLossOptions& options,
+                   double* loss, std::int64_t* pairs, T* grad) {
+  Scratch<T>& scratch = this_threads_scratch<T>();
+  Plan plan;
+  const bool has_pairs = prepare(scores, labels, size, options, scratch, plan, loss);
+  *pairs = plan.pairs;
+  if (!has_pairs) return std::fill(grad, grad + size, static_cast<T>(*loss));
+  const std::int64_t width = padded(size);
+  std::vector<double> pull(static_cast<std::size_t>(kRangesPerList * width)), losses(kRangesPerList);
+  std::vector<T> row_pull(static_cast<std::size_t>(kRangesPerList * width));
+  std::vector<std::int64_t> bounds(kRangesPerList + 1, plan.rows);
+  for (std::int64_t range = 0; range < kRangesPerList; ++range) {
+    const double share = static_cast<double>(range) / kRangesPerList;
+    // Row i of a triangle has size - i columns.
+    const double n = static_cast<double>(size), rows = static_cast<double>(plan.rows);
+    const double first = plan.majority_mode ? share * rows : n - std::sqrt(n * n - share * rows * (2 * n - rows));
+    bounds[range] = std::min(plan.rows, static_cast<std::int64_t>(first));
+  }
+  parallel_for(options.num_threads, kRangesPerList, [&](std::int64_t range) {
+    visit_pairs(scratch.list, plan.weighting, plan.majority_mode, bounds[range], bounds[range + 1], &losses[range],
+                pull.data() + range * width, row_pull.data() + range * width);
+  });
+  for (std::int64_t range = 0; range < kRangesPerList; ++range) {
+    *loss += losses[range];
+    for (std::int64_t r = 0; r < size; ++r) scratch.pull.data()[r] += pull[range * width + r];
+  }
+  finish(scratch, options, scratch.pull.data(), loss, grad);
 }
 
 }  // namespace
 
 template <typename T>
 void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, std::int64_t num_lists,
-                 const LambdaLossOptions& options, double* list_loss, std::int64_t* list_pairs, T* grad) {
-  // Ordered pairs bound the work; a thread is worth its start above about a million of them.
-  std::vector<double> work(static_cast<std::size_t>(num_lists) + 1, 0.0);
+                 const LambdaLossOptions& options, T* loss, T* grad) {
+  static thread_local std::vector<double> list_loss;
+  static thread_local std::vector<std::int64_t> list_pairs;
+  list_loss.resize(static_cast<std::size_t>(num_lists));
+  list_pairs.resize(static_cast<std::size_t>(num_lists));
+  // Worker threads have their own: they are reached by address.
+  double* const losses = list_loss.data();
+  std::int64_t* const pairs = list_pairs.data();
+
+  const auto visits = [&](std::int64_t q) {
+    const auto size = static_cast<double>(offsets[q + 1] - offsets[q]);
+    return 16 * size + 0.5 * size * size;
+  };
+  double total = 0;
+  bool any_long = false;
   for (std::int64_t q = 0; q < num_lists; ++q) {
-    const double size = static_cast<double>(offsets[q + 1] - offsets[q]);
-    work[q + 1] = work[q] + size * size;
+    total += visits(q);
+    any_long = any_long || visits(q) > kVisitsPerTask;
   }
-  const double worth = work.back() / 1e6;
-  const auto threads = static_cast<int>(
-      std::min({static_cast<double>(options.num_threads), static_cast<double>(num_lists), worth}));
-  if (threads <= 1) {
-    some_lists(scores, labels, offsets, 0, num_lists, options, list_loss, list_pairs, grad);
+  // Runs of lists, several a thread: they even out what the estimate misses.
+  const std::int64_t tasks =
+      options.num_threads > 1 && total > kVisitsForThreads ? std::min<std::int64_t>(num_lists, 4 * options.num_threads)
+                                                           : 1;
+  parallel_for(options.num_threads, tasks, [&](std::int64_t task) {
+    for (std::int64_t q = num_lists * task / tasks; q < num_lists * (task + 1) / tasks; ++q) {
+      if (visits(q) > kVisitsPerTask) continue;
+      const std::int64_t start = offsets[q];
+      one_list(scores + start, labels + start, offsets[q + 1] - start, options, losses + q, pairs + q, grad + start);
+    }
+  });
+  for (std::int64_t q = 0; any_long && q < num_lists; ++q) {
+    if (visits(q) <= kVisitsPerTask) continue;
+    const std::int64_t start = offsets[q];
+    one_long_list(scores + start, labels + start, offsets[q + 1] - start, options, losses + q, pairs + q,
+                  grad + start);
+  }
+
+  if (options.reduction == Reduction::kNone) {
+    for (std::int64_t q = 0; q < num_lists; ++q) loss[q] = static_cast<T>(losses[q]);
     return;
   }
-  // Contiguous ranges of lists with about equal work: each writes its own part of every output.
-  std::vector<std::thread> pool;
-  std::int64_t begin = 0;
-  for (int t = 0; t < threads; ++t) {
-    const double until = work.back() * (t + 1) / threads;
-    std::int64_t end = t + 1 == threads
-                           ? num_lists
-                           : std::upper_bound(work.begin(), work.end(), until) - work.begin() - 1;
-    end = std::max(begin, std::min(end, num_lists));
-    if (t + 1 == threads) {
-      some_lists(scores, labels, offsets, begin, end, options, list_loss, list_pairs, grad);
-    } else {
-      pool.emplace_back(some_lists<T>, scores, labels, offsets, begin, end, std::cref(options), list_loss, list_pairs,
-                        grad);
-    }
-    begin = end;
-  }
-  for (std::thread& thread : pool) thread.join();
+  double divisor = 1;
+  if (options.reduction == Reduction::kLists) divisor = static_cast<double>(num_lists);
+  if (options.reduction == Reduction::kPairs)
+    divisor = static_cast<double>(std::accumulate(pairs, pairs + num_lists, std::int64_t{0}));
+  divisor = std::max(divisor, 1.0);
+  *loss = static_cast<T>(std::accumulate(losses, losses + num_lists, 0.0) / divisor);
+  const T factor = static_cast<T>(1.0 / divisor);
+  const std::int64_t n = num_lists == 0 ? 0 : offsets[num_lists];
+  for (std::int64_t i = 0; i < n; ++i) grad[i] *= factor;
 }
 
 template void lambda_loss<float>(const float*, const float*, const std::int64_t*, std::int64_t,
-                                 const LambdaLossOptions&, double*, std::int64_t*, float*);
+                                 const LambdaLossOptions&, float*, float*);
 template void lambda_loss<double>(const double*, const double*, const std::int64_t*, std::int64_t,
-                                  const LambdaLossOptions&, double*, std::int64_t*, double*);
+                                  const LambdaLossOptions&, double*, double*);
 
 }  // namespace rerank_fast

@@ -7,6 +7,7 @@
 namespace rerank_fast {
 
 enum class Scheme : int { kNone, kNdcg1, kNdcg2, kLambdaRank, kNdcg2pp };
+enum class Reduction : int { kPairs, kLists, kSum, kNone };
 
 struct LambdaLossOptions {
   Scheme scheme;
@@ -15,14 +16,15 @@ struct LambdaLossOptions {
   double mu;
   double eps;
   double scale;  // 1 / ln 2 for the binary logarithm, 1 for the natural one
+  Reduction reduction;
   int num_threads;
 };
 
-// scores, labels: (num_documents); offsets: (num_lists + 1).
-// Writes per-list sums list_loss (num_lists), pair counts list_pairs (num_lists) and the gradient of each list's own
-// sum, grad (num_documents). T is float or double; loss sums are always double.
+// scores, labels: (num_documents); offsets: (num_lists + 1), rising from 0 to num_documents.
+// Writes loss, (num_lists) for Reduction::kNone and else one value, and grad (num_documents). T is float or double;
+// sums are taken in double. The result does not depend on the number of threads.
 template <typename T>
 void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, std::int64_t num_lists,
-                 const LambdaLossOptions& options, double* list_loss, std::int64_t* list_pairs, T* grad);
+                 const LambdaLossOptions& options, T* loss, T* grad);
 
 }  // namespace rerank_fast

@@ -23,6 +23,7 @@ def _parser() -> ArgumentParser:
     train.add_argument("--model", type=str, required=True, help="directory or hub id of an encoder or reranker")
     train.add_argument("--train", type=str, required=True, help="lists: .jsonl, .parquet, saved dataset or hub id")
     train.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
+    _add_columns(train)
     train.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
     train.add_class_arguments(TrainingConfig, skip={"overwrite"})
     commands.add_subcommand("train", train)
@@ -32,6 +33,7 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument(
         "--data", type=str, required=True, help="lists: .jsonl, .parquet, saved dataset or hub id"
     )
+    _add_columns(evaluate)
     evaluate.add_argument("--output", type=str | None, default=None, help="JSON file for the metrics")
     evaluate.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     evaluate.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
@@ -46,14 +48,39 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _add_columns(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        type=dict[str, str] | None,
+        default=None,
+        help="""the lists' own names of query, docs and labels: '{"docs": "passages"}' or --columns.docs passages""",
+    )
+
+
+def _lists(source: str, columns: dict[str, str] | None) -> Any:
+    """The source as it is, or read here where its columns have other names."""
+    if columns is None:
+        return source
+    from rerank_fast.data.lists import load_lists
+
+    return load_lists(source, columns=columns)
+
+
 def _train(options: dict[str, Any]) -> None:
     model, train, evaluation = options.pop("model"), options.pop("train"), options.pop("eval")
+    columns = options.pop("columns")
     options.pop("config", None)
     config = TrainingConfig(**options)  # a wrong value is said before torch is imported
 
     from rerank_fast.training.trainer import Trainer
 
-    result = Trainer(model, train, eval_lists=evaluation, config=config).train()
+    trainer = Trainer(
+        model,
+        _lists(train, columns),
+        eval_lists=evaluation and _lists(evaluation, columns),
+        config=config,
+    )
+    result = trainer.train()
     print(
         f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved to {result.output}"
     )
@@ -66,7 +93,10 @@ def _evaluate(options: dict[str, Any]) -> None:
     from rerank_fast.model.cross_encoder import CrossEncoder
 
     evaluator = RerankingEvaluator(
-        options["data"], at_k=options["at_k"], batch_size=options["batch_size"], show_progress_bar=True
+        _lists(options["data"], options["columns"]),
+        at_k=options["at_k"],
+        batch_size=options["batch_size"],
+        show_progress_bar=True,
     )
     output = Path(options["output"]) if options["output"] else None
     if output and not output.parent.is_dir():

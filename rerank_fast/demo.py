@@ -11,7 +11,7 @@ import torch
 
 from rerank_fast.data.docstrings import build_docstring_lists
 from rerank_fast.evaluation import RerankingEvaluator, bootstrap_interval
-from rerank_fast.model import CrossEncoder
+from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import TrainingConfig
 from rerank_fast.training.trainer import Trainer
 

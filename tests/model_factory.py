@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 _WORDS = [
     "a",
@@ -82,19 +90,33 @@ def make_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
 
 def make_tiny_bert(directory: str | Path, *, head: bool = True, num_labels: int = 1, seed: int = 0) -> Path:
     """Save a 2-layer BERT of width 32 with its tokenizer; `head=False` saves the bare encoder."""
-    directory = Path(directory)
     tokenizer = make_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        num_labels=num_labels,
+    config = BertConfig(**_shape(tokenizer), max_position_embeddings=64, num_labels=num_labels)
+    torch.manual_seed(seed)
+    return _save(BertForSequenceClassification(config) if head else BertModel(config), tokenizer, directory)
+
+
+def make_tiny_roberta(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a RoBERTa of the same shape; its positions begin at pad + 1, so 65 embeddings hold 64 tokens."""
+    tokenizer = make_tokenizer(model_max_length=512)
+    config = RobertaConfig(
+        **_shape(tokenizer), max_position_embeddings=65, num_labels=1, pad_token_id=0, type_vocab_size=2
     )
     torch.manual_seed(seed)
-    model = BertForSequenceClassification(config) if head else BertModel(config)
+    return _save(RobertaForSequenceClassification(config), tokenizer, directory)
+
+
+def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> Path:
     # The usual 0.02 leaves a tiny random model's scores all but equal: spread them.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,4 +124,4 @@ def make_tiny_bert(directory: str | Path, *, head: bool = True, num_labels: int 
                 parameter.mul_(5)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return directory
+    return Path(directory)

@@ -71,6 +71,18 @@ def test_print_config_shows_every_setting_and_can_be_given_back(work: Path, caps
     assert cli.main(["train", "--config", str(work / "printed.yaml"), "--max_steps", "1"]) == 0
 
 
+def test_columns_of_other_names(work: Path, capsys: pytest.CaptureFixture):
+    file = work / "renamed.jsonl"
+    rows = [{"q": row["query"], "passages": row["docs"], "labels": row["labels"]} for row in _ROWS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--columns", '{"query": "q", "docs": "passages"}']
+    arguments = [*train_arguments(work, "renamed"), "--train", str(file), "--eval", str(file), "--max_steps", "1"]
+    assert cli.main([*arguments, *columns]) == 0
+    assert cli.main(["evaluate", "--model", str(work / "renamed"), "--data", str(file), *columns]) == 0
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert "no column query" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

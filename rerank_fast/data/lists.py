@@ -64,6 +64,8 @@ def _collect(rows: Iterable[dict[str, Any]], where: str) -> Dataset:
 
 def _open(path: str, columns: Mapping[str, str] | None, split: str | None) -> Iterator[dict[str, Any]]:
     file = Path(path)
+    if split is not None and file.is_file():
+        raise ValueError(f"a file has no splits: got split={split!r} with {path}")
     if file.is_dir():
         try:
             saved = load_from_disk(path)

@@ -53,8 +53,8 @@ class RerankingEvaluator:
             (query, doc) for query, docs in zip(dataset["query"], dataset["docs"], strict=True) for doc in docs
         ]
         self._bounds = np.cumsum([len(values) for values in self.labels])[:-1]
-        # Token ids of the last model seen: an evaluation every few hundred steps tokenises once.
-        self._tokens: tuple[Any, Any] | None = None
+        # Token ids for the last model and max_length seen: an evaluation every few hundred steps tokenises once.
+        self._tokens: tuple[Any, int, Any] | None = None
 
     def _prefixed(self, metric: str) -> str:
         return f"{self.name}_{metric}" if self.name else metric
@@ -62,10 +62,10 @@ class RerankingEvaluator:
     def _scores(self, model: Any) -> list[np.ndarray]:
         # Raw scores: a sigmoid would round large ones to the same value and tie them.
         if hasattr(model, "score_tokens") and hasattr(model, "tokenize"):
-            if self._tokens is None or self._tokens[0]() is not model:
-                self._tokens = weakref.ref(model), model.tokenize(self.pairs)
+            if self._tokens is None or self._tokens[0]() is not model or self._tokens[1] != model.max_length:
+                self._tokens = weakref.ref(model), model.max_length, model.tokenize(self.pairs)
             scores = model.score_tokens(
-                self._tokens[1],
+                self._tokens[2],
                 batch_size=self.batch_size,
                 activation_fn=nn.Identity(),
                 show_progress_bar=self.show_progress_bar,
@@ -92,22 +92,30 @@ class RerankingEvaluator:
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Means over all lists; with an output_path also a row of a CSV file in that directory."""
+        """Means over all lists; with an output_path also a row of a CSV file in that directory.
+
+        Raises:
+            ValueError: output_path can't be written, before anything is scored; a score is NaN.
+        """
+        file = None if output_path is None else self._csv_file(Path(output_path))
         means = {name: float(values.mean()) for name, values in self.evaluate_per_query(model).items()}
-        for metric in ("map", f"mrr@{self.at_k}", f"ndcg@{self.at_k}"):
+        metrics = ("map", f"mrr@{self.at_k}", f"ndcg@{self.at_k}")
+        for metric in metrics:
             logger.info("%-8s base %.4f -> reranked %.4f", metric, means[f"base_{metric}"], means[metric])
-        if output_path is not None:
-            self._write_csv(Path(output_path), means, epoch, steps)
+        if file is not None:
+            with file.open("a", newline="", encoding="utf-8") as handle:
+                csv.writer(handle).writerow([epoch, steps, *(means[metric] for metric in metrics)])
         return {self._prefixed(name): value for name, value in means.items()}
 
-    def _write_csv(self, directory: Path, means: dict[str, float], epoch: float, steps: int) -> None:
-        metrics = ("map", f"mrr@{self.at_k}", f"ndcg@{self.at_k}")
-        directory.mkdir(parents=True, exist_ok=True)
-        infix = f"_{self.name}" if self.name else ""
+    def _csv_file(self, directory: Path) -> Path:
+        """The results file, with its header."""
+        infix = f"_{self.name.replace('/', '_')}" if self.name else ""
         file = directory / f"CrossEncoderRerankingEvaluator{infix}_results_@{self.at_k}.csv"
-        is_new = not file.exists()
-        with file.open("a", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle)
-            if is_new:
-                writer.writerow(["epoch", "steps", *(metric.upper() for metric in metrics)])
-            writer.writerow([epoch, steps, *(means[metric] for metric in metrics)])
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with file.open("a", newline="", encoding="utf-8") as handle:
+                if handle.tell() == 0:
+                    csv.writer(handle).writerow(["epoch", "steps", "MAP", f"MRR@{self.at_k}", f"NDCG@{self.at_k}"])
+        except OSError as error:
+            raise ValueError(f"output_path {directory} can't be written: {error}") from error
+        return file

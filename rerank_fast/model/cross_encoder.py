@@ -31,7 +31,7 @@ class CrossEncoder(nn.Module):
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
         num_labels: must be 1.
         max_length: longest pair in tokens; longer ones are truncated, longest side first. None takes the
-            smaller of the tokenizer's and the model's limit.
+            smaller of the tokenizer's limit and the number of positions that the model has.
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the weights; None keeps the checkpoint's own.
         activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
@@ -40,7 +40,8 @@ class CrossEncoder(nn.Module):
         token: hub access token.
 
     Raises:
-        ValueError: the model is missing, has no safetensors weights, or has more than one label.
+        ValueError: the model is missing, has no safetensors weights, or has more than one label; max_length is
+            below 4 or above the model's positions.
     """
 
     def __init__(
@@ -59,14 +60,13 @@ class CrossEncoder(nn.Module):
         super().__init__()
         if num_labels != 1:
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
-        if max_length is not None and max_length < 4:
-            raise ValueError(f"max_length must leave room for two texts and their separators, got {max_length}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
-        self.max_length = min(max_length or loaded.max_length, loaded.max_length)
+        self._max_positions = loaded.max_positions
+        self.max_length = loaded.max_length if max_length is None else max_length
         # Set past nn.Module, which would register a module's parameters as the model's own.
         object.__setattr__(self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid())
         self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -77,6 +77,19 @@ class CrossEncoder(nn.Module):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def max_length(self) -> int:
+        """Longest pair in tokens, special tokens included."""
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        if value < 4:
+            raise ValueError(f"max_length must leave room for two texts and their separators, got {value}")
+        if self._max_positions is not None and value > self._max_positions:
+            raise ValueError(f"max_length is {value}, but {self.name_or_path} has {self._max_positions} positions")
+        self._max_length = value
 
     @property
     def device(self) -> torch.device:

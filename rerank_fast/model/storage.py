@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -31,7 +32,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    max_length: int
+    max_length: int  # the saved limit of a pair in tokens
+    max_positions: int | None  # tokens the model has positions for; None where it has no such limit
     activation_fn: Callable[[Tensor], Tensor] | None
 
 
@@ -97,10 +99,12 @@ def load(
         )
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    positions = _max_positions(config)
     return LoadedModel(
         model,
         tokenizer,
-        _max_length(config, tokenizer),
+        int(min(tokenizer.model_max_length, positions or math.inf)),
+        positions,
         None if missing else _saved_activation(path_or_hub_id, config, revision, token),
     )
 
@@ -116,17 +120,15 @@ def _explain(path_or_hub_id: str, error: Exception) -> str:
     return f"model {path_or_hub_id} is no local directory, and {state}: {first_line}"
 
 
-def _max_length(config: Any, tokenizer: Any) -> int:
-    """The smaller of the tokenizer's limit and the number of positions the model has embeddings for."""
-    limits = [tokenizer.model_max_length]
-    positions = getattr(config, "max_position_embeddings", -1)
-    if positions is not None and positions > 0:
-        # RoBERTa and its kin count positions from pad + 1, so that many of the embeddings are never used.
-        offset = 0
-        if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-            offset = (config.pad_token_id or 0) + 1
-        limits.append(positions - offset)
-    return int(min(limits))
+def _max_positions(config: Any) -> int | None:
+    """How many tokens the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    # RoBERTa and its kin count positions from pad + 1, so that many of the embeddings are never used.
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        positions -= (config.pad_token_id or 0) + 1
+    return int(positions)
 
 
 def _saved_activation(

@@ -16,7 +16,10 @@ except ImportError as error:
 else:
     _C, _reason = _compiled, ""
 
-_SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}  # enum Scheme of csrc/lambda_loss.h
+# The enums of csrc/lambda_loss.h.
+_SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
+_REDUCTIONS = {"pairs": 0, "lists": 1, "sum": 2, "none": 3}
+_SCALES = {"binary": 1 / math.log(2), "natural": 1.0}
 
 
 def available() -> bool:
@@ -46,12 +49,12 @@ def forward(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
-    if scores.dtype != torch.float64:
-        scores = scores.float()
+    if scores.dtype == torch.float64:
+        kernel = _C.lambda_loss_double
+    else:
+        scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
-    kernel: Any = _C.lambda_loss_double if scores.dtype == torch.float64 else _C.lambda_loss_float
-    per_list = torch.empty(num_lists, dtype=torch.float64)
-    pairs = torch.empty(num_lists, dtype=torch.int64)
+    loss = scores.new_empty((num_lists,) if reduction == "none" else ())
     grad = torch.empty_like(scores)
     kernel(
         scores.data_ptr(),
@@ -63,14 +66,10 @@ def forward(
         sigma,
         mu,
         eps,
-        1 / math.log(2) if reduction_log == "binary" else 1.0,
+        _SCALES[reduction_log],
+        _REDUCTIONS[reduction],
         torch.get_num_threads(),
-        per_list.data_ptr(),
-        pairs.data_ptr(),
+        loss.data_ptr(),
         grad.data_ptr(),
     )
-    if reduction == "none":
-        return per_list.to(scores.dtype), grad
-    divisor = {"pairs": int(pairs.sum()), "lists": num_lists, "sum": 1}[reduction]
-    divisor = max(divisor, 1)
-    return (per_list.sum() / divisor).to(scores.dtype), grad.div_(divisor)
+    return loss, grad

@@ -36,7 +36,7 @@ class TrainingResult:
     steps: int
     best_step: int
     metrics: dict[str, float]
-    train_loss: float
+    train_loss: float  # mean over all steps
     seconds: float
 
 
@@ -77,7 +77,7 @@ class Trainer:
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=state.device)
         self.model.float()  # bf16 weights would round a step of the recipe's size away
         if config.max_length is not None:
-            self.model.max_length = min(config.max_length, self.model.max_length)
+            self.model.max_length = config.max_length
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.lists: TokenizedLists = tokenize_lists(lists, self.model, show_progress_bar=config.show_progress_bar)
@@ -153,12 +153,13 @@ class Trainer:
         model.activation_fn = nn.Identity()
         model.train()
         best: dict[str, float] = {}
-        best_step, step, train_loss = 0, 0, math.nan
+        best_step, step, loss_sum = 0, 0, 0.0
         losses: list[Tensor] = []  # since the last log line, on the device
         pairs, logged_at = 0, time.perf_counter()
         bar = tqdm(total=self.num_steps, desc="Training", disable=not config.show_progress_bar)
         try:
             for batch in self._batches():
+                learning_rate = self.scheduler.get_last_lr()[0]  # of this step
                 losses.append(self._step(batch))
                 step += 1
                 pairs += len(batch.pairs)
@@ -167,11 +168,11 @@ class Trainer:
                 saves = step % config.save_steps == 0 and step < self.num_steps
                 # Also before a save: a diverged model never replaces a sound one.
                 if step % config.logging_steps == 0 or step == self.num_steps or evaluates or saves:
-                    train_loss = self._finite_mean(losses, step)
+                    loss = self._finite_mean(losses, step)
+                    loss_sum += loss * len(losses)
                     rate = pairs / (time.perf_counter() - logged_at)
-                    learning_rate = self.scheduler.get_last_lr()[0]
-                    bar.set_postfix(loss=f"{train_loss:.4f}", lr=f"{learning_rate:.2e}", pairs_per_s=f"{rate:.0f}")
-                    self._log(step, loss=train_loss, learning_rate=learning_rate, pairs_per_second=rate)
+                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", pairs_per_s=f"{rate:.0f}")
+                    self._log(step, loss=loss, learning_rate=learning_rate, pairs_per_second=rate)
                     losses, pairs, logged_at = [], 0, time.perf_counter()
                 if self.evaluator and evaluates:
                     paused_at = time.perf_counter()
@@ -197,7 +198,7 @@ class Trainer:
             best_step = step
             model.save_pretrained(self.output, overwrite=True)
         seconds = time.perf_counter() - started
-        result = TrainingResult(str(self.output), step, best_step, best, train_loss, seconds)
+        result = TrainingResult(str(self.output), step, best_step, best, loss_sum / step, seconds)
         write_json(self.output / "metrics.json", {**asdict(result), "config": asdict(config)})
         return result
 

@@ -273,3 +273,10 @@ def test_no_source(source: Any) -> None:
 def test_large_integers_keep_their_float32_value() -> None:
     lists = load_lists([{**GOOD, "labels": [2**24 + 1, 0]}])
     assert lists[0]["labels"][0] == float(np.float32(2**24 + 1))
+
+
+def test_a_file_has_no_splits(tmp_path: Path):
+    file = tmp_path / "lists.jsonl"
+    file.write_text('{"query": "q", "docs": ["a"], "labels": [1]}\n')
+    with pytest.raises(ValueError, match="a file has no splits"):
+        load_lists(file, split="test")

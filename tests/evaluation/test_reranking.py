@@ -135,6 +135,17 @@ def test_csv_grows_by_a_row_a_call(tmp_path: Path) -> None:
     ]
 
 
+def test_csv_of_a_name_with_a_slash_and_where_nothing_can_be_written(tmp_path: Path) -> None:
+    lists, model = random_lists(seed=4, count=3)
+    RerankingEvaluator(lists, name="a/b")(model, output_path=str(tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [
+        "CrossEncoderRerankingEvaluator_a_b_results_@10.csv"
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be written"):
+        RerankingEvaluator(lists)(None, output_path=str(tmp_path / "file"))  # before the model is asked
+
+
 def test_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="rerank_fast"):
         RerankingEvaluator(LISTS)(Stub({(row["query"], doc): 0.0 for row in LISTS for doc in row["docs"]}))
@@ -159,6 +170,9 @@ def test_tokens_are_kept_for_the_same_model(model: CrossEncoder, monkeypatch: py
     evaluator = RerankingEvaluator(LISTS)
     assert evaluator(model) == evaluator(model)
     assert len(calls) == 1
+    monkeypatch.setattr(model, "max_length", 8)
+    evaluator(model)
+    assert len(calls) == 2
 
 
 def test_model_is_not_kept_alive(tmp_path: Path) -> None:

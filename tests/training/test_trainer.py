@@ -72,7 +72,7 @@ def test_it_learns_and_leaves_the_best_model_with_its_figures(
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 60
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    assert np.isfinite(result.train_loss)
+    assert result.train_loss == pytest.approx(np.mean(losses))
     assert {"step", "epoch", "loss", "learning_rate", "pairs_per_second"} <= rows[0].keys()
     evaluations = [row for row in rows if "ndcg@10" in row]
     assert [row["step"] for row in evaluations] == [12, 24, 36, 48, 60]
@@ -137,7 +137,9 @@ def test_the_learning_rate_rises_then_falls(schedule: str, tiny_bert: Path, trai
     result = Trainer(str(tiny_bert), train_lists, config=config).train()
     assert result.steps == 10  # into the second epoch of 6 steps
     rates = [row["learning_rate"] for row in log_rows(tmp_path)]
+    assert rates[0] == 0  # the first step's own
     peak = int(np.argmax(rates))
+    assert peak == 2
     assert rates[peak] == pytest.approx(1e-3)
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -215,5 +217,7 @@ def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_l
         Trainer(str(tmp_path / "missing"), train_lists, config=config_for(tmp_path / "run"))
     with pytest.raises(ValueError):
         Trainer(str(tiny_bert), tmp_path / "missing.jsonl", config=config_for(tmp_path / "run"))
+    with pytest.raises(ValueError, match="has 64 positions"):
+        Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", max_length=65))
     with pytest.raises(ValueError, match="learning_rate"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", learning_rate=-1.0))
