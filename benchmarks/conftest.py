@@ -28,21 +28,27 @@ _ROWS: list[Row] = []
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., Row]:
-    """compare(case, ours, peer, rounds): times both alternately, hands ours to pytest-benchmark, notes the ratio.
+    """compare(case, ours, peer, rounds, repeats): times both alternately, hands ours to pytest-benchmark, notes the
+    ratio.
 
-    One after the other in every round, so that whatever else slows the machine slows both alike.
+    One after the other in every round, so that whatever else slows the machine slows both alike. Each is called
+    `repeats` times in a row and its mean taken: a call of some microseconds is not timed by how cold the other one
+    left the caches.
     """
 
-    def run(case: str, ours: Callable[[], object], peer: Callable[[], object], *, rounds: int) -> Row:
+    def run(
+        case: str, ours: Callable[[], object], peer: Callable[[], object], *, rounds: int, repeats: int = 1
+    ) -> Row:
         ours(), peer()  # compilation, caches, first allocations
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
         times: dict[str, list[float]] = {"peer": [], "ours": []}
 
         def timed(name: str, function: Callable[[], object]) -> None:
             started = time.perf_counter()
-            function()
+            for _ in range(repeats):
+                function()
             synchronize()
-            times[name].append(time.perf_counter() - started)
+            times[name].append((time.perf_counter() - started) / repeats)
 
         benchmark.pedantic(
             lambda: timed("ours", ours), setup=lambda: timed("peer", peer), rounds=rounds, iterations=1

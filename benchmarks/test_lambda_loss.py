@@ -27,17 +27,17 @@ class _Scores(nn.Module):
         return {"scores": self.scores}
 
 
-CASES = [
-    pytest.param(16, 10, "binary", 200, id="loss-16x10"),
-    pytest.param(64, 32, "binary", 50, id="loss-64x32"),
-    pytest.param(64, 100, "binary", 20, id="loss-64x100"),
-    pytest.param(16, 1000, "binary", 5, id="loss-16x1000-binary"),
-    pytest.param(16, 1000, "graded", 5, id="loss-16x1000-graded"),
+CASES = [  # lists, documents, labels, rounds, calls in a row
+    pytest.param(16, 10, "binary", 30, 200, id="loss-16x10"),
+    pytest.param(64, 32, "binary", 30, 50, id="loss-64x32"),
+    pytest.param(64, 100, "binary", 20, 20, id="loss-64x100"),
+    pytest.param(16, 1000, "binary", 7, 1, id="loss-16x1000-binary"),
+    pytest.param(16, 1000, "graded", 7, 1, id="loss-16x1000-graded"),
 ]
 
 
-@pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds"), CASES)
-def test_loss(compare, num_lists, num_docs, labels, rounds):
+@pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds", "repeats"), CASES)
+def test_loss(compare, num_lists, num_docs, labels, rounds, repeats):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     shape = (num_lists, num_docs)
@@ -62,4 +62,4 @@ def test_loss(compare, num_lists, num_docs, labels, rounds):
         return scores.grad
 
     torch.testing.assert_close(ours(), peer(), rtol=1e-4, atol=1e-7)
-    compare(f"loss {num_lists} lists x {num_docs} documents, {labels}", ours, peer, rounds=rounds)
+    compare(f"loss {num_lists} lists x {num_docs} documents, {labels}", ours, peer, rounds=rounds, repeats=repeats)

@@ -13,6 +13,12 @@
 #include "lambda_loss_pairs.h"
 #include "threads.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define RERANK_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define RERANK_FAST_CLONES
+#endif
+
 namespace rerank_fast {
 namespace {
 
@@ -22,7 +28,7 @@ constexpr double kExponentLimit = sizeof(T) == 4 ? 80.0 : 600.0;
 // Labels that are whole numbers below this are counted rather than sorted; their gains are exact in double.
 constexpr int kSmallLabels = 64;
 // A list with more visits than this is cut into row ranges for all threads; fewer in all are done by one thread.
-constexpr double kVisitsPerTask = 1 << 21, kVisitsForThreads = 1 << 16;
+constexpr double kVisitsPerTask = 1 << 21, kVisitsForThreads = 1 << 14;
 constexpr std::int64_t kRangesPerList = 8;  // fixed, so that sums do not depend on the number of threads
 
 std::int64_t padded(std::int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
@@ -74,7 +80,7 @@ struct Scratch {
   std::int64_t longest = -1;
   std::vector<double> inverse_discount;    // 1 / log2(1 + r) for r = 1, 2, ... at r - 1
   std::vector<double> ideal;               // ideal[n]: the sum of the first n of them
-  std::vector<std::int32_t> rank, order;   // 0-based rank of a document, and the document at a rank
+  std::vector<std::int32_t> rank, order;   // 0-based rank of a document; what is wanted in some order
   std::vector<std::uint64_t> keys, swap;
   std::vector<T> sorted_labels;
   RankedList<T> list;
@@ -129,24 +135,23 @@ std::uint32_t rank_key(float score) {
 constexpr std::int64_t kCountedRanks = 192;  // lists up to here are ranked by counting, longer ones by sorting
 
 // Each document's 0-based rank by counting the documents before it: quadratic, but without branches.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-void count_ranks(const std::uint32_t* keys, std::int32_t size, std::int32_t* rank) {
+RERANK_FAST_CLONES void count_ranks(const std::uint32_t* keys, std::int32_t size, std::int32_t* rank) {
+  // Vectors by name: compilers turn the loop over the documents that are counted into the vector one otherwise.
+  using Lanes = std::uint32_t __attribute__((vector_size(kBlock * sizeof(std::uint32_t))));
+  Lanes lane;
+  for (std::uint32_t l = 0; l < kBlock; ++l) lane[l] = l;
   for (std::int32_t first = 0; first < size; first += kBlock) {
-    std::int32_t count[kBlock] = {0};
-    // Equal keys keep their order: an earlier document goes before, a later one does not.
-    for (std::int32_t j = 0; j < first; ++j)
-      for (std::int32_t lane = 0; lane < kBlock; ++lane) count[lane] += keys[j] <= keys[first + lane] ? 1 : 0;
+    Lanes own, count = {};
+    std::memcpy(&own, keys + first, sizeof own);
     const std::int32_t stop = std::min(first + static_cast<std::int32_t>(kBlock), size);
+    // A comparison gives -1. Equal keys keep their order: an earlier document goes before, a later one does not.
+    const Lanes above = own + 1;
+    for (std::int32_t j = 0; j < first; ++j) count -= reinterpret_cast<Lanes>(keys[j] < above);
     for (std::int32_t j = first; j < stop; ++j)
-      for (std::int32_t lane = 0; lane < kBlock; ++lane) {
-        const std::uint32_t own = keys[first + lane];
-        count[lane] += (keys[j] < own || (keys[j] == own && j < first + lane)) ? 1 : 0;
-      }
-    for (std::int32_t j = stop; j < size; ++j)
-      for (std::int32_t lane = 0; lane < kBlock; ++lane) count[lane] += keys[j] < keys[first + lane] ? 1 : 0;
-    std::copy(count, count + kBlock, rank + first);
+      count -= reinterpret_cast<Lanes>(
+          keys[j] < own - reinterpret_cast<Lanes>(static_cast<std::uint32_t>(j - first) < lane));
+    for (std::int32_t j = stop; j < size; ++j) count -= reinterpret_cast<Lanes>(keys[j] < own);
+    std::memcpy(rank + first, &count, sizeof count);
   }
 }
 
@@ -209,32 +214,67 @@ std::vector<std::int64_t> label_runs(std::vector<T>& labels) {
   return runs;
 }
 
+// Whether all labels are whole numbers from 0 to kSmallLabels - 1, whether one is NaN, and the largest small one.
+RERANK_FAST_CLONES void look_at_labels(const float* y, std::int64_t size, Labels& labels) {
+  int odd = 0, nan = 0, largest = 0;
+#pragma omp simd reduction(| : odd, nan) reduction(max : largest)
+  for (std::int64_t i = 0; i < size; ++i) {
+    const bool in_range = y[i] >= 0.0f && y[i] < static_cast<float>(kSmallLabels);
+    const int whole = static_cast<int>(in_range ? y[i] : 0.0f);
+    odd |= in_range && static_cast<float>(whole) == y[i] ? 0 : 1;
+    nan |= y[i] != y[i] ? 1 : 0;
+    largest = whole > largest ? whole : largest;
+  }
+  labels.small = odd == 0;
+  labels.nan = nan != 0;
+  labels.largest = largest;
+}
+
+void look_at_labels(const double* y, std::int64_t size, Labels& labels) {
+  labels.small = true;
+  labels.nan = false;
+  labels.largest = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const bool in_range = y[i] >= 0 && y[i] < kSmallLabels;
+    const int whole = in_range ? static_cast<int>(y[i]) : 0;
+    labels.small = labels.small && in_range && whole == y[i];
+    labels.nan = labels.nan || y[i] != y[i];
+    labels.largest = std::max(labels.largest, whole);
+  }
+}
+
+RERANK_FAST_CLONES std::int64_t count_label(const float* y, std::int64_t size, float label) {
+  std::int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (std::int64_t i = 0; i < size; ++i) count += y[i] == label ? 1 : 0;
+  return count;
+}
+
+std::int64_t count_label(const double* y, std::int64_t size, double label) { return std::count(y, y + size, label); }
+
 template <typename T>
 void read_labels(const T* y, std::int64_t size, Scratch<T>& scratch) {
   Labels& labels = scratch.labels;
-  bool small = true;
-  labels.nan = false;
-  for (std::int64_t i = 0; i < size; ++i) {
-    small = small && y[i] >= T(0) && y[i] < T(kSmallLabels) && y[i] == static_cast<T>(static_cast<int>(y[i]));
-    labels.nan = labels.nan || y[i] != y[i];
-  }
-  labels.small = small;
-  if (labels.nan) return;
+  look_at_labels(y, size, labels);
   labels.distinct = 0;
   labels.majority_count = 0;
+  if (labels.nan) return;
   const auto note = [&labels](double label, std::int64_t count) {
     ++labels.distinct;
     if (count <= labels.majority_count) return;
     labels.majority_count = count;
     labels.majority = label;
   };
-  if (small) {
-    std::fill(labels.count, labels.count + kSmallLabels, 0);
-    labels.largest = 0;
-    for (std::int64_t i = 0; i < size; ++i) {
-      const auto label = static_cast<int>(y[i]);
-      ++labels.count[label];
-      labels.largest = std::max(labels.largest, label);
+  if (labels.small) {
+    if (labels.largest < 8) {
+      // A vector pass a label is shorter than a chain of increments. The last count is what the others leave.
+      std::int64_t left = size;
+      for (int label = 0; label < labels.largest; ++label)
+        left -= labels.count[label] = count_label(y, size, static_cast<T>(label));
+      labels.count[labels.largest] = left;
+    } else {
+      std::fill(labels.count, labels.count + kSmallLabels, 0);
+      for (std::int64_t i = 0; i < size; ++i) ++labels.count[static_cast<int>(y[i])];
     }
     for (int label = 0; label <= labels.largest; ++label)
       if (labels.count[label] != 0) note(label, labels.count[label]);
@@ -288,10 +328,7 @@ void find_gains(std::int64_t k, double eps, const Scratch<T>& scratch, std::int6
   gains.normalizer = 1.0 / std::max(ideal, eps * std::exp2(-gains.largest));
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-void exponentials(const float* scores, std::int64_t size, double slope, float* result, float* reciprocal) {
+RERANK_FAST_CLONES void exponentials(const float* scores, std::int64_t size, double slope, float* result, float* reciprocal) {
   const auto highest = static_cast<double>(scores[0]);
   // The argument is reduced in double: the rounding of a large difference would show in its exponential.
 #pragma omp simd
@@ -325,8 +362,7 @@ void exponentials(const double* scores, std::int64_t size, double slope, double*
 
 struct Plan {
   Weighting weighting;
-  bool majority_mode;
-  std::int64_t rows;   // rows to visit: those below it
+  std::int64_t rows;   // to visit
   std::int64_t pairs;  // preference pairs (for NDCGLoss1 all ordered pairs) under the cut
 };
 
@@ -367,22 +403,30 @@ bool prepare(const T* scores, const T* labels, std::int64_t size, const LambdaLo
   Gains gains;
   const bool none = plan.weighting == Weighting::kNone, small = scratch.labels.small;
   if (!none) find_gains(cut, options.eps, scratch, size, gains);
+  for (std::int64_t i = 0; i < size; ++i) {
+    list.score[rank[i]] = scores[i];
+    list.label[rank[i]] = labels[i];
+  }
   // Preferences turn round with a negative sigma; for kEveryPair the pair loop sees to it.
   const T sign = list.turned && !every_pair ? T(-1) : T(1);
   const auto majority = static_cast<T>(scratch.labels.majority);
+  if (none) {
+    for (std::int64_t r = 0; r < size; ++r) list.gain[r] = sign * list.label[r];
+  } else if (small) {
+    T gain_of[kSmallLabels];
+    for (int label = 0; label <= scratch.labels.largest; ++label)
+      gain_of[label] = sign * static_cast<T>(gains.small[label]);
+    for (std::int64_t r = 0; r < size; ++r) list.gain[r] = gain_of[static_cast<int>(list.label[r])];
+  } else {
+    for (std::int64_t r = 0; r < size; ++r)
+      list.gain[r] = sign * static_cast<T>(gains.of(static_cast<double>(list.label[r])));
+  }
   T lowest_gain = 0;
-  for (std::int64_t i = 0; i < size; ++i) {
-    const std::int32_t r = rank[i];
-    const T y = labels[i];
-    const T gain = sign * (none    ? y
-                           : small ? static_cast<T>(gains.small[static_cast<int>(y)])
-                                   : static_cast<T>(gains.of(static_cast<double>(y))));
-    lowest_gain = std::min(lowest_gain, gain);
-    list.score[r] = scores[i];
-    list.gain[r] = gain;
-    list.label[r] = y;
-    list.is_majority[r] = y == majority ? T(1) : T(0);
-    list.share[r] = y == majority ? T(1) : T(0.5);
+  for (std::int64_t r = 0; r < size; ++r) {
+    const auto is_majority = static_cast<T>(list.label[r] == majority);
+    list.is_majority[r] = is_majority;
+    list.share[r] = T(0.5) + T(0.5) * is_majority;
+    lowest_gain = list.gain[r] < lowest_gain ? list.gain[r] : lowest_gain;
   }
   const bool by_discount = options.scheme == Scheme::kLambdaRank || options.scheme == Scheme::kNdcg2pp;
   for (std::int64_t r = 0; r < size; ++r)
@@ -403,8 +447,17 @@ bool prepare(const T* scores, const T* labels, std::int64_t size, const LambdaLo
 
   // Visits of the triangle of all pairs against those of the rows of rare labels.
   const std::int64_t rare = size - scratch.labels.majority_count;
-  plan.majority_mode = !every_pair && cut == size && 2 * rare < size;
-  plan.rows = plan.majority_mode ? size : cut;
+  list.majority_mode = !every_pair && cut == size && 2 * rare < size;
+  plan.rows = cut;
+  if (list.majority_mode) {
+    // Without a branch that the labels' order would make unpredictable.
+    plan.rows = 0;
+    for (std::int64_t r = 0; r < size; ++r) {
+      scratch.order[plan.rows] = static_cast<std::int32_t>(r);
+      plan.rows += list.is_majority[r] == T(0) ? 1 : 0;
+    }
+    list.rows = scratch.order.data();
+  }
 
   if (every_pair) {
     plan.pairs = size * size - (size - cut) * (size - cut);
@@ -444,7 +497,7 @@ void one_list(const T* scores, const T* labels, std::int64_t size, const LambdaL
   const bool has_pairs = prepare(scores, labels, size, options, scratch, plan, loss);
   *pairs = plan.pairs;
   if (!has_pairs) return std::fill(grad, grad + size, static_cast<T>(*loss));
-  visit_pairs(scratch.list, plan.weighting, plan.majority_mode, 0, plan.rows, loss, scratch.pull.data(),
+  visit_pairs(scratch.list, plan.weighting, 0, plan.rows, loss, scratch.pull.data(),
               scratch.row_pull.data());
   finish(scratch, options, scratch.pull.data(), loss, grad);
 }
@@ -466,11 +519,11 @@ void one_long_list(const T* scores, const T* labels, std::int64_t size, const La
     const double share = static_cast<double>(range) / kRangesPerList;
     // Row i of a triangle has size - i columns.
     const double n = static_cast<double>(size), rows = static_cast<double>(plan.rows);
-    const double first = plan.majority_mode ? share * rows : n - std::sqrt(n * n - share * rows * (2 * n - rows));
+    const double first = scratch.list.majority_mode ? share * rows : n - std::sqrt(n * n - share * rows * (2 * n - rows));
     bounds[range] = std::min(plan.rows, static_cast<std::int64_t>(first));
   }
   parallel_for(options.num_threads, kRangesPerList, [&](std::int64_t range) {
-    visit_pairs(scratch.list, plan.weighting, plan.majority_mode, bounds[range], bounds[range + 1], &losses[range],
+    visit_pairs(scratch.list, plan.weighting, bounds[range], bounds[range + 1], &losses[range],
                 pull.data() + range * width, row_pull.data() + range * width);
   });
   for (std::int64_t range = 0; range < kRangesPerList; ++range) {

@@ -149,8 +149,7 @@ RERANK_FAST_INLINE void visit(const RankedList<T>& list, T* pull, std::int32_t i
 }
 
 template <typename T, Weighting kWeighting, bool kFast>
-RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, bool majority_mode, std::int64_t begin,
-                                   std::int64_t end, double* loss, double* pull_total, T* pull) {
+RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss, double* pull_total, T* pull) {
   constexpr auto kWidth = static_cast<std::int32_t>(kBlock);
   const auto size = static_cast<std::int32_t>(list.size);
   const std::int32_t padded = (size + kWidth - 1) / kWidth * kWidth;
@@ -159,10 +158,10 @@ RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, bool majority_mode
   // Sums of a few hundred rows in T, then in double: the error does not grow with the list.
   for (auto first = static_cast<std::int32_t>(begin); first < last; first += 256) {
     std::fill(pull, pull + padded, T(0));
-    for (std::int32_t i = first; i < std::min(first + 256, last); ++i) {
+    for (std::int32_t row = first; row < std::min(first + 256, last); ++row) {
+      const std::int32_t i = list.majority_mode ? list.rows[row] : row;
       T row_loss = 0, row_pull = 0;
-      if (kWeighting != Weighting::kEveryPair && majority_mode) {
-        if (list.is_majority[i] != T(0)) continue;
+      if (kWeighting != Weighting::kEveryPair && list.majority_mode) {
         visit<T, kWeighting, true, kFast, false>(list, pull, i, 0, padded, &row_loss, &row_pull);
       } else {
         const std::int32_t start = (i + 1) / kWidth * kWidth;
@@ -180,12 +179,12 @@ RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, bool majority_mode
 
 // Clones exist for plain functions only, hence a function a type and weighting rather than a template.
 #define RERANK_FAST_PAIR_LOOP(NAME, T, WEIGHTING)                                                                   \
-  RERANK_FAST_CLONES void NAME(const RankedList<T>& list, bool majority_mode, std::int64_t begin, std::int64_t end, \
-                               double* loss, double* pull, T* scratch) {                                            \
+  RERANK_FAST_CLONES void NAME(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss,       \
+                               double* pull, T* scratch) {                                                          \
     if (list.fast) {                                                                                                \
-      visit_rows<T, WEIGHTING, true>(list, majority_mode, begin, end, loss, pull, scratch);                         \
+      visit_rows<T, WEIGHTING, true>(list, begin, end, loss, pull, scratch);                                        \
     } else {                                                                                                        \
-      visit_rows<T, WEIGHTING, false>(list, majority_mode, begin, end, loss, pull, scratch);                        \
+      visit_rows<T, WEIGHTING, false>(list, begin, end, loss, pull, scratch);                                       \
     }                                                                                                               \
   }
 RERANK_FAST_PAIR_LOOP(gain_float, float, Weighting::kGain)
@@ -198,21 +197,21 @@ RERANK_FAST_PAIR_LOOP(every_pair_double, double, Weighting::kEveryPair)
 }  // namespace
 
 template <>
-void visit_pairs(const RankedList<float>& list, Weighting weighting, bool majority_mode, std::int64_t begin,
+void visit_pairs(const RankedList<float>& list, Weighting weighting, std::int64_t begin,
                  std::int64_t end, double* loss, double* pull, float* scratch) {
   const auto loop = weighting == Weighting::kGain   ? gain_float
                     : weighting == Weighting::kNone ? none_float
                                                     : every_pair_float;
-  loop(list, majority_mode, begin, end, loss, pull, scratch);
+  loop(list, begin, end, loss, pull, scratch);
 }
 
 template <>
-void visit_pairs(const RankedList<double>& list, Weighting weighting, bool majority_mode, std::int64_t begin,
+void visit_pairs(const RankedList<double>& list, Weighting weighting, std::int64_t begin,
                  std::int64_t end, double* loss, double* pull, double* scratch) {
   const auto loop = weighting == Weighting::kGain   ? gain_double
                     : weighting == Weighting::kNone ? none_double
                                                     : every_pair_double;
-  loop(list, majority_mode, begin, end, loss, pull, scratch);
+  loop(list, begin, end, loss, pull, scratch);
 }
 
 }  // namespace rerank_fast

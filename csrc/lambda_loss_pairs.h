@@ -20,6 +20,7 @@ struct RankedList {
   std::int64_t size;
   std::int64_t cut;     // pairs count where a rank lies below it: k, or size
   bool fast;            // exponentials hold; else the pair loop takes an exponential a pair
+  bool majority_mode;   // see visit_pairs
   bool turned;          // sigma is negative (for kEveryPair, whose gains are not negated)
   T slope, mu;
   T* score;             // lowest score in padding
@@ -30,15 +31,16 @@ struct RankedList {
   T* label;
   T* is_majority;       // 1 for documents of the most frequent label, else 0
   T* share;             // 1 for those, else 1/2
+  const std::int32_t* rows;  // the rows to visit in majority mode
   const T* delta;       // delta[d] for d in (-size - kBlock, size + kBlock), delta[-d] = delta[d], delta[0] = 0
 };
 
-// Visits the pairs of the rows [begin, end). Row i is compared with the documents below it; in majority mode, which
-// takes no cut, only rows of other labels than the most frequent one are visited, but compared with all documents:
-// fewer visits where one label is frequent. Adds to *loss and to pull (size, padded): how strongly each document's
+// Visits the pairs of the rows [begin, end), each compared with the documents below it. In majority mode, which takes
+// no cut, only the rows of other labels than the most frequent one are visited, list.rows[begin] to list.rows[end - 1],
+// but compared with all documents: fewer visits where one label is frequent. Adds to *loss and to pull (size, padded): how strongly each document's
 // score is pulled up.
 template <typename T>
-void visit_pairs(const RankedList<T>& list, Weighting weighting, bool majority_mode, std::int64_t begin,
+void visit_pairs(const RankedList<T>& list, Weighting weighting, std::int64_t begin,
                  std::int64_t end, double* loss, double* pull, T* scratch);
 
 }  // namespace rerank_fast

@@ -53,7 +53,7 @@ def _add_columns(parser: ArgumentParser) -> None:
         "--columns",
         type=dict[str, str] | None,
         default=None,
-        help="""the lists' own names of query, docs and labels: '{"docs": "passages"}' or --columns.docs passages""",
+        help="""the lists' own names of query, docs and labels, e.g. '{"docs": "passages"}'""",
     )
 
 

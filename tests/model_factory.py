@@ -88,10 +88,12 @@ def make_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_bert(directory: str | Path, *, head: bool = True, num_labels: int = 1, seed: int = 0) -> Path:
+def make_tiny_bert(
+    directory: str | Path, *, head: bool = True, num_labels: int = 1, max_positions: int = 64, seed: int = 0
+) -> Path:
     """Save a 2-layer BERT of width 32 with its tokenizer; `head=False` saves the bare encoder."""
     tokenizer = make_tokenizer()
-    config = BertConfig(**_shape(tokenizer), max_position_embeddings=64, num_labels=num_labels)
+    config = BertConfig(**_shape(tokenizer), max_position_embeddings=max_positions, num_labels=num_labels)
     torch.manual_seed(seed)
     return _save(BertForSequenceClassification(config) if head else BertModel(config), tokenizer, directory)
 

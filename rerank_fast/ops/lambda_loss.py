@@ -17,6 +17,7 @@ Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 ReductionLog = Literal["binary", "natural"]
 Reduction = Literal["pairs", "lists", "sum", "none"]
 Backend = Literal["reference", "cpu", "triton"]
+_SCHEMES, _LOGS, _REDUCTIONS, _BACKENDS = map(get_args, (Scheme, ReductionLog, Reduction, Backend))
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -84,20 +85,24 @@ _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, *options: Any) -> Tensor:
-        loss, grad = torch.ops.rerank_fast.lambda_loss(scores, labels, offsets, *options)
-        ctx.save_for_backward(grad, offsets)
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
+        loss, grad = torch.ops.rerank_fast.lambda_loss.default(scores, labels, offsets, *options)
+        if loss.dim() == 0:
+            ctx.save_for_backward(grad)
+        else:
+            ctx.save_for_backward(grad, offsets)
         ctx.dtype = scores.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, offsets = ctx.saved_tensors
-        if grad_loss.dim() == 1:  # one upstream gradient a list: give each document its list's
-            grad_loss = torch.repeat_interleave(grad_loss, offsets.diff(), output_size=grad.shape[0])
+        grad, *offsets = ctx.saved_tensors
+        if offsets:  # one upstream gradient a list: give each document its list's
+            grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
         # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
-        return (grad * grad_loss).to(ctx.dtype), *(None,) * 10
+        product = grad * grad_loss
+        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
 
 
 def _resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -105,8 +110,8 @@ def _resolve_backend(backend: str | None, device: torch.device) -> str:
         if device.type == "cpu":
             return "cpu" if _cpu_available() else "reference"
         return "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
     if backend == "cpu":
         if device.type != "cpu":
             raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}")
@@ -207,12 +212,14 @@ def lambda_loss(
         ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
     """
     _check_tensors(scores, labels, offsets)
-    _check_choice("scheme", scheme, get_args(Scheme))
-    _check_choice("reduction_log", reduction_log, get_args(ReductionLog))
-    _check_choice("reduction", reduction, get_args(Reduction))
+    _check_choice("scheme", scheme, _SCHEMES)
+    _check_choice("reduction_log", reduction_log, _LOGS)
+    _check_choice("reduction", reduction, _REDUCTIONS)
     if k is not None and k < 0:
         raise ValueError(f"k must be None or at least 0, got {k}")
     resolved = _resolve_backend(backend, scores.device)
-    labels = labels.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if labels.dtype != label_dtype or labels.requires_grad:
+        labels = labels.detach().to(label_dtype)
     options = (scheme, k or 0, float(sigma), float(mu), float(eps), reduction_log, reduction, resolved)
-    return _LambdaLoss.apply(scores, labels, offsets, *options)
+    return _LambdaLoss.apply(scores, labels, offsets, options)

@@ -136,7 +136,7 @@ def test_csv_grows_by_a_row_a_call(tmp_path: Path) -> None:
 
 
 def test_csv_of_a_name_with_a_slash_and_where_nothing_can_be_written(tmp_path: Path) -> None:
-    lists, model = random_lists(seed=4, count=3)
+    lists, model = random_lists(seed=4, count=20)
     RerankingEvaluator(lists, name="a/b")(model, output_path=str(tmp_path / "out"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == [
         "CrossEncoderRerankingEvaluator_a_b_results_@10.csv"

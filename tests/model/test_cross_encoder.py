@@ -106,7 +106,7 @@ def test_texts_are_truncated_in_tokens(model: CrossEncoder):
     assert np.isfinite(model.predict([(QUERY, long), (long, QUERY)])).all()
     model.max_length = 16
     assert model.tokenize([(QUERY, long)]).lengths.tolist() == [16]
-    with pytest.raises(ValueError, match="max_length is 65, but .* has 64 positions"):
+    with pytest.raises(ValueError, match=r"max_length is 65, but .* has 64 positions"):
         model.max_length = 65
     with pytest.raises(ValueError, match="must leave room"):
         model.max_length = 3
@@ -122,7 +122,9 @@ def test_a_longer_limit_than_the_tokenizers_is_the_users_choice(tmp_path: Path):
 
 
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.Sigmoid(), nn.Tanh()])
-def test_saved_models_open_everywhere_with_the_same_scores(model: CrossEncoder, tmp_path: Path, activation: nn.Module):
+def test_saved_models_open_everywhere_with_the_same_scores(
+    model: CrossEncoder, tmp_path: Path, activation: nn.Module
+):
     model.activation_fn = activation
     scores = model.predict(PAIRS)
     model.save_pretrained(tmp_path / "saved")

@@ -65,7 +65,7 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
 
 
 def resources(cubin: bytes, *, sass: bool) -> dict[str, Any]:
-    """Registers, stack, spilled bytes and shared memory of the one kernel in a cubin; with sass its instructions."""
+    """Registers, stack, spilled bytes and shared memory of a cubin's one kernel; with sass its instructions."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
