@@ -62,7 +62,7 @@ class NinjaBuildExt(build_ext):
 
 macos = sys.platform == "darwin"
 compile_args = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
-compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall"]
+compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
 if os.environ.get("RERANK_FAST_NATIVE") == "1":
     compile_args.append("-march=native")
 

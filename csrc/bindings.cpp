@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <tuple>
 
 #include "lambda_loss.h"
+#include "residual_norm.h"
+#include "varlen_attention.h"
 
 namespace py = pybind11;
 
@@ -27,10 +30,81 @@ void lambda_loss(std::uintptr_t scores, std::uintptr_t labels, std::uintptr_t of
                               reinterpret_cast<T*>(loss), reinterpret_cast<T*>(grad));
 }
 
+using Address = std::uintptr_t;
+// Address, token stride and head stride of a tensor (tokens, heads, head_size).
+using RowsTuple = std::tuple<Address, std::int64_t, std::int64_t>;
+// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, bf16, scale, window_left, window_right,
+// dropout_p, seed, threads)
+using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, bool,
+                                  double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
+
+rerank_fast::Rows rows(const RowsTuple& tuple) {
+  return {reinterpret_cast<void*>(std::get<0>(tuple)), std::get<1>(tuple), std::get<2>(tuple)};
+}
+
+rerank_fast::AttentionShape attention_shape(const AttentionTuple& tuple) {
+  return std::apply(
+      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto... rest) {
+        return rerank_fast::AttentionShape{sequences, heads, kv_heads, size,
+                                           reinterpret_cast<const std::int32_t*>(cu_q),
+                                           reinterpret_cast<const std::int32_t*>(cu_k), rest...};
+      },
+      tuple);
+}
+
+void varlen_attention_forward(const AttentionTuple& shape, const RowsTuple& q, const RowsTuple& k, const RowsTuple& v,
+                              const RowsTuple& out, Address lse) {
+  py::gil_scoped_release release;
+  rerank_fast::varlen_attention_forward(attention_shape(shape), rows(q), rows(k), rows(v), rows(out),
+                                        reinterpret_cast<float*>(lse));
+}
+
+void varlen_attention_backward(const AttentionTuple& shape, const RowsTuple& q, const RowsTuple& k,
+                               const RowsTuple& v, const RowsTuple& out, Address lse, const RowsTuple& grad_out,
+                               const RowsTuple& dq, const RowsTuple& dk, const RowsTuple& dv) {
+  py::gil_scoped_release release;
+  rerank_fast::varlen_attention_backward(attention_shape(shape), rows(q), rows(k), rows(v), rows(out),
+                                         reinterpret_cast<const float*>(lse), rows(grad_out), rows(dq), rows(dk),
+                                         rows(dv));
+}
+
+// (rows, width, bf16, eps, dropout_p, seed, threads)
+using NormTuple = std::tuple<std::int64_t, std::int64_t, bool, double, double, std::uint64_t, int>;
+
+rerank_fast::ResidualNormShape norm_shape(const NormTuple& tuple) {
+  return std::apply([](auto... values) { return rerank_fast::ResidualNormShape{values...}; }, tuple);
+}
+
+void residual_norm_forward(const NormTuple& shape, Address x, Address residual, Address weight, Address bias,
+                           Address y, Address y_narrow, Address mean, Address rstd) {
+  py::gil_scoped_release release;
+  rerank_fast::residual_norm_forward(
+      norm_shape(shape), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(residual),
+      reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y),
+      reinterpret_cast<void*>(y_narrow), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd));
+}
+
+void residual_norm_backward(const NormTuple& shape, Address x, Address residual, Address weight, Address mean,
+                            Address rstd, Address grad_y, Address grad_y_narrow, Address grad_x,
+                            Address grad_residual, Address grad_weight, Address grad_bias) {
+  py::gil_scoped_release release;
+  rerank_fast::residual_norm_backward(
+      norm_shape(shape), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(residual),
+      reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(mean),
+      reinterpret_cast<const float*>(rstd), reinterpret_cast<const float*>(grad_y),
+      reinterpret_cast<const void*>(grad_y_narrow), reinterpret_cast<void*>(grad_x),
+      reinterpret_cast<float*>(grad_residual), reinterpret_cast<float*>(grad_weight),
+      reinterpret_cast<float*>(grad_bias));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of rerank_fast; called through rerank_fast.ops.cpu";
   module.def("lambda_loss_float", &lambda_loss<float>);
   module.def("lambda_loss_double", &lambda_loss<double>);
+  module.def("varlen_attention_forward", &varlen_attention_forward);
+  module.def("varlen_attention_backward", &varlen_attention_backward);
+  module.def("residual_norm_forward", &residual_norm_forward);
+  module.def("residual_norm_backward", &residual_norm_backward);
 }

@@ -11,13 +11,8 @@
 #include <vector>
 
 #include "lambda_loss_pairs.h"
+#include "numeric.h"
 #include "threads.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define RERANK_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RERANK_FAST_CLONES
-#endif
 
 namespace rerank_fast {
 namespace {

@@ -4,17 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-// One build serves every x86-64 processor: the loader picks a clone of the pair loop at run time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define RERANK_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RERANK_FAST_CLONES
-#endif
-#if defined(__GNUC__)
-#define RERANK_FAST_INLINE inline __attribute__((always_inline))
-#else
-#define RERANK_FAST_INLINE inline
-#endif
+#include "numeric.h"
 
 namespace rerank_fast {
 namespace {

@@ -73,3 +73,95 @@ def forward(
         grad.data_ptr(),
     )
     return loss, grad
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _attention_shape(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    scale, window_left, window_right, dropout_p, seed = options
+    sizes = (cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2])
+    ends = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr())
+    bf16 = q.dtype == torch.bfloat16
+    return *sizes, *ends, bf16, scale, window_left, window_right, dropout_p, seed, torch.get_num_threads()
+
+
+def varlen_attention_forward(
+    q: Tensor,  # (Tq, heads, head_size)
+    k: Tensor,  # (Tk, kv_heads, head_size)
+    v: Tensor,  # (Tk, kv_heads, head_size)
+    cu_seqlens_q: Tensor,  # (N + 1,) int32
+    cu_seqlens_k: Tensor,  # (N + 1,) int32
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, options)
+    _C.varlen_attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
+    return out, lse
+
+
+def varlen_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of q, k and v."""
+    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, options)
+    forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
+    _C.varlen_attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv))
+    return dq, dk, dv
+
+
+def _norm_shape(x: Tensor, eps: float, dropout_p: float, seed: int) -> tuple[Any, ...]:
+    return *x.shape, x.dtype == torch.bfloat16, eps, dropout_p, seed, torch.get_num_threads()
+
+
+def residual_norm_forward(
+    x: Tensor,  # (T, H) bf16 or fp32
+    residual: Tensor,  # (T, H) fp32
+    weight: Tensor,  # (H,) fp32
+    bias: Tensor,  # (H,) fp32
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for backward."""
+    y = torch.empty_like(residual)
+    narrow = torch.empty_like(x) if x.dtype == torch.bfloat16 else y.new_empty(0)
+    mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
+    tensors = (x, residual, weight, bias, y, narrow, mean, rstd)
+    _C.residual_norm_forward(_norm_shape(x, eps, dropout_p, seed), *(tensor.data_ptr() for tensor in tensors))
+    return y, narrow, mean, rstd
+
+
+def residual_norm_backward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor | None,
+    grad_narrow: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of x, residual, weight and bias."""
+    grads = (torch.empty_like(x), torch.empty_like(residual), torch.empty_like(weight), torch.empty_like(weight))
+    incoming = [0 if grad is None else grad.data_ptr() for grad in (grad_y, grad_narrow)]
+    forward = (tensor.data_ptr() for tensor in (x, residual, weight, mean, rstd))
+    outgoing = (tensor.data_ptr() for tensor in grads)
+    _C.residual_norm_backward(_norm_shape(x, eps, dropout_p, seed), *forward, *incoming, *outgoing)
+    return grads

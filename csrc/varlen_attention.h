@@ -1,0 +1,38 @@
+// Attention over sequences of different lengths that lie one after the other, on the CPU: forward and backward.
+// Raw pointers and sizes only: no PyTorch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace rerank_fast {
+
+struct AttentionShape {
+  std::int64_t num_sequences;
+  std::int64_t num_heads;
+  std::int64_t num_kv_heads;  // divides num_heads: each is shared by num_heads / num_kv_heads heads
+  std::int64_t head_size;     // at most 256
+  const std::int32_t* cu_seqlens_q;  // (num_sequences + 1), from 0
+  const std::int32_t* cu_seqlens_k;
+  bool bf16;  // of every tensor but lse; else fp32
+  double scale;
+  // Query i of Lq may read the keys from i + Lk - Lq - window_left to i + Lk - Lq + window_right; below 0 is unlimited.
+  std::int64_t window_left, window_right;
+  double dropout_p;  // of the attention probabilities
+  std::uint64_t seed;
+  int num_threads;
+};
+
+// (tokens, heads, head_size), the last dimension contiguous; strides in elements.
+struct Rows {
+  void* data;
+  std::int64_t token_stride, head_stride;
+};
+
+// Writes out, and lse (num_heads, queries) fp32: the logarithm to base 2 of each query's sum of exponentials.
+void varlen_attention_forward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, float* lse);
+
+// Writes dq, dk and dv. Each is summed by one thread in a fixed order.
+void varlen_attention_backward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, const float* lse,
+                               Rows grad_out, Rows dq, Rows dk, Rows dv);
+
+}  // namespace rerank_fast

@@ -1,0 +1,215 @@
+"""Attention over packed sequences: schema -> fake -> backends -> autograd.Function -> varlen_attention()."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rerank_fast.ops import attention_reference, cpu
+
+Backend = Literal["reference", "cpu"]
+_BACKENDS = get_args(Backend)
+
+_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
+_OPTIONS = "float scale, int window_left, int window_right, float dropout_p, int seed, str backend"
+_LIBRARY.define(
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) "
+    "-> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, "
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::varlen_attention", lib=_LIBRARY)
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+
+
+@torch.library.register_fake("rerank_fast::varlen_attention_backward", lib=_LIBRARY)
+def _fake_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    forward = cpu.varlen_attention_forward if backend == "cpu" else attention_reference.forward
+    q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
+    ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    return forward(q, k, v, *ends, scale, window_left, window_right, dropout_p, seed)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = cpu.varlen_attention_backward if backend == "cpu" else attention_reference.backward
+    q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    return backward(q, k, v, out, lse, grad_out, *ends, scale, window_left, window_right, dropout_p, seed)
+
+
+_LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Heads and tokens may lie anywhere, but each row of a head must be one run of memory."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        options: tuple[Any, ...],
+    ) -> Tensor:
+        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *ends = ctx.saved_tensors
+        grads = torch.ops.rerank_fast.varlen_attention_backward.default(
+            q, k, v, out, lse, grad_out, *ends, *ctx.options
+        )
+        return *grads, None, None, None
+
+
+def _resolve_backend(backend: str | None, q: Tensor) -> str:
+    served = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
+    if backend is None:
+        return "cpu" if served and cpu.available() else "reference"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
+    if backend == "cpu":
+        if not cpu.available():
+            raise ValueError(f"backend 'cpu' can't run: {cpu.unavailable_reason()}")
+        if not served:
+            raise ValueError(
+                "backend 'cpu' takes fp32 or bf16 CPU tensors of head size up to 256, "
+                f"got {q.dtype} on {q.device} of head size {q.shape[2]}"
+            )
+    return backend
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3 or not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (tokens, heads, head_size), "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "k and v must have one shape, q their head size and a multiple of their heads, "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    for name, ends, tokens in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+        if ends.dim() != 1 or ends.dtype != torch.int32 or ends.shape[0] < 1:
+            raise ValueError(f"{name} must be int32 of shape (N + 1,), got {ends.dtype} {tuple(ends.shape)}")
+        if ends.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {ends.device}")
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling():
+            rises = ends.shape[0] == 1 or bool((ends[1:] >= ends[:-1]).all())
+            if int(ends[0]) != 0 or int(ends[-1]) != tokens.shape[0] or not rises:
+                raise ValueError(f"{name} must rise from 0 to {tokens.shape[0]} tokens, got {ends.tolist()[:8]} ...")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must count the same sequences, "
+            f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
+        )
+
+
+def varlen_attention(
+    q: Tensor,  # (Tq, heads, head_size)
+    k: Tensor,  # (Tk, kv_heads, head_size)
+    v: Tensor,  # (Tk, kv_heads, head_size)
+    cu_seqlens_q: Tensor,  # (N + 1,) int32
+    cu_seqlens_k: Tensor,  # (N + 1,) int32
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale) v of each of N sequences that lie one after the other, without padding.
+
+    Args:
+        q: (Tq, heads, head_size) queries of all sequences; fp32 or bf16 (any dtype on the reference).
+        k: (Tk, kv_heads, head_size) keys; kv_heads divides heads.
+        v: (Tk, kv_heads, head_size) values.
+        cu_seqlens_q: (N + 1,) int32 cumulative queries; a sequence may have fewer queries than keys.
+        cu_seqlens_k: (N + 1,) int32 cumulative keys.
+        scale: of the scores; None takes head_size ** -0.5.
+        causal: query i of Lq reads the keys up to i + Lk - Lq.
+        window: (left, right): query i reads the keys from i + Lk - Lq - left to i + Lk - Lq + right;
+            -1 is unlimited.
+        dropout_p: share of the attention probabilities that is dropped.
+        seed: chooses which; the same seed drops the same ones, on every backend and in backward.
+        backend: "cpu" (C++) or "reference"; None takes the best that can run.
+
+    Returns:
+        (Tq, heads, head_size) in q's dtype, accumulated in fp32 at least; a query that may read nothing gives 0.
+        Differentiating twice raises RuntimeError.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    left, right = window or (-1, -1)
+    if min(left, right) < -1:
+        raise ValueError(f"window must be two whole numbers of at least -1, got {window}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if causal:
+        right = 0
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    options = (scale, left, right, float(dropout_p), seed, _resolve_backend(backend, q))
+    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
