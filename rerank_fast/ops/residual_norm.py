@@ -1,0 +1,203 @@
+"""LayerNorm(residual + dropout(x)): schema -> fake -> backends -> autograd.Function -> residual_norm()."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rerank_fast.ops import cpu
+from rerank_fast.ops.attention_reference import dropout_factors
+
+Backend = Literal["reference", "cpu"]
+_BACKENDS = get_args(Backend)
+
+_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
+_OPTIONS = "float eps, float dropout_p, int seed, str backend"
+_LIBRARY.define(
+    f"residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, {_OPTIONS}) "
+    "-> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "residual_norm_backward(Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd, Tensor? grad_y, "
+    f"Tensor? grad_narrow, {_OPTIONS}) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::residual_norm", lib=_LIBRARY)
+def _fake_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    narrow = x.new_empty(x.shape) if x.dtype == torch.bfloat16 else residual.new_empty(0)
+    rows = residual.new_empty(x.shape[0])
+    return residual.new_empty(x.shape), narrow, rows, torch.empty_like(rows)
+
+
+@torch.library.register_fake("rerank_fast::residual_norm_backward", lib=_LIBRARY)
+def _fake_backward(
+    x: Tensor, residual: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), residual.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _dropped(x: Tensor, residual: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """residual + dropout(x), and the factors of the dropout."""
+    if dropout_p == 0:
+        return residual + x.to(residual.dtype), None
+    rows = torch.arange(x.shape[0], device=x.device)
+    factors = dropout_factors(seed, 0, rows, x.shape[1], dropout_p).to(residual.dtype)
+    return residual + factors * x.to(residual.dtype), factors
+
+
+def _reference_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification, any dtype."""
+    total, _ = _dropped(x, residual, dropout_p, seed)
+    mean = total.mean(dim=1)
+    rstd = (total.var(dim=1, unbiased=False) + eps).rsqrt()
+    y = (total - mean[:, None]) * rstd[:, None] * weight + bias
+    return y, y.to(x.dtype) if x.dtype == torch.bfloat16 else y.new_empty(0), mean, rstd
+
+
+def _reference_backward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor | None,
+    grad_narrow: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, factors = _dropped(x, residual, dropout_p, seed)
+    unit = (total - mean[:, None]) * rstd[:, None]
+    grads = [grad.to(residual.dtype) for grad in (grad_y, grad_narrow) if grad is not None]
+    grad = torch.stack(grads).sum(dim=0) if grads else torch.zeros_like(residual)
+    weighted = grad * weight
+    along = (weighted * unit).mean(dim=1, keepdim=True)
+    d_total = rstd[:, None] * (weighted - weighted.mean(dim=1, keepdim=True) - unit * along)
+    dx = d_total.clone() if factors is None else d_total * factors
+    return dx.to(x.dtype), d_total, (grad * unit).sum(dim=0), grad.sum(dim=0)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = cpu.residual_norm_forward if backend == "cpu" else _reference_forward
+    tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
+    return forward(*tensors, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
+
+
+def _backward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor | None,
+    grad_narrow: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backward = cpu.residual_norm_backward if backend == "cpu" else _reference_backward
+    x, residual, weight = (tensor.contiguous() for tensor in (x, residual, weight))
+    grads = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_narrow))
+    return backward(x, residual, weight, mean, rstd, *grads, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
+
+
+_LIBRARY.impl("residual_norm", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("residual_norm_backward", _backward, "CompositeExplicitAutograd")
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        y, narrow, mean, rstd = torch.ops.rerank_fast.residual_norm.default(x, residual, weight, bias, *options)
+        # x and residual are alive anyway: the sum and the normalised rows are computed again.
+        ctx.save_for_backward(x, residual, weight, mean, rstd)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return y, narrow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        if x.dtype != torch.bfloat16:
+            grad_narrow = None
+        grads = torch.ops.rerank_fast.residual_norm_backward.default(x, *saved, grad_y, grad_narrow, *ctx.options)
+        return *grads, None
+
+
+def residual_norm(
+    x: Tensor,  # (T, H)
+    residual: Tensor,  # (T, H)
+    weight: Tensor,  # (H,)
+    bias: Tensor,  # (H,)
+    *,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(x)) over the last dimension, in one pass over memory.
+
+    Args:
+        x: (T, H) what a layer adds; bf16 or fp32 (any dtype on the reference).
+        residual: (T, H) fp32 (fp64 on the reference): the stream it is added to.
+        weight: (H,) of the LayerNorm, in the residual's dtype.
+        bias: (H,) of the LayerNorm, in the residual's dtype.
+        eps: of the LayerNorm.
+        dropout_p: share of x that is dropped.
+        seed: chooses which; the same seed drops the same elements, on every backend and in backward.
+        backend: "cpu" (C++) or "reference"; None takes the best that can run.
+
+    Returns:
+        The result twice: (T, H) in the residual's dtype for the next addition, and in x's dtype for the next
+        matrix product; one tensor where the dtypes are the same. Differentiating twice raises RuntimeError.
+
+    Raises:
+        ValueError: a wrong shape, dtype or option, or a backend that can't run here.
+    """
+    if x.dim() != 2 or residual.shape != x.shape:
+        raise ValueError(
+            f"x and residual must have one shape (T, H), got {tuple(x.shape)} and {tuple(residual.shape)}"
+        )
+    if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        raise ValueError(
+            f"weight and bias must have the shape ({x.shape[1]},), got {tuple(weight.shape)}, {tuple(bias.shape)}"
+        )
+    if not residual.dtype == weight.dtype == bias.dtype or residual.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"residual, weight and bias must all be fp32 or all fp64, got {residual.dtype}, {weight.dtype}, {bias.dtype}"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and residual.dtype == torch.float32
+    if backend is None:
+        backend = "cpu" if served and cpu.available() else "reference"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
+    if backend == "cpu" and not (served and cpu.available()):
+        reason = f"x is {x.dtype} on {x.device}" if cpu.available() else cpu.unavailable_reason()
+        raise ValueError(f"backend 'cpu' can't run: it takes bf16 or fp32 on the CPU, and {reason}")
+    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, backend))
+    return y, narrow if x.dtype == torch.bfloat16 else y
