@@ -40,12 +40,16 @@ class TokenizedPairs:
             np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64),
         )
 
-    def select(self, indices: np.ndarray) -> TokenizedPairs:
-        """The pairs at the given (M,) indices, in that order."""
+    def flat_index(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tokens of the pairs at the (M,) indices lie in the flat run, and the (M + 1,) offsets of these."""
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # Position of every kept token in the flat run: its pair's start plus its place in the pair.
-        flat = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        # A pair's start plus the token's place in the pair.
+        return np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+    def select(self, indices: np.ndarray) -> TokenizedPairs:
+        """The pairs at the given (M,) indices, in that order."""
+        flat, offsets = self.flat_index(indices)
         types = None if self.token_type_ids is None else self.token_type_ids[flat]
         return TokenizedPairs(self.input_ids[flat], types, offsets)
 
@@ -78,12 +82,30 @@ class TokenizedPairs:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def plan_micro_batches(lengths: np.ndarray, max_pairs: int) -> list[np.ndarray]:
-    """Cut N pairs into micro-batches of at most max_pairs, longest first, so that each pads little.
+def plan_micro_batches(
+    lengths: np.ndarray, *, max_pairs: int | None = None, max_tokens: int | None = None
+) -> list[np.ndarray]:
+    """Cut N pairs into micro-batches, longest first, so that each pads little.
 
-    Returns index arrays into lengths; together they hold every index once.
+    Args:
+        lengths: (N,) tokens of each pair.
+        max_pairs: most pairs in a micro-batch; None sets no limit.
+        max_tokens: most tokens in one, padding not counted; a pair above it makes one by itself.
+
+    Returns:
+        Index arrays into lengths; together they hold every index once.
     """
-    if max_pairs < 1:
-        raise ValueError(f"max_pairs must be at least 1, got {max_pairs}")
+    for name, limit in (("max_pairs", max_pairs), ("max_tokens", max_tokens)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be None or at least 1, got {limit}")
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[i : i + max_pairs] for i in range(0, len(order), max_pairs)]
+    tokens = np.concatenate([[0], np.cumsum(np.asarray(lengths)[order])])
+    plan, start = [], 0
+    while start < len(order):
+        end = len(order) if max_pairs is None else min(start + max_pairs, len(order))
+        if max_tokens is not None:
+            fits = int(np.searchsorted(tokens, tokens[start] + max_tokens, side="right")) - 1
+            end = min(end, max(fits, start + 1))
+        plan.append(order[start:end])
+        start = end
+    return plan

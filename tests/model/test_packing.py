@@ -56,7 +56,7 @@ def test_padding_is_as_wide_as_the_longest_chosen_pair(side: str):
 @given(st.lists(st.integers(1, 512), max_size=60), st.integers(1, 20))
 @settings(max_examples=50, deadline=None)
 def test_plan_holds_every_pair_once_longest_first(lengths: list[int], max_pairs: int):
-    plan = plan_micro_batches(np.array(lengths, dtype=np.int64), max_pairs)
+    plan = plan_micro_batches(np.array(lengths, dtype=np.int64), max_pairs=max_pairs)
     assert sorted(i for part in plan for i in part) == list(range(len(lengths)))
     assert all(1 <= len(part) <= max_pairs for part in plan)
     taken = [lengths[i] for part in plan for i in part]
@@ -65,4 +65,4 @@ def test_plan_holds_every_pair_once_longest_first(lengths: list[int], max_pairs:
 
 def test_plan_refuses_empty_micro_batches():
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        plan_micro_batches(np.array([3]), 0)
+        plan_micro_batches(np.array([3]), max_pairs=0)
