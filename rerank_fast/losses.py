@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+from rerank_fast.model.scoring import make_packed_step, run
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
 from rerank_fast.ops.reference import discounts, normalized_gains, pair_mask, pair_weights, ranks
 
@@ -128,6 +130,7 @@ class LambdaLoss(nn.Module):
         reduction_log: "binary" or "natural".
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, 0 or less all pairs.
+        packed: run without padding where the model's architecture allows it; False calls the model itself.
 
     Raises:
         ValueError: the model has more than one output label.
@@ -143,6 +146,7 @@ class LambdaLoss(nn.Module):
         reduction_log: ReductionLog = "binary",
         activation_fn: nn.Module | None = nn.Identity(),  # noqa: B008
         mini_batch_size: int | None = None,
+        packed: bool = True,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -153,6 +157,7 @@ class LambdaLoss(nn.Module):
         self.reduction_log: ReductionLog = reduction_log
         self.activation_fn = activation_fn or nn.Identity()
         self.mini_batch_size = mini_batch_size
+        self.packed = packed
         if self.model.num_labels != 1:
             raise ValueError(
                 f"{type(self).__name__} supports a model with 1 output label, "
@@ -236,6 +241,11 @@ class LambdaLoss(nn.Module):
             ]
             return torch.cat(parts)
         assert mask is not None
+        if self.packed and (text_model := _plain_text_model(self.model)) is not None:
+            tokens = TokenizedPairs.from_padded(features)
+            step = make_packed_step(text_model, tokens, dtype=_autocast_dtype(device))
+            if step is not None:
+                return run(step, plan_micro_batches(tokens.lengths, max_pairs=mini_batch_size))
         # Tokens come from the tokenizer on the host, so the lengths are read without waiting for a device.
         lengths = mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -315,6 +325,28 @@ class LambdaLoss(nn.Module):
   year={2018}
 }
 """
+
+
+def _plain_text_model(model: Any) -> Any:
+    """The Hugging Face model of a CrossEncoder that does nothing but call it; None where more is done.
+
+    A wrapper (DistributedDataParallel, torch.compile) has its own business in forward, and so may a subclass, a
+    hook, a replaced forward or a further module of a sentence-transformers model.
+    """
+    if type(model).__name__ != "CrossEncoder" or "forward" in vars(model):
+        return None
+    if model._forward_hooks or model._forward_pre_hooks:
+        return None
+    if type(model).__module__.startswith("sentence_transformers."):
+        parts = list(model)
+        if len(parts) != 1 or type(parts[0]).__name__ != "Transformer":
+            return None
+    return model.model
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the caller's autocast; None outside of one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _is_padded_text(features: Mapping[str, Any], num_pairs: int) -> bool:

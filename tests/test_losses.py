@@ -11,6 +11,7 @@ from sentence_transformers.cross_encoder import losses as peer_losses
 from transformers import TrainerCallback
 
 from rerank_fast import losses
+from rerank_fast.model.encoder import PackedStep
 from tests.model_factory import make_tiny_bert
 
 SCHEMES = [
@@ -101,7 +102,7 @@ def test_custom_schemes_fall_back_to_their_own_forward(model, scheme, k):
 
 @pytest.mark.parametrize("mini_batch_size", [None, 1, 4, -1])
 def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(model, mini_batch_size, monkeypatch):
-    loss = losses.LambdaLoss(model, mini_batch_size=mini_batch_size)
+    loss = losses.LambdaLoss(model, mini_batch_size=mini_batch_size, packed=False)
     sizes, tokenized, padded = [], [], []
     forward, preprocess = model.forward, model.preprocess
 
@@ -124,6 +125,34 @@ def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(model, 
     assert max(sizes) == limit
     if mini_batch_size == 1:
         assert sum(padded) == 0
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 1, 4, -1])
+def test_packed_runs_give_the_same_loss_and_gradients(model, mini_batch_size, monkeypatch):
+    sizes = []
+    call = PackedStep.__call__
+
+    def counting_call(self, indices):
+        sizes.append(len(indices))
+        return call(self, indices)
+
+    monkeypatch.setattr(PackedStep, "__call__", counting_call)
+    padded = loss_and_gradients(losses.LambdaLoss(model, mini_batch_size=mini_batch_size, packed=False))
+    assert not sizes
+    assert_same(loss_and_gradients(losses.LambdaLoss(model, mini_batch_size=mini_batch_size)), padded)
+    assert sum(sizes) == 10
+    assert max(sizes) == {None: 3, 1: 1, 4: 4, -1: 10}[mini_batch_size]
+
+
+def test_a_model_with_a_forward_of_its_own_is_called(model, monkeypatch):
+    """A wrapper, a hook or a further module may do more than the Hugging Face model does."""
+    monkeypatch.setattr(PackedStep, "__call__", None)
+    loss = losses.LambdaLoss(model)
+    handle = model.register_forward_hook(lambda module, inputs, output: {"scores": output["scores"] * 2})
+    doubled, _ = loss_and_gradients(loss)
+    handle.remove()
+    plain, _ = loss_and_gradients(losses.LambdaLoss(model, sigma=2.0, packed=False))
+    torch.testing.assert_close(doubled, plain)
 
 
 def test_config_and_citation(model):

@@ -1,4 +1,4 @@
-"""Which Hugging Face models run packed, and where their parts are. Nothing is changed in a model: these are views."""
+"""Which Hugging Face models run packed, and where their parts are: views, nothing is changed in a model."""
 
 from __future__ import annotations
 

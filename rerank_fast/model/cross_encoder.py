@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
+from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+from rerank_fast.model.scoring import PaddedStep, make_step, run
 
 logger = logging.getLogger(__name__)
 
@@ -138,16 +140,6 @@ class CrossEncoder(nn.Module):
             **options,
         )
 
-    def pad(self, tokens: TokenizedPairs, indices: np.ndarray) -> dict[str, Tensor]:
-        """The pairs at indices as one padded batch of model inputs on the model's device."""
-        return tokens.pad(
-            indices,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            padding_side=self.tokenizer.padding_side,
-            pad_token_type_id=self.tokenizer.pad_token_type_id,
-            device=self.device,
-        )
-
     def preprocess(
         self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
@@ -162,6 +154,12 @@ class CrossEncoder(nn.Module):
         """Raw scores (logits) of one padded batch: {"scores": (B,) fp32}."""
         return {"scores": self.model(**features).logits.reshape(-1).float()}
 
+    def step(
+        self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
+    ) -> PackedStep | PaddedStep:
+        """What scores these pairs with the weights as they are now; see `rerank_fast.model.scoring`."""
+        return make_step(self.model, self.tokenizer, tokens, dtype=dtype, packed=packed)
+
     @torch.inference_mode()
     def score_tokens(
         self,
@@ -175,11 +173,9 @@ class CrossEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            plan = plan_micro_batches(tokens.lengths, batch_size)
-            scores = torch.empty(len(tokens), dtype=torch.float32, device=self.device)
-            for indices in tqdm(plan, desc="Scoring", disable=not show_progress_bar):
-                target = torch.from_numpy(indices).to(self.device, non_blocking=True)
-                scores[target] = self.forward(self.pad(tokens, indices))["scores"]
+            plan = plan_micro_batches(tokens.lengths, max_pairs=batch_size)
+            step = self.step(tokens)
+            scores = run(step, tqdm(plan, desc="Scoring", disable=not show_progress_bar))
             activation: Any = activation_fn or self.activation_fn
             return activation(scores)
         finally:

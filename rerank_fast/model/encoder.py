@@ -141,9 +141,7 @@ def _dropout(module: nn.Dropout | None) -> dict[str, Any]:
     return {"dropout_p": module.p, "seed": int(torch.randint(2**62, ()))}
 
 
-def _add_norm(
-    x: Tensor, wide: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None
-) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, wide: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None) -> tuple[Tensor, Tensor]:
     """norm(wide + dropout(x)) in wide's dtype and in x's."""
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
     return residual_norm(x, wide, weight, bias, eps=norm.eps, **_dropout(dropout))
@@ -173,13 +171,16 @@ class PackedStep:
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
+        # A caller's autocast would narrow the score head; what is to be narrow is cast here.
+        self.region = torch.autocast(architecture.word_embeddings.weight.device.type, enabled=False)
         *body, last = architecture.layers
         self.layers = [_PostNorm(layer, dtype, last=False) for layer in body] + [_PostNorm(last, dtype, last=True)]
         weight = architecture.word_embeddings.weight
-        used, self._rows_of_tokens = np.unique(tokens.input_ids, return_inverse=True)
-        self._rows = F.embedding(
-            torch.from_numpy(used).to(weight.device, torch.int64), weight, architecture.word_embeddings.padding_idx
-        )
+        self._rows, self._rows_of_tokens = weight, tokens.input_ids
+        if torch.is_grad_enabled() and weight.requires_grad:
+            used, self._rows_of_tokens = np.unique(tokens.input_ids, return_inverse=True)
+            padding = architecture.word_embeddings.padding_idx
+            self._rows = F.embedding(torch.from_numpy(used).to(weight.device), weight, padding)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order."""
@@ -212,7 +213,7 @@ class PackedStep:
         pad = self.architecture.pad_position
         if pad is None:
             return np.arange(len(flat)) - first
-        # A text that spells the padding token has it in its middle: it is not counted, and has a position of its own.
+        # A text may spell the padding token: it is not counted, and has a position of its own.
         counts = self.tokens.input_ids[flat] != pad
         before = np.concatenate([[0], np.cumsum(counts)])
         return np.where(counts, before[1:] - before[first] + pad, pad)

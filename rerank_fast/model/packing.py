@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +40,19 @@ class TokenizedPairs:
             np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64),
         )
 
+    @staticmethod
+    def from_padded(features: Mapping[str, Tensor]) -> TokenizedPairs:
+        """The tokens under a (N, T) attention mask, padded on either side."""
+        mask = features["attention_mask"].cpu().numpy().astype(bool)
+        types = features.get("token_type_ids")
+        return TokenizedPairs(
+            features["input_ids"].cpu().numpy()[mask].astype(np.int32),
+            None if types is None else types.cpu().numpy()[mask].astype(np.int8),
+            np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int64),
+        )
+
     def flat_index(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the tokens of the pairs at the (M,) indices lie in the flat run, and the (M + 1,) offsets of these."""
+        """Places of the tokens of the pairs at the (M,) indices, and their (M + 1,) offsets."""
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         # A pair's start plus the token's place in the pair.

@@ -1,4 +1,4 @@
-"""The specification of varlen_attention and of dropout by place: eager PyTorch, one sequence at a time, any dtype."""
+"""The specification of varlen_attention and of dropout by place: eager, one sequence at a time, any dtype."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def backward(
     """The backend contract: the gradients of q, k and v, by autograd of the specification."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        again, _ = attention(*leaves, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[arg-type, misc]
+        again, _ = attention(*leaves, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[arg-type, call-arg]
         dq, dk, dv = torch.autograd.grad(again, leaves, grad_out)
     return dq, dk, dv

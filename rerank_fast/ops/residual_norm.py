@@ -187,11 +187,14 @@ def residual_norm(
         )
     if not residual.dtype == weight.dtype == bias.dtype or residual.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"residual, weight and bias must all be fp32 or all fp64, got {residual.dtype}, {weight.dtype}, {bias.dtype}"
+            "residual, weight and bias must all be fp32 or all fp64, "
+            f"got {residual.dtype}, {weight.dtype} and {bias.dtype}"
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and residual.dtype == torch.float32
+    served = (
+        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and residual.dtype == torch.float32
+    )
     if backend is None:
         backend = "cpu" if served and cpu.available() else "reference"
     if backend not in _BACKENDS:

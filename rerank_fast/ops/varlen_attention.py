@@ -157,7 +157,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
         if ends.device.type == "cpu" and not torch.compiler.is_compiling():
             rises = ends.shape[0] == 1 or bool((ends[1:] >= ends[:-1]).all())
             if int(ends[0]) != 0 or int(ends[-1]) != tokens.shape[0] or not rises:
-                raise ValueError(f"{name} must rise from 0 to {tokens.shape[0]} tokens, got {ends.tolist()[:8]} ...")
+                raise ValueError(
+                    f"{name} must rise from 0 to {tokens.shape[0]} tokens, got {ends.tolist()[:8]} ..."
+                )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must count the same sequences, "

@@ -23,6 +23,7 @@ from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.scoring import run
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.training.checkpoints import check_output, clear_output, save_checkpoint, write_json
 from rerank_fast.training.config import TrainingConfig
@@ -110,12 +111,9 @@ class Trainer:
 
     def _scores(self, batch: TokenizedLists) -> Tensor:
         """(N,) fp32 scores of a batch's pairs, from forwards over pairs of similar length."""
-        plan = plan_micro_batches(batch.pairs.lengths, self.config.mini_batch_size)
-        # One autocast region for all of them: weights are cast once a step.
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            parts = [self.model(self.model.pad(batch.pairs, pairs))["scores"] for pairs in plan]
-        place = torch.from_numpy(np.argsort(np.concatenate(plan))).to(self.model.device)
-        return torch.cat(parts).float()[place]
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        plan = plan_micro_batches(batch.pairs.lengths, max_pairs=self.config.mini_batch_size)
+        return run(self.model.step(batch.pairs, dtype=dtype), plan)
 
     def _step(self, batch: TokenizedLists) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""
