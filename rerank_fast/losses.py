@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.scoring import make_packed_step, run
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
 from rerank_fast.ops.reference import discounts, normalized_gains, pair_mask, pair_weights, ranks
@@ -245,7 +245,7 @@ class LambdaLoss(nn.Module):
             tokens = TokenizedPairs.from_padded(features)
             step = make_packed_step(text_model, tokens, dtype=_autocast_dtype(device))
             if step is not None:
-                return run(step, plan_micro_batches(tokens.lengths, max_pairs=mini_batch_size))
+                return run(step, max_pairs=mini_batch_size)
         # Tokens come from the tokenizer on the host, so the lengths are read without waiting for a device.
         lengths = mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)

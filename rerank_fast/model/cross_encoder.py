@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.scoring import PaddedStep, make_step, run
 
 logger = logging.getLogger(__name__)
 
 Pair = Sequence[str]
+_CHUNK = 1024  # pairs a tokenizer call: enough for its threads, little memory beside the result
 
 
 class CrossEncoder(nn.Module):
@@ -35,7 +39,8 @@ class CrossEncoder(nn.Module):
         max_length: longest pair in tokens; longer ones are truncated, longest side first. None takes the
             smaller of the tokenizer's limit and the number of positions that the model has.
         device: None takes CUDA where there is one, else the CPU.
-        dtype: of the weights; None keeps the checkpoint's own.
+        dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps the accuracy of
+            bf16, and says which in the log: bf16 on GPUs and on processors with bf16 dot products, else fp32.
         activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
         trust_remote_code: run model code that the checkpoint brings along.
         revision: branch, tag or commit on the hub.
@@ -63,6 +68,10 @@ class CrossEncoder(nn.Module):
         if num_labels != 1:
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto":
+            dtype = _fastest_dtype(device)
+            logger.info("dtype auto: %s on %s", str(dtype).removeprefix("torch."), device)
         loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
@@ -71,7 +80,7 @@ class CrossEncoder(nn.Module):
         self.max_length = loaded.max_length if max_length is None else max_length
         # Set past nn.Module, which would register a module's parameters as the model's own.
         object.__setattr__(self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid())
-        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.to(device)
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -114,18 +123,15 @@ class CrossEncoder(nn.Module):
             ValueError: an element is not a pair of strings; names its index.
         """
         _check_pairs(pairs)
-        chunk = 2048  # pairs a tokenizer call: enough for its threads, little memory beside the result
         parts = []
-        for start in tqdm(range(0, len(pairs), chunk), desc="Tokenizing", disable=not show_progress_bar):
-            encoded = self._encode(pairs[start : start + chunk])
+        for start in tqdm(range(0, len(pairs), _CHUNK), desc="Tokenizing", disable=not show_progress_bar):
+            encoded = self._encode(pairs[start : start + _CHUNK])
             lengths = [len(ids) for ids in encoded["input_ids"]]
             types = encoded.get("token_type_ids")
             parts.append(
                 TokenizedPairs(
-                    np.fromiter((i for ids in encoded["input_ids"] for i in ids), np.int32, sum(lengths)),
-                    None
-                    if types is None
-                    else np.fromiter((i for ids in types for i in ids), np.int8, sum(lengths)),
+                    np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, sum(lengths)),
+                    None if types is None else np.fromiter(chain.from_iterable(types), np.int8, sum(lengths)),
                     np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
                 )
             )
@@ -165,26 +171,62 @@ class CrossEncoder(nn.Module):
         self,
         tokens: TokenizedPairs,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         show_progress_bar: bool = False,
     ) -> Tensor:
-        """(N,) fp32 scores of tokenised pairs on the model's device, in their order, dropout off."""
+        """(N,) fp32 scores of tokenised pairs on the model's device, in their order, dropout off.
+
+        batch_size is the most pairs per forward pass; None lets their tokens decide.
+        """
+        scores = self._scores(iter([tokens]), len(tokens), batch_size, show_progress_bar)
+        return self._activate(scores, activation_fn)
+
+    def _activate(self, scores: Tensor, activation_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
+        activation: Any = activation_fn or self.activation_fn
+        return activation(scores)
+
+    def _scores(
+        self, chunks: Iterator[TokenizedPairs], total: int, batch_size: int | None, show_progress_bar: bool
+    ) -> Tensor:
+        """(total,) fp32 raw scores of the pairs of all chunks; one chunk's are in flight while the next is made."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         was_training = self.training
         self.eval()
+        scores = torch.empty(total, dtype=torch.float32, device=self.device)
+        done = 0
+        bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
         try:
-            plan = plan_micro_batches(tokens.lengths, max_pairs=batch_size)
-            step = self.step(tokens)
-            scores = run(step, tqdm(plan, desc="Scoring", disable=not show_progress_bar))
-            activation: Any = activation_fn or self.activation_fn
-            return activation(scores)
+            for tokens in chunks:
+                scores[done : done + len(tokens)] = run(
+                    self.step(tokens), max_pairs=batch_size, progress=bar.update
+                )
+                done += len(tokens)
+            return scores
         finally:
+            bar.close()
             self.train(was_training)
 
+    def _tokenized_chunks(self, pairs: Sequence[Pair]) -> Iterator[TokenizedPairs]:
+        """All pairs in chunks, the next one tokenised in a thread while the caller works on the last."""
+        chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+        if len(chunks) == 1:  # a thread would only cost
+            yield self.tokenize(chunks[0])
+            return
+        with ThreadPoolExecutor(1) as thread:
+            futures = deque(thread.submit(self.tokenize, chunk) for chunk in chunks[:2])
+            for chunk in chunks[2:]:
+                yield futures.popleft().result()
+                futures.append(thread.submit(self.tokenize, chunk))
+            while futures:
+                yield futures.popleft().result()
+
+    @torch.inference_mode()
     def predict(
         self,
         pairs: Sequence[Pair] | Pair,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
@@ -194,7 +236,7 @@ class CrossEncoder(nn.Module):
 
         Args:
             pairs: N pairs of strings, or one pair.
-            batch_size: pairs per forward pass; they are taken in order of length in tokens.
+            batch_size: most pairs per forward pass; None lets their tokens decide.
             activation_fn: instead of the model's own.
             show_progress_bar: None shows it when INFO messages are logged.
             convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
@@ -206,20 +248,15 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: an element is not a pair of strings; names its index.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(pairs, np.ndarray):
             pairs = pairs.tolist()
         single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
         batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item]
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
-        scores = self.score_tokens(
-            self.tokenize(batch),
-            batch_size=batch_size,
-            activation_fn=activation_fn,
-            show_progress_bar=show_progress_bar,
-        )
+        _check_pairs(batch)  # all, before any is scored
+        scores = self._scores(self._tokenized_chunks(batch), len(batch), batch_size, show_progress_bar)
+        scores = self._activate(scores, activation_fn)
         if convert_to_tensor:
             return scores[0] if single else scores
         if convert_to_numpy:
@@ -233,7 +270,7 @@ class CrossEncoder(nn.Module):
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> list[dict[str, Any]]:
@@ -242,21 +279,53 @@ class CrossEncoder(nn.Module):
         Returns:
             [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
         """
+        return self.rank_many(
+            [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn
+        )[0]
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        documents_per_query: Sequence[Sequence[str]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """rank() for every query, all pairs in one stream: many short lists cost what one long list does.
+
+        Raises:
+            ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
+        """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be None or at least 1, got {top_k}")
-        scores = self.predict(
-            [(query, document) for document in documents],
-            batch_size=batch_size,
-            activation_fn=activation_fn,
-            show_progress_bar=show_progress_bar,
+        if isinstance(queries, str) or len(queries) != len(documents_per_query):
+            raise ValueError(
+                f"expected a list of queries and one list of documents for each, got "
+                f"{'a string' if isinstance(queries, str) else f'{len(queries)} queries'} "
+                f"and {len(documents_per_query)} lists of documents"
+            )
+        for index, documents in enumerate(documents_per_query):
+            if isinstance(documents, str):
+                raise ValueError(f"query {index}: expected a list of documents, got a string")
+        if not queries:
+            return []
+        pairs = [(q, document) for q, docs in zip(queries, documents_per_query, strict=True) for document in docs]
+        all_scores = self.predict(
+            pairs, batch_size=batch_size, activation_fn=activation_fn, show_progress_bar=show_progress_bar
         )
-        ranking = []
-        for index in np.argsort(-scores, kind="stable")[:top_k].tolist():
-            entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
-            if return_documents:
-                entry["text"] = documents[index]
-            ranking.append(entry)
-        return ranking
+        ends = np.cumsum([len(documents) for documents in documents_per_query], dtype=np.int64)
+        rankings = []
+        for documents, scores in zip(documents_per_query, np.split(all_scores, ends[:-1]), strict=True):
+            ranking = []
+            for index in np.argsort(-scores, kind="stable")[:top_k].tolist():
+                entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
+                if return_documents:
+                    entry["text"] = documents[index]
+                ranking.append(entry)
+            rankings.append(ranking)
+        return rankings
 
     # -- to disk and hub --------------------------------------------------------------------------------
 
@@ -273,6 +342,20 @@ class CrossEncoder(nn.Module):
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | bool | None = None) -> str:
         """Upload the model to the hub, to a private repository unless told otherwise; returns the commit's URL."""
         return storage.push(self.save_pretrained, repo_id, private=private, token=token)
+
+
+def _fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it at full speed; elsewhere it is emulated and slower than fp32."""
+    if device.type == "cpu":
+        if hasattr(torch.cpu, "get_capabilities"):
+            features = torch.cpu.get_capabilities()
+            fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        else:  # torch before 2.11
+            fast = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
 
 
 def _check_pairs(pairs: Sequence[Pair]) -> None:

@@ -43,7 +43,7 @@ class _NarrowLinear(torch.autograd.Function):
         return (
             grad @ narrow_weight if wants_x else None,
             (grad.t() @ x).to(weight_dtype) if wants_weight else None,
-            grad.sum(0, dtype=bias_dtype) if wants_bias else None,
+            grad.sum(0).to(bias_dtype) if wants_bias else None,
             None,
             None,
         )
@@ -160,6 +160,8 @@ class PackedStep:
         dtype: of products and attention: fp32 or bf16. Sums of the residual stream, norms and scores are fp32.
         gradient_checkpointing: compute the inside of every layer again in backward.
     """
+
+    padded = False
 
     def __init__(
         self,

@@ -93,15 +93,20 @@ class TokenizedPairs:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+# A few thousand tokens keep every matrix product busy; more only leaves the caches.
+MAX_TOKENS = 4096
+
+
 def plan_micro_batches(
-    lengths: np.ndarray, *, max_pairs: int | None = None, max_tokens: int | None = None
+    lengths: np.ndarray, *, max_pairs: int | None = None, max_tokens: int | None = None, padded: bool = False
 ) -> list[np.ndarray]:
-    """Cut N pairs into micro-batches, longest first, so that each pads little.
+    """Cut N pairs into micro-batches, longest first, so that padding them would add little.
 
     Args:
         lengths: (N,) tokens of each pair.
         max_pairs: most pairs in a micro-batch; None sets no limit.
-        max_tokens: most tokens in one, padding not counted; a pair above it makes one by itself.
+        max_tokens: most tokens in one; a pair above it makes one by itself.
+        padded: count the padding up to a micro-batch's longest pair as tokens.
 
     Returns:
         Index arrays into lengths; together they hold every index once.
@@ -115,7 +120,10 @@ def plan_micro_batches(
     while start < len(order):
         end = len(order) if max_pairs is None else min(start + max_pairs, len(order))
         if max_tokens is not None:
-            fits = int(np.searchsorted(tokens, tokens[start] + max_tokens, side="right")) - 1
+            if padded:
+                fits = start + max_tokens // max(int(lengths[order[start]]), 1)
+            else:
+                fits = int(np.searchsorted(tokens, tokens[start] + max_tokens, side="right")) - 1
             end = min(end, max(fits, start + 1))
         plan.append(order[start:end])
         start = end

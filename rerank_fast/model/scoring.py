@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,8 @@ _said: set[str] = set()
 
 class PaddedStep:
     """What PackedStep does, through the model's own forward on padded micro-batches."""
+
+    padded = True
 
     def __init__(self, model: Any, tokenizer: Any, tokens: TokenizedPairs, *, dtype: torch.dtype) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
@@ -73,16 +75,34 @@ def make_packed_step(model: Any, tokens: TokenizedPairs, *, dtype: torch.dtype |
     return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute)
 
 
-def run(step: PackedStep | PaddedStep, plan: Iterable[np.ndarray]) -> Tensor:
-    """(N,) fp32 scores of the pairs of a plan, in the order of the pairs, on the model's device."""
-    done, parts = [], []
+def run(
+    step: PackedStep | PaddedStep,
+    *,
+    max_pairs: int | None = None,
+    max_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """(N,) fp32 scores of all pairs of a step, in their order, on the model's device.
+
+    Args:
+        step: from make_step.
+        max_pairs: most pairs in a micro-batch; None sets no limit.
+        max_tokens: most tokens in a micro-batch, with the padding where there is any; None and no max_pairs takes
+            a number that suits most processors.
+        progress: told the number of pairs of every micro-batch that is done.
+    """
+    if max_pairs is None and max_tokens is None:
+        max_tokens = MAX_TOKENS
+    plan = plan_micro_batches(step.tokens.lengths, max_pairs=max_pairs, max_tokens=max_tokens, padded=step.padded)
+    if not plan:
+        return torch.zeros(0)
+    parts = []
     with step.region:
         for indices in plan:
-            done.append(indices)
             parts.append(step(indices))
-    if not parts:
-        return torch.zeros(0)
-    return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(done))).to(parts[0].device)]
+            if progress is not None:
+                progress(len(indices))
+    return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]
 
 
 def _say_once(reason: str) -> None:

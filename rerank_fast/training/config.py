@@ -16,7 +16,8 @@ class TrainingConfig:
         output: directory of the best model, its checkpoints and logs.
         overwrite: replace a model that output already holds.
         batch_size: lists per optimizer step.
-        mini_batch_size: pairs per forward pass.
+        mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
+        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any.
         num_epochs: passes over the lists; a fraction stops inside one.
         max_steps: optimizer steps; above 0 it replaces num_epochs.
         max_length: longest pair in tokens; None keeps the model's.
@@ -46,7 +47,8 @@ class TrainingConfig:
     output: str = "reranker"
     overwrite: bool = False
     batch_size: int = 16
-    mini_batch_size: int = 16
+    mini_batch_size: int | None = None
+    max_tokens_per_microbatch: int = 4096
     num_epochs: float = 1.0
     max_steps: int = -1
     max_length: int | None = None
@@ -79,7 +81,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}")
         at_least = {
             "batch_size": 1,
-            "mini_batch_size": 1,
+            "max_tokens_per_microbatch": 1,
             "eval_steps": 1,
             "save_steps": 1,
             "save_total_limit": 1,
@@ -112,6 +114,8 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be None or at least 1, got {self.mini_batch_size}")
         if self.k is not None and self.k < 0:
             raise ValueError(f"k must be None or at least 0, got {self.k}")
         if not re.fullmatch(r"map|(mrr|ndcg)@[1-9]\d*", self.metric_for_best):

@@ -22,7 +22,6 @@ from rerank_fast.data.lists import Source, load_lists
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import run
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.training.checkpoints import check_output, clear_output, save_checkpoint, write_json
@@ -112,8 +111,8 @@ class Trainer:
     def _scores(self, batch: TokenizedLists) -> Tensor:
         """(N,) fp32 scores of a batch's pairs, from forwards over pairs of similar length."""
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        plan = plan_micro_batches(batch.pairs.lengths, max_pairs=self.config.mini_batch_size)
-        return run(self.model.step(batch.pairs, dtype=dtype), plan)
+        step = self.model.step(batch.pairs, dtype=dtype)
+        return run(step, max_pairs=self.config.mini_batch_size, max_tokens=self.config.max_tokens_per_microbatch)
 
     def _step(self, batch: TokenizedLists) -> Tensor:
         """One optimizer step; returns the loss, still on the device."""

@@ -261,3 +261,48 @@ def test_the_published_usage_snippet(directory: Path):
     assert scores.shape == (2,)
     ranks = model.rank("what is the difference between paris and berlin", [pair[1] for pair in pairs])
     assert sorted(hit["corpus_id"] for hit in ranks) == [0, 1]
+
+
+def test_rank_many_is_rank_for_each_query(model: CrossEncoder):
+    queries = ["what is a panda", "capital of france", "weather"]
+    documents = [["a panda is a bear", "a fish", "no"], [], ["rain and wind", "paris"]]
+    rankings = model.rank_many(queries, documents, top_k=2, return_documents=True)
+    for query, docs, ranking in zip(queries, documents, rankings, strict=True):
+        alone = model.rank(query, docs, top_k=2, return_documents=True)
+        assert [entry["corpus_id"] for entry in ranking] == [entry["corpus_id"] for entry in alone]
+        assert [entry["text"] for entry in ranking] == [entry["text"] for entry in alone]
+        scores = ([entry["score"] for entry in ranking], [entry["score"] for entry in alone])
+        np.testing.assert_allclose(*scores, rtol=1e-5)
+    assert model.rank_many([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "message"),
+    [
+        (["a", "b"], [["c"]], "2 queries and 1 lists"),
+        ("a", [["c"]], "got a string and 1 lists"),
+        (["a", "b"], [["c"], "d"], "query 1: expected a list of documents, got a string"),
+        (["a"], [["c", 3]], "pair 1: expected the document to be a string, got int"),
+    ],
+)
+def test_rank_many_says_what_is_wrong(model: CrossEncoder, queries, documents, message: str):
+    with pytest.raises(ValueError, match=message):
+        model.rank_many(queries, documents)
+
+
+def test_pairs_beyond_one_chunk_are_tokenised_ahead_in_order(model: CrossEncoder, monkeypatch):
+    pairs = [(f"query {n % 7}", f"document {'fish ' * (n % 11)}{n}") for n in range(53)]
+    expected = model.predict(pairs)
+    monkeypatch.setattr("rerank_fast.model.cross_encoder._CHUNK", 8)
+    np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="pair 53: expected the document to be a string"):
+        model.predict([*pairs, ("query", None)])
+
+
+def test_dtype_auto_is_bf16_where_the_processor_multiplies_it(directory: Path, monkeypatch):
+    exact = CrossEncoder(directory, device="cpu")
+    for features, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
+        model = CrossEncoder(directory, device="cpu", dtype="auto")
+        assert next(model.parameters()).dtype == dtype
+        np.testing.assert_allclose(model.predict(PAIRS), exact.predict(PAIRS), atol=2e-2)

@@ -13,7 +13,7 @@ def test_the_defaults_are_the_published_recipe():
     assert (config.batch_size, config.num_epochs, config.learning_rate) == (16, 1, 2e-5)
     assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (0.1, "linear", "bf16", 12)
     assert (config.scheme, config.k, config.sigma, config.mu) == ("ndcg2pp", None, 1.0, 10.0)
-    assert (config.weight_decay, config.max_grad_norm, config.mini_batch_size) == (0.0, 1.0, 16)
+    assert (config.weight_decay, config.max_grad_norm, config.mini_batch_size) == (0.0, 1.0, None)
 
 
 @pytest.mark.parametrize(

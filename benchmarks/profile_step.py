@@ -1,0 +1,78 @@
+"""Where one training step's time goes, this package's and sentence-transformers': python -m benchmarks.profile_step
+
+The step is that of test_training_step.py; times are self times on the CPU, grouped by what the operators are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.test_training_step import make_steps, marco_like_lists
+
+# What an operator's name begins with, or holds, and what it is for.
+_GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::linear", "aten::mkldnn_linear", "aten::bmm", "mkldnn::"),
+    "attention": ("rerank_fast::varlen_attention", "aten::_scaled_dot_product", "aten::_efficient", "aten::_flash"),
+    "dropout, residual, norm": (
+        "rerank_fast::residual_norm",
+        "aten::native_layer_norm",
+        "aten::bernoulli",
+        "aten::native_dropout",
+    ),
+    "activation": ("aten::gelu", "aten::tanh"),
+    "embeddings": ("aten::embedding", "aten::index_select", "aten::index"),
+    "optimizer, clipping": ("aten::_fused_adam", "aten::linalg_vector_norm", "aten::_foreach", "Optimizer"),
+    "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::cat", "aten::clone", "aten::contiguous"),
+    "sums, fills, pointwise": ("aten::add", "aten::mul", "aten::sum", "aten::fill_", "aten::zero_", "aten::div"),
+    "loss": ("rerank_fast::lambda_loss",),
+}
+
+
+def _group(name: str) -> str:
+    for group, prefixes in _GROUPS.items():
+        if name.startswith(prefixes):
+            return group
+    return "other"
+
+
+def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int) -> None:
+    """Print the groups, then the operators that take longest."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        for _ in range(steps):
+            step()
+    events = [(e.key, e.self_cpu_time_total / steps / 1e3, e.count // steps) for e in run.key_averages()]
+    total = sum(time for _, time, _ in events)
+    groups: dict[str, float] = defaultdict(float)
+    for key, time, _ in events:
+        groups[_group(key)] += time
+    print(f"\n{name}: {total:.0f} ms a step")
+    for group, time in sorted(groups.items(), key=lambda item: -item[1]):
+        print(f"  {time:8.1f} ms {100 * time / total:5.1f} %  {group}")
+    for key, time, count in sorted(events, key=lambda event: -event[1])[:top]:
+        print(f"      {time:8.1f} ms {count:6d} calls  {key}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--top", type=int, default=12, help="operators listed")
+    parser.add_argument("--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss")
+    parser.add_argument("--only", choices=["ours", "peer"], default=None)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as output:
+        steps = make_steps(marco_like_lists(16), output, mini_batch_size=options.mini_batch_size)
+        print(f"{steps.describe}, bf16, {torch.get_num_threads()} threads")
+        for name, step in (("ours", steps.ours), ("peer", steps.peer)):
+            if options.only in (None, name):
+                profile_step(name, step, steps=options.steps, top=options.top)
+
+
+if __name__ == "__main__":
+    main()
