@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -32,14 +32,47 @@ class PostNormLayer:
 
 
 @dataclass(frozen=True)
+class PreNormLayer:
+    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated feed-forward, add."""
+
+    attention_norm: nn.Module | None
+    projections: list[nn.Module]  # query, key and value, or one for all three
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    scale: float
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    rotary: str
+    causal: bool
+    window: tuple[int, int] | None
+    attention: nn.Module  # says whether it is training
+    attention_dropout: float
+    attention_out: nn.Module
+    attention_out_dropout: nn.Module | None
+    mlp_norm: nn.Module
+    gate_up: list[nn.Module]  # the gate and what it is multiplied with, or one for both
+    activation: Callable[[Tensor], Tensor]
+    mlp_dropout: nn.Module | None
+    down: nn.Module
+
+
+Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """The parts of a sequence-classification model that runs packed."""
+    """The parts of a reranker that runs packed."""
 
     word_embeddings: nn.Embedding
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # word rows, token types, positions, all (1, T) -> (1, T, H)
-    pad_position: int | None  # RoBERTa and its kin count positions from here + 1, and give padding tokens this one
-    layers: list[PostNormLayer]
+    layers: Sequence[PostNormLayer | PreNormLayer]
     head: Head
+    reads: Literal["first", "last", "mean"] = "first"  # the token, or all, that the head sees
+    final_norm: nn.Module | None = None
+    rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
+    pad_position: int | None = None  # RoBERTa and its kin count positions from here + 1, a padding token has this
+    unread_token_id: int | None = None  # the last token is the last that is not this one
 
 
 def find_architecture(model: nn.Module) -> Architecture | None:
@@ -107,7 +140,6 @@ def _distilbert(model: Any) -> Architecture | None:
     return Architecture(
         word_embeddings=base.embeddings.word_embeddings,
         embed=lambda rows, types, positions: base.embeddings(None, inputs_embeds=rows, position_ids=positions),
-        pad_position=None,
         layers=[_distilbert_layer(layer) for layer in base.transformer.layer],
         head=head,
     )
@@ -133,6 +165,101 @@ def _distilbert_layer(layer: Any) -> PostNormLayer:
     )
 
 
+def _modernbert(model: Any) -> Architecture | None:
+    base, config, head = model.model, model.config, find_head(model)
+    if head is None:
+        return None
+
+    def rotary(hidden: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {kind: _flat(base.rotary_emb(hidden, positions, kind)) for kind in set(config.layer_types)}
+
+    return Architecture(
+        word_embeddings=base.embeddings.tok_embeddings,
+        embed=lambda rows, types, positions: base.embeddings(inputs_embeds=rows),
+        layers=[_modernbert_layer(layer, config) for layer in base.layers],
+        head=head,
+        reads="first" if config.classifier_pooling == "cls" else "mean",
+        final_norm=base.final_norm,
+        rotary=rotary,
+    )
+
+
+def _modernbert_layer(layer: Any, config: Any) -> PreNormLayer:
+    attention, heads = layer.attn, config.num_attention_heads
+    reach = config.sliding_window if layer.attention_type == "sliding_attention" else None
+    return PreNormLayer(
+        attention_norm=None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm,
+        projections=[attention.Wqkv],
+        num_heads=heads,
+        num_key_value_heads=heads,
+        head_size=attention.head_dim,
+        scale=attention.head_dim**-0.5,
+        query_norm=None,
+        key_norm=None,
+        rotary=layer.attention_type,
+        causal=False,
+        window=None if reach is None else (reach, reach),
+        attention=attention,
+        attention_dropout=attention.attention_dropout,
+        attention_out=attention.Wo,
+        attention_out_dropout=attention.out_drop,
+        mlp_norm=layer.mlp_norm,
+        gate_up=[layer.mlp.Wi],
+        activation=layer.mlp.act,
+        mlp_dropout=layer.mlp.drop,
+        down=layer.mlp.Wo,
+    )
+
+
+def _decoder(model: Any) -> Architecture | None:
+    """Llama and Qwen with a score for the last token."""
+    base, config, head = model.model, model.config, find_head(model)
+    if head is None:
+        return None
+    return Architecture(
+        word_embeddings=base.embed_tokens,
+        embed=lambda rows, types, positions: rows,
+        layers=[_decoder_layer(layer) for layer in base.layers[: config.num_hidden_layers]],
+        head=head,
+        reads="last",
+        final_norm=base.norm,
+        rotary=lambda hidden, positions: {"all": _flat(base.rotary_emb(hidden, positions))},
+        unread_token_id=config.pad_token_id,
+    )
+
+
+def _decoder_layer(layer: Any) -> PreNormLayer:
+    attention = layer.self_attn
+    reach = getattr(attention, "sliding_window", None)
+    return PreNormLayer(
+        attention_norm=layer.input_layernorm,
+        projections=[attention.q_proj, attention.k_proj, attention.v_proj],
+        num_heads=attention.config.num_attention_heads,
+        num_key_value_heads=attention.config.num_key_value_heads,
+        head_size=attention.head_dim,
+        scale=attention.scaling,
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
+        rotary="all",
+        causal=True,
+        window=None if reach is None else (reach - 1, 0),
+        attention=attention,
+        attention_dropout=attention.attention_dropout,
+        attention_out=attention.o_proj,
+        attention_out_dropout=None,
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=[layer.mlp.gate_proj, layer.mlp.up_proj],
+        activation=layer.mlp.act_fn,
+        mlp_dropout=None,
+        down=layer.mlp.down_proj,
+    )
+
+
+def _flat(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary
+    return cos[0], sin[0]
+
+
 _FAMILIES: dict[str, Callable[[Any], Architecture | None]] = {
     "BertForSequenceClassification": _bert_like("bert", pad_positions=False),
     "RobertaForSequenceClassification": _bert_like("roberta", pad_positions=True),
@@ -140,4 +267,8 @@ _FAMILIES: dict[str, Callable[[Any], Architecture | None]] = {
     "CamembertForSequenceClassification": _bert_like("roberta", pad_positions=True),
     "ElectraForSequenceClassification": _bert_like("electra", pad_positions=False),
     "DistilBertForSequenceClassification": _distilbert,
+    "ModernBertForSequenceClassification": _modernbert,
+    "LlamaForSequenceClassification": _decoder,
+    "Qwen2ForSequenceClassification": _decoder,
+    "Qwen3ForSequenceClassification": _decoder,
 }

@@ -64,6 +64,19 @@ class TokenizedPairs:
         types = None if self.token_type_ids is None else self.token_type_ids[flat]
         return TokenizedPairs(self.input_ids[flat], types, offsets)
 
+    def without_trailing(self, token_id: int) -> TokenizedPairs:
+        """The pairs without the run of this token that a pair may end in; the first token always stays."""
+        lengths = self.lengths.copy()
+        for n in np.flatnonzero(self.input_ids[self.offsets[1:] - 1] == token_id):
+            kept = np.flatnonzero(self.input_ids[self.offsets[n] : self.offsets[n + 1]] != token_id)
+            lengths[n] = kept[-1] + 1 if len(kept) else 1
+        if np.array_equal(lengths, self.lengths):
+            return self
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        flat = np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        types = None if self.token_type_ids is None else self.token_type_ids[flat]
+        return TokenizedPairs(self.input_ids[flat], types, offsets)
+
     def pad(
         self,
         indices: np.ndarray,

@@ -12,13 +12,21 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
 
-from rerank_fast.model.architectures import find_architecture
+from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs
 
@@ -58,6 +66,29 @@ MODELS = {
         )
     ),
 }
+DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "head_dim": 12}
+SLIDING = {key: value for key, value in DECODER.items() if key != "head_dim"}
+MODERN = {**SIZES, "pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 16}
+MODELS |= {
+    "modernbert": lambda **o: ModernBertForSequenceClassification(
+        ModernBertConfig(**{**MODERN, "num_hidden_layers": 5}, **o)
+    ),
+    "modernbert-last-layer-slides": lambda **o: ModernBertForSequenceClassification(
+        ModernBertConfig(**{**MODERN, "num_hidden_layers": 4}, **o)
+    ),
+    "modernbert-mean": lambda **o: ModernBertForSequenceClassification(
+        ModernBertConfig(**MODERN, classifier_pooling="mean", norm_bias=True, **o)
+    ),
+    "llama": lambda **o: LlamaForSequenceClassification(LlamaConfig(**DECODER, **o)),
+    "qwen2-sliding": lambda **o: Qwen2ForSequenceClassification(
+        Qwen2Config(**SLIDING, use_sliding_window=True, sliding_window=8, max_window_layers=1, **o)
+    ),
+    "qwen3": lambda **o: Qwen3ForSequenceClassification(Qwen3Config(**DECODER, **o)),
+    "qwen3-sliding": lambda **o: Qwen3ForSequenceClassification(
+        Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=8, max_window_layers=1, **o)
+    ),
+}
+WITHOUT_TYPES = ("distilbert", "modernbert", "llama", "qwen2", "qwen3")
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
 
@@ -82,7 +113,7 @@ def make_tokens(lengths: list[int], *, types: bool = True, seed: int = 3) -> Tok
 
 def padded_scores(model: torch.nn.Module, tokens: TokenizedPairs) -> torch.Tensor:
     inputs = tokens.pad(np.arange(len(tokens)), pad_token_id=model.config.pad_token_id)
-    if model.config.model_type == "distilbert":
+    if model.config.model_type in WITHOUT_TYPES:
         inputs.pop("token_type_ids", None)
     return model(**inputs).logits.squeeze(1)
 
@@ -124,14 +155,150 @@ PLANS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, plan: str) -> None:
     tokens = make_tokens(LENGTHS, types=types)
+    torch.manual_seed(0)
     upstream = torch.randn(len(tokens), dtype=torch.float64)
     # In fp64 the two differ by nothing but the order of sums; in fp32, through the kernels, by its rounding.
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
     expected_gradients = gradients(model, expected, upstream)
-    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    # ModernBERT itself takes its rotations and its softmax in fp32.
+    exact = 1e-6 if name.startswith("modernbert") else 1e-10
+    for dtype, bound in ((torch.float64, exact), (torch.float32, 1e-5)):
         model.to(dtype)
         actual = packed_scores(model, tokens, PLANS[plan], dtype=dtype)
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
         assert_same_gradients(gradients(model, actual, upstream.to(dtype)), expected_gradients, bound)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
+def test_batches_of_one_and_of_a_single_token(name: str) -> None:
+    model = make_model(name).eval()
+    for lengths in ([1], [POSITIONS], [1, 1, 1]):
+        tokens = make_tokens(lengths)
+        expected = padded_scores(model, tokens)
+        actual = packed_scores(model, tokens, [np.arange(len(lengths))])
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["roberta", "qwen3"])
+def test_texts_that_spell_the_padding_token(name: str) -> None:
+    """RoBERTa gives it the padding's position; a decoder's score is read from the last token that is not one."""
+    model = make_model(name).eval()
+    tokens = make_tokens([6, 9, 4, 3])
+    tokens.input_ids[[2, 8, 9, 14, 18, 19, 20, 21]] = model.config.pad_token_id
+    # Each by itself: no padding, and an attention mask of ones.
+    expected = torch.cat([padded_scores(model, tokens.select(np.array([n]))) for n in range(4)])
+    torch.testing.assert_close(packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_left_padding_of_the_padded_model_changes_nothing() -> None:
+    model = make_model("qwen3").eval()
+    tokens = make_tokens(LENGTHS)
+    inputs = tokens.pad(np.arange(len(tokens)), pad_token_id=0, padding_side="left")
+    del inputs["token_type_ids"]
+    expected = model(**inputs).logits.squeeze(1)
+    torch.testing.assert_close(packed_scores(model, tokens, PLANS["several"]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
+def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str) -> None:
+    model = make_model(name).train()
+    tokens, plan = make_tokens(LENGTHS), PLANS["several"]
+    upstream = torch.randn(len(tokens))
+
+    def run(seed: int, **options: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(seed)
+        scores = packed_scores(model, tokens, plan, **options)
+        return scores.detach(), gradients(model, scores, upstream)
+
+    scores, expected = run(1)
+    again, same = run(1)
+    assert torch.equal(scores, again)
+    assert_same_gradients(same, expected, 1e-6)
+    recomputed, checkpointed = run(1, gradient_checkpointing=True)
+    assert torch.equal(scores, recomputed)
+    assert_same_gradients(checkpointed, expected, 1e-6)
+    if name in ("bert", "distilbert"):  # the others are made without dropout
+        assert not torch.equal(run(2)[0], scores)
+
+
+def test_dropout_has_the_padded_models_mean_and_spread() -> None:
+    """Different draws, the same distribution: rates and places of dropout are the model's."""
+    torch.manual_seed(0)
+    model = make_model("bert", attention_probs_dropout_prob=0.2, hidden_dropout_prob=0.1).train()
+    tokens = make_tokens([11] * 3)
+    with torch.no_grad():
+        packed = torch.stack([packed_scores(model, tokens, [np.arange(3)]) for _ in range(1500)])
+        padded = torch.stack([padded_scores(model, tokens) for _ in range(1500)])
+    spread = padded.std(0)
+    assert ((packed.mean(0) - padded.mean(0)).abs() < 5 * spread * (2 / 1500) ** 0.5).all()
+    assert ((packed.std(0) / spread - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "modernbert", "qwen3"])
+def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None:
+    """Scores and gradients of bf16 products, beside those of the padded model in the same precision."""
+    model = make_model(name).eval()
+    tokens = make_tokens(LENGTHS)
+    upstream = torch.randn(len(tokens))
+    exact = padded_scores(model, tokens)
+    exact_gradients = gradients(model, exact, upstream)
+    model.to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        padded = padded_scores(model, tokens).float()
+    padded_gradients = gradients(model, padded, upstream)
+    packed = packed_scores(model, tokens, PLANS["several"], dtype=torch.bfloat16)
+    packed_gradients = gradients(model, packed, upstream)
+    assert packed.dtype == torch.float32
+    assert (packed - exact).abs().mean() <= 1.5 * (padded - exact).abs().mean() + 1e-3
+
+    def error(actual: dict[str, torch.Tensor]) -> float:
+        parts = [(actual[n].float() - g).norm() / g.norm() for n, g in exact_gradients.items() if g.norm() > 1e-3]
+        return float(torch.stack(parts).mean())
+
+    assert error(packed_gradients) <= 1.2 * error(padded_gradients) + 1e-3
+
+
+def test_scoring_leaves_the_model_as_it_was() -> None:
+    model = make_model("bert").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    packed_scores(model, make_tokens(LENGTHS), PLANS["one"]).sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_adapters_and_hooked_layers_are_called() -> None:
+    """What stands in for a linear layer, or listens to it, is not passed by."""
+    model = make_model("bert").eval()
+    tokens = make_tokens(LENGTHS)
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.mean(dim=-1, keepdim=True)
+
+    query = model.bert.encoder.layer[1].attention.self.query
+    adapter = Adapter(48, 48)
+    adapter.load_state_dict(query.state_dict())
+    model.bert.encoder.layer[1].attention.self.query = adapter
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    expected = padded_scores(model, tokens)
+    actual = packed_scores(model, tokens, PLANS["several"])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_are_not_known_have_no_architecture() -> None:
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    config = DebertaV2Config(**SIZES, relative_attention=True)
+    model = DebertaV2ForSequenceClassification(config)
+    assert find_architecture(model) is None
+    assert "DebertaV2ForSequenceClassification" in reason_to_pad(model)
+
+    class BertForSequenceClassification(torch.nn.Module):
+        """Remote code with a familiar name."""
+
+    assert find_architecture(BertForSequenceClassification()) is None

@@ -1,0 +1,94 @@
+"""Linear layers of a step: weights cast, joined and laid out once, gradients added up in the weights' own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rerank_fast.model.packing import MAX_TOKENS
+
+
+class _NarrowLinear(torch.autograd.Function):
+    """A product in bf16 whose weight gradients reach the fp32 weight in fp32.
+
+    The bf16 copy is made once a step and shared by its micro-batches; were it part of the graph, their gradients
+    would be added up in bf16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, narrow_weight: Tensor, narrow_bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, narrow_weight)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, narrow_weight, narrow_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, narrow_weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            grad @ narrow_weight if wants_x else None,
+            (grad.t() @ x).to(weight_dtype) if wants_weight else None,
+            grad.sum(0).to(bias_dtype) if wants_bias else None,
+            None,
+            None,
+        )
+
+
+# oneDNN's product, without a gradient. F.linear sends fp32 to MKL, which is half as fast on AMD's processors, and
+# lays bf16 weights out anew in every call.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class StepLinear:
+    """One or more linear modules that read the same rows, as one product; weights are cast once."""
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, num_tokens: int) -> None:
+        self.modules: Sequence[nn.Module] | None = None
+        if not all(type(module) is nn.Linear and not _has_hooks(module) for module in modules):
+            self.modules = modules  # an adapter's, or hooked: it must be called
+            return
+        weights: list[Any] = [module.weight for module in modules]
+        biases: list[Any] = [module.bias for module in modules]
+        self.weight: Tensor = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.bias: Tensor | None = None
+        if biases[0] is not None:
+            self.bias = biases[0] if len(biases) == 1 else torch.cat(biases)
+        self.narrow = None
+        if self.weight.dtype != dtype:
+            self.narrow = (
+                self.weight.detach().to(dtype),
+                None if self.bias is None else self.bias.detach().to(dtype),
+            )
+        self.inference: tuple[Tensor, Tensor | None] | None = None
+        on_cpu = self.weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        if _ONEDNN and on_cpu and not torch.is_grad_enabled():
+            weight, bias = self.narrow or (self.weight, self.bias)
+            if num_tokens > MAX_TOKENS:  # worth the new layout
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
+            self.inference = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.modules is not None:
+            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+                outputs = [module(x) for module in self.modules]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if self.inference is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, *self.inference, "none", [], "")
+        if self.narrow is None:
+            return F.linear(x, self.weight, self.bias)
+        return _NarrowLinear.apply(x, self.weight, self.bias, *self.narrow)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
