@@ -100,9 +100,7 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
     relevant = {f"p{i}": text for i, text in enumerate(positive)}
     rest = {f"d{i}": text for i, text in enumerate(row[others[0]])}
     if others[0] == "documents":
-        return rank_candidates(
-            str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives
-        )
+        return rank_candidates(str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives)
     docs = {**relevant, **rest}
     if not docs:
         raise ValueError(f"{place}: no documents")
