@@ -20,16 +20,12 @@ def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout:
         return load_dataset(dataset_id, subset, split=split)
     except Exception as error:  # of many kinds: network, missing configuration, missing split
         name = f"{dataset_id} ({subset}, {split})" if subset else f"{dataset_id} ({split})"
+        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+        state = "the hub is offline (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
         raise ValueError(
-            f"dataset {name} is no local directory, and {hub_state()}: {type(error).__name__}: {error}. To use a "
+            f"dataset {name} is no local copy, and {state}: {type(error).__name__}: {error}. To use a "
             f"local copy, give the path of one in its place: {layout}."
         ) from error
-
-
-def hub_state() -> str:
-    """Whether the hub is switched off or did not answer, for an error message."""
-    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
-    return "the hub is offline (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
 
 
 def read_columns(source: Any, names: Sequence[str], where: str) -> dict[str, list[Any]]:

@@ -64,6 +64,12 @@ class MeasuredSet:
         self.pairs = [(one.query, doc) for one in candidates for doc in one.docs]
         self._bounds = np.cumsum([len(one.docs) for one in candidates])[:-1]
         self._base: dict[str, np.ndarray] | None = None  # the same for every model
+        self.primary_metric = self.prefixed(f"ndcg@{at_k}")
+
+    @property
+    def description(self) -> str:
+        """What sentence-transformers' model card calls such a table."""
+        return "Cross Encoder Reranking"
 
     def prefixed(self, metric: str) -> str:
         return f"{self.name}_{metric}" if self.name else metric
@@ -144,7 +150,7 @@ def note_in_model_card(
 ) -> None:
     """Hand the figures to the card of sentence-transformers' CrossEncoder, as its own evaluators do."""
     card = getattr(model, "model_card_data", None)
-    if not hasattr(card, "set_evaluation_metrics"):
+    if card is None:
         return
     shown: dict[str, Any] = {}
     for name, value in means.items():

@@ -124,14 +124,27 @@ class NanoBEIREvaluator:
         names = ("dataset_names", "dataset_id", "rerank_k", "at_k", "always_rerank_positives")
         return {name: getattr(self, name) for name in names}
 
-    def evaluate_per_query(self, model: Any) -> dict[str, np.ndarray]:
+    def _measure(self, model: Any, output_path: str | None) -> list[dict[str, np.ndarray]]:
+        """Each set's values of each query, and the last call's files."""
+        measured = []
+        for one, scores in zip(self.sets, np.split(self.score(model), self._bounds), strict=True):
+            measured.append(one.measure(scores))
+            if output_path is not None:
+                directory = Path(output_path)
+                directory.mkdir(parents=True, exist_ok=True)
+                if self.write_per_query:
+                    one.write_per_query(directory / f"{one.name}_per_query.csv", measured[-1])
+                if self.write_run:
+                    one.write_run(directory / f"{one.name}.run", scores)
+        return measured
+
+    def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
         """Each metric of each set as an array of its queries, under the set's key.
 
         Where the aggregate is the mean over sets, its key holds all queries' values, weighted so that their mean
         is the mean over sets: a paired test of two models compares that too.
         """
-        parts = np.split(self.score(model), self._bounds)
-        measured = [one.measure(scores) for one, scores in zip(self.sets, parts, strict=True)]
+        measured = self._measure(model, output_path)
         result = {
             one.prefixed(name): column
             for one, values in zip(self.sets, measured, strict=True)
@@ -152,32 +165,21 @@ class NanoBEIREvaluator:
         Raises:
             ValueError: output_path can't be written, before anything is scored; a score is NaN.
         """
-        files = None
+        files = []
         if output_path is not None and self.write_csv:
             names = [f"CrossEncoderRerankingEvaluator_{one.name}_results_@{self.at_k}.csv" for one in self.sets]
             names.append(f"NanoBEIR_evaluation_{self.aggregate_key}_results.csv")
             files = [ResultsFile(output_path, name, self.metrics) for name in names]
+        every = [query_means(values) for values in self._measure(model, output_path)]
         results: dict[str, float] = {}
-        every = []
-        for one, scores in zip(self.sets, np.split(self.score(model), self._bounds), strict=True):
-            values = one.measure(scores)
-            every.append(query_means(values))
-            results.update({one.prefixed(name): value for name, value in every[-1].items()})
-            note_in_model_card(one, model, every[-1], one.name, epoch, steps)
-            if output_path is not None:
-                self._write(one, Path(output_path), values, scores)
+        for one, means in zip(self.sets, every, strict=True):
+            results.update({one.prefixed(name): value for name, value in means.items()})
+            note_in_model_card(one, model, means, one.name, epoch, steps)
         aggregates = {name: float(self.aggregate_fn([means[name] for means in every])) for name in every[0]}
         for metric in self.metrics:
             base = aggregates[f"base_{metric}"]
             logger.info("NanoBEIR %-8s BM25 %.4f -> reranked %.4f", metric, base, aggregates[metric])
-        for file, means in zip(files or [], [*every, aggregates], strict=False):
+        for file, means in zip(files, [*every, aggregates], strict=False):
             file.append(epoch, steps, means)
         note_in_model_card(self, model, aggregates, self.name, epoch, steps)
         return {**results, **{f"{self.name}_{name}": value for name, value in aggregates.items()}}
-
-    def _write(self, one: MeasuredSet, directory: Path, values: dict[str, np.ndarray], scores: np.ndarray) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.write_per_query:
-            one.write_per_query(directory / f"{one.name}_per_query.csv", values)
-        if self.write_run:
-            one.write_run(directory / f"{one.name}.run", scores)

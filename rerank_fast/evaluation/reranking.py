@@ -71,21 +71,34 @@ class RerankingEvaluator:
         self.write_csv = write_csv
         self.write_per_query = write_per_query
         self.write_run = write_run
-        self.primary_metric = self.set.prefixed(f"ndcg@{at_k}")
+        self.primary_metric = self.set.primary_metric
         self.metric_names = tuple(map(self.set.prefixed, self.set.metrics))
         self.score = PairScorer(self.set.pairs, batch_size=batch_size, show_progress_bar=show_progress_bar)
 
     @property
     def description(self) -> str:
-        return "Cross Encoder Reranking"
+        return self.set.description
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings that sentence-transformers' model card shows."""
         return {"at_k": self.at_k, "always_rerank_positives": self.always_rerank_positives}
 
-    def evaluate_per_query(self, model: Any) -> dict[str, np.ndarray]:
+    @property
+    def _stem(self) -> str:
+        return "CrossEncoderRerankingEvaluator" + (f"_{self.name.replace('/', '_')}" if self.name else "")
+
+    def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
         """Each metric, reranked and base_, as an array (Q,) in list order."""
-        return self.set.measure(self.score(model))
+        scores = self.score(model)
+        values = self.set.measure(scores)
+        if output_path is not None:
+            directory = Path(output_path)
+            directory.mkdir(parents=True, exist_ok=True)
+            if self.write_per_query:
+                self.set.write_per_query(directory / f"{self._stem}_per_query.csv", values)
+            if self.write_run:
+                self.set.write_run(directory / f"{self._stem}.run", scores)
+        return values
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -95,13 +108,10 @@ class RerankingEvaluator:
         Raises:
             ValueError: output_path can't be written, before anything is scored; a score is NaN.
         """
-        stem = "CrossEncoderRerankingEvaluator" + (f"_{self.name.replace('/', '_')}" if self.name else "")
         results = None
         if output_path is not None and self.write_csv:
-            results = ResultsFile(output_path, f"{stem}_results_@{self.at_k}.csv", self.set.metrics)
-        scores = self.score(model)
-        values = self.set.measure(scores)
-        means = query_means(values)
+            results = ResultsFile(output_path, f"{self._stem}_results_@{self.at_k}.csv", self.set.metrics)
+        means = query_means(self.evaluate_per_query(model, output_path))
         for metric in self.set.metrics:
             if f"base_{metric}" in means:
                 logger.info("%-8s base %.4f -> reranked %.4f", metric, means[f"base_{metric}"], means[metric])
@@ -109,12 +119,5 @@ class RerankingEvaluator:
                 logger.info("%-8s reranked %.4f", metric, means[metric])
         if results is not None:
             results.append(epoch, steps, means)
-        if output_path is not None and (self.write_per_query or self.write_run):
-            directory = Path(output_path)
-            directory.mkdir(parents=True, exist_ok=True)
-            if self.write_per_query:
-                self.set.write_per_query(directory / f"{stem}_per_query.csv", values)
-            if self.write_run:
-                self.set.write_run(directory / f"{stem}.run", scores)
         note_in_model_card(self, model, means, self.name, epoch, steps)
         return {self.set.prefixed(name): value for name, value in means.items()}
