@@ -7,7 +7,8 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
 
-_WORDS = [
+_WORDS = ["weather", "sea", "rain", "wind", "sun", "panda", "bear", "fish"]
+_WORDS += ["bamboo", "paris", "france", "capital", "city", "museum", "berlin", "people"]
     "weather",
     "sea",
     "rain",
