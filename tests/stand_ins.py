@@ -9,23 +9,6 @@ from datasets import Dataset, Features, List, Value
 
 _WORDS = ["weather", "sea", "rain", "wind", "sun", "panda", "bear", "fish"]
 _WORDS += ["bamboo", "paris", "france", "capital", "city", "museum", "berlin", "people"]
-    "weather",
-    "sea",
-    "rain",
-    "wind",
-    "sun",
-    "panda",
-    "bear",
-    "fish",
-    "bamboo",
-    "paris",
-    "france",
-    "capital",
-    "city",
-    "museum",
-    "berlin",
-    "people",
-]
 _MS_MARCO = Features(
     {
         "answers": List(Value("string")),
