@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="lists with labels of 0 and 1")
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=64, help="pairs per forward pass, of both")
+    parser.add_argument("--batch_size", type=int, default=64, help="pairs per forward pass of the peer")
     parser.add_argument("--max_length", type=int, default=256, help="longest pair in tokens")
     options = parser.parse_args()
 
@@ -96,13 +96,13 @@ def main() -> None:
     theirs = CrossEncoderRerankingEvaluator(
         _samples(lists), batch_size=options.batch_size, always_rerank_positives=False
     )
-    ours = RerankingEvaluator(lists, batch_size=options.batch_size)
+    ours = RerankingEvaluator(lists)
     ours(model), theirs(peer)  # first allocations
     times: dict[str, list[float]] = {"peer": [], "first": [], "again": []}
     for _ in range(options.rounds):
         seconds, expected = _timed(lambda: theirs(peer))
         times["peer"].append(seconds)
-        evaluator = RerankingEvaluator(lists, batch_size=options.batch_size)
+        evaluator = RerankingEvaluator(lists)
         for name in ("first", "again"):
             seconds, got = _timed(lambda evaluator=evaluator: evaluator(model))
             times[name].append(seconds)
@@ -118,7 +118,7 @@ def main() -> None:
     )
     print(
         f"{len(lists)} queries, {len(pairs)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
-        f"{options.batch_size} a forward"
+        f"peer {options.batch_size} a forward"
     )
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{'':<24} {'pairs/s':>9} {'ratio':>7}")

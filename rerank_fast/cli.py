@@ -76,7 +76,7 @@ def _parser() -> ArgumentParser:
     )
     evaluate.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     evaluate.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
-    evaluate.add_argument("--batch_size", type=int, default=64, help="pairs per forward pass")
+    evaluate.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     commands.add_subcommand("evaluate", evaluate)
 
     recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")

@@ -164,6 +164,7 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "m", "--nano_beir", "nq", "--nano_beir_id", "some/nano"], "offline"),
         (["--model", "m"], "either --data or --nano_beir"),
         (["--model", "m", "--nano_beir", "marco"], "'marco' is no NanoBEIR set"),
         (["--model", "m", "--model", "n", "--model", "o", "--nano_beir"], "one or two models, got 3"),

@@ -18,8 +18,10 @@ from rerank_fast.evaluation.metrics import default_metrics, parse_metric, rankin
 class PairScorer:
     """Scores the same pairs for one model after another, all in one stream, in batches of similar length."""
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], *, batch_size: int, show_progress_bar: bool) -> None:
-        if batch_size < 1:
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], *, batch_size: int | None, show_progress_bar: bool
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.pairs = pairs
         self.batch_size = batch_size
@@ -29,11 +31,9 @@ class PairScorer:
 
     def __call__(self, model: Any) -> np.ndarray:
         """(N,) float64 raw scores: a sigmoid would round large ones to the same value and tie them."""
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "activation_fn": nn.Identity(),
-            "show_progress_bar": self.show_progress_bar,
-        }
+        options: dict[str, Any] = {"activation_fn": nn.Identity(), "show_progress_bar": self.show_progress_bar}
+        if self.batch_size is not None:
+            options["batch_size"] = self.batch_size
         if hasattr(model, "score_tokens") and hasattr(model, "tokenize"):
             if self._tokens is None or self._tokens[0]() is not model or self._tokens[1] != model.max_length:
                 self._tokens = weakref.ref(model), model.max_length, model.tokenize(self.pairs)
@@ -119,6 +119,19 @@ def query_means(values: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.nanmean(column)) for name, column in values.items()}
 
 
+def output_directory(path: str | Path) -> Path:
+    """The directory, made where it is missing.
+
+    Raises:
+        ValueError: it can't be made; to be said before anything is scored.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_path {path} can't be written: {error}") from error
+    return Path(path)
+
+
 class ResultsFile:
     """A CSV that grows by a row at each evaluation: epoch, steps, then the metrics in capitals.
 
@@ -127,13 +140,11 @@ class ResultsFile:
     """
 
     def __init__(self, directory: str | Path, name: str, metrics: Sequence[str]) -> None:
-        self.directory = Path(directory)
-        self.file = self.directory / name.replace("/", "_")
+        self.file = output_directory(directory) / name.replace("/", "_")
         self.metrics = metrics
         # The three that sentence-transformers writes are in capitals there; others keep their spelling.
         header = ["epoch", "steps", *(metric.upper() for metric in metrics[:3]), *metrics[3:]]
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", newline="", encoding="utf-8") as handle:
                 if handle.tell() == 0:
                     csv.writer(handle).writerow(header)

@@ -35,7 +35,7 @@ def parse_metric(name: str) -> Any:
         measure = ir_measures.parse_measure(measure_name + name[found.end() :])
         ir_measures.evaluator([measure], {"q": {"d": 1}})
     except Exception as error:  # of as many kinds as there are providers
-        raise ValueError(f"metric {name!r} can't be computed: {error}") from error
+        raise ValueError(f"metric {name!r} can't be computed (a cut is written as in nDCG@10): {error}") from error
     return measure
 
 

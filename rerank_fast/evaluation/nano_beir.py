@@ -16,6 +16,7 @@ from rerank_fast.evaluation.measured import (
     PairScorer,
     ResultsFile,
     note_in_model_card,
+    output_directory,
     query_means,
 )
 
@@ -35,7 +36,7 @@ class NanoBEIREvaluator:
         at_k: cut of MRR and NDCG.
         always_rerank_positives: also score the relevant documents that BM25 missed.
         metrics: further ones of ir-measures, e.g. "R@100"; each result has the name given here.
-        batch_size: pairs per forward pass.
+        batch_size: most pairs per forward pass; None lets their tokens decide.
         show_progress_bar: while scoring.
         write_csv: with an output_path, add rows of means to sentence-transformers' CSV files there.
         write_per_query: with an output_path, write the last call's values of each query as CSV, a file a set.
@@ -63,7 +64,7 @@ class NanoBEIREvaluator:
         always_rerank_positives: bool = True,
         *,
         metrics: Sequence[str] = (),
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
         write_csv: bool = True,
         write_per_query: bool = False,
@@ -126,12 +127,11 @@ class NanoBEIREvaluator:
 
     def _measure(self, model: Any, output_path: str | None) -> list[dict[str, np.ndarray]]:
         """Each set's values of each query, and the last call's files."""
+        directory = None if output_path is None else output_directory(output_path)
         measured = []
         for one, scores in zip(self.sets, np.split(self.score(model), self._bounds), strict=True):
             measured.append(one.measure(scores))
-            if output_path is not None:
-                directory = Path(output_path)
-                directory.mkdir(parents=True, exist_ok=True)
+            if directory is not None:
                 if self.write_per_query:
                     one.write_per_query(directory / f"{one.name}_per_query.csv", measured[-1])
                 if self.write_run:

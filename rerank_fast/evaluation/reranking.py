@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from rerank_fast.evaluation.measured import (
     PairScorer,
     ResultsFile,
     note_in_model_card,
+    output_directory,
     query_means,
 )
 
@@ -33,7 +33,7 @@ class RerankingEvaluator:
         always_rerank_positives: for samples with documents: also score the positives that the first stage
             missed. False scores what it found, and a query without a positive among it counts 0.
         metrics: further ones of ir-measures, e.g. "R@100" or "P(rel=2)@5"; each result has the name given here.
-        batch_size: pairs per forward pass.
+        batch_size: most pairs per forward pass; None lets their tokens decide.
         show_progress_bar: while scoring.
         write_csv: with an output_path, add a row of means to sentence-transformers' CSV file there.
         write_per_query: with an output_path, write the last call's values of each query as CSV.
@@ -57,7 +57,7 @@ class RerankingEvaluator:
         *,
         always_rerank_positives: bool = True,
         metrics: Sequence[str] = (),
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress_bar: bool = False,
         write_csv: bool = True,
         write_per_query: bool = False,
@@ -89,11 +89,10 @@ class RerankingEvaluator:
 
     def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
         """Each metric, reranked and base_, as an array (Q,) in list order."""
+        directory = None if output_path is None else output_directory(output_path)
         scores = self.score(model)
         values = self.set.measure(scores)
-        if output_path is not None:
-            directory = Path(output_path)
-            directory.mkdir(parents=True, exist_ok=True)
+        if directory is not None:
             if self.write_per_query:
                 self.set.write_per_query(directory / f"{self._stem}_per_query.csv", values)
             if self.write_run:

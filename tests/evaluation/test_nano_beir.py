@@ -137,6 +137,11 @@ def test_what_is_not_there_is_said(nano: Path, tmp_path: Path) -> None:
         NanoBEIREvaluator(["nq"], nano, metrics=["fun@3"])
     with pytest.raises(ValueError, match="rerank_k"):
         NanoBEIREvaluator(["nq"], nano, rerank_k=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be written"):  # before the model is asked
+        NanoBEIREvaluator(["nq"], nano, write_csv=False, write_run=True)(None, str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="batch_size"):
+        NanoBEIREvaluator(["nq"], nano, batch_size=0)
     with pytest.raises(ValueError, match="dataset_names"):
         NanoBEIREvaluator("nq", nano)
 
