@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rerank_fast import cli
+from rerank_fast import CrossEncoder, cli
+from rerank_fast.evaluation import NanoBEIREvaluator
 from tests.model_factory import make_tiny_bert
+from tests.stand_ins import make_nano_beir
 
 _ROWS = [
     {"query": "what is the panda", "docs": ["fish rain sea", "panda rain", "bear"], "labels": [0, 1, 0]},
@@ -120,3 +122,60 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, work: Path):
 
     monkeypatch.setattr(cli, "_train", interrupt)
     assert cli.main(train_arguments(work, "stopped")) == 130
+
+
+def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_tiny_bert(tmp_path / "other", seed=5)
+    models = ["--model", str(work / "bert"), "--model", str(tmp_path / "other")]
+    nano = make_nano_beir(tmp_path / "nano")
+    arguments = ["evaluate", *models, "--nano_beir", "nq", "msmarco", "--nano_beir_id", str(nano)]
+    arguments += [
+        "--metrics",
+        "R@5",
+        "--output",
+        str(tmp_path / "out.json"),
+        "--details",
+        str(tmp_path / "details"),
+    ]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "95% interval" in printed
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["a"], written["b"]) == (models[1], models[3])
+    row = written["metrics"]["NanoBEIR_R100_mean_ndcg@10"]
+    evaluator = NanoBEIREvaluator(["nq", "msmarco"], nano)
+    for letter in "ab":
+        expected = evaluator(CrossEncoder(written[letter], device="cpu"))
+        assert row[letter] == pytest.approx(expected["NanoBEIR_R100_mean_ndcg@10"], abs=1e-9)
+    assert row["difference"] == pytest.approx(row["b"] - row["a"])
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert 0 < row["p_value"] <= 1
+    assert not any("base" in name for name in written["metrics"])
+    found = {str(file.relative_to(tmp_path / "details")) for file in (tmp_path / "details").rglob("*.run")}
+    assert found == {f"{letter}/Nano{name}_R100.run" for letter in "ab" for name in ("NQ", "MSMARCO")}
+
+    single = ["evaluate", *models[:2], "--nano_beir", "nq", "--nano_beir_id", str(nano)]
+    assert cli.main(single) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert len(rows["NanoNQ_R100_ndcg@10"]) == 3
+    assert not any("base_" in name for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m", "--nano_beir", "nq", "--nano_beir_id", "some/nano"], "offline"),
+        (["--model", "m"], "either --data or --nano_beir"),
+        (["--model", "m", "--nano_beir", "marco"], "'marco' is no NanoBEIR set"),
+        (["--model", "m", "--model", "n", "--model", "o", "--nano_beir"], "one or two models, got 3"),
+    ],
+)
+def test_evaluate_with_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_metric_lists_those_there_are(work: Path, capsys: pytest.CaptureFixture):
+    data = str(work / "lists.jsonl")
+    assert cli.main(["evaluate", "--model", "m", "--data", data, "--metrics", "fun@3"]) == 2
+    assert "unknown metric 'fun@3'; there are " in capsys.readouterr().err

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+
+from rerank_fast.data.hub import load_hub_dataset
 
 FEATURES = Features({"query": Value("string"), "docs": List(Value("string")), "labels": List(Value("float32"))})
 # sentence-transformers takes any of these as the label column.
@@ -85,15 +87,8 @@ def _open(path: str, columns: Mapping[str, str] | None, split: str | None) -> It
         return _checked(_json_lines(path), path, columns, word="line", first=1)
     if file.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"expected a .jsonl or .parquet file, a saved dataset's directory or a hub id, got {path}")
-    try:
-        return _dataset_rows(load_dataset(path, split=split or "train"), path, columns)
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
-        state = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
-        raise ValueError(
-            f"dataset {path} is no local file, and {state}: {type(error).__name__}: {error}. To use a local copy, "
-            "give the path of a .jsonl or .parquet file or of a directory written by Dataset.save_to_disk."
-        ) from error
+    layout = "a .jsonl or .parquet file, or a directory written by Dataset.save_to_disk"
+    return _dataset_rows(load_hub_dataset(path, None, split or "train", layout=layout), path, columns)
 
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:

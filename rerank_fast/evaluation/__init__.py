@@ -1,6 +1,14 @@
 """How well a model ranks."""
 
-from rerank_fast.evaluation.metrics import bootstrap_interval, ranking_metrics
+from rerank_fast.evaluation.metrics import Comparison, bootstrap_interval, compare, ranking_metrics
+from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 
-__all__ = ["RerankingEvaluator", "bootstrap_interval", "ranking_metrics"]
+__all__ = [
+    "Comparison",
+    "NanoBEIREvaluator",
+    "RerankingEvaluator",
+    "bootstrap_interval",
+    "compare",
+    "ranking_metrics",
+]

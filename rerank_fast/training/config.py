@@ -39,7 +39,8 @@ class TrainingConfig:
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
-        metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K.
+        metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
+            evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
         logging_steps: steps between log lines.
         show_progress_bar: one bar with loss, learning rate and pairs/s.
     """
@@ -118,7 +119,7 @@ class TrainingConfig:
             raise ValueError(f"mini_batch_size must be None or at least 1, got {self.mini_batch_size}")
         if self.k is not None and self.k < 0:
             raise ValueError(f"k must be None or at least 0, got {self.k}")
-        if not re.fullmatch(r"map|(mrr|ndcg)@[1-9]\d*", self.metric_for_best):
+        if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):
             raise ValueError(f"metric_for_best must be map, mrr@K or ndcg@K, got {self.metric_for_best!r}")
         if not self.output:
             raise ValueError("output must name a directory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ class Trainer:
     Args:
         model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32.
         train_lists: whatever `load_lists` takes.
-        eval_lists: the same; without them the last model is saved instead of the best.
+        eval_lists: the same; without them and an evaluator the last model is saved instead of the best.
+        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
+            its metrics' names. eval_lists beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
 
     Raises:
@@ -60,15 +62,20 @@ class Trainer:
         train_lists: Source,
         *,
         eval_lists: Source | None = None,
+        evaluator: Callable[[CrossEncoder], dict[str, float]] | None = None,
         config: TrainingConfig | None = None,
     ) -> None:
         self.config = config = config or TrainingConfig()
         self.output = Path(config.output)
         check_output(self.output, overwrite=config.overwrite)
         lists = load_lists(train_lists)
-        self.evaluator = None
+        self.evaluators = [] if evaluator is None else [evaluator]
         if eval_lists is not None:
-            self.evaluator = RerankingEvaluator(eval_lists, at_k=config.at_k)
+            name = "" if evaluator is None else "eval"
+            self.evaluators.append(RerankingEvaluator(eval_lists, at_k=config.at_k, name=name))
+        names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
+        if names and config.metric_for_best not in names:
+            raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
         # Not Accelerator: its precision is one per process, and a second run may want another.
         state = PartialState()
         if state.num_processes > 1:
@@ -161,7 +168,7 @@ class Trainer:
                 step += 1
                 pairs += len(batch.pairs)
                 bar.update()
-                evaluates = self.evaluator and (step % config.eval_steps == 0 or step == self.num_steps)
+                evaluates = self.evaluators and (step % config.eval_steps == 0 or step == self.num_steps)
                 saves = step % config.save_steps == 0 and step < self.num_steps
                 # Also before a save: a diverged model never replaces a sound one.
                 if step % config.logging_steps == 0 or step == self.num_steps or evaluates or saves:
@@ -171,9 +178,9 @@ class Trainer:
                     bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", pairs_per_s=f"{rate:.0f}")
                     self._log(step, loss=loss, learning_rate=learning_rate, pairs_per_second=rate)
                     losses, pairs, logged_at = [], 0, time.perf_counter()
-                if self.evaluator and evaluates:
+                if evaluates:
                     paused_at = time.perf_counter()
-                    metrics = self.evaluator(model)
+                    metrics = {name: value for one in self.evaluators for name, value in one(model).items()}
                     self._log(step, **metrics)
                     name = config.metric_for_best
                     if not best or metrics[name] > best[name]:

@@ -109,12 +109,11 @@ def test_saved_splits(tmp_path: Path) -> None:
 def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
         asked.append((name, split))
         return datasets.Dataset.from_list(numeric(ROWS))
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("rerank_fast.data.lists.load_dataset", load_dataset, raising=False)
+    monkeypatch.setattr("rerank_fast.data.hub.load_dataset", load_dataset)
     check(load_lists("someone/lists"), EXPECTED)
     check(load_lists("someone/lists", split="dev"), EXPECTED)
     assert asked == [("someone/lists", "train"), ("someone/lists", "dev")]

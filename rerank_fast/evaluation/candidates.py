@@ -1,0 +1,108 @@
+"""What an evaluator scores: each query's documents, from lists or from sentence-transformers' samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from rerank_fast.data.lists import load_lists
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One query, the documents to score for it, and the first stage's order where there was one."""
+
+    query_id: str
+    query: str
+    docs: Sequence[str]
+    doc_ids: Sequence[str]
+    labels: np.ndarray  # (D,) of docs
+    base_labels: np.ndarray | None  # (B,) in the first stage's order
+
+
+def load_candidates(source: Any, *, always_rerank_positives: bool = True) -> list[Candidates]:
+    """Candidates from whatever `load_lists` takes, or from sentence-transformers' samples.
+
+    A sample is {"query", "positive", "documents"} with the first stage's ranking in documents, or {"query",
+    "positive", "negative"} without one; rows of samples come as a sequence, a Dataset or a mapping's values.
+
+    Raises:
+        ValueError: a list or sample is malformed; names it and what it has.
+    """
+    if isinstance(source, Mapping):
+        source = list(source.values())
+    if _holds_samples(source):
+        return [_from_sample(row, i, always_rerank_positives) for i, row in enumerate(source)]
+    lists = load_lists(source)
+    candidates = []
+    for q, (query, docs, values) in enumerate(zip(lists["query"], lists["docs"], lists["labels"], strict=True)):
+        labels = np.asarray(values)
+        candidates.append(Candidates(str(q), query, docs, [f"d{i}" for i in range(len(docs))], labels, labels))
+    return candidates
+
+
+def rank_candidates(
+    query_id: str,
+    query: str,
+    positive: Mapping[str, str],
+    documents: Mapping[str, str],
+    *,
+    always_rerank_positives: bool,
+) -> Candidates:
+    """Candidates of one query from its relevant documents and a first stage's ranking, both {id: text}.
+
+    As in sentence-transformers a document is relevant where its text is that of a positive one; the base ranking
+    ends with the positives that the first stage missed, and counts 0 where it missed all of them.
+    """
+    texts = set(positive.values())
+    found = [float(text in texts) for text in documents.values()]
+    missed = [1.0] * (len(positive) - int(sum(found))) if any(found) else []
+    docs, labels = documents, found
+    if always_rerank_positives:
+        others = {key: text for key, text in documents.items() if text not in texts}
+        docs = {**positive, **others}
+        labels = [1.0] * len(positive) + [0.0] * len(others)
+    return Candidates(
+        query_id, query, list(docs.values()), list(docs), np.asarray(labels), np.asarray([*found, *missed])
+    )
+
+
+def _holds_samples(source: Any) -> bool:
+    if isinstance(source, Dataset):
+        return "positive" in source.column_names
+    first = source[0] if isinstance(source, Sequence) and source else None
+    return isinstance(first, Mapping) and ("positive" in first or "negative" in first)
+
+
+def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candidates:
+    place = f"sample {index}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place}: expected query, positive and documents or negative, got {type(row).__name__}")
+    missing = [key for key in ("query", "positive") if key not in row]
+    # A Dataset fills what one row lacks with None.
+    others = [key for key in ("documents", "negative") if row.get(key) is not None]
+    if missing or len(others) != 1:
+        raise ValueError(
+            f"{place}: expected query, positive and either documents or negative; there are {sorted(map(str, row))}"
+        )
+    query = row["query"]
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"{place}, field query: expected a text, got {query!r:.60}")
+    positive = [row["positive"]] if isinstance(row["positive"], str) else row["positive"]
+    texts = {"positive": positive, others[0]: row[others[0]]}
+    for field, values in texts.items():
+        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+            raise ValueError(f"{place}, field {field}: expected a list of strings, got {values!r:.60}")
+    relevant = {f"p{i}": text for i, text in enumerate(positive)}
+    rest = {f"d{i}": text for i, text in enumerate(row[others[0]])}
+    if others[0] == "documents":
+        return rank_candidates(str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives)
+    docs = {**relevant, **rest}
+    if not docs:
+        raise ValueError(f"{place}: no documents")
+    labels = np.asarray([1.0] * len(relevant) + [0.0] * len(rest))
+    return Candidates(str(index), query, list(docs.values()), list(docs), labels, None)

@@ -1,0 +1,42 @@
+"""A Trainer from a recipe: its lists joined, some held out, its evaluator loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from datasets import concatenate_datasets
+
+from rerank_fast.data.lists import load_lists
+from rerank_fast.data.ms_marco import load_ms_marco
+from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
+from rerank_fast.recipes import Recipe
+from rerank_fast.training.checkpoints import check_output
+from rerank_fast.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Read everything a recipe names; nothing is trained yet.
+
+    Raises:
+        ValueError: a source can't be read, fewer lists than would be held out, or an output that holds a model.
+    """
+    config = recipe.training
+    check_output(Path(config.output), overwrite=config.overwrite)  # before hours of reading
+    evaluator = None
+    if recipe.nano_beir:
+        evaluator = NanoBEIREvaluator(
+            recipe.nano_beir, recipe.nano_beir_id, rerank_k=recipe.rerank_k, at_k=config.at_k
+        )
+    parts = [] if recipe.ms_marco is None else [load_ms_marco(recipe.ms_marco)]
+    parts += [load_lists(source) for source in recipe.lists]
+    lists, held_out = concatenate_datasets(parts), None
+    if recipe.held_out:
+        if recipe.held_out >= len(lists):
+            raise ValueError(f"held_out is {recipe.held_out}, but there are {len(lists)} lists in all")
+        split = lists.train_test_split(test_size=recipe.held_out, seed=config.seed)
+        lists, held_out = split["train"], split["test"]
+    logger.info("%d lists to train on, %d held out", len(lists), recipe.held_out)
+    return Trainer(recipe.model, lists, eval_lists=held_out, evaluator=evaluator, config=config)
