@@ -133,14 +133,11 @@ def gradients(model: torch.nn.Module, scores: torch.Tensor, upstream: torch.Tens
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of every gradient, in the norm; one that is 0 in theory (key biases) is measured against the largest."""
     assert actual.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        # A gradient that is exactly 0 in theory (key biases) is rounding in both: measured against the largest.
-        scale = max(gradient.abs().max(), 1e-3 * largest)
-        error = (actual[name] - gradient).abs().max() / scale
-        assert error < bound, f"{name}: {error:.2e}"
+    least = 1e-3 * max(gradient.norm() for gradient in expected.values())
+    return {name: float((actual[name] - g).norm() / max(g.norm(), least)) for name, g in expected.items()}
 
 
 LENGTHS = [5, 1, POSITIONS, 17, 2, 33, 33, 64]
@@ -168,7 +165,11 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
         actual = packed_scores(model, tokens, PLANS[plan], dtype=dtype)
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
-        assert_same_gradients(gradients(model, actual, upstream.to(dtype)), expected_gradients, bound)
+        errors = relative_errors(gradients(model, actual, upstream.to(dtype)), expected_gradients)
+        # Where fp32 itself loses more to cancellation, so does the padded model.
+        padded = padded_scores(model, tokens)
+        own = relative_errors(gradients(model, padded, upstream.to(dtype)), expected_gradients)
+        assert all(error <= max(bound, 3 * own[part]) for part, error in errors.items()), (errors, own)
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
@@ -215,10 +216,10 @@ def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str)
     scores, expected = run(1)
     again, same = run(1)
     assert torch.equal(scores, again)
-    assert_same_gradients(same, expected, 1e-6)
+    assert max(relative_errors(same, expected).values()) < 1e-6
     recomputed, checkpointed = run(1, gradient_checkpointing=True)
     assert torch.equal(scores, recomputed)
-    assert_same_gradients(checkpointed, expected, 1e-6)
+    assert max(relative_errors(checkpointed, expected).values()) < 1e-6
     if name in ("bert", "distilbert"):  # the others are made without dropout
         assert not torch.equal(run(2)[0], scores)
 
