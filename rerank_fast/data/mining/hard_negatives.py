@@ -150,7 +150,7 @@ def mine_hard_negatives(
         queries_without_positive=collection.without_positive,
     )
     if collection.without_positive:
-        logger.warning("%d queries have no positive and are left out", collection.without_positive)
+        logger.warning("queries without a positive, left out: %d", collection.without_positive)
     if writer.complete:
         logger.info("%s is complete: nothing to do", path)
         return result

@@ -54,6 +54,7 @@ def model_fingerprint(model: Any, name: str | None = None) -> str:
     # What else changes the scores of the same weights.
     for attribute in ("max_seq_length", "max_length", "prompts", "default_prompt_name", "truncate_dim"):
         digest.update(repr(getattr(model, attribute, None)).encode())
+    digest.update(type(getattr(model, "activation_fn", None)).__qualname__.encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

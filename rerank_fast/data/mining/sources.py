@@ -100,6 +100,8 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
     if corpus is None:
         return
     if isinstance(corpus, Mapping) and not isinstance(corpus, DatasetDict):
+        if not corpus:
+            raise ValueError("the corpus holds no document")
         for key, text in corpus.items():
             yield f"corpus, id {key!r}", str(key), check_text(text, f"corpus, id {key!r}")
         return
