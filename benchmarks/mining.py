@@ -94,7 +94,7 @@ def _mine_peer(directory: Path, options: argparse.Namespace) -> None:
         similarity_pairwise=pairwise_cos_sim,
     )
     corpus, queries = (
-        [json.loads(line) for line in open(directory / f"{name}.jsonl", encoding="utf-8")]
+        [json.loads(line) for line in (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for name in ("corpus", "queries")
     )
     texts = [row["text"] for row in corpus]
