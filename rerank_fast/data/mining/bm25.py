@@ -10,7 +10,7 @@ import numpy as np
 
 from rerank_fast.data.mining.retrieval import Found
 
-_BLOCK = 64  # documents whose best score stands for them in the first look at a query's scores
+_BLOCK = 16  # documents whose best score stands for them in the first look at a query's scores
 
 
 class BM25Retriever:
@@ -76,4 +76,7 @@ def _top_k(
     bests = np.maximum.reduceat(scores, starts)
     threshold = np.partition(bests, len(bests) - k)[len(bests) - k] if k < len(bests) else 0.0
     found = np.flatnonzero((scores >= threshold) & (scores > 0))
+    if len(found) > k:
+        best = scores[found]
+        found = found[best >= np.partition(best, len(best) - k)[len(best) - k]]  # those tied at the end too
     return found[np.argsort(-scores[found], kind="stable")[:k]]
