@@ -114,7 +114,7 @@ class ListWriter:
         os.replace(temporary, self._state)
 
     def _resume(self, queries: Sequence[str]) -> None:
-        """Find the position after the last whole line, and drop what follows it."""
+        """Find the position after the last whole line, and drop what follows it in an incomplete file."""
         if self.complete and self.output.suffix == ".parquet":
             self.lists = pyarrow.parquet.ParquetFile(self.output).metadata.num_rows
             return
@@ -123,7 +123,7 @@ class ListWriter:
         end = 0
         with open(self._lines, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and not self.complete:
                     break
                 try:
                     query = json.loads(line)["query"]

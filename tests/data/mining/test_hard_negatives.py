@@ -13,6 +13,7 @@ from sentence_transformers.util import cos_sim
 from sentence_transformers.util import mine_hard_negatives as peer_mine
 
 from rerank_fast.data import BM25Retriever, DenseRetriever, load_lists, mine_hard_negatives
+from rerank_fast.data.mining.bm25 import _top_k
 from tests.data.mining.stubs import FixedCrossEncoder, FixedEncoder, by_query, read
 
 DOCUMENTS = [f"document {i}" for i in range(60)]
@@ -181,6 +182,15 @@ def test_bm25_finds_what_all_scores_sorted_give(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.scores[row, : len(order)], every[order])
         assert found.positive_scores[row] == [every[row]]
     assert set(found.indices[30]) == {-1}
+
+
+def test_top_k_with_ties_of_any_shape() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(500):
+        scores = np.maximum(draw.integers(-5, draw.integers(1, 60), draw.integers(1, 400)), 0).astype(np.float32)
+        k = int(draw.integers(1, len(scores) + 1))
+        expected = [i for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
+        assert _top_k(scores, k).tolist() == expected
 
 
 # -- labels -------------------------------------------------------------------------------------------------

@@ -167,6 +167,15 @@ def test_a_file_of_another_hand_is_refused(tmp_path: Path, suffix: str) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_complete_file_without_its_last_newline_keeps_its_last_list(tmp_path: Path) -> None:
+    output = tmp_path / "lists.jsonl"
+    mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS)
+    os.truncate(output, output.stat().st_size - 1)
+    content = output.read_bytes()
+    assert mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS).lists == 200
+    assert output.read_bytes() == content
+
+
 @pytest.mark.parametrize("line", ["{", '{"query": "another"}', "[1]", '{"docs": []}'])
 def test_an_edited_line_is_named(tmp_path: Path, line: str) -> None:
     output = tmp_path / "lists.jsonl"
