@@ -179,3 +179,99 @@ def test_unknown_metric_lists_those_there_are(work: Path, capsys: pytest.Capture
     data = str(work / "lists.jsonl")
     assert cli.main(["evaluate", "--model", "m", "--data", data, "--metrics", "fun@3"]) == 2
     assert "unknown metric 'fun@3'; there are " in capsys.readouterr().err
+
+
+_CORPUS = ["the panda eats bamboo", "a bear eats fish", "the panda sun", "a panda is a bear", "paris museum"]
+
+
+def mine_arguments(directory: Path, *arguments: str) -> list[str]:
+    corpus = [{"id": i, "text": text} for i, text in enumerate(_CORPUS)]
+    queries = [{"query": "panda bamboo", "positive_ids": [0]}, {"query": "bear fish", "positive_ids": [1, 3]}]
+    queries += [{"query": "no panda", "positive_ids": []}]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"--{name}={directory / name}.jsonl" for name in ("corpus", "queries")]
+    return ["mine", *files, "--output", str(directory / "mined.jsonl"), "--show_progress_bar", "false", *arguments]
+
+
+def mined(directory: Path) -> dict[str, dict[str, float]]:
+    rows = map(json.loads, (directory / "mined.jsonl").read_text().splitlines())
+    return {row["query"]: dict(zip(row["docs"], row["labels"], strict=True)) for row in rows}
+
+
+def test_mine_writes_lists_that_train_reads(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(mine_arguments(tmp_path, "--num_negatives", "2")) == 0
+    assert mined(tmp_path) == {"panda bamboo": {_CORPUS[0]: 1, _CORPUS[2]: 0, _CORPUS[3]: 0}}
+    printed = capsys.readouterr().out
+    assert "1 lists in " in printed
+    assert "2 queries, 1 more without a positive left out" in printed
+    assert "1 queries without a negative left out" in printed
+
+    # The same command has nothing to do; another is refused, and said how.
+    assert cli.main(mine_arguments(tmp_path, "--num_negatives", "2")) == 0
+    assert "1 lists (1 of an earlier run)" in capsys.readouterr().out
+    assert cli.main(mine_arguments(tmp_path, "--num_negatives", "1")) == 2
+    assert "num_negatives 2 -> 1" in capsys.readouterr().err
+    assert cli.main(mine_arguments(tmp_path, "--num_negatives", "1", "--overwrite")) == 0
+    assert [len(docs) for docs in mined(tmp_path).values()] == [2]
+
+    arguments = ["train", "--model", str(work / "bert"), "--train", str(tmp_path / "mined.jsonl")]
+    arguments += ["--output", str(tmp_path / "model"), "--precision", "fp32", "--show_progress_bar", "false"]
+    assert cli.main(arguments) == 0
+
+
+def test_mine_with_an_encoder_and_a_cross_encoder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    encoder = Transformer(str(make_tiny_bert(tmp_path / "encoder", head=False)))
+    SentenceTransformer(modules=[encoder, Pooling(32)]).save(str(tmp_path / "dense"))
+    arguments = mine_arguments(
+        tmp_path,
+        *(
+            "--retriever",
+            str(tmp_path / "dense"),
+            "--cache_folder",
+            str(tmp_path / "cache"),
+            "--num_negatives",
+            "3",
+        ),
+        *(
+            "--cross_encoder",
+            str(work / "bert"),
+            "--labels",
+            "scores",
+            "--max_score",
+            "0.9999",
+            "--batch_size",
+            "2",
+        ),
+    )
+    assert cli.main(arguments) == 0
+    assert "candidates skipped by max_score 0.9999" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+    model = CrossEncoder(work / "bert", device="cpu")
+    lists = mined(tmp_path)
+    assert [len(docs) for docs in lists.values()] == [4, 5]
+    for query, docs in lists.items():
+        expected = model.predict([(query, doc) for doc in docs], show_progress_bar=False)
+        assert list(docs.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corpus", "no.jsonl"], "no.jsonl does not exist"),
+        (["--labels", "teacher"], "needs a cross_encoder"),
+        (["--retriever", "no/model"], "--retriever no/model is no sentence-transformers model"),
+        (["--cross_encoder", "no/model"], "no/model"),
+        (["--range_max", "3"], "range_max - range_min must leave num_negatives=9"),
+    ],
+)
+def test_mine_with_wrong_arguments(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert cli.main(mine_arguments(tmp_path, *arguments)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rerank-fast mine: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]

@@ -38,20 +38,38 @@ def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, spli
     for name in columns or {}:
         if name not in _ALIASES:
             raise ValueError(f"columns maps query, docs and labels to the source's names, got the key {name!r}")
+    return _collect(_checked(read_rows(source, split=split), columns), _name(source))
+
+
+def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Every row of whatever `load_lists` takes, unchecked, with the place that an error names: file and line.
+
+    Raises:
+        ValueError: the source can't be read, or is none of these.
+    """
     if isinstance(source, DatasetDict):
         if (split or "train") not in source:
             raise ValueError(f"the dataset has the splits {sorted(map(str, source))}, not {split or 'train'!r}")
         source = source[split or "train"]
     if isinstance(source, Dataset):
-        return _collect(_dataset_rows(source, "dataset", columns), "dataset")
+        return _dataset_rows(source, "dataset")
     if isinstance(source, str | os.PathLike):
-        return _collect(_open(os.fspath(source), columns, split), os.fspath(source))
+        return _open(os.fspath(source), split)
     if isinstance(source, Sequence) and source and all(isinstance(item, str | os.PathLike) for item in source):
-        rows = (row for item in source for row in _open(os.fspath(item), columns, split))
-        return _collect(rows, ", ".join(map(str, source)))
+        return (row for item in source for row in _open(os.fspath(item), split))
     if isinstance(source, Sequence):
-        return _collect(_checked(enumerate(source), "list", columns), "the sequence of lists")
+        return _placed(source, "list")
     raise ValueError(f"expected a path, a dataset or a sequence of lists, got {type(source).__name__}")
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, Dataset | DatasetDict):
+        return "dataset"
+    if source and all(isinstance(item, str | os.PathLike) for item in source):
+        return ", ".join(map(str, source))
+    return "the sequence of lists"
 
 
 def _collect(rows: Iterable[dict[str, Any]], where: str) -> Dataset:
@@ -64,7 +82,7 @@ def _collect(rows: Iterable[dict[str, Any]], where: str) -> Dataset:
     return Dataset.from_dict(columns, features=FEATURES)
 
 
-def _open(path: str, columns: Mapping[str, str] | None, split: str | None) -> Iterator[dict[str, Any]]:
+def _open(path: str, split: str | None) -> Iterator[tuple[str, Any]]:
     file = Path(path)
     if split is not None and file.is_file():
         raise ValueError(f"a file has no splits: got split={split!r} with {path}")
@@ -78,33 +96,32 @@ def _open(path: str, columns: Mapping[str, str] | None, split: str | None) -> It
             if name not in saved:
                 raise ValueError(f"{path} has the splits {sorted(map(str, saved))}, not {name!r}")
             saved = saved[name]
-        return _dataset_rows(saved, path, columns)
+        return _dataset_rows(saved, path)
     if file.suffix in _LINE_SUFFIXES or file.suffix == ".parquet":
         if not file.is_file():
             raise ValueError(f"file {path} does not exist")
-        if file.suffix == ".parquet":
-            return _parquet_rows(path, columns)
-        return _checked(_json_lines(path), path, columns, word="line", first=1)
+        return _parquet_rows(path) if file.suffix == ".parquet" else _json_lines(path)
     if file.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"expected a .jsonl or .parquet file, a saved dataset's directory or a hub id, got {path}")
     layout = "a .jsonl or .parquet file, or a directory written by Dataset.save_to_disk"
-    return _dataset_rows(load_hub_dataset(path, None, split or "train", layout=layout), path, columns)
+    return _dataset_rows(load_hub_dataset(path, None, split or "train", layout=layout), path)
 
 
-def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
     with open(path, encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
+                    place = f"{path}, line {number}"
                     try:
-                        yield number, json.loads(line)
+                        yield place, json.loads(line)
                     except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+                        raise ValueError(f"{place}: not a JSON object: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def _parquet_rows(path: str, columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -112,38 +129,33 @@ def _parquet_rows(path: str, columns: Mapping[str, str] | None) -> Iterator[dict
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-    return _checked(enumerate(rows), path, columns)
+    return _placed((row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()), path)
 
 
-def _dataset_rows(dataset: Dataset, where: str, columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
+def _dataset_rows(dataset: Dataset, where: str) -> Iterator[tuple[str, Any]]:
     rows = (row for batch in dataset.with_format(None).iter(batch_size=1024) for row in _transpose(batch))
-    return _checked(enumerate(rows), where, columns)
+    return _placed(rows, where)
+
+
+def _placed(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
+    return ((f"{where}, row {number}", row) for number, row in enumerate(rows))
 
 
 def _transpose(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def _checked(
-    rows: Iterable[tuple[int, Any]],
-    where: str,
-    columns: Mapping[str, str] | None,
-    *,
-    word: str = "row",
-    first: int = 0,
-) -> Iterator[dict[str, Any]]:
+def _checked(rows: Iterable[tuple[str, Any]], columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
     names: dict[str, str] | None = None
-    for number, row in rows:
-        place = f"{where}, {word} {number}"
+    for place, row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected an object with query, docs and labels, got {type(row).__name__}")
         if names is None or any(name not in row for name in names.values()):
             names = _column_names(row, place, columns)
         query, docs, labels = (row[names[field]] for field in ("query", "docs", "labels"))
         yield {
-            "query": _text(query, f"{place}, field {names['query']}", allow_empty=False),
-            **_documents(docs, labels, place, names),
+            "query": check_text(query, f"{place}, field {names['query']}", allow_empty=False),
+            **check_documents(docs, labels, place, names),
         }
 
 
@@ -160,7 +172,7 @@ def _column_names(row: Mapping[str, Any], place: str, columns: Mapping[str, str]
     return names
 
 
-def _text(value: Any, place: str, *, allow_empty: bool = True) -> str:
+def check_text(value: Any, place: str, *, allow_empty: bool = True) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected a string, got {type(value).__name__} {value!r:.60}")
     if not allow_empty and not value.strip():
@@ -172,7 +184,7 @@ def _text(value: Any, place: str, *, allow_empty: bool = True) -> str:
     return value
 
 
-def _documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> dict[str, list[Any]]:
+def check_documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> dict[str, list[Any]]:
     for field, values in (("docs", docs), ("labels", labels)):
         if not isinstance(values, list | tuple):
             raise ValueError(f"{place}, field {names[field]}: expected a list, got {type(values).__name__}")
@@ -182,7 +194,7 @@ def _documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> 
         raise ValueError(
             f"{place}: {len(docs)} documents in {names['docs']} but {len(labels)} labels in {names['labels']}"
         )
-    texts = [_text(doc, f"{place}, field {names['docs']}[{i}]") for i, doc in enumerate(docs)]
+    texts = [check_text(doc, f"{place}, field {names['docs']}[{i}]") for i, doc in enumerate(docs)]
     for i, label in enumerate(labels):
         if not isinstance(label, int | float) or not abs(label) <= _FLOAT32_MAX:  # NaN too
             raise ValueError(f"{place}, field {names['labels']}[{i}]: expected a finite float32, got {label!r:.40}")
