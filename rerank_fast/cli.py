@@ -1,4 +1,4 @@
-"""The command rerank-fast: train, evaluate, recipes, demo."""
+"""The command rerank-fast: train, evaluate, export, recipes, demo."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -41,6 +42,12 @@ def _parser() -> ArgumentParser:
     train.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
     _add_columns(train)
     train.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
+    train.add_argument(
+        "--push",
+        type=str | None,
+        default=None,
+        help="hub repository (user/name) for the trained model and its card; made private where it is not there",
+    )
     train.add_class_arguments(TrainingConfig, skip={"overwrite"})
     commands.add_subcommand("train", train)
 
@@ -79,6 +86,19 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     commands.add_subcommand("evaluate", evaluate)
 
+    export = ArgumentParser(description="Write an ONNX file of a reranker and check its scores.")
+    export.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    export.add_argument("--format", type=Literal["onnx"], default="onnx")
+    export.add_argument("--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically")
+    export.add_argument(
+        "--output", type=str | None, default=None, help="directory of the whole model; by default --model's own"
+    )
+    export.add_argument("--data", type=str | None, default=None, help="lists to check with, 200 pairs of them")
+    _add_columns(export)
+    export.add_argument("--tolerance", type=float | None, default=None, help="largest difference of a score")
+    export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    commands.add_subcommand("export", export)
+
     recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")
     recipes.add_argument("name", type=str | None, nargs="?", default=None)
     commands.add_subcommand("recipes", recipes)
@@ -110,6 +130,10 @@ def _lists(source: str, columns: dict[str, str] | None) -> Any:
 
 
 def _train(options: dict[str, Any]) -> None:
+    if options["push"] is not None:  # a repository that can't be made is known before hours of training
+        from rerank_fast.model.storage import create_repository
+
+        create_repository(options["push"], private=True, token=None)
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
     result = trainer.train()
     print(
@@ -117,6 +141,10 @@ def _train(options: dict[str, Any]) -> None:
     )
     if result.metrics:
         _print_metrics(result.metrics)
+    if options["push"] is not None:
+        from rerank_fast.model.cross_encoder import CrossEncoder
+
+        print(CrossEncoder(result.output, device="cpu").push_to_hub(options["push"]))
 
 
 def _recipe_trainer(options: dict[str, Any]) -> Any:
@@ -124,7 +152,7 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
     # A flag beside the recipe would be ignored: say so.
     defaults = _parser().parse_args(["train"])["train"].as_dict()
-    given = [name for name, value in options.items() if name not in ("recipe", "set") and value != defaults[name]]
+    given = [name for name, value in options.items() if name not in ("recipe", "set", "push") and value != defaults[name]]
     if given:
         raise ValueError(f"with --recipe, settings go as --set {given[0]}=...; got {', '.join(given)}")
     recipe = load_recipe(options["recipe"], [override for group in options["set"] or [] for override in group])
@@ -240,6 +268,37 @@ def _print_metrics(metrics: Mapping[str, float]) -> None:
         print(f"{name:<{width}} {before}")
 
 
+def _export(options: dict[str, Any]) -> None:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.model.export import export_onnx
+
+    model, output = CrossEncoder(options["model"], device="cpu"), options["output"]
+    if output is None and not Path(options["model"]).is_dir():
+        raise ValueError(f"--model {options['model']} is no directory to write to: --output names one")
+    pairs = None
+    if options["data"] is not None:
+        lists = _lists(options["data"], options["columns"])
+        from rerank_fast.data.lists import load_lists
+
+        rows = load_lists(lists)
+        pairs = list(islice(((row["query"], doc) for row in rows for doc in row["docs"]), 200))
+    if output is not None:
+        model.save_pretrained(output, overwrite=options["overwrite"])
+    done = export_onnx(
+        model,
+        output or options["model"],
+        dtype=options["dtype"],
+        pairs=pairs,
+        tolerance=options["tolerance"],
+        overwrite=options["overwrite"],
+    )
+    print(
+        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of {done.pairs} pairs differ "
+        f"from PyTorch's by at most {done.max_difference:.2e} (tolerance {done.tolerance:.2e}, range of the scores "
+        f"{done.score_range:.2e})"
+    )
+
+
 def _recipes(options: dict[str, Any]) -> None:
     from rerank_fast.recipes import recipe_names, recipe_text
 
@@ -264,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed[parsed.command].as_dict()
     if parsed.command == "train" and options["recipe"] is None and None in (options["model"], options["train"]):
         parser.error("train needs --model and --train, or --recipe")
-    commands = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "demo": _demo}
+    commands = {"train": _train, "evaluate": _evaluate, "export": _export, "recipes": _recipes, "demo": _demo}
     try:
         commands[parsed.command](options)
     except (ValueError, FloatingPointError) as error:
