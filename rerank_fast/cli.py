@@ -152,7 +152,9 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
     # A flag beside the recipe would be ignored: say so.
     defaults = _parser().parse_args(["train"])["train"].as_dict()
-    given = [name for name, value in options.items() if name not in ("recipe", "set", "push") and value != defaults[name]]
+    given = [
+        name for name, value in options.items() if name not in ("recipe", "set", "push") and value != defaults[name]
+    ]
     if given:
         raise ValueError(f"with --recipe, settings go as --set {given[0]}=...; got {', '.join(given)}")
     recipe = load_recipe(options["recipe"], [override for group in options["set"] or [] for override in group])
@@ -293,9 +295,9 @@ def _export(options: dict[str, Any]) -> None:
         overwrite=options["overwrite"],
     )
     print(
-        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of {done.pairs} pairs differ "
-        f"from PyTorch's by at most {done.max_difference:.2e} (tolerance {done.tolerance:.2e}, range of the scores "
-        f"{done.score_range:.2e})"
+        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of {done.pairs} pairs "
+        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance {done.tolerance:.2e}, range of the "
+        f"scores {done.score_range:.2e})"
     )
 
 

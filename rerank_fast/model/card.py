@@ -226,8 +226,8 @@ def title(model: CrossEncoder) -> str:
 def short_card(model: CrossEncoder, name: str) -> Card:
     """The card of a model of whose training nothing is known."""
     sentence = (
-        "This is a cross-encoder: it reads a query and a document together and gives a score to rerank by. It loads "
-        "in rerank_fast, sentence-transformers and transformers."
+        "This is a cross-encoder: it reads a query and a document together and gives a score to rerank by. It "
+        "loads in rerank_fast, sentence-transformers and transformers."
     )
     return make_card(model, name, [f"# {escape(title(model))}", sentence, details(model), usage(name)])
 
@@ -236,8 +236,8 @@ def validate_card(text: str) -> None:
     """What huggingface_hub can check of a card without the hub.
 
     That is: the front matter is found by the hub's own expression, is a YAML mapping, reads back as the same
-    metadata, its results form a model-index, and base_model and datasets are possible ids. Whether the hub knows the
-    license and the languages, only its /api/validate-yaml says, which huggingface_hub asks before every upload.
+    metadata, its results form a model-index, and base_model and datasets are possible ids. Whether the hub knows
+    the license and the languages only its /api/validate-yaml says, which huggingface_hub asks before every upload.
 
     Raises:
         ValueError: names what is wrong.

@@ -354,7 +354,7 @@ class CrossEncoder(nn.Module):
         """Upload what save_pretrained writes to the hub, to a private repository unless told otherwise.
 
         Args:
-            repo_id: user/name or organization/name; made if it is not there, else left as public or private as it is.
+            repo_id: user/name or organization/name; made where it is not there, else as public as it is.
             private: of a repository that is made.
             token: hub access token; None takes HF_TOKEN or that of `hf auth login`.
 

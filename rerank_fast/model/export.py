@@ -31,7 +31,7 @@ _QUERIES = (
     "How many people live in Berlin?",
     "side effects of ibuprofen",
     "Why is the sky blue, and why does it turn red when the sun sets?",
-    "东京的人口是多少？",
+    "东京有多少人口",
 )
 _DOCUMENTS = (
     "Yes.",
@@ -164,6 +164,8 @@ def _write(model: Any, names: Sequence[str], example: dict[str, Tensor], file: P
             external_data=False,
             verbose=False,
         )
+    if program is None:
+        raise ValueError(f"torch could not export {type(model).__name__}")
     _save(program.model_proto, file)
 
 

@@ -186,8 +186,10 @@ def _saved_card(path_or_hub_id: str, revision: str | None, token: str | bool | N
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether a directory has a config or weights that a save would replace."""
-    return (directory / "config.json").exists() or any(directory.glob("*.safetensors"))
+    """Whether a directory has a config, weights or a README that a save would replace."""
+    return any((directory / name).exists() for name in ("config.json", CARD_FILE)) or any(
+        directory.glob("*.safetensors")
+    )
 
 
 def save(
@@ -202,7 +204,9 @@ def save(
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
     if not overwrite and holds_model(directory):
-        raise ValueError(f"{directory} already holds a model; pass overwrite=True (--overwrite) to replace it")
+        raise ValueError(
+            f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) to replace it"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -57,14 +57,10 @@ class Described:
         return "\n".join(["<table>", head, *rows, "</table>"])
 
 
-def describe_lists(rows: Iterable[Mapping[str, Any]], *, size: int | None = None) -> Described:
-    """Describe lists with the columns query, docs and labels.
-
-    Args:
-        rows: the lists; the statistics are of the first 1,000, the samples the first three.
-        size: how many there are, where rows has no length.
-    """
-    if size is None and isinstance(rows, Sequence) or hasattr(rows, "__len__"):
+def describe_lists(rows: Iterable[Mapping[str, Any]]) -> Described:
+    """Describe lists with the columns query, docs and labels: of a stream, what its first 1,000 hold."""
+    size = None
+    if isinstance(rows, Sized):
         size = len(rows)
     first = list(islice(iter(rows), _FIRST))
     queries = [len(row["query"]) for row in first]

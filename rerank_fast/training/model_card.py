@@ -169,9 +169,9 @@ def _with_gain(name: str, metrics: Mapping[str, float]) -> str:
 def _first_sentence(model: CrossEncoder, lists: Described) -> str:
     size = "a stream of" if lists.size is None else f"{lists.size:,}"
     return (
-        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists with "
-        "LambdaLoss by rerank_fast. It reads a query and a document together and gives a score to rerank by, and "
-        "loads in rerank_fast, sentence-transformers and transformers."
+        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists "
+        "with LambdaLoss by rerank_fast. It reads a query and a document together and gives a score to rerank by, "
+        "and loads in rerank_fast, sentence-transformers and transformers."
     )
 
 
@@ -192,7 +192,7 @@ def _evaluation(evaluators: Sequence[Any], metrics: Mapping[str, float]) -> list
         for metric in sets[0].metrics:
             names = [prefixed(metric) for _, prefixed in columns]
             shown.update(names, *[[_base_of(name, metrics) or name] for name in names])
-            rows.append([escape(metric), *(_with_gain(name, metrics) for name in names)])
+            rows.append([code(metric), *(_with_gain(name, metrics) for name in names)])
         parts.append(f"### {escape(evaluator.description)}")
         settings = {key: value for key, value in evaluator.get_config_dict().items() if key != "dataset_id"}
         parts.append(f"{sum(len(one.candidates) for one in sets):,} queries; {code(json.dumps(settings))}")
@@ -290,7 +290,12 @@ def _log_table(
     lines = []
     for step in kept:
         row = steps[step]
-        cells = [f"{row.get('epoch', 0):.4f}", str(step), _number(row, "loss", ".4f"), _number(row, "learning_rate", ".2e")]
+        cells = [
+            f"{row.get('epoch', 0):.4f}",
+            str(step),
+            _number(row, "loss", ".4f"),
+            _number(row, "learning_rate", ".2e"),
+        ]
         for metric in wanted:
             gain = f" ({row[metric] - bases[metric]:+.4f})" if metric in row and metric in bases else ""
             cells.append(_number(row, metric, ".4f") + gain)
@@ -304,7 +309,9 @@ def _log_table(
     return f"### Training log\n\n{body}"
 
 
-def _thinned(steps: Mapping[int, Mapping[str, Any]], metrics: Sequence[str], best_step: int) -> tuple[list[int], str]:
+def _thinned(
+    steps: Mapping[int, Mapping[str, Any]], metrics: Sequence[str], best_step: int
+) -> tuple[list[int], str]:
     """At most about a thousand steps: every evaluation, and of the others each nth."""
     order = sorted(steps)
     if len(order) <= _MOST_ROWS:
@@ -324,7 +331,11 @@ def _number(row: Mapping[str, Any], name: str, form: str) -> str:
 
 def _environment(model: CrossEncoder, result: TrainingResult, energy: Energy | None) -> str:
     device = model.device
-    gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "none used"
+    gpu = (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else "none used"
+    )
     lines = ["### Environment", "", f"- **Training time:** {_hours(result.seconds)}, evaluation included"]
     if energy is None:
         lines.append("- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures")
