@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,11 @@ def plot_run(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(8, 0.6 + 2.2 * len(panels)), dpi=120, layout="constrained")
+    # Margins in inches; matplotlib's own layouts draw everything twice.
+    below = 0.55 + (0.22 * math.ceil((len(drawn) + 2) / 2) if drawn else 0)
+    height = 0.25 + 2.2 * len(panels) + below
+    figure = Figure(figsize=(8, height), dpi=120)
+    figure.subplots_adjust(left=0.1, right=0.98, top=1 - 0.25 / height, bottom=below / height, hspace=0.18)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -61,7 +66,7 @@ def plot_run(
             axis.set_ylabel("learning rate")
         else:
             _draw_metrics(axis, {name: series[name] for name in drawn}, bases or {}, best_step)
-    axes[-1].set_xlabel("step")
+    axes[-1].set_xlabel("step", loc="right")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     picture = io.BytesIO()
@@ -123,4 +128,4 @@ def _draw_metrics(
     if bases:
         axis.plot([], [], color=_GRAY, linewidth=1, linestyle=":", label="first stage")
     axis.set_ylabel("metric")
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.28), frameon=False, fontsize=8, ncols=2)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False, fontsize=8, ncols=2)
