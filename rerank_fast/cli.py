@@ -248,22 +248,20 @@ def _compare(models: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> dic
     return {"a": models[0], "b": models[1], "metrics": {name: asdict(row) for name, row in rows.items()}}
 
 
-def _base_of(name: str, metrics: Mapping[str, Any]) -> str | None:
-    """The first stage's metric beside a metric: base_ stands before it, after the evaluator's name."""
-    places = [0, *(i + 1 for i, letter in enumerate(name) if letter == "_")]
-    return next((key for i in places if (key := f"{name[:i]}base_{name[i:]}") in metrics), None)
-
-
 def _is_base(name: str, metrics: Mapping[str, Any]) -> bool:
-    return any(_base_of(other, metrics) == name for other in metrics)
+    from rerank_fast.training.card_results import base_of
+
+    return any(base_of(other, metrics) == name for other in metrics)
 
 
 def _print_metrics(metrics: Mapping[str, float]) -> None:
+    from rerank_fast.training.card_results import base_of
+
     names = [name for name in metrics if not _is_base(name, metrics)]
     width = max(10, *map(len, names))
     print(f"{'metric':<{width}} {'base':>8} {'reranked':>9} {'change':>8}")
     for name in names:
-        value, base = metrics[name], _base_of(name, metrics)
+        value, base = metrics[name], base_of(name, metrics)
         before = (
             f"{metrics[base]:>8.4f} {value:>9.4f} {value - metrics[base]:>+8.4f}" if base else f"{value:>18.4f}"
         )

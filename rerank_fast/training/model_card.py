@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import EvalResult
 
 from rerank_fast import __version__
 from rerank_fast.model.card import (
@@ -25,11 +23,19 @@ from rerank_fast.model.card import (
     html_code,
     hub_id,
     make_card,
-    markdown_table,
     title,
     usage,
 )
 from rerank_fast.training.card_data import Described, describe_lists
+from rerank_fast.training.card_results import (
+    base_of,
+    chosen_metrics,
+    eval_results,
+    evaluation_sections,
+    log_table,
+    measured_sets,
+    read_log,
+)
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.energy import Energy, EnergyMeter
 from rerank_fast.training.plot import plot_run
@@ -43,7 +49,6 @@ logger = logging.getLogger(__name__)
 _LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
 # Where a run wrote, and how it showed itself, is nobody's business but its owner's.
 _PRIVATE = ("output", "overwrite", "show_progress_bar")
-_MOST_ROWS = 1000
 _CITATIONS = {
     "LambdaLoss": """@inproceedings{wang2018lambdaloss,
     title = {The LambdaLoss Framework for Ranking Metric Optimization},
@@ -87,9 +92,9 @@ class RunCard:
         """Write README.md and the plot beside the model that the run saved."""
         energy = self.meter.stop()
         model, config, output = trainer.model, trainer.config, Path(result.output)
-        rows = _read_log(output / "train_log.jsonl")
-        metrics = _chosen_metrics(trainer.evaluators, config)
-        bases = {name: result.metrics[base] for name in metrics if (base := _base_of(name, result.metrics))}
+        rows = read_log(output / "train_log.jsonl")
+        metrics = chosen_metrics(trainer.evaluators, config)
+        bases = {name: result.metrics[base] for name in metrics if (base := base_of(name, result.metrics))}
         plot = plot_run(rows, metrics=metrics, bases=bases, best_step=result.best_step)
         name = output.resolve().name
         sample = self.lists.samples[0]
@@ -99,11 +104,11 @@ class RunCard:
             _first_sentence(model, self.lists),
             details(model),
             usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
-            *_evaluation(trainer.evaluators, result.metrics),
+            *evaluation_sections(trainer.evaluators, result.metrics),
             *_data(self.lists, self.sources, trainer.evaluators),
             _loss(config),
             _hyperparameters(config),
-            _log_table(rows, metrics, bases, result.best_step),
+            log_table(rows, metrics, bases, result.best_step),
             *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
             _environment(model, result, energy),
             _versions(),
@@ -122,48 +127,12 @@ class RunCard:
             datasets=datasets or None,
             co2_eq_emissions=None if energy is None else _emissions(energy, result, model),
             model_name=title(model),
-            eval_results=_eval_results(trainer.evaluators, result.metrics) or None,
+            eval_results=eval_results(trainer.evaluators, result.metrics) or None,
         )
         try:
             card.write(output)
         except OSError as error:  # the model is saved; a full disk takes no more than its card
             logger.error("can't write the model card to %s: %s", output, error)
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def _measured_sets(evaluator: Any) -> list[Any]:
-    """The sets of queries of one of this package's evaluators; none for a function of the user's."""
-    if hasattr(evaluator, "sets"):
-        return list(evaluator.sets)
-    return [evaluator.set] if hasattr(evaluator, "set") else []
-
-
-def _chosen_metrics(evaluators: Sequence[Any], config: TrainingConfig) -> list[str]:
-    """The metric that chose the model, then each set's own."""
-    names = [config.metric_for_best] if evaluators else []
-    for evaluator in evaluators:
-        names += [one.primary_metric for one in _measured_sets(evaluator)]
-        names += [evaluator.primary_metric] if hasattr(evaluator, "primary_metric") else []
-    return list(dict.fromkeys(names))
-
-
-def _base_of(name: str, metrics: Mapping[str, float]) -> str | None:
-    """The first stage's metric beside one: base_ stands before it, after the evaluator's name."""
-    places = [0, *(i + 1 for i, letter in enumerate(name) if letter == "_")]
-    return next((key for i in places if (key := f"{name[:i]}base_{name[i:]}") in metrics), None)
-
-
-def _with_gain(name: str, metrics: Mapping[str, float]) -> str:
-    if name not in metrics:
-        return "-"
-    base = _base_of(name, metrics)
-    return f"{metrics[name]:.4f}" + (f" ({metrics[name] - metrics[base]:+.4f})" if base else "")
 
 
 def _first_sentence(model: CrossEncoder, lists: Described) -> str:
@@ -175,61 +144,12 @@ def _first_sentence(model: CrossEncoder, lists: Described) -> str:
     )
 
 
-def _evaluation(evaluators: Sequence[Any], metrics: Mapping[str, float]) -> list[str]:
-    """A table for each evaluator: a column a set, a row a metric, the gain over the first stage beside it."""
-    if not metrics:
-        return []
-    parts = ["## Evaluation", "In brackets the gain over the first stage's order, where there was one."]
-    shown: set[str] = set()
-    for evaluator in evaluators:
-        sets = _measured_sets(evaluator)
-        if not sets:
-            continue
-        columns = [(one.name or "held-out lists", one.prefixed) for one in sets]
-        if hasattr(evaluator, "sets"):
-            columns.append((evaluator.name, f"{evaluator.name}_{{}}".format))
-        rows = []
-        for metric in sets[0].metrics:
-            names = [prefixed(metric) for _, prefixed in columns]
-            shown.update(names, *[[_base_of(name, metrics) or name] for name in names])
-            rows.append([code(metric), *(_with_gain(name, metrics) for name in names)])
-        parts.append(f"### {escape(evaluator.description)}")
-        settings = {key: value for key, value in evaluator.get_config_dict().items() if key != "dataset_id"}
-        parts.append(f"{sum(len(one.candidates) for one in sets):,} queries; {code(json.dumps(settings))}")
-        parts.append(markdown_table(["Metric", *(code(name) for name, _ in columns)], rows))
-    others = [name for name in metrics if name not in shown]
-    if others:
-        parts.append(markdown_table(["Metric", "Value"], [[code(n), f"{metrics[n]:.4f}"] for n in others]))
-    return parts
-
-
-def _eval_results(evaluators: Sequence[Any], metrics: Mapping[str, float]) -> list[EvalResult]:
-    results = []
-    for evaluator in evaluators:
-        for one in _measured_sets(evaluator):
-            for metric in one.metrics:
-                value = metrics.get(one.prefixed(metric), math.nan)
-                if math.isfinite(value):
-                    results.append(
-                        EvalResult(
-                            task_type="cross-encoder-reranking",
-                            task_name=evaluator.description,
-                            dataset_type=one.name or "held-out",
-                            dataset_name=one.name or "held-out lists",
-                            metric_type=metric,
-                            metric_name=metric,
-                            metric_value=value,
-                        )
-                    )
-    return results
-
-
 def _data(lists: Described, sources: Sequence[str], evaluators: Sequence[Any]) -> list[str]:
     parts = ["## Training details", "### Training data"]
     if sources:
         parts.append(", ".join(_source(source) for source in sources))
     parts.append(lists.to_markdown("training"))
-    sets = [one for evaluator in evaluators for one in _measured_sets(evaluator)]
+    sets = [one for evaluator in evaluators for one in measured_sets(evaluator)]
     if sets:
         parts.append("### Evaluation data")
     for one in sets:
@@ -276,57 +196,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, str | Path):
         value = Path(value).name if Path(value).is_absolute() else str(value)
     return code(value, 200) if isinstance(value, str) else escape(str(value), 200)
-
-
-def _log_table(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], bases: Mapping[str, float], best_step: int
-) -> str:
-    """One row for each step that logged anything, the saved model's in bold."""
-    steps: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        steps.setdefault(row["step"], {}).update(row)
-    wanted = [metric for metric in metrics if any(metric in row for row in steps.values())]
-    kept, note = _thinned(steps, wanted, best_step)
-    lines = []
-    for step in kept:
-        row = steps[step]
-        cells = [
-            f"{row.get('epoch', 0):.4f}",
-            str(step),
-            _number(row, "loss", ".4f"),
-            _number(row, "learning_rate", ".2e"),
-        ]
-        for metric in wanted:
-            gain = f" ({row[metric] - bases[metric]:+.4f})" if metric in row and metric in bases else ""
-            cells.append(_number(row, metric, ".4f") + gain)
-        lines.append([f"**{cell}**" if step == best_step and cell != "-" else cell for cell in cells])
-    table = markdown_table(
-        ["Epoch", "Step", "Training loss", "Learning rate", *(code(metric) for metric in wanted)], lines
-    )
-    body = f"{table}\n\nThe bold row is the saved model.{note}"
-    if len(lines) > 40:
-        body = f"<details><summary>{len(lines):,} rows; click to expand</summary>\n\n{body}\n\n</details>"
-    return f"### Training log\n\n{body}"
-
-
-def _thinned(
-    steps: Mapping[int, Mapping[str, Any]], metrics: Sequence[str], best_step: int
-) -> tuple[list[int], str]:
-    """At most about a thousand steps: every evaluation, and of the others each nth."""
-    order = sorted(steps)
-    if len(order) <= _MOST_ROWS:
-        return order, ""
-    nth = math.ceil(len(order) / _MOST_ROWS)
-    kept = [
-        step
-        for i, step in enumerate(order)
-        if i % nth == 0 or step == best_step or any(metric in steps[step] for metric in metrics)
-    ]
-    return kept, f" Of {len(order):,} rows each {nth}th is shown, and every evaluation."
-
-
-def _number(row: Mapping[str, Any], name: str, form: str) -> str:
-    return format(row[name], form) if name in row else "-"
 
 
 def _environment(model: CrossEncoder, result: TrainingResult, energy: Energy | None) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.model.card import Card, clean, escape, hub_id, validate_card
-from rerank_fast.training import model_card
+from rerank_fast.training import card_results, model_card
 from rerank_fast.training.energy import Energy, EnergyMeter
 from tests.model_factory import make_tiny_bert
 from tests.training.conftest import make_lists
@@ -223,7 +223,7 @@ def test_a_markdown_table_holds_a_hostile_name(tmp_path: Path):
     name = "a|b</td> `x` [l](http://e) <b>"
     evaluator = RerankingEvaluator(make_lists(3), name=name)
     metrics = {evaluator.set.prefixed(metric): 0.5 for metric in evaluator.set.metrics}
-    page = rendered("\n---\n" + "\n\n".join(model_card._evaluation([evaluator], metrics)))
+    page = rendered("\n---\n" + "\n\n".join(card_results.evaluation_sections([evaluator], metrics)))
     assert page.tags.count("/td") == 3 * 2
     assert not {"a", "b", "img"} & {tag[0] for tag in page.tags}
     assert name in page.text
