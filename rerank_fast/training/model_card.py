@@ -214,7 +214,7 @@ def _environment(model: CrossEncoder, result: TrainingResult, energy: Energy | N
         lines.append(f"- **Carbon:** {energy.kg_co2:.4g} kg of CO2-equivalent, {grid}")
     lines.append(f"- **GPU:** {escape(gpu)}")
     cpu = energy.cpu_model if energy and energy.cpu_model else _cpu_model()
-    lines.append(f"- **CPU:** {escape(cpu)}, {torch.get_num_threads()} threads")
+    lines.append(f"- **CPU:** {escape(cpu)}; PyTorch's threads: {torch.get_num_threads()}")
     if energy is not None:
         lines.append(f"- **RAM:** {energy.ram_gib:.1f} GiB")
     return "\n".join(lines)
