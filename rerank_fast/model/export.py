@@ -178,7 +178,7 @@ def _save(proto: Any, file: Path) -> None:
 
 
 def _quantize(file: Path) -> None:
-    """Replace the file's weights with int8 ones, each output channel with its own scale: half the error of one scale."""
+    """Replace the file's weights with int8 ones; a scale for each output channel, which halves the error."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     fp32 = file.with_name(f"fp32-{file.name}")
