@@ -1,4 +1,4 @@
-"""The command rerank-fast: train, evaluate, mine, recipes, demo."""
+"""The command rerank-fast: train, evaluate, mine, export, recipes, demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,12 @@ def _parser() -> ArgumentParser:
     train.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
     _add_columns(train)
     train.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
+    train.add_argument(
+        "--push",
+        type=str | None,
+        default=None,
+        help="hub repository (user/name) for the trained model and its card; made private where it is not there",
+    )
     train.add_class_arguments(TrainingConfig, skip={"overwrite"})
     commands.add_subcommand("train", train)
 
@@ -80,6 +87,19 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("evaluate", evaluate)
 
     commands.add_subcommand("mine", _mine_parser())
+
+    export = ArgumentParser(description="Write an ONNX file of a reranker and check its scores.")
+    export.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    export.add_argument("--format", type=Literal["onnx"], default="onnx")
+    export.add_argument("--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically")
+    export.add_argument(
+        "--output", type=str | None, default=None, help="directory of the whole model; by default --model's own"
+    )
+    export.add_argument("--data", type=str | None, default=None, help="lists to check with, 200 pairs of them")
+    _add_columns(export)
+    export.add_argument("--tolerance", type=float | None, default=None, help="largest difference of a score")
+    export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    commands.add_subcommand("export", export)
 
     recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")
     recipes.add_argument("name", type=str | None, nargs="?", default=None)
@@ -167,6 +187,10 @@ def _lists(source: str, columns: dict[str, str] | None) -> Any:
 
 
 def _train(options: dict[str, Any]) -> None:
+    if options["push"] is not None:  # a repository that can't be made is known before hours of training
+        from rerank_fast.model.storage import create_repository
+
+        create_repository(options["push"], private=True, token=None)
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
     result = trainer.train()
     print(
@@ -174,6 +198,10 @@ def _train(options: dict[str, Any]) -> None:
     )
     if result.metrics:
         _print_metrics(result.metrics)
+    if options["push"] is not None:
+        from rerank_fast.model.cross_encoder import CrossEncoder
+
+        print(CrossEncoder(result.output, device="cpu").push_to_hub(options["push"]))
 
 
 def _recipe_trainer(options: dict[str, Any]) -> Any:
@@ -181,7 +209,9 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
     # A flag beside the recipe would be ignored: say so.
     defaults = _parser().parse_args(["train"])["train"].as_dict()
-    given = [name for name, value in options.items() if name not in ("recipe", "set") and value != defaults[name]]
+    given = [
+        name for name, value in options.items() if name not in ("recipe", "set", "push") and value != defaults[name]
+    ]
     if given:
         raise ValueError(f"with --recipe, settings go as --set {given[0]}=...; got {', '.join(given)}")
     recipe = load_recipe(options["recipe"], [override for group in options["set"] or [] for override in group])
@@ -275,22 +305,20 @@ def _compare(models: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> dic
     return {"a": models[0], "b": models[1], "metrics": {name: asdict(row) for name, row in rows.items()}}
 
 
-def _base_of(name: str, metrics: Mapping[str, Any]) -> str | None:
-    """The first stage's metric beside a metric: base_ stands before it, after the evaluator's name."""
-    places = [0, *(i + 1 for i, letter in enumerate(name) if letter == "_")]
-    return next((key for i in places if (key := f"{name[:i]}base_{name[i:]}") in metrics), None)
-
-
 def _is_base(name: str, metrics: Mapping[str, Any]) -> bool:
-    return any(_base_of(other, metrics) == name for other in metrics)
+    from rerank_fast.training.card_results import base_of
+
+    return any(base_of(other, metrics) == name for other in metrics)
 
 
 def _print_metrics(metrics: Mapping[str, float]) -> None:
+    from rerank_fast.training.card_results import base_of
+
     names = [name for name in metrics if not _is_base(name, metrics)]
     width = max(10, *map(len, names))
     print(f"{'metric':<{width}} {'base':>8} {'reranked':>9} {'change':>8}")
     for name in names:
-        value, base = metrics[name], _base_of(name, metrics)
+        value, base = metrics[name], base_of(name, metrics)
         before = (
             f"{metrics[base]:>8.4f} {value:>9.4f} {value - metrics[base]:>+8.4f}" if base else f"{value:>18.4f}"
         )
@@ -340,6 +368,37 @@ def _sentence_transformer(path: str) -> Any:
         raise ValueError(f"--retriever {path} is no sentence-transformers model: {error}") from error
 
 
+def _export(options: dict[str, Any]) -> None:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.model.export import export_onnx
+
+    model, output = CrossEncoder(options["model"], device="cpu"), options["output"]
+    if output is None and not Path(options["model"]).is_dir():
+        raise ValueError(f"--model {options['model']} is no directory to write to: --output names one")
+    pairs = None
+    if options["data"] is not None:
+        lists = _lists(options["data"], options["columns"])
+        from rerank_fast.data.lists import load_lists
+
+        rows = load_lists(lists)
+        pairs = list(islice(((row["query"], doc) for row in rows for doc in row["docs"]), 200))
+    if output is not None:
+        model.save_pretrained(output, overwrite=options["overwrite"])
+    done = export_onnx(
+        model,
+        output or options["model"],
+        dtype=options["dtype"],
+        pairs=pairs,
+        tolerance=options["tolerance"],
+        overwrite=options["overwrite"],
+    )
+    print(
+        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of {done.pairs} pairs "
+        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance {done.tolerance:.2e}, range of the "
+        f"scores {done.score_range:.2e})"
+    )
+
+
 def _recipes(options: dict[str, Any]) -> None:
     from rerank_fast.recipes import recipe_names, recipe_text
 
@@ -364,7 +423,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed[parsed.command].as_dict()
     if parsed.command == "train" and options["recipe"] is None and None in (options["model"], options["train"]):
         parser.error("train needs --model and --train, or --recipe")
-    commands = {"train": _train, "evaluate": _evaluate, "mine": _mine, "recipes": _recipes, "demo": _demo}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "mine": _mine,
+        "export": _export,
+        "recipes": _recipes,
+        "demo": _demo,
+    }
     try:
         commands[parsed.command](options)
     except (ValueError, FloatingPointError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
+from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.scoring import PaddedStep, make_step, run
@@ -77,6 +78,9 @@ class CrossEncoder(nn.Module):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self._max_positions = loaded.max_positions
+        # An encoder's card says nothing of the reranker that is made from it, but its license holds on.
+        self.card = loaded.card if loaded.has_head else None
+        self.card_metadata = known_metadata(loaded.card)
         self.max_length = loaded.max_length if max_length is None else max_length
         # Set past nn.Module, which would register a module's parameters as the model's own.
         object.__setattr__(self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid())
@@ -330,18 +334,37 @@ class CrossEncoder(nn.Module):
     # -- to disk and hub --------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write safetensors weights, config, tokenizer and sentence-transformers' files to a directory.
+        """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to a directory.
+
+        README.md is the card that the model was loaded with or trained to, else a short one. Set
+        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata beforehand.
 
         Raises:
             ValueError: the directory holds a model and overwrite is False, or can't be written.
         """
+        self._save(Path(path), Path(path).resolve().name, overwrite=overwrite)
+
+    def _save(self, directory: Path, name: str, *, overwrite: bool = False) -> None:
+        card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
-            self.model, self.tokenizer, self.activation_fn, self.max_length, Path(path), overwrite=overwrite
+            self.model, self.tokenizer, self.activation_fn, self.max_length, card, directory, overwrite=overwrite
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | bool | None = None) -> str:
-        """Upload the model to the hub, to a private repository unless told otherwise; returns the commit's URL."""
-        return storage.push(self.save_pretrained, repo_id, private=private, token=token)
+        """Upload what save_pretrained writes to the hub, to a private repository unless told otherwise.
+
+        Args:
+            repo_id: user/name or organization/name; made where it is not there, else as public as it is.
+            private: of a repository that is made.
+            token: hub access token; None takes HF_TOKEN or that of `hf auth login`.
+
+        Returns:
+            The commit's URL.
+
+        Raises:
+            ValueError: the hub is offline or refuses.
+        """
+        return storage.push(lambda directory: self._save(directory, repo_id), repo_id, private=private, token=token)
 
 
 def _fastest_dtype(device: torch.device) -> torch.dtype:

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
+
+from rerank_fast.model.card import CARD_FILE, Card, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ class LoadedModel:
     max_length: int  # the saved limit of a pair in tokens
     max_positions: int | None  # tokens the model has positions for; None where it has no such limit
     activation_fn: Callable[[Tensor], Tensor] | None
+    card: Card | None  # README.md; of the encoder where the checkpoint has no trained head
+    has_head: bool
 
 
 @contextlib.contextmanager
@@ -106,6 +112,8 @@ def load(
         int(min(tokenizer.model_max_length, positions or math.inf)),
         positions,
         None if missing else _saved_activation(path_or_hub_id, config, revision, token),
+        _saved_card(path_or_hub_id, revision, token),
+        not missing,
     )
 
 
@@ -135,18 +143,8 @@ def _saved_activation(
     path_or_hub_id: str, config: Any, revision: str | None, token: str | bool | None
 ) -> Callable[[Tensor], Tensor] | None:
     """The activation that sentence-transformers saved, in any of the places its versions used."""
-    from transformers.utils import cached_file
-
     saved: dict[str, Any] = getattr(config, "sentence_transformers", None) or {}
-    file = cached_file(
-        path_or_hub_id,
-        _SENTENCE_TRANSFORMERS_CONFIG,
-        revision=revision,
-        token=token,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    file = _optional_file(path_or_hub_id, _SENTENCE_TRANSFORMERS_CONFIG, revision, token)
     if file is not None:
         saved = saved | json.loads(Path(file).read_text(encoding="utf-8"))
     name = saved.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
@@ -163,9 +161,35 @@ def _saved_activation(
     return kind()
 
 
+def _optional_file(path_or_hub_id: str, name: str, revision: str | None, token: str | bool | None) -> str | None:
+    """Where a file of the checkpoint is; None if it has none."""
+    from transformers.utils import cached_file
+
+    file: str | None = cached_file(
+        path_or_hub_id,
+        name,
+        revision=revision,
+        token=token,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return file
+
+
+def _saved_card(path_or_hub_id: str, revision: str | None, token: str | bool | None) -> Card | None:
+    file = _optional_file(path_or_hub_id, CARD_FILE, revision, token)
+    if file is None:
+        return None
+    directory = Path(path_or_hub_id)
+    return read_card(file, directory.resolve().name if directory.exists() else path_or_hub_id)
+
+
 def holds_model(directory: Path) -> bool:
-    """Whether a directory has a config or weights that a save would replace."""
-    return (directory / "config.json").exists() or any(directory.glob("*.safetensors"))
+    """Whether a directory has a config, weights or a README that a save would replace."""
+    return any((directory / name).exists() for name in ("config.json", CARD_FILE)) or any(
+        directory.glob("*.safetensors")
+    )
 
 
 def save(
@@ -173,13 +197,16 @@ def save(
     tokenizer: Any,
     activation_fn: object,
     max_length: int,
+    card: Card,
     directory: Path,
     *,
     overwrite: bool,
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
     if not overwrite and holds_model(directory):
-        raise ValueError(f"{directory} already holds a model; pass overwrite=True (--overwrite) to replace it")
+        raise ValueError(
+            f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) to replace it"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
@@ -196,6 +223,7 @@ def save(
                 tokenizer.model_max_length = tokenizer_limit
         for name, content in _sentence_transformers_files(activation_fn).items():
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        card.write(staging)
         for file in sorted(staging.iterdir()):
             os.replace(file, directory / file.name)
     except OSError as error:
@@ -231,12 +259,34 @@ def _sentence_transformers_files(activation_fn: object) -> dict[str, Any]:
     }
 
 
-def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool, token: str | bool | None) -> str:
-    """Save to a temporary directory and upload that."""
-    from huggingface_hub import HfApi
+def create_repository(repo_id: str, *, private: bool, token: str | bool | None) -> None:
+    """Make the model repository on the hub, where there is none yet.
 
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    Raises:
+        ValueError: the id is not one, the hub is offline, or it refuses.
+    """
+    with _hub_errors(repo_id):
+        HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+
+
+def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool, token: str | bool | None) -> str:
+    """Save to a temporary directory and upload that; returns the commit's URL."""
+    create_repository(repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory() as directory:
         save_to(Path(directory))
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+        with _hub_errors(repo_id):
+            commit = HfApi(token=token).upload_folder(
+                repo_id=repo_id, folder_path=directory, commit_message="Upload a reranker with rerank_fast"
+            )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """The hub's refusals as one line that names the repository; none of them holds the token."""
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        if isinstance(error, OfflineModeIsEnabled):
+            raise ValueError(f"can't push to {repo_id}: the hub is offline (HF_HUB_OFFLINE)") from error
+        raise ValueError(f"can't push to {repo_id}: {' '.join(str(error).split())[:400]}") from error

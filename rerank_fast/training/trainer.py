@@ -26,6 +26,7 @@ from rerank_fast.model.scoring import run
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.training.checkpoints import check_output, clear_output, save_checkpoint, write_json
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.model_card import RunCard
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Trainer:
         self.output = Path(config.output)
         check_output(self.output, overwrite=config.overwrite)
         lists = load_lists(train_lists)
+        self.card = RunCard(lists, [train_lists] if isinstance(train_lists, str) else [])
         self.evaluators = [] if evaluator is None else [evaluator]
         if eval_lists is not None:
             name = "" if evaluator is None else "eval"
@@ -153,6 +155,7 @@ class Trainer:
         """
         config, model, started = self.config, self.model, time.perf_counter()
         clear_output(self.output)
+        self.card.start(model, self.output)
         # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
         model.activation_fn = nn.Identity()
         model.train()
@@ -204,6 +207,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         result = TrainingResult(str(self.output), step, best_step, best, loss_sum / step, seconds)
         write_json(self.output / "metrics.json", {**asdict(result), "config": asdict(config)})
+        self.card.finish(self, result)
         return result
 
     def _finite_mean(self, losses: list[Tensor], step: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig, cli
 from rerank_fast.data import load_lists, load_ms_marco
@@ -68,6 +69,16 @@ def test_the_published_run_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path
     assert result["best_step"] == best["step"]
     assert {"eval_ndcg@10", "eval_base_map", "NanoNFCorpus_R100_mrr@10"} <= best.keys()
     assert evaluations[-1]["eval_ndcg@10"] > evaluations[-1]["eval_base_ndcg@10"]
+    # Up to its card: data, sizes, each set's gain over BM25, the log with the saved step.
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert {"dataset_size:58", "loss:LambdaLoss"} <= set(card.data.tags)
+    values = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert values["NanoNQ_R100", "ndcg@10"] == best["NanoNQ_R100_ndcg@10"]
+    assert values["eval", "map"] == best["eval_map"]
+    assert "`ms_marco`, `mined.jsonl`" in card.text
+    gain = best["NanoBEIR_R100_mean_ndcg@10"] - best["NanoBEIR_R100_mean_base_ndcg@10"]
+    assert f"{best['NanoBEIR_R100_mean_ndcg@10']:.4f} ({gain:+.4f})" in card.text
+    assert f"| **{best['step']}** |" in card.text
     again = NanoBEIREvaluator(["msmarco", "nfcorpus", "nq"], hub / "nano")(CrossEncoder(tmp_path / "out"))
     name = "NanoBEIR_R100_mean_ndcg@10"
     assert again[name] == pytest.approx(best[name], abs=1e-9)
@@ -134,6 +145,7 @@ def test_offline_and_too_few_lists(hub: Path, tiny_bert: Path, tmp_path: Path, c
     assert cli.main(["train", "--recipe", PUBLISHED, *output]) == 2
     assert "sentence-transformers/NanoBEIR-en" in (errors := capsys.readouterr().err)
     assert "offline" in errors
+    assert "To use a local copy, give the path of one in its place: " in errors
     assert cli.main(["train", "--recipe", PUBLISHED, *output, "nano_beir=null"]) == 2
     assert "microsoft/ms_marco" in capsys.readouterr().err
     with pytest.raises(ValueError, match="held_out is 1000, but there are 68 lists in all"):

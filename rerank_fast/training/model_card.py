@@ -1,0 +1,275 @@
+"""The model card of a training run: what was trained, on what, how, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rerank_fast import __version__
+from rerank_fast.model.card import (
+    PLOT_FILE,
+    base_model_link,
+    code,
+    details,
+    escape,
+    html_code,
+    hub_id,
+    make_card,
+    title,
+    usage,
+)
+from rerank_fast.training.card_data import Described, describe_lists
+from rerank_fast.training.card_results import (
+    base_of,
+    chosen_metrics,
+    eval_results,
+    evaluation_sections,
+    log_table,
+    measured_sets,
+    read_log,
+)
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.energy import Energy, EnergyMeter
+from rerank_fast.training.plot import plot_run
+
+if TYPE_CHECKING:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.training.trainer import Trainer, TrainingResult
+
+logger = logging.getLogger(__name__)
+
+_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
+# Where a run wrote, and how it showed itself, is nobody's business but its owner's.
+_PRIVATE = ("output", "overwrite", "show_progress_bar")
+_CITATIONS = {
+    "LambdaLoss": """@inproceedings{wang2018lambdaloss,
+    title = {The LambdaLoss Framework for Ranking Metric Optimization},
+    author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
+    booktitle = {Proceedings of the 27th ACM International Conference on Information and Knowledge Management},
+    pages = {1313--1322},
+    year = {2018}
+}""",
+    "Sentence Transformers": """@inproceedings{reimers-2019-sentence-bert,
+    title = {Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks},
+    author = {Reimers, Nils and Gurevych, Iryna},
+    booktitle = {Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing},
+    month = {11},
+    year = {2019},
+    publisher = {Association for Computational Linguistics},
+    url = {https://arxiv.org/abs/1908.10084}
+}""",
+}
+
+
+class RunCard:
+    """Gathers over a run what its card says: made with its lists, started and finished with it.
+
+    Args:
+        lists: the training lists, as `load_lists` gives them, or a stream of such rows.
+        sources: where they come from: hub ids, files or directories.
+    """
+
+    def __init__(self, lists: Iterable[Mapping[str, Any]], sources: Sequence[str] = ()) -> None:
+        self.lists = describe_lists(lists)
+        self.sources = list(sources)
+        self.meter = EnergyMeter()
+
+    def start(self, model: CrossEncoder, output: Path) -> None:
+        """From here on the model is another one than that of the card it came with."""
+        model.card = None
+        (output / PLOT_FILE).unlink(missing_ok=True)
+        self.meter.start()
+
+    def finish(self, trainer: Trainer, result: TrainingResult) -> None:
+        """Write README.md and the plot beside the model that the run saved."""
+        energy = self.meter.stop()
+        model, config, output = trainer.model, trainer.config, Path(result.output)
+        rows = read_log(output / "train_log.jsonl")
+        metrics = chosen_metrics(trainer.evaluators, config)
+        bases = {name: result.metrics[base] for name in metrics if (base := base_of(name, result.metrics))}
+        plot = plot_run(rows, metrics=metrics, bases=bases, best_step=result.best_step)
+        name = output.resolve().name
+        sample = self.lists.samples[0]
+        datasets = [source for source in self.sources if hub_id(source) and "/" in source]
+        sections = [
+            f"# {escape(title(model))}",
+            _first_sentence(model, self.lists),
+            details(model),
+            usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
+            *evaluation_sections(trainer.evaluators, result.metrics),
+            *_data(self.lists, self.sources, trainer.evaluators),
+            _loss(config),
+            _hyperparameters(config),
+            log_table(rows, metrics, bases, result.best_step),
+            *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
+            _environment(model, result, energy),
+            _versions(),
+            _citations(),
+        ]
+        card = make_card(
+            model,
+            name,
+            sections,
+            tags=[
+                "generated_from_trainer",
+                *([] if self.lists.size is None else [f"dataset_size:{self.lists.size}"]),
+                "loss:LambdaLoss",
+            ],
+            plot=plot,
+            datasets=datasets or None,
+            co2_eq_emissions=None if energy is None else _emissions(energy, result, model),
+            model_name=title(model),
+            eval_results=eval_results(trainer.evaluators, result.metrics) or None,
+        )
+        try:
+            card.write(output)
+        except OSError as error:  # the model is saved; a full disk takes no more than its card
+            logger.error("can't write the model card to %s: %s", output, error)
+
+
+def _first_sentence(model: CrossEncoder, lists: Described) -> str:
+    size = "a stream of" if lists.size is None else f"{lists.size:,}"
+    return (
+        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists "
+        "with LambdaLoss by rerank_fast. It reads a query and a document together and gives a score to rerank by, "
+        "and loads in rerank_fast, sentence-transformers and transformers."
+    )
+
+
+def _data(lists: Described, sources: Sequence[str], evaluators: Sequence[Any]) -> list[str]:
+    parts = ["## Training details", "### Training data"]
+    if sources:
+        parts.append(", ".join(_source(source) for source in sources))
+    parts.append(lists.to_markdown("training"))
+    sets = [one for evaluator in evaluators for one in measured_sets(evaluator)]
+    if sets:
+        parts.append("### Evaluation data")
+    for one in sets:
+        rows = [{"query": c.query, "docs": c.docs, "labels": c.labels} for c in one.candidates]
+        described = describe_lists(rows).to_markdown("evaluation")
+        name = html_code(one.name or "held-out lists")
+        parts.append(f"<details><summary>{name}: {len(rows):,} lists</summary>\n\n{described}\n\n</details>")
+    return parts
+
+
+def _source(source: str) -> str:
+    if hub_id(source) and "/" in source:
+        return f"[{escape(source)}](https://huggingface.co/datasets/{source})"
+    return code(Path(source).name)
+
+
+def _loss(config: TrainingConfig) -> str:
+    parameters = {name: getattr(config, name) for name in _LOSS if hasattr(config, name)}
+    text = json.dumps(parameters, indent=4)
+    return f"### Loss\n\n`LambdaLoss` with these parameters:\n\n```json\n{text}\n```"
+
+
+def _hyperparameters(config: TrainingConfig) -> str:
+    values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
+    default = {field.name: field.default for field in fields(config)}
+    changed = {name: value for name, value in values.items() if value != default[name]}
+
+    def listed(some: Mapping[str, Any]) -> str:
+        return "\n".join(f"- `{name}`: {_setting(value)}" for name, value in some.items())
+
+    return "\n\n".join(
+        [
+            "### Hyperparameters",
+            "#### Other than the defaults",
+            listed(changed) or "None.",
+            "#### All",
+            f"<details><summary>Click to expand</summary>\n\n{listed(values)}\n\n</details>",
+        ]
+    )
+
+
+def _setting(value: Any) -> str:
+    """A setting's value; of a path only its last part."""
+    if isinstance(value, str | Path):
+        value = Path(value).name if Path(value).is_absolute() else str(value)
+    return code(value, 200) if isinstance(value, str) else escape(str(value), 200)
+
+
+def _environment(model: CrossEncoder, result: TrainingResult, energy: Energy | None) -> str:
+    device = model.device
+    gpu = (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else "none used"
+    )
+    lines = ["### Environment", "", f"- **Training time:** {_hours(result.seconds)}, evaluation included"]
+    if energy is None:
+        lines.append("- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures")
+    else:
+        grid = f"on the grid of {escape(energy.country)}" if energy.country else "at the world's mean of grids"
+        lines.append(f"- **Energy:** {energy.kwh:.4g} kWh, as codecarbon estimates it for the machine")
+        lines.append(f"- **Carbon:** {energy.kg_co2:.4g} kg of CO2-equivalent, {grid}")
+    lines.append(f"- **GPU:** {escape(gpu)}")
+    cpu = energy.cpu_model if energy and energy.cpu_model else _cpu_model()
+    lines.append(f"- **CPU:** {escape(cpu)}; PyTorch's threads: {torch.get_num_threads()}")
+    if energy is not None:
+        lines.append(f"- **RAM:** {energy.ram_gib:.1f} GiB")
+    return "\n".join(lines)
+
+
+def _emissions(energy: Energy, result: TrainingResult, model: CrossEncoder) -> dict[str, Any]:
+    """The hub's metadata; emissions in grams."""
+    device = model.device
+    return {
+        "emissions": energy.kg_co2 * 1000,
+        "energy_consumed": energy.kwh,
+        "source": "codecarbon",
+        "training_type": "fine-tuning",
+        "cpu_model": energy.cpu_model,
+        "ram_total_size": energy.ram_gib,
+        "hours_used": round(result.seconds / 3600, 3),
+        **({"hardware_used": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
+    }
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.2f} hours"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _versions() -> str:
+    lines = [f"- Python: {platform.python_version()}", f"- rerank_fast: {__version__}"]
+    for label, package in {
+        "Transformers": "transformers",
+        "PyTorch": "torch",
+        "Triton": "triton",
+        "Accelerate": "accelerate",
+        "Datasets": "datasets",
+        "Tokenizers": "tokenizers",
+        "Sentence Transformers": "sentence-transformers",
+    }.items():
+        try:
+            lines.append(f"- {label}: {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "\n".join(["### Framework versions", "", *lines])
+
+
+def _citations() -> str:
+    parts = ["## Citation"]
+    for name, entry in _CITATIONS.items():
+        parts.append(f"### {name}\n\n```bibtex\n{entry}\n```")
+    return "\n\n".join(parts)
