@@ -103,7 +103,11 @@ def _reference_backward(
             for tensor, want in zip(inputs, wants, strict=True)
         ]
         scores = _specification(leaves[0], index, *leaves[1:], *options)  # type: ignore[arg-type, call-arg]
-        found = iter(torch.autograd.grad(scores, [leaf for leaf, want in zip(leaves, wants, strict=True) if want], grad_scores))
+        found = iter(
+            torch.autograd.grad(
+                scores, [leaf for leaf, want in zip(leaves, wants, strict=True) if want], grad_scores
+            )
+        )
     return tuple(next(found) if want else hidden.new_empty(0) for want in wants)  # type: ignore[return-value]
 
 
@@ -152,7 +156,7 @@ def _backward(
     if backend == "cpu":
         backward = cpu.score_head_backward
     elif backend == "triton":
-        from rerank_fast.ops.triton.score_head import backward
+        from rerank_fast.ops.triton.score_head_backward import backward
     else:
         backward = _reference_backward
     bias = None if dense_bias is None else dense_bias.contiguous()
