@@ -117,21 +117,20 @@ void score_head_gather(const HeadTuple& shape, Address from, std::int64_t stride
                                  reinterpret_cast<const std::int64_t*>(index), reinterpret_cast<void*>(x));
 }
 
-void score_head_dot(const HeadTuple& shape, Address product, Address dense_bias, Address out_weight, Address out_bias,
-                    Address scores) {
+void score_head_dot(const HeadTuple& shape, Address product, Address out_weight, Address out_bias, Address scores) {
   py::gil_scoped_release release;
   rerank_fast::score_head_dot(head_shape(shape), reinterpret_cast<const void*>(product),
-                              reinterpret_cast<const float*>(dense_bias), reinterpret_cast<const float*>(out_weight),
-                              reinterpret_cast<const float*>(out_bias), reinterpret_cast<float*>(scores));
+                              reinterpret_cast<const float*>(out_weight), reinterpret_cast<const float*>(out_bias),
+                              reinterpret_cast<float*>(scores));
 }
 
-void score_head_dot_backward(const HeadTuple& shape, Address product, Address dense_bias, Address out_weight,
-                             Address grad_scores, Address grad_dense_bias, Address grad_out_weight) {
+void score_head_dot_backward(const HeadTuple& shape, Address product, Address out_weight, Address grad_scores,
+                             Address grad_dense_bias, Address grad_out_weight) {
   py::gil_scoped_release release;
   rerank_fast::score_head_dot_backward(
-      head_shape(shape), reinterpret_cast<void*>(product), reinterpret_cast<const float*>(dense_bias),
-      reinterpret_cast<const float*>(out_weight), reinterpret_cast<const float*>(grad_scores),
-      reinterpret_cast<float*>(grad_dense_bias), reinterpret_cast<float*>(grad_out_weight));
+      head_shape(shape), reinterpret_cast<void*>(product), reinterpret_cast<const float*>(out_weight),
+      reinterpret_cast<const float*>(grad_scores), reinterpret_cast<float*>(grad_dense_bias),
+      reinterpret_cast<float*>(grad_out_weight));
 }
 
 }  // namespace

@@ -137,8 +137,7 @@ RERANK_FAST_CLONES void gather_task(const ScoreHeadShape& shape, const void* fro
 }
 
 template <bool kBf16, Activation kActivation>
-RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* product, const float* bias,
-                                 const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
                                  std::int64_t end) {
   const Dropout dropout(shape.dropout_p, shape.seed);
   const auto width = static_cast<std::int32_t>(shape.width);
@@ -148,20 +147,19 @@ RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* produc
     if (dropout.threshold == 0) {
 #pragma omp simd reduction(+ : sum)
       for (std::int32_t e = 0; e < width; ++e)
-        sum += activate<kActivation>(get<kBf16>(from[e]) + bias[e]).value * weight[e];
+        sum += activate<kActivation>(get<kBf16>(from[e])).value * weight[e];
     } else {
       const std::uint32_t stream = dropout.row(0, static_cast<std::uint32_t>(row));
 #pragma omp simd reduction(+ : sum)
       for (std::int32_t e = 0; e < width; ++e)
-        sum += factor(dropout, stream, e) * activate<kActivation>(get<kBf16>(from[e]) + bias[e]).value * weight[e];
+        sum += factor(dropout, stream, e) * activate<kActivation>(get<kBf16>(from[e])).value * weight[e];
     }
     scores[row] = sum + out_bias;
   }
 }
 
 template <bool kBf16, Activation kActivation>
-RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* product, const float* bias,
-                                          const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
                                           float* grad_weight, std::int64_t begin, std::int64_t end) {
   const Dropout dropout(shape.dropout_p, shape.seed);
   const auto width = static_cast<std::int32_t>(shape.width);
@@ -172,7 +170,7 @@ RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* pro
     if (dropout.threshold == 0) {
 #pragma omp simd
       for (std::int32_t e = 0; e < width; ++e) {
-        const Activated active = activate<kActivation>(get<kBf16>(values[e]) + bias[e]);
+        const Activated active = activate<kActivation>(get<kBf16>(values[e]));
         const float grad = upstream * weight[e] * active.slope;
         grad_weight[e] += upstream * active.value;
         grad_bias[e] += grad;
@@ -181,7 +179,7 @@ RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* pro
     } else {
 #pragma omp simd
       for (std::int32_t e = 0; e < width; ++e) {
-        const Activated active = activate<kActivation>(get<kBf16>(values[e]) + bias[e]);
+        const Activated active = activate<kActivation>(get<kBf16>(values[e]));
         const float kept = upstream * factor(dropout, stream, e), grad = kept * weight[e] * active.slope;
         grad_weight[e] += kept * active.value;
         grad_bias[e] += grad;
@@ -192,58 +190,54 @@ RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* pro
 }
 
 template <Activation kActivation>
-RERANK_FAST_INLINE void dot_typed(const ScoreHeadShape& shape, const void* product, const float* bias,
-                                  const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_INLINE void dot_typed(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
                                   std::int64_t end) {
   if (shape.bf16) {
-    dot_rows<true, kActivation>(shape, product, bias, weight, out_bias, scores, begin, end);
+    dot_rows<true, kActivation>(shape, product, weight, out_bias, scores, begin, end);
   } else {
-    dot_rows<false, kActivation>(shape, product, bias, weight, out_bias, scores, begin, end);
+    dot_rows<false, kActivation>(shape, product, weight, out_bias, scores, begin, end);
   }
 }
 
-RERANK_FAST_CLONES void dot_task(const ScoreHeadShape& shape, const void* product, const float* bias,
-                                 const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_CLONES void dot_task(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
                                  std::int64_t end) {
   switch (shape.activation) {
     case Activation::kNone:
-      return dot_typed<Activation::kNone>(shape, product, bias, weight, out_bias, scores, begin, end);
+      return dot_typed<Activation::kNone>(shape, product, weight, out_bias, scores, begin, end);
     case Activation::kTanh:
-      return dot_typed<Activation::kTanh>(shape, product, bias, weight, out_bias, scores, begin, end);
+      return dot_typed<Activation::kTanh>(shape, product, weight, out_bias, scores, begin, end);
     case Activation::kGelu:
-      return dot_typed<Activation::kGelu>(shape, product, bias, weight, out_bias, scores, begin, end);
+      return dot_typed<Activation::kGelu>(shape, product, weight, out_bias, scores, begin, end);
     case Activation::kRelu:
-      return dot_typed<Activation::kRelu>(shape, product, bias, weight, out_bias, scores, begin, end);
+      return dot_typed<Activation::kRelu>(shape, product, weight, out_bias, scores, begin, end);
   }
 }
 
 template <Activation kActivation>
-RERANK_FAST_INLINE void dot_backward_typed(const ScoreHeadShape& shape, void* product, const float* bias,
-                                           const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_INLINE void dot_backward_typed(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
                                            float* grad_weight, std::int64_t begin, std::int64_t end) {
   if (shape.bf16) {
-    dot_backward_rows<true, kActivation>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight, begin, end);
+    dot_backward_rows<true, kActivation>(shape, product, weight, grad_scores, grad_bias, grad_weight, begin, end);
   } else {
-    dot_backward_rows<false, kActivation>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight, begin,
+    dot_backward_rows<false, kActivation>(shape, product, weight, grad_scores, grad_bias, grad_weight, begin,
                                           end);
   }
 }
 
-RERANK_FAST_CLONES void dot_backward_task(const ScoreHeadShape& shape, void* product, const float* bias,
-                                          const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_CLONES void dot_backward_task(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
                                           float* grad_weight, std::int64_t begin, std::int64_t end) {
   switch (shape.activation) {
     case Activation::kNone:
-      return dot_backward_typed<Activation::kNone>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kNone>(shape, product, weight, grad_scores, grad_bias, grad_weight,
                                                    begin, end);
     case Activation::kTanh:
-      return dot_backward_typed<Activation::kTanh>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kTanh>(shape, product, weight, grad_scores, grad_bias, grad_weight,
                                                    begin, end);
     case Activation::kGelu:
-      return dot_backward_typed<Activation::kGelu>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kGelu>(shape, product, weight, grad_scores, grad_bias, grad_weight,
                                                    begin, end);
     case Activation::kRelu:
-      return dot_backward_typed<Activation::kRelu>(shape, product, bias, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kRelu>(shape, product, weight, grad_scores, grad_bias, grad_weight,
                                                    begin, end);
   }
 }
@@ -256,13 +250,6 @@ void for_rows(const ScoreHeadShape& shape, Task&& task) {
   });
 }
 
-// A bias, or zeros where there is none.
-const float* or_zeros(const float* bias, std::int64_t width) {
-  static thread_local std::vector<float> zeros;
-  if (bias == nullptr && zeros.size() < static_cast<std::size_t>(width)) zeros.assign(static_cast<std::size_t>(width), 0.0f);
-  return bias == nullptr ? zeros.data() : bias;
-}
-
 }  // namespace
 
 void score_head_gather(const ScoreHeadShape& shape, const void* from, std::int64_t stride, const std::int64_t* index,
@@ -272,27 +259,24 @@ void score_head_gather(const ScoreHeadShape& shape, const void* from, std::int64
   });
 }
 
-void score_head_dot(const ScoreHeadShape& shape, const void* product, const float* dense_bias, const float* out_weight,
+void score_head_dot(const ScoreHeadShape& shape, const void* product, const float* out_weight,
                     const float* out_bias, float* scores) {
-  const float* const bias = or_zeros(dense_bias, shape.width);
   const float last = out_bias == nullptr ? 0.0f : *out_bias;
   for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
-    dot_task(shape, product, bias, out_weight, last, scores, begin, end);
+    dot_task(shape, product, out_weight, last, scores, begin, end);
   });
 }
 
-void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* dense_bias,
-                             const float* out_weight, const float* grad_scores, float* grad_dense_bias,
+void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* out_weight, const float* grad_scores, float* grad_dense_bias,
                              float* grad_out_weight) {
   const std::int64_t tasks = (shape.rows + kRowsPerTask - 1) / kRowsPerTask, width = shape.width;
-  const float* const bias = or_zeros(dense_bias, width);
   // A task's sums for both vectors.
   static thread_local std::vector<float> memory;
   memory.assign(static_cast<std::size_t>(2 * tasks * width), 0.0f);
   float* const parts = memory.data();
   for_rows(shape, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
     float* part = parts + 2 * task * width;
-    dot_backward_task(shape, product, bias, out_weight, grad_scores, part, part + width, begin, end);
+    dot_backward_task(shape, product, out_weight, grad_scores, part, part + width, begin, end);
   });
   std::fill_n(grad_dense_bias, width, 0.0f);
   std::fill_n(grad_out_weight, width, 0.0f);

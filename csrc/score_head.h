@@ -22,14 +22,13 @@ struct ScoreHeadShape {
 void score_head_gather(const ScoreHeadShape& shape, const void* from, std::int64_t stride, const std::int64_t* index,
                        void* x);
 
-// scores (rows) = dropout(activation(product + dense_bias)) . out_weight + out_bias; product (rows, width). Biases may
-// be null.
-void score_head_dot(const ScoreHeadShape& shape, const void* product, const float* dense_bias, const float* out_weight,
-                    const float* out_bias, float* scores);
+// scores (rows) = dropout(activation(product)) . out_weight + out_bias; product (rows, width), its bias added. out_bias
+// may be null.
+void score_head_dot(const ScoreHeadShape& shape, const void* product, const float* out_weight, const float* out_bias,
+                    float* scores);
 
 // Overwrites product with its gradient, and writes those of dense_bias (width) and out_weight (width).
-void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* dense_bias,
-                             const float* out_weight, const float* grad_scores, float* grad_dense_bias,
+void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* out_weight, const float* grad_scores, float* grad_dense_bias,
                              float* grad_out_weight);
 
 }  // namespace rerank_fast

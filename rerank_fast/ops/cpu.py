@@ -170,22 +170,18 @@ def residual_norm_backward(
 _ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}  # the enum of csrc/score_head.h
 
 
-def _head_vector(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.float()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _dense(
-    hidden: Tensor, index: Tensor | None, dense_weight: Tensor, options: tuple[Any, ...]
+    hidden: Tensor,
+    index: Tensor | None,
+    dense_weight: Tensor,
+    dense_bias: Tensor | None,
+    options: tuple[Any, ...],
 ) -> tuple[tuple[Any, ...], Tensor, Tensor, Tensor]:
-    """The kernels' shape, the rows that are read, dense_weight, and their product."""
+    """The kernels' shape, the rows that are read, dense_weight, and the dense layer's result."""
     activation, dropout_p, dropout_in_p, seed = options
     if hidden.dtype == torch.float16:  # few processors multiply fp16
         hidden, index = (hidden if index is None else hidden[index]).float(), None
-        dense_weight = dense_weight.float()
+        dense_weight, dense_bias = dense_weight.float(), None if dense_bias is None else dense_bias.float()
     num_rows = hidden.shape[0] if index is None else index.shape[0]
     sizes = (num_rows, hidden.shape[1], dense_weight.shape[0], hidden.dtype == torch.bfloat16)
     shape = (*sizes, _ACTIVATIONS[activation], dropout_p, dropout_in_p, seed, torch.get_num_threads())
@@ -193,8 +189,9 @@ def _dense(
     if index is not None or dropout_in_p > 0:
         index = None if index is None else index.long().contiguous()
         x = hidden.new_empty(num_rows, hidden.shape[1])
-        _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), _address(index), x.data_ptr())
-    return shape, x, dense_weight, torch.mm(x, dense_weight.t())
+        address = 0 if index is None else index.data_ptr()
+        _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), address, x.data_ptr())
+    return shape, x, dense_weight, torch.nn.functional.linear(x, dense_weight, dense_bias)
 
 
 def score_head_forward(
@@ -207,10 +204,11 @@ def score_head_forward(
     *options: Any,
 ) -> Tensor:
     """The backend contract: the scores (N,) fp32."""
-    shape, _, _, product = _dense(hidden, index, dense_weight, options)
-    scores = torch.empty(product.shape[0], dtype=torch.float32)
-    vectors = [_head_vector(vector) for vector in (dense_bias, out_weight, out_bias)]
-    _C.score_head_dot(shape, product.data_ptr(), *map(_address, vectors), scores.data_ptr())
+    shape, _, _, dense = _dense(hidden, index, dense_weight, dense_bias, options)
+    scores = torch.empty(dense.shape[0], dtype=torch.float32)
+    weight, bias = out_weight.float(), None if out_bias is None else out_bias.float()
+    last = 0 if bias is None else bias.data_ptr()
+    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), last, scores.data_ptr())
     return scores
 
 
@@ -228,21 +226,20 @@ def score_head_backward(
 
     One that is not wanted is empty.
     """
-    shape, x, weight, product = _dense(hidden, index, dense_weight, options)
-    vectors = [_head_vector(vector) for vector in (dense_bias, out_weight)]
-    d_dense_bias, d_out_weight = (grad_scores.new_empty(product.shape[1]) for _ in range(2))
-    addresses = map(_address, (*vectors, grad_scores, d_dense_bias, d_out_weight))
-    _C.score_head_dot_backward(shape, product.data_ptr(), *addresses)
-    nothing = d_hidden = d_dense_weight = hidden.new_empty(0)
+    shape, x, weight, dense = _dense(hidden, index, dense_weight, dense_bias, options)
+    vectors = (out_weight.float(), grad_scores, *(grad_scores.new_empty(dense.shape[1]) for _ in range(2)))
+    _C.score_head_dot_backward(shape, dense.data_ptr(), *(vector.data_ptr() for vector in vectors))
+    grads = [hidden.new_empty(0) for _ in range(5)]
     if wants[0]:
-        d_hidden = torch.mm(product, weight)
+        rows = torch.mm(dense, weight)
         if options[2] > 0:
-            _C.score_head_gather(shape, d_hidden.data_ptr(), d_hidden.stride(0), 0, d_hidden.data_ptr())
-        d_hidden = d_hidden.to(hidden.dtype)
+            _C.score_head_gather(shape, rows.data_ptr(), rows.stride(0), 0, rows.data_ptr())
+        grads[0] = rows = rows.to(hidden.dtype)
         if index is not None:
-            d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, index.long(), d_hidden)
+            grads[0] = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, index.long(), rows)
     if wants[1]:
-        d_dense_weight = torch.mm(product.t(), x).to(hidden.dtype)
-    rest = (d_dense_bias, d_out_weight[None], grad_scores.sum()[None])
-    narrow = (grad.to(hidden.dtype) if want else nothing for grad, want in zip(rest, wants[2:], strict=True))
-    return d_hidden, d_dense_weight, *narrow  # type: ignore[return-value]
+        grads[1] = torch.mm(dense.t(), x).to(hidden.dtype)
+    for place, grad in enumerate((vectors[2], vectors[3][None], grad_scores.sum()[None]), start=2):
+        if wants[place]:
+            grads[place] = grad.to(hidden.dtype)
+    return tuple(grads)  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,8 +27,8 @@ _LIBRARY.define(
 )
 # wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not wanted is empty.
 _LIBRARY.define(
-    "score_head_backward(Tensor grad_scores, Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, "
-    f"Tensor out_weight, bool[] wants, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "score_head_backward(Tensor grad_scores, Tensor hidden, Tensor? index, Tensor dense_weight, "
+    f"Tensor? dense_bias, Tensor out_weight, bool[] wants, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -56,10 +57,43 @@ def _fake_backward(
     )
 
 
-_ACTIVATE = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu, "none": lambda x: x}
+def _active(dense: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation and its slope."""
+    if activation == "tanh":
+        active = dense.tanh()
+        return active, 1 - active * active
+    if activation == "gelu":
+        below = (1 + torch.erf(dense / math.sqrt(2))) / 2
+        return dense * below, below + dense * torch.exp(-dense * dense / 2) / math.sqrt(2 * math.pi)
+    if activation == "relu":
+        return dense.relu(), (dense > 0).to(dense.dtype)
+    return dense, torch.ones_like(dense)
 
 
-def _specification(
+def _dropped(x: Tensor, p: float, seed: int, stream: int) -> Tensor | float:
+    """The factors of a dropout of the (N, columns) of x."""
+    if p == 0:
+        return 1.0
+    return dropout_factors(seed, stream, torch.arange(x.shape[0], device=x.device), x.shape[1], p).to(x.dtype)
+
+
+def _reference_dense(
+    hidden: Tensor,
+    index: Tensor | None,
+    dense_weight: Tensor,
+    dense_bias: Tensor | None,
+    dropout_in_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """The rows that are read, dropped out, the dense layer's result, and the factors."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    x = (hidden if index is None else hidden[index]).to(wide)
+    factors = _dropped(x, dropout_in_p, seed, 1)
+    x = x * factors
+    return x, F.linear(x, dense_weight.to(wide), None if dense_bias is None else dense_bias.to(wide)), factors
+
+
+def _reference_forward(
     hidden: Tensor,
     index: Tensor | None,
     dense_weight: Tensor,
@@ -71,17 +105,12 @@ def _specification(
     dropout_in_p: float,
     seed: int,
 ) -> Tensor:
-    """The head as written, any dtype, differentiable."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    x = (hidden if index is None else hidden[index]).to(wide)
-    rows = torch.arange(x.shape[0], device=x.device)
-    if dropout_in_p > 0:
-        x = x * dropout_factors(seed, 1, rows, x.shape[1], dropout_in_p).to(wide)
-    dense = F.linear(x, dense_weight.to(wide), None if dense_bias is None else dense_bias.to(wide))
-    active = _ACTIVATE[activation](dense)
-    if dropout_p > 0:
-        active = active * dropout_factors(seed, 0, rows, active.shape[1], dropout_p).to(wide)
-    return F.linear(active, out_weight.to(wide), None if out_bias is None else out_bias.to(wide)).squeeze(1)
+    """The specification, any dtype."""
+    _, dense, _ = _reference_dense(hidden, index, dense_weight, dense_bias, dropout_in_p, seed)
+    active, _ = _active(dense, activation)
+    active = active * _dropped(active, dropout_p, seed, 0)
+    scores = F.linear(active, out_weight.to(dense.dtype), None if out_bias is None else out_bias.to(dense.dtype))
+    return scores.squeeze(1)
 
 
 def _reference_backward(
@@ -92,23 +121,28 @@ def _reference_backward(
     dense_bias: Tensor | None,
     out_weight: Tensor,
     wants: list[bool],
-    *options: Any,
+    activation: str,
+    dropout_p: float,
+    dropout_in_p: float,
+    seed: int,
 ) -> Gradients:
-    """By autograd of the specification."""
-    with torch.enable_grad():
-        # A bias of the dot changes no other gradient: any value will do.
-        inputs = (hidden, dense_weight, dense_bias, out_weight, out_weight.new_zeros(1))
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(want)
-            for tensor, want in zip(inputs, wants, strict=True)
-        ]
-        scores = _specification(leaves[0], index, *leaves[1:], *options)  # type: ignore[arg-type, call-arg]
-        found = iter(
-            torch.autograd.grad(
-                scores, [leaf for leaf, want in zip(leaves, wants, strict=True) if want], grad_scores
-            )
-        )
-    return tuple(next(found) if want else hidden.new_empty(0) for want in wants)  # type: ignore[return-value]
+    x, dense, factors = _reference_dense(hidden, index, dense_weight, dense_bias, dropout_in_p, seed)
+    active, slope = _active(dense, activation)
+    kept = grad_scores[:, None] * _dropped(active, dropout_p, seed, 0)
+    d_dense = kept * out_weight.to(dense.dtype) * slope
+    grads = [hidden.new_empty(0) for _ in wants]
+    if wants[0]:
+        d_rows = d_dense @ dense_weight.to(dense.dtype) * factors
+        grads[0] = d_rows if index is None else d_rows.new_zeros(hidden.shape).index_copy(0, index.long(), d_rows)
+    if wants[1]:
+        grads[1] = d_dense.t() @ x
+    if wants[2]:
+        grads[2] = d_dense.sum(dim=0)
+    if wants[3]:
+        grads[3] = (kept * active).sum(dim=0, keepdim=True)
+    if wants[4]:
+        grads[4] = grad_scores.sum(dim=0, keepdim=True)
+    return tuple(grad.to(hidden.dtype) for grad in grads)  # type: ignore[return-value]
 
 
 def _forward(
@@ -130,7 +164,7 @@ def _forward(
     elif backend == "triton":
         from rerank_fast.ops.triton.score_head import forward
     else:
-        forward = _specification
+        forward = _reference_forward
     vectors = (dense_weight, dense_bias, out_weight, out_bias)
     weights = (None if tensor is None else tensor.contiguous() for tensor in vectors)
     options = (activation, dropout_p, dropout_in_p, seed)
@@ -289,7 +323,8 @@ def score_head(
         dropout_in_p: share of the gathered rows that is dropped in training.
         training: drop at all.
         seed: chooses what is dropped; the same seed drops the same elements, on every backend and in backward.
-        backend: "cpu" (C++ around the machine's matrix product), "triton" or "reference"; None takes the device's own.
+        backend: "cpu" (C++ around the machine's matrix product), "triton" or "reference"; None takes the
+            device's own.
 
     Returns:
         (N,) scores in fp32 (fp64 for fp64), accumulated in it. Only gradients that are asked for are computed, each

@@ -1,6 +1,6 @@
 """The score head in Triton: one launch, whatever the shape; its gradients are in score_head_backward.py.
 
-A program owns a block of rows and goes through the dense product column block by column block: no product is stored.
+A program owns a block of rows and takes the dense product column block by column block: no product is stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.flo
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
 # fp32 ones are fused multiply-adds in registers.
 LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3}
-LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 2}
+LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _mix(x):
 
 @triton.jit
 def dropout_factors(stream, threshold, rescale, row, column):
-    """0 or 1 / (1 - p) for each place of rows x columns; stream, of a seed and a purpose, and threshold are bits."""
+    """0 or 1 / (1 - p) for each place of rows x columns; stream (of seed and purpose) and threshold are bits."""
     start = _mix(stream.to(tl.uint32, bitcast=True) + row.to(tl.uint32))
     drawn = _mix((column.to(tl.uint32) * 0x9E3779B9)[None, :] + start[:, None])
     return tl.where(drawn < threshold.to(tl.uint32, bitcast=True), 0.0, rescale)

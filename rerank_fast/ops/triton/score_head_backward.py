@@ -1,13 +1,12 @@
 """The score head's gradients in Triton: two launches, whatever the shape.
 
-The first computes the dense product again and gives the gradient of the dense layer's result, the second one that of
-its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, the same bits every
+The first computes the dense product again and gives the gradient of the dense layer's result, the second one that
+of its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, the same bits every
 time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
