@@ -1,4 +1,4 @@
-"""The score head, forward and backward, against the eager modules it stands for (gather, pooler, dropout, classifier)."""
+"""The score head, forward and backward, against the eager modules: gather, pooler, dropout, classifier."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "lambda_loss.h"
+#include "ndcg.h"
 #include "residual_norm.h"
 #include "score_head.h"
 #include "varlen_attention.h"
@@ -133,6 +134,15 @@ void score_head_dot_backward(const HeadTuple& shape, Address product, Address ou
       reinterpret_cast<float*>(grad_out_weight));
 }
 
+template <typename T>
+void ndcg(Address scores, Address labels, Address offsets, std::int64_t num_lists, std::int64_t k, int num_threads,
+          Address result) {
+  py::gil_scoped_release release;
+  rerank_fast::ndcg<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels),
+                       reinterpret_cast<const std::int64_t*>(offsets), num_lists, k, num_threads,
+                       reinterpret_cast<T*>(result));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -146,4 +156,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("score_head_gather", &score_head_gather);
   module.def("score_head_dot", &score_head_dot);
   module.def("score_head_dot_backward", &score_head_dot_backward);
+  module.def("ndcg_float", &ndcg<float>);
+  module.def("ndcg_double", &ndcg<double>);
 }

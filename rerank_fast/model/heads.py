@@ -113,7 +113,7 @@ def find_head(model: Any) -> Head | None:
         return lambda pooled: model.classifier(model.drop(model.head(pooled))).squeeze(1)
     if isinstance(getattr(model, "score", None), nn.Linear):
         return lambda last: model.score(last).squeeze(1)
-    head = getattr(model, "classifier", None)
+    head: Any = getattr(model, "classifier", None)
     if hasattr(head, "out_proj"):
 
         def through_classifier(first: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def find_head(model: Any) -> Head | None:
 
         if _path(head) not in _CLASSIFICATION_HEADS:
             return through_classifier
-        activation = getattr(head, "activation", "tanh")
+        activation: nn.Module | Activation = getattr(head, "activation", "tanh")
         return DenseHead(
             through_classifier, head, head.dense, activation, head.dropout, head.out_proj, drops_input=True
         )

@@ -243,3 +243,12 @@ def score_head_backward(
         if wants[place]:
             grads[place] = grad.to(hidden.dtype)
     return tuple(grads)  # type: ignore[return-value]
+
+
+def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """The backend contract: (Q,) in the dtype of scores and labels, fp32 or fp64."""
+    result = scores.new_empty(offsets.shape[0] - 1)
+    kernel = _C.ndcg_double if scores.dtype == torch.float64 else _C.ndcg_float
+    addresses = (scores.data_ptr(), labels.data_ptr(), offsets.data_ptr())
+    kernel(*addresses, result.shape[0], k, torch.get_num_threads(), result.data_ptr())
+    return result

@@ -1,8 +1,8 @@
 """The score head's gradients in Triton: two launches, whatever the shape.
 
 The first computes the dense product again and gives the gradient of the dense layer's result, the second one that
-of its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, the same bits every
-time.
+of its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, and the same bits
+every time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rerank_fast.ops.triton import score_head
 from rerank_fast.ops.triton.score_head import activate, dense_tile, dropout_factors, load_x
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {"ROWS": 32, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3}
-LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 4, "num_stages": 2}
+LAUNCH = {"ROWS": 32, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 2}
+LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=score_head.NOT_SPECIALIZED)
