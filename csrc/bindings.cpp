@@ -126,12 +126,12 @@ void score_head_dot(const HeadTuple& shape, Address product, Address out_weight,
 }
 
 void score_head_dot_backward(const HeadTuple& shape, Address product, Address out_weight, Address grad_scores,
-                             Address grad_dense_bias, Address grad_out_weight) {
+                             Address grad_product, Address grad_dense_bias, Address grad_out_weight) {
   py::gil_scoped_release release;
   rerank_fast::score_head_dot_backward(
-      head_shape(shape), reinterpret_cast<void*>(product), reinterpret_cast<const float*>(out_weight),
-      reinterpret_cast<const float*>(grad_scores), reinterpret_cast<float*>(grad_dense_bias),
-      reinterpret_cast<float*>(grad_out_weight));
+      head_shape(shape), reinterpret_cast<const void*>(product), reinterpret_cast<const float*>(out_weight),
+      reinterpret_cast<const float*>(grad_scores), reinterpret_cast<void*>(grad_product),
+      reinterpret_cast<float*>(grad_dense_bias), reinterpret_cast<float*>(grad_out_weight));
 }
 
 template <typename T>

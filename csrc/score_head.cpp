@@ -137,7 +137,8 @@ RERANK_FAST_CLONES void gather_task(const ScoreHeadShape& shape, const void* fro
 }
 
 template <bool kBf16, Activation kActivation>
-RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* product, const float* weight,
+                                 float out_bias, float* scores, std::int64_t begin,
                                  std::int64_t end) {
   const Dropout dropout(shape.dropout_p, shape.seed);
   const auto width = static_cast<std::int32_t>(shape.width);
@@ -159,12 +160,14 @@ RERANK_FAST_INLINE void dot_rows(const ScoreHeadShape& shape, const void* produc
 }
 
 template <bool kBf16, Activation kActivation>
-RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, const void* product, void* grad_product,
+                                          const float* weight, const float* grad_scores, float* grad_bias,
                                           float* grad_weight, std::int64_t begin, std::int64_t end) {
   const Dropout dropout(shape.dropout_p, shape.seed);
   const auto width = static_cast<std::int32_t>(shape.width);
   for (std::int64_t row = begin; row < end; ++row) {
-    auto* values = static_cast<Stored<kBf16>*>(product) + row * shape.width;
+    const auto* values = static_cast<const Stored<kBf16>*>(product) + row * shape.width;
+    auto* grads = static_cast<Stored<kBf16>*>(grad_product) + row * shape.width;
     const float upstream = grad_scores[row];
     const std::uint32_t stream = dropout.row(0, static_cast<std::uint32_t>(row));
     if (dropout.threshold == 0) {
@@ -174,7 +177,7 @@ RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* pro
         const float grad = upstream * weight[e] * active.slope;
         grad_weight[e] += upstream * active.value;
         grad_bias[e] += grad;
-        values[e] = put<kBf16>(grad);
+        grads[e] = put<kBf16>(grad);
       }
     } else {
 #pragma omp simd
@@ -183,14 +186,15 @@ RERANK_FAST_INLINE void dot_backward_rows(const ScoreHeadShape& shape, void* pro
         const float kept = upstream * factor(dropout, stream, e), grad = kept * weight[e] * active.slope;
         grad_weight[e] += kept * active.value;
         grad_bias[e] += grad;
-        values[e] = put<kBf16>(grad);
+        grads[e] = put<kBf16>(grad);
       }
     }
   }
 }
 
 template <Activation kActivation>
-RERANK_FAST_INLINE void dot_typed(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_INLINE void dot_typed(const ScoreHeadShape& shape, const void* product, const float* weight,
+                                  float out_bias, float* scores, std::int64_t begin,
                                   std::int64_t end) {
   if (shape.bf16) {
     dot_rows<true, kActivation>(shape, product, weight, out_bias, scores, begin, end);
@@ -199,7 +203,8 @@ RERANK_FAST_INLINE void dot_typed(const ScoreHeadShape& shape, const void* produ
   }
 }
 
-RERANK_FAST_CLONES void dot_task(const ScoreHeadShape& shape, const void* product, const float* weight, float out_bias, float* scores, std::int64_t begin,
+RERANK_FAST_CLONES void dot_task(const ScoreHeadShape& shape, const void* product, const float* weight,
+                                 float out_bias, float* scores, std::int64_t begin,
                                  std::int64_t end) {
   switch (shape.activation) {
     case Activation::kNone:
@@ -214,30 +219,38 @@ RERANK_FAST_CLONES void dot_task(const ScoreHeadShape& shape, const void* produc
 }
 
 template <Activation kActivation>
-RERANK_FAST_INLINE void dot_backward_typed(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_INLINE void dot_backward_typed(const ScoreHeadShape& shape, const void* product, void* grad_product,
+                                           const float* weight, const float* grad_scores, float* grad_bias,
                                            float* grad_weight, std::int64_t begin, std::int64_t end) {
   if (shape.bf16) {
-    dot_backward_rows<true, kActivation>(shape, product, weight, grad_scores, grad_bias, grad_weight, begin, end);
+    dot_backward_rows<true, kActivation>(shape, product, grad_product, weight, grad_scores, grad_bias, grad_weight,
+                                         begin, end);
   } else {
-    dot_backward_rows<false, kActivation>(shape, product, weight, grad_scores, grad_bias, grad_weight, begin,
+    dot_backward_rows<false, kActivation>(shape, product, grad_product, weight, grad_scores, grad_bias, grad_weight,
+                                          begin,
                                           end);
   }
 }
 
-RERANK_FAST_CLONES void dot_backward_task(const ScoreHeadShape& shape, void* product, const float* weight, const float* grad_scores, float* grad_bias,
+RERANK_FAST_CLONES void dot_backward_task(const ScoreHeadShape& shape, const void* product, void* grad_product,
+                                          const float* weight, const float* grad_scores, float* grad_bias,
                                           float* grad_weight, std::int64_t begin, std::int64_t end) {
   switch (shape.activation) {
     case Activation::kNone:
-      return dot_backward_typed<Activation::kNone>(shape, product, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kNone>(shape, product, grad_product, weight, grad_scores, grad_bias,
+                                                   grad_weight,
                                                    begin, end);
     case Activation::kTanh:
-      return dot_backward_typed<Activation::kTanh>(shape, product, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kTanh>(shape, product, grad_product, weight, grad_scores, grad_bias,
+                                                   grad_weight,
                                                    begin, end);
     case Activation::kGelu:
-      return dot_backward_typed<Activation::kGelu>(shape, product, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kGelu>(shape, product, grad_product, weight, grad_scores, grad_bias,
+                                                   grad_weight,
                                                    begin, end);
     case Activation::kRelu:
-      return dot_backward_typed<Activation::kRelu>(shape, product, weight, grad_scores, grad_bias, grad_weight,
+      return dot_backward_typed<Activation::kRelu>(shape, product, grad_product, weight, grad_scores, grad_bias,
+                                                   grad_weight,
                                                    begin, end);
   }
 }
@@ -267,7 +280,8 @@ void score_head_dot(const ScoreHeadShape& shape, const void* product, const floa
   });
 }
 
-void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* out_weight, const float* grad_scores, float* grad_dense_bias,
+void score_head_dot_backward(const ScoreHeadShape& shape, const void* product, const float* out_weight,
+                             const float* grad_scores, void* grad_product, float* grad_dense_bias,
                              float* grad_out_weight) {
   const std::int64_t tasks = (shape.rows + kRowsPerTask - 1) / kRowsPerTask, width = shape.width;
   // A task's sums for both vectors.
@@ -276,7 +290,7 @@ void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const f
   float* const parts = memory.data();
   for_rows(shape, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
     float* part = parts + 2 * task * width;
-    dot_backward_task(shape, product, out_weight, grad_scores, part, part + width, begin, end);
+    dot_backward_task(shape, product, grad_product, out_weight, grad_scores, part, part + width, begin, end);
   });
   std::fill_n(grad_dense_bias, width, 0.0f);
   std::fill_n(grad_out_weight, width, 0.0f);

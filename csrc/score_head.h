@@ -27,8 +27,9 @@ void score_head_gather(const ScoreHeadShape& shape, const void* from, std::int64
 void score_head_dot(const ScoreHeadShape& shape, const void* product, const float* out_weight, const float* out_bias,
                     float* scores);
 
-// Overwrites product with its gradient, and writes those of dense_bias (width) and out_weight (width).
-void score_head_dot_backward(const ScoreHeadShape& shape, void* product, const float* out_weight, const float* grad_scores, float* grad_dense_bias,
+// Writes the gradients of product (rows, width, in its type), dense_bias (width) and out_weight (width).
+void score_head_dot_backward(const ScoreHeadShape& shape, const void* product, const float* out_weight,
+                             const float* grad_scores, void* grad_product, float* grad_dense_bias,
                              float* grad_out_weight);
 
 }  // namespace rerank_fast

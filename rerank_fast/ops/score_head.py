@@ -22,22 +22,27 @@ _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "str activation, float dropout_p, float dropout_in_p, int seed, str backend"
 _LIBRARY.define(
     "score_head(Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, Tensor out_weight, "
-    f"Tensor? out_bias, {_OPTIONS}) -> Tensor",
+    f"Tensor? out_bias, {_OPTIONS}) -> (Tensor scores, Tensor dense)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not wanted is empty.
 _LIBRARY.define(
     "score_head_backward(Tensor grad_scores, Tensor hidden, Tensor? index, Tensor dense_weight, "
-    f"Tensor? dense_bias, Tensor out_weight, bool[] wants, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? dense_bias, Tensor out_weight, Tensor dense, bool[] wants, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.register_fake("rerank_fast::score_head", lib=_LIBRARY)
-def _fake_forward(hidden: Tensor, index: Tensor | None, *rest: Any) -> Tensor:
-    rows = hidden if index is None else index
-    return hidden.new_empty(rows.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+def _fake_forward(hidden: Tensor, index: Tensor | None, dense_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, wide = hidden if index is None else index, torch.promote_types(hidden.dtype, torch.float32)
+    scores = hidden.new_empty(rows.shape[0], dtype=wide)
+    if rest[-1] != "cpu":
+        return scores, hidden.new_empty(0)
+    stored = wide if hidden.dtype == torch.float16 else hidden.dtype
+    return scores, hidden.new_empty((rows.shape[0], dense_weight.shape[0]), dtype=stored)
 
 
 @torch.library.register_fake("rerank_fast::score_head_backward", lib=_LIBRARY)
@@ -48,6 +53,7 @@ def _fake_backward(
     dense_weight: Tensor,
     dense_bias: Tensor | None,
     out_weight: Tensor,
+    dense: Tensor,
     wants: list[bool],
     *options: Any,
 ) -> Gradients:
@@ -157,7 +163,7 @@ def _forward(
     dropout_in_p: float,
     seed: int,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     # Triton is imported when it is first asked for.
     if backend == "cpu":
         forward = cpu.score_head_forward
@@ -170,7 +176,8 @@ def _forward(
     options = (activation, dropout_p, dropout_in_p, seed)
     # What is narrow was made so by the caller: an autocast region changes nothing here.
     with torch.autocast(hidden.device.type, enabled=False):
-        return forward(_rows_contiguous(hidden), index, *weights, *options)  # type: ignore[arg-type]
+        result = forward(_rows_contiguous(hidden), index, *weights, *options)  # type: ignore[arg-type]
+    return result if isinstance(result, tuple) else (result, hidden.new_empty(0))
 
 
 def _backward(
@@ -180,6 +187,7 @@ def _backward(
     dense_weight: Tensor,
     dense_bias: Tensor | None,
     out_weight: Tensor,
+    dense: Tensor,
     wants: list[bool],
     activation: str,
     dropout_p: float,
@@ -196,8 +204,11 @@ def _backward(
     bias = None if dense_bias is None else dense_bias.contiguous()
     weights = (dense_weight.contiguous(), bias, out_weight.contiguous())
     options = (activation, dropout_p, dropout_in_p, seed)
+    saved = (dense,) if backend == "cpu" else ()
     with torch.autocast(hidden.device.type, enabled=False):
-        return backward(grad_scores.contiguous(), _rows_contiguous(hidden), index, *weights, wants, *options)
+        return backward(
+            grad_scores.contiguous(), _rows_contiguous(hidden), index, *weights, *saved, wants, *options
+        )
 
 
 _LIBRARY.impl("score_head", _forward, "CompositeExplicitAutograd")
@@ -221,12 +232,13 @@ class _ScoreHead(torch.autograd.Function):
         out_bias: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        # Inputs are alive anyway: backward computes the dense product again.
-        ctx.save_for_backward(hidden, index, dense_weight, dense_bias, out_weight)
-        ctx.options = options
-        return torch.ops.rerank_fast.score_head.default(
+        scores, dense = torch.ops.rerank_fast.score_head.default(
             hidden, index, dense_weight, dense_bias, out_weight, out_bias, *options
         )
+        # Inputs are alive anyway. On a CPU the dense layer's result is kept, elsewhere backward computes it again.
+        ctx.save_for_backward(hidden, index, dense_weight, dense_bias, out_weight, dense)
+        ctx.options = options
+        return scores
 
     @staticmethod
     @once_differentiable

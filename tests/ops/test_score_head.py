@@ -244,8 +244,9 @@ def test_only_the_gradients_that_are_asked_for(backend, wanted):
     assert [leaf.grad is not None for leaf in leaves] == [i == wanted for i in range(5)]
     assert torch.equal(leaves[wanted].grad, expected[wanted])
     options = ("tanh", 0.3, 0.2, 12, backend)
+    _, dense = torch.ops.rerank_fast.score_head.default(hidden, index, *weights, *options)
     grads = torch.ops.rerank_fast.score_head_backward.default(
-        upstream, hidden, index, *weights[:3], [i == wanted for i in range(5)], *options
+        upstream, hidden, index, *weights[:3], dense, [i == wanted for i in range(5)], *options
     )
     assert [grad.numel() > 0 for grad in grads] == [i == wanted for i in range(5)]
 
@@ -334,7 +335,8 @@ def test_opcheck(backend, tokens):
     options = ("gelu", 0.1, 0.2, 3, backend)
     torch.library.opcheck(torch.ops.rerank_fast.score_head.default, (hidden, index, *weights, *options))
     for wants in ([True] * 5, [False, True, False, True, False]):
-        arguments = (torch.randn(4), hidden, index, *weights[:3], wants, *options)
+        _, dense = torch.ops.rerank_fast.score_head.default(hidden, index, *weights, *options)
+        arguments = (torch.randn(4), hidden, index, *weights[:3], dense, wants, *options)
         torch.library.opcheck(torch.ops.rerank_fast.score_head_backward.default, arguments)
 
 
