@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -174,8 +175,7 @@ def _forward(
     vectors = (dense_weight, dense_bias, out_weight, out_bias)
     weights = (None if tensor is None else tensor.contiguous() for tensor in vectors)
     options = (activation, dropout_p, dropout_in_p, seed)
-    # What is narrow was made so by the caller: an autocast region changes nothing here.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _outside_autocast(hidden.device.type):
         result = forward(_rows_contiguous(hidden), index, *weights, *options)  # type: ignore[arg-type]
     return result if isinstance(result, tuple) else (result, hidden.new_empty(0))
 
@@ -205,7 +205,7 @@ def _backward(
     weights = (dense_weight.contiguous(), bias, out_weight.contiguous())
     options = (activation, dropout_p, dropout_in_p, seed)
     saved = (dense,) if backend == "cpu" else ()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _outside_autocast(hidden.device.type):
         return backward(
             grad_scores.contiguous(), _rows_contiguous(hidden), index, *weights, *saved, wants, *options
         )
@@ -213,6 +213,12 @@ def _backward(
 
 _LIBRARY.impl("score_head", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("score_head_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _outside_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """What is narrow was made so by the caller: an autocast region changes nothing here."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def _rows_contiguous(hidden: Tensor) -> Tensor:
