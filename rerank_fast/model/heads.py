@@ -32,18 +32,20 @@ class DenseHead:
         activation = self.activation if isinstance(self.activation, str) else _activation(self.activation)
         if activation is None or not self._is_plain(first):
             return self.own(first)
-        dense, out, p = self.dense, self.out, self.dropout.p
+        dense: Any = self.dense
+        out: Any = self.out
+        p: Any = self.dropout.p
         training = self.dropout.training and p > 0
         return score_head(
             first,
             None,
-            dense.weight,  # type: ignore[arg-type]
-            dense.bias,  # type: ignore[arg-type]
-            out.weight,  # type: ignore[arg-type]
-            out.bias,  # type: ignore[arg-type]
+            dense.weight,
+            dense.bias,
+            out.weight,
+            out.bias,
             activation=activation,
-            dropout_p=p,  # type: ignore[arg-type]
-            dropout_in_p=p if self.drops_input else 0.0,  # type: ignore[arg-type]
+            dropout_p=p,
+            dropout_in_p=p if self.drops_input else 0.0,
             training=training,
             # From torch's generator of the host, so that a saved state repeats it.
             seed=int(torch.randint(2**62, ())) if training else 0,
@@ -107,8 +109,8 @@ def find_head(model: Any) -> Head | None:
         def through_pre_classifier(first: Tensor) -> Tensor:
             return model.classifier(model.dropout(model.pre_classifier(first).relu())).squeeze(1)
 
-        parts = (None, model.pre_classifier, "relu", model.dropout, model.classifier)
-        return DenseHead(through_pre_classifier, *parts, drops_input=False)
+        rest = (model.dropout, model.classifier)
+        return DenseHead(through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False)
     if name == "ModernBertForSequenceClassification":
         return lambda pooled: model.classifier(model.drop(model.head(pooled))).squeeze(1)
     if isinstance(getattr(model, "score", None), nn.Linear):

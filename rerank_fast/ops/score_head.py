@@ -166,17 +166,18 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     # Triton is imported when it is first asked for.
+    forward: Any = _reference_forward
     if backend == "cpu":
         forward = cpu.score_head_forward
     elif backend == "triton":
-        from rerank_fast.ops.triton.score_head import forward
-    else:
-        forward = _reference_forward
+        from rerank_fast.ops.triton import score_head as triton_forward
+
+        forward = triton_forward.forward
     vectors = (dense_weight, dense_bias, out_weight, out_bias)
     weights = (None if tensor is None else tensor.contiguous() for tensor in vectors)
     options = (activation, dropout_p, dropout_in_p, seed)
     with _outside_autocast(hidden.device.type):
-        result = forward(_rows_contiguous(hidden), index, *weights, *options)  # type: ignore[arg-type]
+        result = forward(_rows_contiguous(hidden), index, *weights, *options)
     return result if isinstance(result, tuple) else (result, hidden.new_empty(0))
 
 
@@ -195,12 +196,13 @@ def _backward(
     seed: int,
     backend: str,
 ) -> Gradients:
+    backward: Any = _reference_backward
     if backend == "cpu":
         backward = cpu.score_head_backward
     elif backend == "triton":
-        from rerank_fast.ops.triton.score_head_backward import backward
-    else:
-        backward = _reference_backward
+        from rerank_fast.ops.triton import score_head_backward as triton_backward
+
+        backward = triton_backward.backward
     bias = None if dense_bias is None else dense_bias.contiguous()
     weights = (dense_weight.contiguous(), bias, out_weight.contiguous())
     options = (activation, dropout_p, dropout_in_p, seed)
