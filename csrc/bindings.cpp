@@ -5,7 +5,9 @@
 #include <tuple>
 
 #include "lambda_loss.h"
+#include "ndcg.h"
 #include "residual_norm.h"
+#include "score_head.h"
 #include "varlen_attention.h"
 
 namespace py = pybind11;
@@ -97,6 +99,50 @@ void residual_norm_backward(const NormTuple& shape, Address x, Address residual,
       reinterpret_cast<float*>(grad_bias));
 }
 
+// (rows, hidden, width, bf16, activation, dropout_p, dropout_in_p, seed, threads)
+using HeadTuple =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, bool, int, double, double, std::uint64_t, int>;
+
+rerank_fast::ScoreHeadShape head_shape(const HeadTuple& tuple) {
+  return std::apply(
+      [](auto rows, auto hidden, auto width, auto bf16, auto activation, auto... rest) {
+        return rerank_fast::ScoreHeadShape{rows, hidden, width, bf16,
+                                           static_cast<rerank_fast::Activation>(activation), rest...};
+      },
+      tuple);
+}
+
+void score_head_gather(const HeadTuple& shape, Address from, std::int64_t stride, Address index, Address x) {
+  py::gil_scoped_release release;
+  rerank_fast::score_head_gather(head_shape(shape), reinterpret_cast<const void*>(from), stride,
+                                 reinterpret_cast<const std::int64_t*>(index), reinterpret_cast<void*>(x));
+}
+
+void score_head_dot(const HeadTuple& shape, Address product, Address out_weight, Address out_bias, Address scores) {
+  py::gil_scoped_release release;
+  rerank_fast::score_head_dot(head_shape(shape), reinterpret_cast<const void*>(product),
+                              reinterpret_cast<const float*>(out_weight), reinterpret_cast<const float*>(out_bias),
+                              reinterpret_cast<float*>(scores));
+}
+
+void score_head_dot_backward(const HeadTuple& shape, Address product, Address out_weight, Address grad_scores,
+                             Address grad_product, Address grad_dense_bias, Address grad_out_weight) {
+  py::gil_scoped_release release;
+  rerank_fast::score_head_dot_backward(
+      head_shape(shape), reinterpret_cast<const void*>(product), reinterpret_cast<const float*>(out_weight),
+      reinterpret_cast<const float*>(grad_scores), reinterpret_cast<void*>(grad_product),
+      reinterpret_cast<float*>(grad_dense_bias), reinterpret_cast<float*>(grad_out_weight));
+}
+
+template <typename T>
+void ndcg(Address scores, Address labels, Address offsets, std::int64_t num_lists, std::int64_t k, int num_threads,
+          Address result) {
+  py::gil_scoped_release release;
+  rerank_fast::ndcg<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels),
+                       reinterpret_cast<const std::int64_t*>(offsets), num_lists, k, num_threads,
+                       reinterpret_cast<T*>(result));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -107,4 +153,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("varlen_attention_backward", &varlen_attention_backward);
   module.def("residual_norm_forward", &residual_norm_forward);
   module.def("residual_norm_backward", &residual_norm_backward);
+  module.def("score_head_gather", &score_head_gather);
+  module.def("score_head_dot", &score_head_dot);
+  module.def("score_head_dot_backward", &score_head_dot_backward);
+  module.def("ndcg_float", &ndcg<float>);
+  module.def("ndcg_double", &ndcg<double>);
 }

@@ -3,26 +3,132 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from rerank_fast.model.linear import _has_hooks
+from rerank_fast.ops.score_head import Activation, score_head
 
 Head = Callable[[Tensor], Tensor]  # (N, H) hidden states of the tokens that are read -> (N,) scores
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """dense -> activation -> dropout -> out, as one op; by the model's own modules where that would pass one by."""
+
+    own: Head
+    container: nn.Module | None  # what holds dense, where that is not the model itself
+    dense: nn.Module
+    activation: nn.Module | Activation
+    dropout: nn.Module
+    out: nn.Module
+    drops_input: bool  # the same dropout before dense too
+
+    def __call__(self, first: Tensor) -> Tensor:
+        activation = self.activation if isinstance(self.activation, str) else _activation(self.activation)
+        if activation is None or not self._is_plain(first):
+            return self.own(first)
+        dense: Any = self.dense
+        out: Any = self.out
+        p: Any = self.dropout.p
+        training = self.dropout.training and p > 0
+        return score_head(
+            first,
+            None,
+            dense.weight,
+            dense.bias,
+            out.weight,
+            out.bias,
+            activation=activation,
+            dropout_p=p,
+            dropout_in_p=p if self.drops_input else 0.0,
+            training=training,
+            # From torch's generator of the host, so that a saved state repeats it.
+            seed=int(torch.randint(2**62, ())) if training else 0,
+        )
+
+    def _is_plain(self, first: Tensor) -> bool:
+        """No adapter, hook or parametrisation stands in for a part, and there is one score in one dtype."""
+        dense, dropout, out = self.dense, self.dropout, self.out
+        if type(dense) is not nn.Linear or type(out) is not nn.Linear or type(dropout) is not nn.Dropout:
+            return False
+        modules = (self.container, dense, self.activation, dropout, out)
+        if any(isinstance(module, nn.Module) and _is_listened_to(module) for module in modules):
+            return False
+        weights = (dense.weight, dense.bias, out.weight, out.bias)
+        one_dtype = all(weight is None or weight.dtype == first.dtype for weight in weights)
+        return one_dtype and out.out_features == 1 and dropout.p < 1
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    return _has_hooks(module) or "forward" in vars(module)
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    if type(module) is nn.Tanh:
+        return "tanh"
+    if type(module) is nn.ReLU:
+        return "relu"
+    exact = type(module) is nn.GELU and module.approximate == "none"
+    return "gelu" if exact or type(module) is GELUActivation else None
+
+
+# Whose forward is dropout -> dense -> tanh (ELECTRA: `activation`) -> dropout -> out_proj.
+_CLASSIFICATION_HEADS = [
+    f"transformers.models.{family}.modeling_{family}.{name}ClassificationHead"
+    for family, name in (
+        ("roberta", "Roberta"),
+        ("xlm_roberta", "XLMRoberta"),
+        ("camembert", "Camembert"),
+        ("electra", "Electra"),
+    )
+]
 
 
 def find_head(model: Any) -> Head | None:
     """The model's own head, applied to first tokens only; None where it is none of the known ones."""
     name = type(model).__name__
     if name == "BertForSequenceClassification":
-        if model.bert.pooler is None:
+        pooler = model.bert.pooler
+        if pooler is None:
             return None
-        return lambda first: model.classifier(model.dropout(model.bert.pooler(first[:, None]))).squeeze(1)
+
+        def through_pooler(first: Tensor) -> Tensor:
+            return model.classifier(model.dropout(model.bert.pooler(first[:, None]))).squeeze(1)
+
+        if _path(pooler) != "transformers.models.bert.modeling_bert.BertPooler":
+            return through_pooler
+        parts = (pooler, pooler.dense, pooler.activation, model.dropout, model.classifier)
+        return DenseHead(through_pooler, *parts, drops_input=False)
     if name == "DistilBertForSequenceClassification":
-        return lambda first: model.classifier(model.dropout(model.pre_classifier(first).relu())).squeeze(1)
+
+        def through_pre_classifier(first: Tensor) -> Tensor:
+            return model.classifier(model.dropout(model.pre_classifier(first).relu())).squeeze(1)
+
+        rest = (model.dropout, model.classifier)
+        return DenseHead(through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False)
     if name == "ModernBertForSequenceClassification":
         return lambda pooled: model.classifier(model.drop(model.head(pooled))).squeeze(1)
     if isinstance(getattr(model, "score", None), nn.Linear):
         return lambda last: model.score(last).squeeze(1)
-    if hasattr(getattr(model, "classifier", None), "out_proj"):
-        return lambda first: model.classifier(first[:, None]).squeeze(1)
+    head: Any = getattr(model, "classifier", None)
+    if hasattr(head, "out_proj"):
+
+        def through_classifier(first: Tensor) -> Tensor:
+            return model.classifier(first[:, None]).squeeze(1)
+
+        if _path(head) not in _CLASSIFICATION_HEADS:
+            return through_classifier
+        activation: nn.Module | Activation = getattr(head, "activation", "tanh")
+        return DenseHead(
+            through_classifier, head, head.dense, activation, head.dropout, head.out_proj, drops_input=True
+        )
     return None
+
+
+def _path(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"

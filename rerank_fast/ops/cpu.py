@@ -165,3 +165,93 @@ def residual_norm_backward(
     outgoing = (tensor.data_ptr() for tensor in grads)
     _C.residual_norm_backward(_norm_shape(x, eps, dropout_p, seed), *forward, *incoming, *outgoing)
     return grads
+
+
+_ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}  # the enum of csrc/score_head.h
+
+
+def _head_rows(
+    hidden: Tensor, index: Tensor | None, dense_weight: Tensor, options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], Tensor]:
+    """The kernels' shape, and the rows that are read, dropped out; fp16 becomes fp32, which processors multiply."""
+    activation, dropout_p, dropout_in_p, seed = options
+    if hidden.dtype == torch.float16:
+        hidden, index = (hidden if index is None else hidden[index]).float(), None
+    num_rows = hidden.shape[0] if index is None else index.shape[0]
+    sizes = (num_rows, hidden.shape[1], dense_weight.shape[0], hidden.dtype == torch.bfloat16)
+    shape = (*sizes, _ACTIVATIONS[activation], dropout_p, dropout_in_p, seed, torch.get_num_threads())
+    if index is None and dropout_in_p == 0:
+        return shape, hidden
+    index = None if index is None else index.long().contiguous()
+    x = hidden.new_empty(num_rows, hidden.shape[1])
+    address = 0 if index is None else index.data_ptr()
+    _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), address, x.data_ptr())
+    return shape, x
+
+
+def score_head_forward(
+    hidden: Tensor,  # (T, H) fp32, bf16 or fp16, each row one run of memory
+    index: Tensor | None,  # (N,)
+    dense_weight: Tensor,  # (D, H)
+    dense_bias: Tensor | None,  # (D,)
+    out_weight: Tensor,  # (1, D)
+    out_bias: Tensor | None,  # (1,)
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The backend contract: the scores (N,) fp32; and the dense layer's result (N, D) for backward.
+
+    A third matrix product would cost more than these few rows beside the hidden states.
+    """
+    shape, x = _head_rows(hidden, index, dense_weight, options)
+    bias = None if dense_bias is None else dense_bias.to(x.dtype)
+    dense = torch.nn.functional.linear(x, dense_weight.to(x.dtype), bias)
+    scores = torch.empty(dense.shape[0], dtype=torch.float32)
+    weight, last = out_weight.float(), None if out_bias is None else out_bias.float()
+    address = 0 if last is None else last.data_ptr()
+    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), address, scores.data_ptr())
+    return scores, dense
+
+
+def score_head_backward(
+    grad_scores: Tensor,  # (N,) fp32
+    hidden: Tensor,
+    index: Tensor | None,
+    dense_weight: Tensor,
+    dense_bias: Tensor | None,
+    out_weight: Tensor,
+    dense: Tensor,  # (N, D)
+    wants: list[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and out_bias.
+
+    One that is not wanted is empty.
+    """
+    d_dense, weight = torch.empty_like(dense), out_weight.float()
+    vectors = [grad_scores.new_empty(dense.shape[1]) for _ in range(2)]
+    shape, x = _head_rows(hidden, index, dense_weight, options)
+    addresses = (tensor.data_ptr() for tensor in (dense, weight, grad_scores, d_dense, *vectors))
+    _C.score_head_dot_backward(shape, *addresses)
+    grads = [hidden.new_empty(0) for _ in range(5)]
+    if wants[0]:
+        rows = torch.mm(d_dense, dense_weight.to(x.dtype))
+        if options[2] > 0:
+            _C.score_head_gather(shape, rows.data_ptr(), rows.stride(0), 0, rows.data_ptr())
+        grads[0] = rows = rows.to(hidden.dtype)
+        if index is not None:
+            grads[0] = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, index.long(), rows)
+    if wants[1]:
+        grads[1] = torch.mm(d_dense.t(), x).to(hidden.dtype)
+    for place, grad in enumerate((vectors[0], vectors[1][None], grad_scores.sum()[None]), start=2):
+        if wants[place]:
+            grads[place] = grad.to(hidden.dtype)
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """The backend contract: (Q,) in the dtype of scores and labels, fp32 or fp64."""
+    result = scores.new_empty(offsets.shape[0] - 1)
+    kernel = _C.ndcg_double if scores.dtype == torch.float64 else _C.ndcg_float
+    addresses = (scores.data_ptr(), labels.data_ptr(), offsets.data_ptr())
+    kernel(*addresses, result.shape[0], k, torch.get_num_threads(), result.data_ptr())
+    return result

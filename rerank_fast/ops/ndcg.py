@@ -1,0 +1,90 @@
+"""NDCG of ragged lists, for monitoring: schema -> fake -> backends -> ndcg()."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rerank_fast.ops import cpu, lambda_loss, reference
+from rerank_fast.ops.lambda_loss import Backend
+
+_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
+_LIBRARY.define(
+    "ndcg(Tensor scores, Tensor labels, Tensor offsets, int k, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::ndcg", lib=_LIBRARY)
+def _fake(scores: Tensor, labels: Tensor, offsets: Tensor, k: int, backend: str) -> Tensor:
+    return labels.new_empty(offsets.shape[0] - 1)
+
+
+def _reference_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """The specification: one list at a time."""
+    values = [labels.new_zeros(0)]
+    for start, stop in pairwise(offsets.tolist()):
+        relevance = labels[start:stop].clamp(min=0)
+        if start == stop or bool((relevance == 0).all()):
+            values.append(labels.new_zeros(1))
+            continue
+        # Divided by 2^largest above and below, so that a large label stays finite.
+        largest = relevance.max()
+        gains = torch.exp2(relevance - largest) - torch.exp2(-largest)
+        discount = reference.discounts(stop - start, dtype=labels.dtype, device=labels.device)
+        rank = reference.ranks(scores[start:stop])
+        found = (gains / discount[rank - 1])[rank <= (k or len(rank))].sum()
+        ideal = (gains.sort(descending=True).values / discount)[: k or None].sum()
+        values.append((found / ideal)[None])
+    return torch.cat(values)
+
+
+def _forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int, backend: str) -> Tensor:
+    # Triton is imported when it is first asked for.
+    if backend == "cpu":
+        forward = cpu.ndcg_forward
+    elif backend == "triton":
+        from rerank_fast.ops.triton.ndcg import forward
+    else:
+        forward = _reference_forward
+    return forward(scores.contiguous(), labels.contiguous(), offsets.contiguous(), k)
+
+
+_LIBRARY.impl("ndcg", _forward, "CompositeExplicitAutograd")
+
+
+def ndcg(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    k: int | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """NDCG@k of each list, on the scores' device and without waiting for it.
+
+    Gains are 2^max(label, 0) - 1, discounts log2(1 + rank). Equal scores rank in input order, NaN first.
+
+    Args:
+        scores: (N,) model scores of all documents, list after list; fp16, bf16, fp32 or fp64.
+        labels: (N,) relevance labels, binary or graded.
+        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1].
+        k: ranks that count; None or 0 counts all.
+        backend: "cpu" (C++), "triton" or "reference"; None takes the device's own.
+
+    Returns:
+        (Q,) in fp32 (fp64 for fp64 scores), without gradient. A list without a label above 0 gives 0, one with a
+        NaN label NaN.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or k, or a backend that can't run here.
+    """
+    lambda_loss._check_tensors(scores, labels, offsets)
+    if k is not None and k < 0:
+        raise ValueError(f"k must be None or at least 0, got {k}")
+    resolved = lambda_loss._resolve_backend(backend, scores.device)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    scores, labels = scores.detach().to(dtype), labels.detach().to(dtype)
+    return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, k or 0, resolved)

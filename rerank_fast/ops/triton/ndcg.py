@@ -1,0 +1,96 @@
+"""NDCG in Triton: one launch, a program a list, ranks by counting; nothing of size D x D is stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LAUNCH = {"BLOCK": 32, "num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["k"])
+def ndcg_kernel(
+    scores,  # (N,) compute dtype
+    labels,  # (N,) compute dtype
+    offsets,  # (Q + 1,) int64
+    ndcg,  # out (Q,) compute dtype
+    k,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One list: how many documents go before each by score and by label, in tiles of its documents."""
+    start = tl.load(offsets + tl.program_id(0))
+    size = (tl.load(offsets + tl.program_id(0) + 1) - start).to(tl.int32)
+    highest = tl.zeros([BLOCK], dtype)
+    nans = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        y = tl.load(labels + start + i, mask=i < size, other=0.0)
+        highest = tl.maximum(highest, y)
+        nans += (y != y).to(tl.int32)
+    largest = tl.max(highest, axis=0)
+    unit = tl.exp2(-largest)
+    found = tl.zeros([BLOCK], dtype)
+    ideal = tl.zeros([BLOCK], dtype)
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        in_i = i < size
+        s_i = tl.load(scores + start + i, mask=in_i, other=0.0)[:, None]
+        y_i = tl.load(labels + start + i, mask=in_i, other=0.0)
+        nan_i = s_i != s_i
+        before = tl.zeros([BLOCK], tl.int32)
+        better = tl.zeros([BLOCK], tl.int32)
+        for tile in range(0, size, BLOCK):
+            j = tile + tl.arange(0, BLOCK)
+            in_j = (j < size)[None, :]
+            s_j = tl.load(scores + start + j, mask=j < size, other=0.0)[None, :]
+            y_j = tl.load(labels + start + j, mask=j < size, other=0.0)[None, :]
+            nan_j = s_j != s_j
+            earlier = j[None, :] < i[:, None]
+            # NaN goes first; equal scores, and two NaNs, keep the input order.
+            above = (s_j > s_i) | (nan_j & (nan_i == 0))
+            equal = (s_j == s_i) | (nan_j & nan_i)
+            before += tl.sum(((above | (equal & earlier)) & in_j).to(tl.int32), axis=1)
+            above = (y_j > y_i[:, None]) | ((y_j == y_i[:, None]) & earlier)
+            better += tl.sum((above & in_j).to(tl.int32), axis=1)
+        # Both sums are divided by 2^largest, so that a large label stays finite.
+        gain = tl.where(in_i, tl.exp2(tl.maximum(y_i, 0.0) - largest) - unit, 0.0)
+        found += tl.where((k == 0) | (before < k), gain / tl.log2(2.0 + before.to(dtype)), 0.0)
+        ideal += tl.where((k == 0) | (better < k), gain / tl.log2(2.0 + better.to(dtype)), 0.0)
+    best = tl.sum(ideal, axis=0)
+    value = tl.where(largest > 0.0, tl.sum(found, axis=0) / tl.where(largest > 0.0, best, 1.0), 0.0)
+    value = tl.where(tl.sum(nans, axis=0) > 0, float("nan"), value)
+    tl.store(ndcg + tl.program_id(0), value)
+
+
+def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """The backend contract: (Q,) in the dtype of scores and labels, fp32 or fp64."""
+    if not scores.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Triton kernels take CUDA or ROCm tensors, got tensors on {scores.device}; set TRITON_INTERPRET=1 "
+            "before importing rerank_fast.ops.triton.ndcg to run them in the interpreter"
+        )
+    num_lists = offsets.shape[0] - 1
+    result = torch.empty(num_lists, dtype=scores.dtype, device=scores.device)
+    if num_lists:
+        dtype = tl.float64 if scores.dtype == torch.float64 else tl.float32
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(scores):
+            ndcg_kernel[(num_lists,)](
+                scores, labels, offsets, result, min(k, scores.shape[0]), dtype=dtype, **LAUNCH
+            )
+    return result
+
+
+def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every kernel as it is launched: name, kernel, argument types, constexprs and compile options."""
+    for dtype in (tl.float32, tl.float64):
+        types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}", "k": "i32"}
+        constants = {"dtype": dtype, "BLOCK": LAUNCH["BLOCK"]}
+        yield f"ndcg_{dtype}", ndcg_kernel, types, constants, {"num_warps": LAUNCH["num_warps"]}

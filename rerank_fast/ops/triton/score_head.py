@@ -1,0 +1,305 @@
+"""The score head in Triton: one launch, whatever the shape; its gradients are in score_head_backward.py.
+
+A program owns a block of rows and takes the dense product column block by column block: no product is stored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
+DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
+# fp32 ones are fused multiply-adds in registers.
+LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3}
+LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _mix(x):
+    """A permutation of 32 bits that spreads every one of them over all."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_factors(stream, threshold, rescale, row, column):
+    """0 or 1 / (1 - p) for each place of rows x columns; stream (of seed and purpose) and threshold are bits."""
+    start = _mix(stream.to(tl.uint32, bitcast=True) + row.to(tl.uint32))
+    drawn = _mix((column.to(tl.uint32) * 0x9E3779B9)[None, :] + start[:, None])
+    return tl.where(drawn < threshold.to(tl.uint32, bitcast=True), 0.0, rescale)
+
+
+@triton.jit
+def _tanh(x):
+    a = tl.abs(x)
+    a2 = a * a
+    t = tl.exp(-2.0 * a)
+    # Near 0, where 1 - t cancels, an odd polynomial.
+    p = a2 * -0.00628366228 + 0.0211214516
+    p = p * a2 - 0.053876318
+    p = p * a2 + 0.133329332
+    p = p * a2 - 0.333333313
+    y = tl.where(a < 0.6, a + a * (a2 * p), (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation and its slope."""
+    if ACTIVATION == 1:
+        y = _tanh(x)
+        slope = 1.0 - y * y
+    elif ACTIVATION == 2:
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        y = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == 3:
+        y = tl.where(x < 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
+    else:
+        y = x
+        slope = tl.full(x.shape, 1.0, tl.float32)
+    return y, slope
+
+
+@triton.jit
+def load_x(
+    hidden, stride, index, row, in_rows, column, in_columns, stream, threshold, rescale, DROP_IN: tl.constexpr
+):
+    """(rows, columns) of the rows that are read, dropped out, in their own dtype."""
+    source = row.to(tl.int64)
+    if index is not None:
+        source = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
+    place = source[:, None] * stride + column[None, :]
+    x = tl.load(hidden + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+    if DROP_IN:
+        x = (x.to(tl.float32) * dropout_factors(stream, threshold, rescale, row, column)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def dense_tile(
+    hidden,
+    stride,
+    index,
+    weight,
+    bias,
+    row,
+    in_rows,
+    out,
+    in_out,
+    H,
+    stream,
+    threshold,
+    rescale,
+    dot_dtype: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A (ROWS, COLUMNS) tile of the dense layer's result, fp32."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, H, INNER):
+        e = first + tl.arange(0, INNER)
+        in_e = e < H
+        x = load_x(hidden, stride, index, row, in_rows, e, in_e, stream, threshold, rescale, DROP_IN)
+        place = out.to(tl.int64)[None, :] * H + e[:, None]
+        w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
+        total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+NOT_SPECIALIZED = ["n", "stream", "threshold", "rescale", "stream_in", "threshold_in", "rescale_in"]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def forward_kernel(
+    hidden,  # (T, H)
+    stride,  # of its rows
+    index,  # (N,) int32 or int64, or None
+    dense_weight,  # (D, H)
+    dense_bias,  # (D,) or None
+    out_weight,  # (D,)
+    out_bias,  # (1,) or None
+    scores,  # out (N,) fp32
+    n,
+    D,
+    H,
+    stream,
+    threshold,
+    rescale,
+    stream_in,
+    threshold_in,
+    rescale_in,
+    dot_dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROP: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """The scores of a block of rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < n
+    score = tl.zeros([ROWS], tl.float32)
+    for first in range(0, D, COLUMNS):
+        out = first + tl.arange(0, COLUMNS)
+        in_out = out < D
+        dense = dense_tile(
+            hidden,
+            stride,
+            index,
+            dense_weight,
+            dense_bias,
+            row,
+            in_rows,
+            out,
+            in_out,
+            H,
+            stream_in,
+            threshold_in,
+            rescale_in,
+            dot_dtype,
+            DROP_IN,
+            ROWS,
+            COLUMNS,
+            INNER,
+        )
+        active, _ = activate(dense, ACTIVATION)
+        if DROP:
+            active *= dropout_factors(stream, threshold, rescale, row, out)
+        w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)
+        score += tl.sum(active * w[None, :], axis=1)
+    if out_bias is not None:
+        score += tl.load(out_bias).to(tl.float32)
+    tl.store(scores + row, score, mask=in_rows)
+
+
+def _mixed(x: int) -> int:
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def _signed(bits: int) -> int:
+    """The int32 of the same 32 bits: launches take no unsigned scalars."""
+    return bits - (1 << 32) if bits >= 1 << 31 else bits
+
+
+def _dropout(p: float, seed: int, stream: int) -> tuple[int, int, float]:
+    """stream, threshold and rescale of dropout_factors."""
+    start = _mixed(seed & 0xFFFFFFFF ^ _mixed(seed >> 32 & 0xFFFFFFFF))
+    threshold = int(min(p * 2**32, 2**32 - 1))
+    return _signed(_mixed(start + stream * 0x9E3779B9 & 0xFFFFFFFF)), _signed(threshold), 1 / (1 - p)
+
+
+def split(hidden: Tensor, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """Both dropouts' scalars, and the constexprs that follow from dtype and options."""
+    activation, dropout_p, dropout_in_p, seed = options
+    # The interpreter would multiply bf16 as integers; products of bf16 are exact in fp32.
+    widened = hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    flags = {
+        "dot_dtype": tl.float32 if widened else DTYPES[hidden.dtype],
+        "ACTIVATION": ACTIVATIONS[activation],
+        "DROP": dropout_p > 0,
+        "DROP_IN": dropout_in_p > 0,
+    }
+    return _dropout(dropout_p, seed, 0), _dropout(dropout_in_p, seed, 1), flags
+
+
+def refuse_cpu(hidden: Tensor) -> None:
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Triton kernels take CUDA or ROCm tensors, got tensors on {hidden.device}; set TRITON_INTERPRET=1 "
+            "before importing rerank_fast.ops.triton.score_head to run them in the interpreter"
+        )
+
+
+def forward(
+    hidden: Tensor,  # (T, H) fp32, bf16 or fp16, each row one run of memory
+    index: Tensor | None,  # (N,)
+    dense_weight: Tensor,  # (D, H)
+    dense_bias: Tensor | None,  # (D,)
+    out_weight: Tensor,  # (1, D)
+    out_bias: Tensor | None,  # (1,)
+    *options: Any,
+) -> Tensor:
+    """The backend contract: the scores (N,) fp32. Raises ValueError for CPU tensors outside the interpreter."""
+    refuse_cpu(hidden)
+    index = None if index is None else index.contiguous()
+    n = hidden.shape[0] if index is None else index.shape[0]
+    scores = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    after, before, flags = split(hidden, options)
+    launch = LAUNCH_FP32 if hidden.dtype == torch.float32 else LAUNCH
+    if n:
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(hidden):
+            forward_kernel[(triton.cdiv(n, launch["ROWS"]),)](
+                hidden,
+                hidden.stride(0),
+                index,
+                dense_weight,
+                dense_bias,
+                out_weight,
+                out_bias,
+                scores,
+                n,
+                *dense_weight.shape,
+                *after,
+                *before,
+                **flags,
+                **launch,
+            )
+    return scores
+
+
+def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every kernel as it is launched, for reports that compile without a GPU.
+
+    Gives name, kernel, types of its arguments, constexprs (None for an argument that is left out) and options.
+    """
+    from rerank_fast.ops.triton import score_head_backward as backward
+
+    kernels = {
+        "forward": (forward_kernel, LAUNCH, LAUNCH_FP32),
+        "dense_grad": (backward.dense_grad_kernel, LAUNCH, LAUNCH_FP32),
+        "grads": (backward.grads_kernel, backward.LAUNCH, backward.LAUNCH_FP32),
+    }
+    types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "stream", "threshold"], "i32")
+    types |= dict.fromkeys(["stream_in", "threshold_in"], "i32") | {"rescale": "fp32", "rescale_in": "fp32"}
+    types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
+    for dtype in DTYPES.values():
+        for kernel_name, (kernel, launch, launch_fp32) in kernels.items():
+            options = launch_fp32 if dtype == tl.float32 else launch
+            for activation, code in ACTIVATIONS.items():
+                # With neither gather nor dropout, with both, and as packed execution trains: dropout alone.
+                for gathers, drops in ((False, False), (True, True), (False, True)):
+                    if activation != "tanh" and (drops or kernel_name == "grads"):
+                        continue  # the activation shows in one of them
+                    constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
+                    constants |= {} if gathers else {"index": None}
+                    constants |= {name: options[name] for name in ("ROWS", "COLUMNS", "INNER")}
+                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                    name = f"{kernel_name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}"
+                    rest = [name for name in kernel.arg_names if name not in constants]
+                    signature = {name: types.get(name, f"*{dtype}") for name in rest}
+                    yield (
+                        name,
+                        kernel,
+                        signature,
+                        constants,
+                        {key: options[key] for key in ("num_warps", "num_stages")},
+                    )

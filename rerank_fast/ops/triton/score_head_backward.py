@@ -1,0 +1,351 @@
+"""The score head's gradients in Triton: two launches, whatever the shape.
+
+The first computes the dense product again and gives the gradient of the dense layer's result, the second one that
+of its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, and the same bits
+every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton import score_head
+from rerank_fast.ops.triton.score_head import activate, dense_tile, dropout_factors, load_x
+
+# Rows and columns of a tile, and how much of its sum is taken at once.
+LAUNCH = {"ROWS": 32, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 2}
+LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit(do_not_specialize=score_head.NOT_SPECIALIZED)
+def dense_grad_kernel(
+    grad_scores,  # (N,) fp32
+    hidden,  # (T, H)
+    stride,
+    index,  # (N,) or None
+    dense_weight,  # (D, H)
+    dense_bias,  # (D,) or None
+    out_weight,  # (D,)
+    d_dense,  # out (N, D) in hidden's dtype: the gradient of the dense layer's result
+    bias_parts,  # out (row blocks, D) fp32: each block's share of the gradient of dense_bias
+    out_parts,  # out (row blocks, D) fp32: of out_weight
+    n,
+    D,
+    H,
+    stream,
+    threshold,
+    rescale,
+    stream_in,
+    threshold_in,
+    rescale_in,
+    dot_dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROP: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile of d_dense, the product computed again, and its rows' share of the vectors' gradients."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < n
+    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_out = out < D
+    dense = dense_tile(
+        hidden,
+        stride,
+        index,
+        dense_weight,
+        dense_bias,
+        row,
+        in_rows,
+        out,
+        in_out,
+        H,
+        stream_in,
+        threshold_in,
+        rescale_in,
+        dot_dtype,
+        DROP_IN,
+        ROWS,
+        COLUMNS,
+        INNER,
+    )
+    active, slope = activate(dense, ACTIVATION)
+    upstream = tl.load(grad_scores + row, mask=in_rows, other=0.0)[:, None]
+    w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
+    kept = tl.zeros([ROWS, COLUMNS], tl.float32) + upstream
+    if DROP:
+        kept *= dropout_factors(stream, threshold, rescale, row, out)
+    grad = kept * w * slope
+    place = row.to(tl.int64)[:, None] * D + out[None, :]
+    tl.store(d_dense + place, grad, mask=in_rows[:, None] & in_out[None, :])
+    part = tl.program_id(0).to(tl.int64) * D + out
+    tl.store(bias_parts + part, tl.sum(grad, axis=0), mask=in_out)
+    tl.store(out_parts + part, tl.sum(kept * active, axis=0), mask=in_out)
+
+
+@triton.jit
+def _hidden_tile(
+    tile,
+    index,
+    dense_weight,
+    d_dense,
+    d_hidden,
+    n,
+    D,
+    H,
+    stream_in,
+    threshold_in,
+    rescale_in,
+    dot_dtype: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """d_dense @ dense_weight, dropped out, to the rows that were read."""
+    across = tl.cdiv(H, COLUMNS)
+    row = tile // across * ROWS + tl.arange(0, ROWS)
+    in_rows = row < n
+    e = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    in_e = e < H
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, D, INNER):
+        out = first + tl.arange(0, INNER)
+        in_out = out < D
+        place = row.to(tl.int64)[:, None] * D + out[None, :]
+        grad = tl.load(d_dense + place, mask=in_rows[:, None] & in_out[None, :], other=0.0)
+        place = out.to(tl.int64)[:, None] * H + e[None, :]
+        w = tl.load(dense_weight + place, mask=in_out[:, None] & in_e[None, :], other=0.0)
+        total = tl.dot(grad.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
+    if DROP_IN:
+        total *= dropout_factors(stream_in, threshold_in, rescale_in, row, e)
+    target = row.to(tl.int64)
+    if index is not None:
+        target = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
+    tl.store(d_hidden + target[:, None] * H + e[None, :], total, mask=in_rows[:, None] & in_e[None, :])
+
+
+@triton.jit
+def _weight_tile(
+    tile,
+    hidden,
+    stride,
+    index,
+    d_dense,
+    d_dense_weight,
+    n,
+    D,
+    H,
+    stream_in,
+    threshold_in,
+    rescale_in,
+    dot_dtype: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """d_dense^T @ the rows that were read."""
+    across = tl.cdiv(H, COLUMNS)
+    out = tile // across * ROWS + tl.arange(0, ROWS)
+    in_out = out < D
+    e = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    in_e = e < H
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, n, INNER):
+        row = first + tl.arange(0, INNER)
+        in_rows = row < n
+        place = row.to(tl.int64)[None, :] * D + out[:, None]
+        grad = tl.load(d_dense + place, mask=in_rows[None, :] & in_out[:, None], other=0.0)
+        x = load_x(hidden, stride, index, row, in_rows, e, in_e, stream_in, threshold_in, rescale_in, DROP_IN)
+        total = tl.dot(grad.to(dot_dtype), x.to(dot_dtype), total, input_precision="ieee")
+    place = out.to(tl.int64)[:, None] * H + e[None, :]
+    tl.store(d_dense_weight + place, total, mask=in_out[:, None] & in_e[None, :])
+
+
+@triton.jit
+def _sum_parts(parts, num_parts, out, in_out, D, to, COLUMNS: tl.constexpr):
+    total = tl.zeros([COLUMNS], tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + part * D + out, mask=in_out, other=0.0)
+    tl.store(to + out, total, mask=in_out)
+
+
+@triton.jit(do_not_specialize=[*score_head.NOT_SPECIALIZED, "num_parts"])
+def grads_kernel(
+    grad_scores,  # (N,) fp32
+    hidden,  # (T, H)
+    stride,
+    index,  # (N,) or None
+    dense_weight,  # (D, H)
+    d_dense,  # (N, D)
+    bias_parts,  # (num_parts, D) fp32
+    out_parts,  # (num_parts, D) fp32
+    d_hidden,  # out (T, H), zeros where index is given, or None
+    d_dense_weight,  # out (D, H) or None
+    d_dense_bias,  # out (D,) or None
+    d_out_weight,  # out (D,) or None
+    d_out_bias,  # out (1,) or None
+    n,
+    D,
+    H,
+    num_parts,
+    stream_in,
+    threshold_in,
+    rescale_in,
+    dot_dtype: tl.constexpr,
+    DROP_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """First the tiles of d_hidden, then those of d_dense_weight, then blocks of the vectors: a program each."""
+    tile = tl.program_id(0)
+    across = tl.cdiv(H, COLUMNS)
+    hidden_tiles = 0
+    if d_hidden is not None:
+        hidden_tiles = tl.cdiv(n, ROWS) * across
+        if tile < hidden_tiles:
+            _hidden_tile(
+                tile,
+                index,
+                dense_weight,
+                d_dense,
+                d_hidden,
+                n,
+                D,
+                H,
+                stream_in,
+                threshold_in,
+                rescale_in,
+                dot_dtype,
+                DROP_IN,
+                ROWS,
+                COLUMNS,
+                INNER,
+            )
+    tile -= hidden_tiles
+    weight_tiles = 0
+    if d_dense_weight is not None:
+        weight_tiles = tl.cdiv(D, ROWS) * across
+        if (tile >= 0) & (tile < weight_tiles):
+            _weight_tile(
+                tile,
+                hidden,
+                stride,
+                index,
+                d_dense,
+                d_dense_weight,
+                n,
+                D,
+                H,
+                stream_in,
+                threshold_in,
+                rescale_in,
+                dot_dtype,
+                DROP_IN,
+                ROWS,
+                COLUMNS,
+                INNER,
+            )
+    tile -= weight_tiles
+    if tile >= 0:
+        out = tile * COLUMNS + tl.arange(0, COLUMNS)
+        in_out = out < D
+        if d_dense_bias is not None:
+            _sum_parts(bias_parts, num_parts, out, in_out, D, d_dense_bias, COLUMNS)
+        if d_out_weight is not None:
+            _sum_parts(out_parts, num_parts, out, in_out, D, d_out_weight, COLUMNS)
+        if d_out_bias is not None and tile == 0:
+            total = tl.zeros([COLUMNS], tl.float32)
+            for first in range(0, n, COLUMNS):
+                row = first + tl.arange(0, COLUMNS)
+                total += tl.load(grad_scores + row, mask=row < n, other=0.0)
+            tl.store(d_out_bias + tl.arange(0, 1), tl.sum(total, axis=0)[None])
+
+
+def backward(
+    grad_scores: Tensor,  # (N,) fp32
+    hidden: Tensor,
+    index: Tensor | None,
+    dense_weight: Tensor,
+    dense_bias: Tensor | None,
+    out_weight: Tensor,
+    wants: list[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and out_bias.
+
+    One that is not wanted is empty.
+    """
+    score_head.refuse_cpu(hidden)
+    index = None if index is None else index.contiguous()
+    n = grad_scores.shape[0]
+    size, width = dense_weight.shape
+    after, before, flags = score_head.split(hidden, options)
+    shapes = (hidden.shape, dense_weight.shape, (size,), out_weight.shape, (1,))
+    grads: list[Tensor | None] = [
+        hidden.new_empty(shape) if want else None for shape, want in zip(shapes, wants, strict=True)
+    ]
+    if n == 0 or index is not None:  # rows that no kernel writes
+        for grad in grads[: 5 if n == 0 else 1]:
+            if grad is not None:
+                grad.zero_()
+    if n and any(wants):
+        wide = hidden.dtype == torch.float32
+        launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
+        second = LAUNCH_FP32 if wide else LAUNCH
+        num_parts = triton.cdiv(n, launch["ROWS"])
+        d_dense = hidden.new_empty(n, size)
+        parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
+        across = triton.cdiv(width, second["COLUMNS"])
+        num_programs = (
+            wants[0] * triton.cdiv(n, second["ROWS"]) * across
+            + wants[1] * triton.cdiv(size, second["ROWS"]) * across
+            + any(wants[2:]) * triton.cdiv(size, second["COLUMNS"])
+        )
+        with torch.cuda.device_of(hidden):
+            dense_grad_kernel[(num_parts, triton.cdiv(size, launch["COLUMNS"]))](
+                grad_scores,
+                hidden,
+                hidden.stride(0),
+                index,
+                dense_weight,
+                dense_bias,
+                out_weight,
+                d_dense,
+                *parts,
+                n,
+                size,
+                width,
+                *after,
+                *before,
+                **flags,
+                **launch,
+            )
+            grads_kernel[(num_programs,)](
+                grad_scores,
+                hidden,
+                hidden.stride(0),
+                index,
+                dense_weight,
+                d_dense,
+                *parts,
+                *grads,
+                n,
+                size,
+                width,
+                num_parts,
+                *before,
+                dot_dtype=flags["dot_dtype"],
+                DROP_IN=flags["DROP_IN"],
+                **second,
+            )
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
