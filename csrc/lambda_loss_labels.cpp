@@ -10,53 +10,33 @@
 namespace rerank_fast {
 namespace {
 
-struct Look {
-  bool small, nan;
-  int largest;
-};
+constexpr auto kNotSmall = static_cast<double>(kSmallLabels);
 
-// Whether all labels are whole numbers from 0 to kSmallLabels - 1, whether one is NaN, and the largest small one.
-RERANK_FAST_CLONES Look look_at(const float* y, std::int64_t size) {
+// The largest label where all are whole numbers from 0 to kSmallLabels - 1, else kNotSmall.
+RERANK_FAST_CLONES float largest_small(const float* y, std::int64_t size) {
   using V = Lanes<float>;
   V largest{};
-  auto odd = largest != largest, nan = odd;
   for (std::int64_t i = 0; i < size; i += kBlock) {
     V label{};
     if (i + kBlock <= size) {
       label = load(y + i);
     } else {
-      std::memcpy(&label, y + i, static_cast<std::size_t>(size - i) * sizeof(float));
+      for (std::int64_t j = i; j < size; ++j) label[j - i] = y[j];
     }
-    const auto in_range = (label >= 0.0f) & (label < static_cast<float>(kSmallLabels));
     // Adding 2^23 leaves no place for a fraction.
     const V whole = (label + 8388608.0f) - 8388608.0f;
-    odd |= ~(in_range & (whole == label));
-    nan |= label != label;
-    largest = in_range & (label > largest) ? label : largest;
+    const auto is_small = (label >= 0.0f) & (label < static_cast<float>(kSmallLabels)) & (whole == label);
+    label = is_small ? label : every_lane(static_cast<float>(kNotSmall));
+    largest = label > largest ? label : largest;
   }
-  std::uint64_t any[2][kBlock / 2], either[2] = {};
-  std::memcpy(any[0], &odd, sizeof odd);
-  std::memcpy(any[1], &nan, sizeof nan);
-  for (int l = 0; l < kBlock / 2; ++l) {
-    either[0] |= any[0][l];
-    either[1] |= any[1][l];
-  }
-  float lanes[kBlock], most = 0;
-  store(largest, lanes);
-  for (const float lane : lanes) most = lane > most ? lane : most;
-  return {either[0] == 0, either[1] != 0, static_cast<int>(most)};
+  return maximum<float>(largest);
 }
 
-Look look_at(const double* y, std::int64_t size) {
-  Look look{true, false, 0};
-  for (std::int64_t i = 0; i < size; ++i) {
-    const bool in_range = y[i] >= 0 && y[i] < kSmallLabels;
-    const int whole = in_range ? static_cast<int>(y[i]) : 0;
-    look.small = look.small && in_range && whole == y[i];
-    look.nan = look.nan || y[i] != y[i];
-    look.largest = std::max(look.largest, whole);
-  }
-  return look;
+double largest_small(const double* y, std::int64_t size) {
+  double largest = 0;
+  for (std::int64_t i = 0; i < size; ++i)
+    largest = y[i] >= 0 && y[i] < kNotSmall && y[i] == std::floor(y[i]) ? std::max(largest, y[i]) : kNotSmall;
+  return largest;
 }
 
 template <typename T>
@@ -105,10 +85,9 @@ void Labels<T>::note(double label, std::int64_t count) {
 
 template <typename T>
 void Labels<T>::read(const T* y, std::int64_t size) {
-  const Look look = look_at(y, size);
-  nan = look.nan;
-  small = look.small;
-  largest = look.largest;
+  largest = static_cast<int>(largest_small(y, size));
+  small = largest < kSmallLabels;
+  nan = !small && std::any_of(y, y + size, [](T label) { return label != label; });
   distinct = 0;
   majority_count = 0;
   if (nan) return;

@@ -54,7 +54,7 @@ template <typename T>
 void ListScratch<T>::reserve(std::int64_t size) {
   if (size <= capacity_) return;
   capacity_ = size + size / 2;
-  const std::int64_t width = padded(capacity_) + kBlock;
+  const std::int64_t width = padded(capacity_) + 2 * kBlock;
   T* next = arrays_.reserve(11 * width);
   // An array more than is counted: delta lies on both sides of its middle.
   T** const arrays[] = {&list.score, &list.exponential, &list.reciprocal,         &list.gain, &list.label,

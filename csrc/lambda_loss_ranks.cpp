@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -12,34 +13,52 @@ namespace rerank_fast {
 namespace {
 
 // A key per score that sorts as ranks do: NaN first, then descending. -0 and +0 are equal.
-RERANK_FAST_INLINE std::uint32_t rank_key(float score) {
+RERANK_FAST_INLINE std::int32_t rank_key(float score) {
   const float value = score + 0.0f;
-  std::uint32_t bits;
+  std::int32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  const std::uint32_t key = ~(bits ^ (static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000u));
-  return score != score ? 0 : key;
+  return score != score ? std::numeric_limits<std::int32_t>::min() : ~(bits ^ (bits >> 31 & 0x7fffffff));
 }
 
 constexpr std::int64_t kCountedRanks = 192;  // lists up to here are ranked by counting, longer ones by sorting
 
 // Each document's 0-based rank by counting the documents before it: quadratic, but without branches.
 RERANK_FAST_CLONES void count_ranks(const float* scores, std::int32_t size, std::int32_t* rank) {
-  using V = Lanes<std::uint32_t>;
-  alignas(64) std::uint32_t keys[kCountedRanks + kBlock];
+  using V = Lanes<std::int32_t>;
+  constexpr auto kWidth = static_cast<std::int32_t>(kBlock);
+  alignas(64) std::int32_t keys[kCountedRanks + 2 * kBlock];
   for (std::int32_t i = 0; i < size; ++i) keys[i] = rank_key(scores[i]);
-  store(every_lane(0xffffffffu), keys + size);
+  // Behind every document.
+  store(every_lane(0x7ffffffe), keys + size);
+  store(every_lane(0x7ffffffe), keys + size + kWidth);
   const V lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (std::int32_t first = 0; first < size; first += kBlock) {
-    const V own = load(keys + first);
-    V count{};
-    const std::int32_t stop = std::min(first + static_cast<std::int32_t>(kBlock), size);
-    // A comparison gives -1. Equal keys keep their order: an earlier document goes before, a later one does not.
-    const V above = own + 1;
-    for (std::int32_t j = 0; j < first; ++j) count -= reinterpret_cast<V>(keys[j] < above);
-    for (std::int32_t j = first; j < stop; ++j)
-      count -= reinterpret_cast<V>(keys[j] < own - reinterpret_cast<V>(static_cast<std::uint32_t>(j - first) < lane));
-    for (std::int32_t j = stop; j < size; ++j) count -= reinterpret_cast<V>(keys[j] < own);
-    std::memcpy(rank + first, &count, sizeof count);
+  // Two blocks of documents at a time share the loads. Equal keys keep their order: of two such documents the earlier
+  // one goes before the other.
+  for (std::int32_t first = 0; first < size; first += 2 * kWidth) {
+    const V own[2] = {load(keys + first), load(keys + first + kWidth)};
+    const V above[2] = {own[0] + 1, own[1] + 1};
+    V count[2] = {};
+    const std::int32_t middle = std::min(first + kWidth, size), last = std::min(first + 2 * kWidth, size);
+    for (std::int32_t j = 0; j < first; ++j) {
+      count[0] = keys[j] < above[0] ? count[0] + 1 : count[0];
+      count[1] = keys[j] < above[1] ? count[1] + 1 : count[1];
+    }
+    for (std::int32_t j = first; j < middle; ++j) {
+      const V limit = j - first < lane ? above[0] : own[0];
+      count[0] = keys[j] < limit ? count[0] + 1 : count[0];
+      count[1] = keys[j] < above[1] ? count[1] + 1 : count[1];
+    }
+    for (std::int32_t j = middle; j < last; ++j) {
+      const V limit = j - middle < lane ? above[1] : own[1];
+      count[0] = keys[j] < own[0] ? count[0] + 1 : count[0];
+      count[1] = keys[j] < limit ? count[1] + 1 : count[1];
+    }
+    for (std::int32_t j = last; j < size; ++j) {
+      count[0] = keys[j] < own[0] ? count[0] + 1 : count[0];
+      count[1] = keys[j] < own[1] ? count[1] + 1 : count[1];
+    }
+    store(count[0], rank + first);
+    store(count[1], rank + first + kWidth);
   }
 }
 
@@ -69,7 +88,7 @@ void find_ranks(const float* scores, std::int64_t size, RankScratch& scratch, st
     scratch.swap.resize(count);
   }
   for (std::int64_t i = 0; i < size; ++i)
-    scratch.keys[i] = static_cast<std::uint64_t>(rank_key(scores[i])) << 32 | static_cast<std::uint64_t>(i);
+    scratch.keys[i] = std::uint64_t{static_cast<std::uint32_t>(rank_key(scores[i])) ^ 0x80000000u} << 32 | static_cast<std::uint64_t>(i);
   radix_sort(scratch.keys.data(), scratch.swap.data(), size);
   for (std::int64_t r = 0; r < size; ++r) rank[scratch.keys[r] & 0xffffffffu] = static_cast<std::int32_t>(r);
 }

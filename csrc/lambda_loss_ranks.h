@@ -13,7 +13,7 @@ struct RankScratch {
 };
 
 // The 0-based rank of each document, highest score first; ties keep the input order, NaN comes first. rank has space
-// for whole blocks.
+// for two blocks more.
 void find_ranks(const float* scores, std::int64_t size, RankScratch& scratch, std::int32_t* rank);
 void find_ranks(const double* scores, std::int64_t size, RankScratch& scratch, std::int32_t* rank);
 

@@ -64,4 +64,18 @@ RERANK_FAST_INLINE T sum(const Lanes<T>& lanes) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+template <typename T>
+RERANK_FAST_INLINE T maximum(const Lanes<T>& lanes) {
+  typedef T Half __attribute__((vector_size(kBlock / 2 * sizeof(T))));
+  typedef T Quarter __attribute__((vector_size(kBlock / 4 * sizeof(T))));
+  Half halves[2];
+  std::memcpy(halves, &lanes, sizeof lanes);
+  const Half half = halves[0] > halves[1] ? halves[0] : halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  const Quarter q = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+  const T even = q[0] > q[2] ? q[0] : q[2], odd = q[1] > q[3] ? q[1] : q[3];
+  return even > odd ? even : odd;
+}
+
 }  // namespace rerank_fast

@@ -35,6 +35,13 @@ def unavailable_reason() -> str:
     )
 
 
+def offsets_error(offsets: Tensor, num_documents: int) -> ValueError:
+    """What is wrong with offsets (Q + 1,) whose values are at fault."""
+    bounds = offsets.tolist()
+    shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
+    return ValueError(f"offsets must rise from 0 to N = {num_documents}, got {shown}")
+
+
 def forward(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
@@ -76,9 +83,7 @@ def forward(
         grad.data_ptr(),
     )
     if not done:
-        bounds = offsets.tolist()
-        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
-        raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got {shown}")
+        raise offsets_error(offsets, scores.shape[0])
     return loss, grad
 
 

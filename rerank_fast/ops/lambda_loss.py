@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rerank_fast.ops import cpu
 
@@ -86,23 +87,35 @@ _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss, grad = torch.ops.rerank_fast.lambda_loss.default(scores, labels, offsets, *options)
+        # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a short batch it
+        # costs more than the kernel.
+        plain = type(scores) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+        run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
+        loss, grad = run(scores, labels, offsets, *options)
         if loss.dim() == 0:
             ctx.save_for_backward(grad)
         else:
             ctx.save_for_backward(grad, offsets)
-        ctx.dtype = scores.dtype
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *offsets = ctx.saved_tensors
-        if offsets:  # one upstream gradient a list: give each document its list's
-            grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
-        # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
-        product = grad * grad_loss
-        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
+        # Grad mode is on under create_graph only.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_loss)
+
+
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    grad, *offsets = ctx.saved_tensors
+    if offsets:  # one upstream gradient a list: give each document its list's
+        grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
+    elif grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
+        return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
+    # The product is taken in fp32, and autograd casts it to the dtype of the scores: a loss scale then reaches fp16
+    # gradients before they are rounded.
+    return grad * grad_loss, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -149,7 +162,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    """Shapes, dtypes and devices; on the CPU the offsets' values too (reading a GPU's would wait for it)."""
+    """Shapes, dtypes and devices."""
     if scores.dim() != 1 or not scores.dtype.is_floating_point:
         raise ValueError(
             f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
@@ -165,11 +178,15 @@ def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
             "scores, labels and offsets must be on one device, "
             f"got {scores.device}, {labels.device} and {offsets.device}"
         )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != scores.shape[0] or bounds != sorted(bounds):
-            shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
-            raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got {shown}")
+
+
+def _check_bounds(offsets: Tensor, num_documents: int) -> None:
+    """The values of offsets on the CPU: reading a GPU's would wait for it."""
+    if not offsets.is_cpu or torch.compiler.is_compiling():
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_documents or bounds != sorted(bounds):
+        raise cpu.offsets_error(offsets, num_documents)
 
 
 def _check_k(k: int | None) -> None:
@@ -222,6 +239,8 @@ def lambda_loss(
     _check_choice("reduction", reduction, _REDUCTIONS)
     _check_k(k)
     resolved = _resolve_backend(backend, scores.device)
+    if resolved != "cpu":  # which checks them itself
+        _check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
@@ -257,6 +276,7 @@ def count_pairs(
         ValueError: a wrong shape, dtype, device or option.
     """
     _check_tensors(scores, labels, offsets)
+    _check_bounds(offsets, scores.shape[0])
     _check_choice("scheme", scheme, _SCHEMES)
     _check_k(k)
     sizes = offsets.diff()
