@@ -157,10 +157,12 @@ RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin
   const std::int32_t padded = (size + kWidth - 1) / kWidth * kWidth;
   const auto last = static_cast<std::int32_t>(end);
   double loss_sum = 0;
-  // Sums of a few hundred rows in T, then in double: the error does not grow with the list.
-  for (auto first = static_cast<std::int32_t>(begin); first < last; first += 256) {
-    std::fill(column_pull, column_pull + padded, T(0));
-    for (std::int32_t at = first; at < std::min(first + 256, last); ++at) {
+  // A lane sums 64 terms or so in T before they go on in double: the error does not grow with the list.
+  constexpr std::int32_t kRows = 64, kColumns = 64 * kWidth;
+  for (auto first = static_cast<std::int32_t>(begin); first < last; first += kRows) {
+    const std::int32_t touched = kVisits == Visits::kTriangle ? first / kWidth * kWidth : 0;
+    std::fill(column_pull + touched, column_pull + padded, T(0));
+    for (std::int32_t at = first; at < std::min(first + kRows, last); ++at) {
       Row<T, kWeighting, kVisits, kFast> row(list, kVisits == Visits::kTriangle ? at : list.rows[at]);
       std::int32_t j = 0;
       if constexpr (kVisits == Visits::kTriangle) {
@@ -168,12 +170,16 @@ RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin
         if (j < padded) row.template visit<true>(j, column_pull);
         j += kWidth;
       }
-      // Without exponentials padding counts for something, unless it is masked.
-      for (; j < padded; j += kWidth) row.template visit<!kFast && kVisits == Visits::kTriangle>(j, column_pull);
-      loss_sum += static_cast<double>(sum<T>(row.loss));
-      pull[row.i] += static_cast<double>(sum<T>(row.pull));
+      do {
+        const std::int32_t stop = std::min(j + kColumns, padded);
+        // Without exponentials padding counts for something, unless it is masked.
+        for (; j < stop; j += kWidth) row.template visit<!kFast && kVisits == Visits::kTriangle>(j, column_pull);
+        loss_sum += static_cast<double>(sum<T>(row.loss));
+        pull[row.i] += static_cast<double>(sum<T>(row.pull));
+        row.loss = row.pull = typename Row<T, kWeighting, kVisits, kFast>::V{};
+      } while (j < padded);
     }
-    for (std::int32_t j = 0; j < size; ++j) pull[j] += static_cast<double>(column_pull[j]);
+    for (std::int32_t j = touched; j < size; ++j) pull[j] += static_cast<double>(column_pull[j]);
   }
   *loss += loss_sum;
 }
