@@ -25,8 +25,11 @@ RERANK_FAST_CLONES float largest_small(const float* y, std::int64_t size) {
     }
     // Adding 2^23 leaves no place for a fraction.
     const V whole = (label + 8388608.0f) - 8388608.0f;
-    const auto is_small = (label >= 0.0f) & (label < static_cast<float>(kSmallLabels)) & (whole == label);
-    label = is_small ? label : every_lane(static_cast<float>(kNotSmall));
+    // One comparison a selection: compilers take the lanes apart to combine several.
+    const V not_small = every_lane(static_cast<float>(kNotSmall));
+    label = whole == label ? label : not_small;
+    label = label >= 0.0f ? label : not_small;
+    label = label < static_cast<float>(kNotSmall) ? label : not_small;
     largest = label > largest ? label : largest;
   }
   return maximum<float>(largest);

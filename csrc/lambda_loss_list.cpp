@@ -137,9 +137,12 @@ void ListScratch<T>::count_pairs(double* loss) {
   if (weighting == Weighting::kEveryPair) {
     num_pairs = size * size - (size - cut) * (size - cut);
     double diagonal = 0;
-    // s - s: a score that is not finite must be seen.
-    for (std::int64_t r = 0; r < cut; ++r)
-      diagonal += static_cast<double>(list.gain[r]) + static_cast<double>(list.score[r] - list.score[r]);
+    for (std::int64_t r = 0; r < cut; ++r) {
+      // A score that is not finite must be seen.
+      const auto nothing = static_cast<double>(list.score[r] - list.score[r]);
+      diagonal += static_cast<double>(list.gain[r]) + nothing;
+      pull()[r] += nothing;
+    }
     *loss = diagonal * 0.6931471805599453;
     return;
   }
@@ -196,10 +199,11 @@ bool ListScratch<T>::prepare(const T* scores, const T* y, std::int64_t size, con
       num_rows += list.label[r] != majority ? 1 : 0;
     }
     if (list.visits == Visits::kRareRows)
-      for (std::int64_t r = 0; r < width; ++r) list.is_majority[r] = r < size && list.label[r] == majority ? T(1) : T(0);
+      for (std::int64_t r = 0; r < width; ++r)
+        list.is_majority[r] = r < size && list.label[r] == majority ? T(1) : T(0);
   }
-  count_pairs(loss);
   std::fill(pull(), pull() + width, 0.0);
+  count_pairs(loss);
   return true;
 }
 

@@ -57,7 +57,7 @@ struct ListScratch {
   // Writes the gradient of the list's own sum, and scales its loss.
   void finish(const double* pull, const LambdaLossOptions& options, double* loss, T* grad) const;
 
-  double* pull() const { return pull_.data(); }  // (size, padded) zeros
+  double* pull() const { return pull_.data(); }  // (size, padded), to which visit_pairs adds
   T* column_pull() const { return column_pull_; }
 
  private:

@@ -79,8 +79,13 @@ struct Row {
         loss{},
         pull{} {}
 
-  static RERANK_FAST_INLINE V columns(std::int32_t first) {
-    return static_cast<T>(first) + V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  // x in the columns from j on that are documents (kBelow: and below the row in rank), 0 in the others. One comparison
+  // a selection: compilers take the lanes apart to combine several.
+  template <bool kBelow>
+  RERANK_FAST_INLINE V only(std::int32_t j, V x) const {
+    const V column = static_cast<T>(j) + V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if constexpr (kBelow) x = column > static_cast<T>(i) ? x : V{};
+    return column < static_cast<T>(list.size) ? x : V{};
   }
 
   // Columns j to j + kBlock - 1. kMask: those that are not below the row in rank, or no documents, are left out.
@@ -98,12 +103,7 @@ struct Row {
     } else {
       t = exp_negative(d);
     }
-    // All ones in the lanes that are left out; only where kMask.
-    auto masked = t != t;
-    if constexpr (kMask) {
-      masked = ~((columns(j) > static_cast<T>(i)) & (columns(j) < static_cast<T>(list.size)));
-      t = masked ? V{} : t;
-    }
+    if constexpr (kMask) t = only<true>(j, t);
     const V r = T(1) / (T(1) + t);
     const V log_sum = log1p_unit(t);  // -log sigmoid(d)
     V pulled, term;
@@ -122,20 +122,20 @@ struct Row {
         const V swap = inverse_discount - load(list.inverse_discount + j);
         weight = (list.mu * load(delta + j) + (kFull ? absolute(swap) : swap)) * difference;
       }
-      if constexpr (kMask) weight = masked ? V{} : weight;
+      if constexpr (kMask) weight = only<true>(j, weight);
       const V sign = kVisits == Visits::kRareOfTwo ? signed_d : (kFull ? difference * signed_d : difference);
       pulled = weight * (sign < 0 ? r : t * r);
       term = absolute(weight) * (sign < 0 ? log_sum + d : log_sum);
       if constexpr (!kFast) {
         // Infinities and NaN must not leak from pairs that are none.
-        const auto none = (load(list.label + j) == label) | (columns(j) >= static_cast<T>(list.size));
-        pulled = none ? V{} : pulled;
-        term = none ? V{} : term;
+        const V other = load(list.label + j);
+        pulled = only<false>(j, other == label ? V{} : pulled);
+        term = only<false>(j, other == label ? V{} : term);
       }
     }
     if constexpr (kMask) {
-      pulled = masked ? V{} : pulled;
-      term = masked ? V{} : term;
+      pulled = only<true>(j, pulled);
+      term = only<true>(j, term);
     }
     pull += pulled;
     if constexpr (kVisits == Visits::kRareRows) {

@@ -88,7 +88,8 @@ void find_ranks(const float* scores, std::int64_t size, RankScratch& scratch, st
     scratch.swap.resize(count);
   }
   for (std::int64_t i = 0; i < size; ++i)
-    scratch.keys[i] = std::uint64_t{static_cast<std::uint32_t>(rank_key(scores[i])) ^ 0x80000000u} << 32 | static_cast<std::uint64_t>(i);
+    scratch.keys[i] = std::uint64_t{static_cast<std::uint32_t>(rank_key(scores[i])) ^ 0x80000000u} << 32 |
+                      static_cast<std::uint64_t>(i);
   radix_sort(scratch.keys.data(), scratch.swap.data(), size);
   for (std::int64_t r = 0; r < size; ++r) rank[scratch.keys[r] & 0xffffffffu] = static_cast<std::int32_t>(r);
 }
