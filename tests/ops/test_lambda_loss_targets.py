@@ -18,7 +18,7 @@ from rerank_fast.ops import reference
 from tests.ops.test_lambda_loss import SCHEMES, ragged
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O2", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = ["-std=c++17", "-O1", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS += ["-Wno-psabi", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", "-DRERANK_FAST_CLONES="]
 X86 = platform.machine() == "x86_64"
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
