@@ -77,9 +77,8 @@ def main() -> None:
             for _ in range(50):
                 function()
             seconds[name].append((time.perf_counter() - started) / 50)
-    print(
-        f"{arguments.lists} lists of {arguments.documents}, {torch.get_num_threads()} threads; best of 100 means of 50 calls, µs"
-    )
+    print(f"{arguments.lists} lists of {arguments.documents}, {torch.get_num_threads()} threads")
+    print("best of 100 means of 50 calls, µs")
     for name, values in seconds.items():
         print(f"{min(values) * 1e6:8.1f}  {name}")
 
