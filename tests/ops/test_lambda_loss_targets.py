@@ -48,7 +48,7 @@ def build(compiler, flags, folder):
         pytest.param(
             "aarch64-linux-gnu-g++",
             [],
-            ["qemu-aarch64-static"],
+            ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"],
             shutil.which("qemu-aarch64-static") is not None,
             id="aarch64",
         ),
