@@ -63,8 +63,14 @@ class NinjaBuildExt(build_ext):
 macos = sys.platform == "darwin"
 compile_args = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
 compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
+link_args = ["-bundle", "-undefined", "dynamic_lookup"] if macos else ["-shared", "-pthread"]
 if os.environ.get("RERANK_FAST_NATIVE") == "1":
     compile_args.append("-march=native")
+if os.environ.get("RERANK_FAST_SANITIZE") == "1":
+    # For the tests of csrc/ (.ci/sanitize): Python must run with libasan preloaded.
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitizers]
+    link_args += sanitizers
 
 setup(
     ext_modules=[
@@ -73,7 +79,7 @@ setup(
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=compile_args,
-            extra_link_args=["-bundle", "-undefined", "dynamic_lookup"] if macos else ["-shared", "-pthread"],
+            extra_link_args=link_args,
         )
     ],
     cmdclass={"build_ext": NinjaBuildExt},

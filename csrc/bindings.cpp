@@ -5,19 +5,24 @@
 #include <tuple>
 
 #include "lambda_loss.h"
+#include "lambda_loss_pairs.h"
 #include "ndcg.h"
 #include "residual_norm.h"
 #include "score_head.h"
+#include "threads.h"
 #include "varlen_attention.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using Address = std::uintptr_t;
+
+// False, and nothing done, where the offsets do not rise from 0 to num_documents.
 template <typename T>
-void lambda_loss(std::uintptr_t scores, std::uintptr_t labels, std::uintptr_t offsets, std::int64_t num_lists,
+bool lambda_loss(Address scores, Address labels, Address offsets, std::int64_t num_documents, std::int64_t num_lists,
                  int scheme, std::int64_t k, double sigma, double mu, double eps, double scale, int reduction,
-                 int num_threads, std::uintptr_t loss, std::uintptr_t grad) {
+                 int num_threads, Address loss, Address grad) {
   const rerank_fast::LambdaLossOptions options{static_cast<rerank_fast::Scheme>(scheme),
                                                k,
                                                sigma,
@@ -26,13 +31,32 @@ void lambda_loss(std::uintptr_t scores, std::uintptr_t labels, std::uintptr_t of
                                                scale,
                                                static_cast<rerank_fast::Reduction>(reduction),
                                                num_threads};
+  const auto* const bounds = reinterpret_cast<const std::int64_t*>(offsets);
+  if (!rerank_fast::offsets_rise(bounds, num_lists, num_documents)) return false;
   py::gil_scoped_release release;
-  rerank_fast::lambda_loss<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels),
-                              reinterpret_cast<const std::int64_t*>(offsets), num_lists, options,
-                              reinterpret_cast<T*>(loss), reinterpret_cast<T*>(grad));
+  rerank_fast::lambda_loss<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels), bounds,
+                              num_lists, options, reinterpret_cast<T*>(loss), reinterpret_cast<T*>(grad));
+  return true;
 }
 
-using Address = std::uintptr_t;
+// For benchmarks/test_lambda_loss.py: the arithmetic of num_lists * rows * columns pairs, lists over threads.
+double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::int64_t columns, Address score,
+                              Address exponential, Address reciprocal, Address weight, Address column_pull,
+                              Address row_pull, Address loss, int num_threads) {
+  const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+  auto* const losses = reinterpret_cast<double*>(loss);
+  py::gil_scoped_release release;
+  rerank_fast::parallel_for(num_threads, num_lists, [&](std::int64_t q) {
+    losses[q] = rerank_fast::pair_floor(rows, columns, floats(score) + q * columns, floats(exponential) + q * columns,
+                                        floats(reciprocal) + q * columns, floats(weight),
+                                        floats(column_pull) + q * columns,
+                                        reinterpret_cast<double*>(row_pull) + q * rows);
+  });
+  double total = 0;
+  for (std::int64_t q = 0; q < num_lists; ++q) total += losses[q];
+  return total;
+}
+
 // Address, token stride and head stride of a tensor (tokens, heads, head_size).
 using RowsTuple = std::tuple<Address, std::int64_t, std::int64_t>;
 // (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, bf16, scale, window_left, window_right,
@@ -149,6 +173,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of rerank_fast; called through rerank_fast.ops.cpu";
   module.def("lambda_loss_float", &lambda_loss<float>);
   module.def("lambda_loss_double", &lambda_loss<double>);
+  module.def("lambda_loss_pair_floor", &lambda_loss_pair_floor);
   module.def("varlen_attention_forward", &varlen_attention_forward);
   module.def("varlen_attention_backward", &varlen_attention_backward);
   module.def("residual_norm_forward", &residual_norm_forward);

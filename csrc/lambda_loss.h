@@ -20,6 +20,9 @@ struct LambdaLossOptions {
   int num_threads;
 };
 
+// Whether offsets (num_lists + 1) rise from 0 to num_documents, as lambda_loss needs them to.
+bool offsets_rise(const std::int64_t* offsets, std::int64_t num_lists, std::int64_t num_documents);
+
 // scores, labels: (num_documents); offsets: (num_lists + 1), rising from 0 to num_documents.
 // Writes loss, (num_lists) for Reduction::kNone and else one value, and grad (num_documents). T is float or double;
 // sums are taken in double. The result does not depend on the number of threads.

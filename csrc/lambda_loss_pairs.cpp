@@ -4,24 +4,13 @@
 #include <cmath>
 #include <cstring>
 
-#include "numeric.h"
-
 namespace rerank_fast {
 namespace {
 
-// 1 / (1 + t) for t in [0, 1]: a quadratic guess, twice refined by Newton's method.
-RERANK_FAST_INLINE float reciprocal(float t) {
-  const float u = 1.0f + t, v = t - 0.5f;
-  float r = 0.666666693f + v * (-0.484848475f + v * 0.323232109f);
-  r = r + r * (1.0f - u * r);
-  return r + r * (1.0f - u * r);
-}
-
 // log(1 + t) for t in [0, 1]: t times a polynomial in t - 1/2 (a fit of log1p(t) / t in relative error).
-RERANK_FAST_INLINE float log1p_unit(float t) {
-  const float v = t - 0.5f;
-  float p = 0.00523269146f;
-  p = p * v - 0.0085744617f;
+RERANK_FAST_INLINE Lanes<float> log1p_unit(Lanes<float> t) {
+  const Lanes<float> v = t - 0.5f;
+  Lanes<float> p = 0.00523269146f * v - 0.0085744617f;
   p = p * v + 0.0115864774f;
   p = p * v - 0.0202282461f;
   p = p * v + 0.0366338598f;
@@ -33,149 +22,189 @@ RERANK_FAST_INLINE float log1p_unit(float t) {
 }
 
 // exp(-d) for d >= 0; NaN stays NaN.
-RERANK_FAST_INLINE float exp_negative(float d) {
-  const float x = d > 87.0f ? -87.0f : -d;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number, in the low bits
-  const float n = shifted - 12582912.0f;
-  const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  std::int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4b400000 + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  float p = 0.00138368458f;
-  p = p * f + 0.0083748158f;
+RERANK_FAST_INLINE Lanes<float> exp_negative(Lanes<float> d) {
+  const Lanes<float> x = d > 87.0f ? every_lane(-87.0f) : -d;
+  const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number, in the low bits
+  const Lanes<float> n = shifted - 12582912.0f;
+  const Lanes<float> f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  const auto bits = (reinterpret_cast<Lanes<std::uint32_t>>(shifted) - 0x4b400000u + 127u) << 23;
+  Lanes<float> p = 0.00138368458f * f + 0.0083748158f;
   p = p * f + 0.0416682256f;
   p = p * f + 0.166664202f;
   p = p * f + 0.499999921f;
   p = p * f + 1.00000004f;
   p = p * f + 1.0f;
-  return p * power;
+  return p * reinterpret_cast<Lanes<float>>(bits);
 }
 
-RERANK_FAST_INLINE double reciprocal(double t) { return 1.0 / (1.0 + t); }
-RERANK_FAST_INLINE double log1p_unit(double t) { return std::log1p(t); }
-RERANK_FAST_INLINE double exp_negative(double d) { return std::exp(-d); }
+RERANK_FAST_INLINE Lanes<double> log1p_unit(Lanes<double> t) {
+  for (int l = 0; l < kBlock; ++l) t[l] = std::log1p(t[l]);
+  return t;
+}
 
-// Row i against the columns [begin, end), whole blocks. kFull: all columns; else those below i in rank, which with
-// kMask is checked.
-template <typename T, Weighting kWeighting, bool kFull, bool kFast, bool kMask>
-RERANK_FAST_INLINE void visit(const RankedList<T>& list, T* pull, std::int32_t i, std::int32_t begin,
-                              std::int32_t end, T* loss, T* row_pull) {
-  const T* score = list.score;
-  const T* exponential = list.exponential;
-  const T* reciprocals = list.reciprocal;
-  const T* gain = list.gain;
-  const T* inverse = list.inverse_discount;
-  const T* label = list.label;
-  const T* share = list.share;
-  const T* is_majority = list.is_majority;
-  const T* delta = list.delta - i;
-  const T s_i = score[i], e_i = exponential[i], r_i = reciprocals[i], g_i = gain[i], inverse_i = inverse[i];
-  const T y_i = label[i], mu = list.mu, slope = list.slope;
-  const bool turned = list.turned;
-  const auto size = static_cast<std::int32_t>(list.size);
-  T loss_sum = 0, pull_sum = 0;
-#pragma omp simd reduction(+ : loss_sum, pull_sum)
-  for (std::int32_t j = begin; j < end; ++j) {
-    const T signed_d = slope * (s_i - score[j]);
-    const T d = kFull ? std::fabs(signed_d) : signed_d;  // at least 0
-    T t;                                                 // exp(-d)
+RERANK_FAST_INLINE Lanes<double> exp_negative(Lanes<double> d) {
+  for (int l = 0; l < kBlock; ++l) d[l] = std::exp(-d[l]);
+  return d;
+}
+
+template <typename V>
+RERANK_FAST_INLINE V absolute(V x) {
+  return x < 0 ? -x : x;
+}
+
+// One document against the others, block by block.
+template <typename T, Weighting kWeighting, Visits kVisits, bool kFast>
+struct Row {
+  using V = Lanes<T>;
+  static constexpr bool kFull = kVisits != Visits::kTriangle;
+
+  const RankedList<T>& list;
+  const std::int32_t i;
+  const T score, exponential, reciprocal, gain, inverse_discount, label;
+  const T slope;  // kRareOfTwo: negative where the other label is the preferred one
+  const T* delta;
+  V loss, pull;
+
+  RERANK_FAST_INLINE Row(const RankedList<T>& list, std::int32_t i)
+      : list(list),
+        i(i),
+        score(list.score[i]),
+        exponential(list.exponential[i]),
+        reciprocal(list.reciprocal[i]),
+        gain(list.gain[i]),
+        inverse_discount(list.inverse_discount[i]),
+        label(list.label[i]),
+        slope(kVisits == Visits::kRareOfTwo && gain < list.majority_gain ? -list.slope : list.slope),
+        delta(list.delta - i),
+        loss{},
+        pull{} {}
+
+  // x in the columns from j on that are documents (kBelow: and below the row in rank), 0 in the others. One comparison
+  // a selection: compilers take the lanes apart to combine several.
+  template <bool kBelow>
+  RERANK_FAST_INLINE V only(std::int32_t j, V x) const {
+    const V column = static_cast<T>(j) + V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if constexpr (kBelow) x = column > static_cast<T>(i) ? x : V{};
+    return column < static_cast<T>(list.size) ? x : V{};
+  }
+
+  // Columns j to j + kBlock - 1. kMask: those that are not below the row in rank, or no documents, are left out.
+  template <bool kMask>
+  RERANK_FAST_INLINE void visit(std::int32_t j, T* column_pull) {
+    const V signed_d = slope * (score - load(list.score + j));
+    const V d = kFull ? absolute(signed_d) : signed_d;
+    V t;  // exp(-d), at most 1
     if constexpr (kFast) {
-      t = exponential[j] * r_i;
+      t = load(list.exponential + j) * reciprocal;
       if constexpr (kFull) {
-        const T other_way = e_i * reciprocals[j];
+        const V other_way = exponential * load(list.reciprocal + j);
         t = t < other_way ? t : other_way;
       }
     } else {
       t = exp_negative(d);
     }
-    bool meant = true;
-    if constexpr (kMask) {
-      meant = j > i && j < size;
-      t = meant ? t : T(0);
-    }
-    const T r = reciprocal(t);
-    const T log_sum = log1p_unit(t);  // -log sigmoid(d)
+    if constexpr (kMask) t = only<true>(j, t);
+    const V r = T(1) / (T(1) + t);
+    const V log_sum = log1p_unit(t);  // -log sigmoid(d)
+    V pulled, term;
     if constexpr (kWeighting == Weighting::kEveryPair) {
       // The weights of the pair that prefers the better ranked document, and of the one that prefers the other.
-      const T ordered = turned ? gain[j] : g_i, inverted = turned ? g_i : gain[j];
-      T pulled = (ordered * t - inverted) * r;
-      T term = (ordered + inverted) * log_sum + inverted * d;
-      if constexpr (kMask) {
-        pulled = meant ? pulled : T(0);
-        term = meant ? term : T(0);
-      }
-      loss_sum += term;
-      pull_sum += pulled;
-      pull[j] -= pulled;
+      const V column = load(list.gain + j), row = every_lane(gain);
+      const V ordered = list.turned ? column : row, inverted = list.turned ? row : column;
+      pulled = (ordered * t - inverted) * r;
+      term = (ordered + inverted) * log_sum + inverted * d;
     } else {
-      const T difference = g_i - gain[j];
-      const bool inverted = kFull ? difference * signed_d < T(0) : difference < T(0);
-      T weight;  // with the sign of the difference
+      const V difference = gain - load(list.gain + j);
+      V weight;  // with the sign of the difference
       if constexpr (kWeighting == Weighting::kNone) {
-        weight = difference > T(0) ? T(1) : (difference < T(0) ? T(-1) : T(0));
+        weight = difference > 0 ? every_lane(T(1)) : (difference < 0 ? every_lane(T(-1)) : V{});
       } else {
-        const T swap = inverse_i - inverse[j];
-        weight = (mu * delta[j] + (kFull ? std::fabs(swap) : swap)) * difference;
+        const V swap = inverse_discount - load(list.inverse_discount + j);
+        weight = (list.mu * load(delta + j) + (kFull ? absolute(swap) : swap)) * difference;
       }
-      if constexpr (kMask) weight = meant ? weight : T(0);
-      T pulled = weight * (inverted ? r : t * r);
-      T term = std::fabs(weight) * (inverted ? log_sum + d : log_sum);
+      if constexpr (kMask) weight = only<true>(j, weight);
+      const V sign = kVisits == Visits::kRareOfTwo ? signed_d : (kFull ? difference * signed_d : difference);
+      pulled = weight * (sign < 0 ? r : t * r);
+      term = absolute(weight) * (sign < 0 ? log_sum + d : log_sum);
       if constexpr (!kFast) {
         // Infinities and NaN must not leak from pairs that are none.
-        const bool counts = label[j] != y_i && j < size && meant;
-        pulled = counts ? pulled : T(0);
-        term = counts ? term : T(0);
+        const V other = load(list.label + j);
+        pulled = only<false>(j, other == label ? V{} : pulled);
+        term = only<false>(j, other == label ? V{} : term);
       }
-      // Of two rows that meet in each other's columns, each takes its own pull and half of the loss.
-      loss_sum += kFull ? term * share[j] : term;
-      pull_sum += pulled;
-      pull[j] -= kFull ? pulled * is_majority[j] : pulled;
     }
+    if constexpr (kMask) {
+      pulled = only<true>(j, pulled);
+      term = only<true>(j, term);
+    }
+    pull += pulled;
+    if constexpr (kVisits == Visits::kRareRows) {
+      // Of two rows that meet in each other's columns, each takes its own pull and half of the loss.
+      const V is_majority = load(list.is_majority + j);
+      term *= T(0.5) + T(0.5) * is_majority;
+      pulled *= is_majority;
+    }
+    loss += term;
+    store<T>(load(column_pull + j) - pulled, column_pull + j);
   }
-  *loss += loss_sum;
-  *row_pull += pull_sum;
-}
+};
 
-template <typename T, Weighting kWeighting, bool kFast>
-RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss, double* pull_total, T* pull) {
+template <typename T, Weighting kWeighting, Visits kVisits, bool kFast>
+RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss,
+                                   double* pull, T* column_pull) {
   constexpr auto kWidth = static_cast<std::int32_t>(kBlock);
   const auto size = static_cast<std::int32_t>(list.size);
   const std::int32_t padded = (size + kWidth - 1) / kWidth * kWidth;
   const auto last = static_cast<std::int32_t>(end);
   double loss_sum = 0;
-  // Sums of a few hundred rows in T, then in double: the error does not grow with the list.
-  for (auto first = static_cast<std::int32_t>(begin); first < last; first += 256) {
-    std::fill(pull, pull + padded, T(0));
-    for (std::int32_t row = first; row < std::min(first + 256, last); ++row) {
-      const std::int32_t i = list.majority_mode ? list.rows[row] : row;
-      T row_loss = 0, row_pull = 0;
-      if (kWeighting != Weighting::kEveryPair && list.majority_mode) {
-        visit<T, kWeighting, true, kFast, false>(list, pull, i, 0, padded, &row_loss, &row_pull);
-      } else {
-        const std::int32_t start = (i + 1) / kWidth * kWidth;
-        const std::int32_t masked = kFast ? std::min(start + kWidth, padded) : padded;
-        visit<T, kWeighting, false, kFast, true>(list, pull, i, start, masked, &row_loss, &row_pull);
-        if (kFast) visit<T, kWeighting, false, kFast, false>(list, pull, i, masked, padded, &row_loss, &row_pull);
+  // A lane sums 64 terms or so in T before they go on in double: the error does not grow with the list.
+  constexpr std::int32_t kRows = 64, kColumns = 64 * kWidth;
+  for (auto first = static_cast<std::int32_t>(begin); first < last; first += kRows) {
+    const std::int32_t touched = kVisits == Visits::kTriangle ? first / kWidth * kWidth : 0;
+    std::fill(column_pull + touched, column_pull + padded, T(0));
+    for (std::int32_t at = first; at < std::min(first + kRows, last); ++at) {
+      Row<T, kWeighting, kVisits, kFast> row(list, kVisits == Visits::kTriangle ? at : list.rows[at]);
+      std::int32_t j = 0;
+      if constexpr (kVisits == Visits::kTriangle) {
+        j = (row.i + 1) / kWidth * kWidth;
+        if (j < padded) row.template visit<true>(j, column_pull);
+        j += kWidth;
       }
-      loss_sum += static_cast<double>(row_loss);
-      pull_total[i] += static_cast<double>(row_pull);
+      do {
+        const std::int32_t stop = std::min(j + kColumns, padded);
+        // Without exponentials padding counts for something, unless it is masked.
+        for (; j < stop; j += kWidth) row.template visit<!kFast && kVisits == Visits::kTriangle>(j, column_pull);
+        loss_sum += static_cast<double>(sum<T>(row.loss));
+        pull[row.i] += static_cast<double>(sum<T>(row.pull));
+        row.loss = row.pull = typename Row<T, kWeighting, kVisits, kFast>::V{};
+      } while (j < padded);
     }
-    for (std::int32_t j = 0; j < size; ++j) pull_total[j] += static_cast<double>(pull[j]);
+    for (std::int32_t j = touched; j < size; ++j) pull[j] += static_cast<double>(column_pull[j]);
   }
   *loss += loss_sum;
 }
 
+template <typename T, Weighting kWeighting, bool kFast>
+RERANK_FAST_INLINE void visit_rows(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss,
+                                   double* pull, T* column_pull) {
+  if constexpr (kWeighting != Weighting::kEveryPair) {
+    if (list.visits == Visits::kRareOfTwo)
+      return visit_rows<T, kWeighting, Visits::kRareOfTwo, kFast>(list, begin, end, loss, pull, column_pull);
+    if (list.visits == Visits::kRareRows)
+      return visit_rows<T, kWeighting, Visits::kRareRows, kFast>(list, begin, end, loss, pull, column_pull);
+  }
+  visit_rows<T, kWeighting, Visits::kTriangle, kFast>(list, begin, end, loss, pull, column_pull);
+}
+
 // Clones exist for plain functions only, hence a function a type and weighting rather than a template.
-#define RERANK_FAST_PAIR_LOOP(NAME, T, WEIGHTING)                                                                   \
-  RERANK_FAST_CLONES void NAME(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss,       \
-                               double* pull, T* scratch) {                                                          \
-    if (list.fast) {                                                                                                \
-      visit_rows<T, WEIGHTING, true>(list, begin, end, loss, pull, scratch);                                        \
-    } else {                                                                                                        \
-      visit_rows<T, WEIGHTING, false>(list, begin, end, loss, pull, scratch);                                       \
-    }                                                                                                               \
+#define RERANK_FAST_PAIR_LOOP(NAME, T, WEIGHTING)                                                             \
+  RERANK_FAST_CLONES void NAME(const RankedList<T>& list, std::int64_t begin, std::int64_t end, double* loss, \
+                               double* pull, T* column_pull) {                                                \
+    if (list.fast) {                                                                                          \
+      visit_rows<T, WEIGHTING, true>(list, begin, end, loss, pull, column_pull);                              \
+    } else {                                                                                                  \
+      visit_rows<T, WEIGHTING, false>(list, begin, end, loss, pull, column_pull);                             \
+    }                                                                                                         \
   }
 RERANK_FAST_PAIR_LOOP(gain_float, float, Weighting::kGain)
 RERANK_FAST_PAIR_LOOP(none_float, float, Weighting::kNone)
@@ -187,21 +216,45 @@ RERANK_FAST_PAIR_LOOP(every_pair_double, double, Weighting::kEveryPair)
 }  // namespace
 
 template <>
-void visit_pairs(const RankedList<float>& list, Weighting weighting, std::int64_t begin,
-                 std::int64_t end, double* loss, double* pull, float* scratch) {
+void visit_pairs(const RankedList<float>& list, Weighting weighting, std::int64_t begin, std::int64_t end,
+                 double* loss, double* pull, float* column_pull) {
   const auto loop = weighting == Weighting::kGain   ? gain_float
                     : weighting == Weighting::kNone ? none_float
                                                     : every_pair_float;
-  loop(list, begin, end, loss, pull, scratch);
+  loop(list, begin, end, loss, pull, column_pull);
 }
 
 template <>
-void visit_pairs(const RankedList<double>& list, Weighting weighting, std::int64_t begin,
-                 std::int64_t end, double* loss, double* pull, double* scratch) {
+void visit_pairs(const RankedList<double>& list, Weighting weighting, std::int64_t begin, std::int64_t end,
+                 double* loss, double* pull, double* column_pull) {
   const auto loop = weighting == Weighting::kGain   ? gain_double
                     : weighting == Weighting::kNone ? none_double
                                                     : every_pair_double;
-  loop(list, begin, end, loss, pull, scratch);
+  loop(list, begin, end, loss, pull, column_pull);
+}
+
+RERANK_FAST_CLONES double pair_floor(std::int64_t rows, std::int64_t columns, const float* score,
+                                     const float* exponential, const float* reciprocal, const float* weight,
+                                     float* column_pull, double* row_pull) {
+  double loss = 0;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const float score_i = score[i], exponential_i = exponential[i], reciprocal_i = reciprocal[i];
+    Lanes<float> terms{}, pull{};
+    for (std::int64_t j = 0; j < columns; j += kBlock) {
+      const Lanes<float> d = score_i - load(score + j), w = load(weight + j);
+      const Lanes<float> one_way = load(exponential + j) * reciprocal_i;
+      const Lanes<float> other_way = exponential_i * load(reciprocal + j);
+      const Lanes<float> t = one_way < other_way ? one_way : other_way;
+      const Lanes<float> r = 1.0f / (1.0f + t), log_sum = log1p_unit(t);
+      const Lanes<float> pulled = w * (d < 0 ? r : t * r);
+      terms += w * (d < 0 ? log_sum - d : log_sum);
+      pull += pulled;
+      store<float>(load(column_pull + j) - pulled, column_pull + j);
+    }
+    loss += static_cast<double>(sum<float>(terms));
+    row_pull[i] += static_cast<double>(sum<float>(pull));
+  }
+  return loss;
 }
 
 }  // namespace rerank_fast

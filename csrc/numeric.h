@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-// One build serves every x86-64 processor: the loader picks a clone of a function at run time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+// One build serves every x86-64 processor: the loader picks a clone of a function at run time. Not in a sanitized
+// build, whose runtime is not ready when the loader picks.
+#if defined(RERANK_FAST_CLONES)  // given: a build for one processor
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define RERANK_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define RERANK_FAST_CLONES

@@ -35,6 +35,13 @@ def unavailable_reason() -> str:
     )
 
 
+def offsets_error(offsets: Tensor, num_documents: int) -> ValueError:
+    """What is wrong with offsets (Q + 1,) whose values are at fault."""
+    bounds = offsets.tolist()
+    shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
+    return ValueError(f"offsets must rise from 0 to N = {num_documents}, got {shown}")
+
+
 def forward(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
@@ -49,17 +56,20 @@ def forward(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
-    if scores.dtype == torch.float64:
+    if scores.dtype == torch.float32:
+        kernel = _C.lambda_loss_float
+    elif scores.dtype == torch.float64:
         kernel = _C.lambda_loss_double
     else:
         scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
     grad = torch.empty_like(scores)
-    kernel(
+    done = kernel(
         scores.data_ptr(),
         labels.data_ptr(),
         offsets.data_ptr(),
+        scores.shape[0],
         num_lists,
         _SCHEMES[scheme],
         k,
@@ -72,6 +82,8 @@ def forward(
         loss.data_ptr(),
         grad.data_ptr(),
     )
+    if not done:
+        raise offsets_error(offsets, scores.shape[0])
     return loss, grad
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rerank_fast.ops import cpu
 
@@ -86,23 +87,35 @@ _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss, grad = torch.ops.rerank_fast.lambda_loss.default(scores, labels, offsets, *options)
+        # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a short batch it
+        # costs more than the kernel.
+        plain = type(scores) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+        run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
+        loss, grad = run(scores, labels, offsets, *options)
         if loss.dim() == 0:
             ctx.save_for_backward(grad)
         else:
             ctx.save_for_backward(grad, offsets)
-        ctx.dtype = scores.dtype
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *offsets = ctx.saved_tensors
-        if offsets:  # one upstream gradient a list: give each document its list's
-            grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
-        # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
-        product = grad * grad_loss
-        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
+        # Grad mode is on under create_graph only.
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_loss)
+
+
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    grad, *offsets = ctx.saved_tensors
+    if offsets:  # one upstream gradient a list: give each document its list's
+        grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
+    elif grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
+        return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
+    # The product is taken in fp32, and autograd casts it to the dtype of the scores: a loss scale then reaches fp16
+    # gradients before they are rounded.
+    return grad * grad_loss, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -149,7 +162,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    """Shapes, dtypes and devices; on the CPU the offsets' values too (reading a GPU's would wait for it)."""
+    """Shapes, dtypes and devices."""
     if scores.dim() != 1 or not scores.dtype.is_floating_point:
         raise ValueError(
             f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
@@ -165,11 +178,20 @@ def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
             "scores, labels and offsets must be on one device, "
             f"got {scores.device}, {labels.device} and {offsets.device}"
         )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != scores.shape[0] or bounds != sorted(bounds):
-            shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
-            raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got {shown}")
+
+
+def _check_bounds(offsets: Tensor, num_documents: int) -> None:
+    """The values of offsets on the CPU: reading a GPU's would wait for it."""
+    if not offsets.is_cpu or torch.compiler.is_compiling():
+        return
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_documents or bounds != sorted(bounds):
+        raise cpu.offsets_error(offsets, num_documents)
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None and k < 0:
+        raise ValueError(f"k must be None or at least 0, got {k}")
 
 
 def lambda_loss(
@@ -215,11 +237,77 @@ def lambda_loss(
     _check_choice("scheme", scheme, _SCHEMES)
     _check_choice("reduction_log", reduction_log, _LOGS)
     _check_choice("reduction", reduction, _REDUCTIONS)
-    if k is not None and k < 0:
-        raise ValueError(f"k must be None or at least 0, got {k}")
+    _check_k(k)
     resolved = _resolve_backend(backend, scores.device)
+    if resolved != "cpu":  # which checks them itself
+        _check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
     options = (scheme, k or 0, float(sigma), float(mu), float(eps), reduction_log, reduction, resolved)
     return _LambdaLoss.apply(scores, labels, offsets, options)
+
+
+def count_pairs(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    *,
+    scheme: Scheme = "ndcg2pp",
+    k: int | None = None,
+) -> Tensor:
+    """The number of pairs that lambda_loss(..., reduction="pairs") divides by, before it is raised to at least one.
+
+    With it a batch in several parts is normalised as a whole: backpropagate the parts' losses with reduction="sum",
+    each divided by the sum of their counts. Takes O(N log N) time and O(N) memory on any device, and never waits
+    for it.
+
+    Args:
+        scores: (N,) as for lambda_loss; read only where k cuts, since the cut goes by rank.
+        labels: (N,) relevance labels.
+        offsets: (Q + 1,) int64.
+        scheme: the loss's; "ndcg1" counts every ordered pair.
+        k: the loss's cut.
+
+    Returns:
+        The number of pairs, () int64 on the device of the scores.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option.
+    """
+    _check_tensors(scores, labels, offsets)
+    _check_bounds(offsets, scores.shape[0])
+    _check_choice("scheme", scheme, _SCHEMES)
+    _check_k(k)
+    sizes = offsets.diff()
+    if scheme == "ndcg1":
+        return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()
+    labels = labels.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    group = torch.repeat_interleave(sizes, output_size=scores.shape[0])
+    total = _count_preferences(group, labels)
+    if not k:
+        return total
+    # Less the pairs of two documents below the cut. All others go to a group of their own, of one label.
+    order = _sort_within(group, scores.detach(), descending=True)
+    below = torch.empty_like(group, dtype=torch.bool)
+    below[order] = torch.arange(len(order), device=order.device) - offsets[group] >= k
+    return total - _count_preferences(group.where(below, -1), labels.where(below, 0))
+
+
+def _sort_within(group: Tensor, values: Tensor, *, descending: bool = False) -> Tensor:
+    """The order that sorts (N,) values inside each group, group after group; ties keep the input order."""
+    order = values.argsort(stable=True, descending=descending)
+    return order[group[order].argsort(stable=True)]
+
+
+def _count_preferences(group: Tensor, labels: Tensor) -> Tensor:
+    """() int64: for every document the documents of its group with a lower label, summed; a NaN prefers nothing."""
+    order = _sort_within(group, labels)
+    group, labels = group[order], labels[order]
+    index = torch.arange(len(order), device=order.device)
+    starts_group = torch.ones_like(order, dtype=torch.bool)
+    starts_group[1:] = group[1:] != group[:-1]
+    starts_label = starts_group.clone()
+    starts_label[1:] |= labels[1:] != labels[:-1]
+    group_start, label_start = (index.where(at, 0).cummax(0).values for at in (starts_group, starts_label))
+    return (label_start - group_start).where(labels == labels, 0).sum()

@@ -252,6 +252,38 @@ def test_negative_and_zero_sigma(backend, scheme, sigma):
     assert_within_budget(backend, *ragged([20, 9, 40]), scheme=scheme, sigma=sigma, k=5)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e4])
+@pytest.mark.parametrize("labels", ["graded", "binary", "fractions", "large"])
+def test_cpu_sums_of_long_lists(scheme, spread, labels):
+    """Hundreds of terms of about one size in a sum, where single precision would drift."""
+    scores, grades, offsets = ragged([250, 600], spread=spread, grades=5)
+    values = {
+        "graded": grades,
+        "binary": (grades > 3).float(),
+        "fractions": grades / 3 - 0.5,
+        "large": grades * 250,
+    }
+    assert_within_budget("cpu", scores, values[labels], offsets, scheme=scheme)
+    assert_within_budget("cpu", scores, values[labels], offsets, scheme=scheme, k=100)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cpu_infinite_scores(scheme):
+    """A document at -inf below all that should be above it costs nothing; above one, it costs infinity."""
+    scores, labels, offsets = ragged([20])
+    scores[3], labels[3] = -math.inf, labels.min() - 1
+    options = OPTIONS | {"scheme": scheme, "reduction": "none"}
+    loss, grad = forward("cpu", scores, labels, offsets, **options)
+    true, true_grad = reference.forward(scores.double(), labels.double(), offsets, **options)
+    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-6, equal_nan=True)
+    labels[3] = labels.max() + 1
+    loss, _ = forward("cpu", scores, labels, offsets, **options)
+    true, _ = reference.forward(scores.double(), labels.double(), offsets, **options)
+    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0, equal_nan=True)
+
+
 def test_cpu_nan_labels_are_seen():
     scores, labels, offsets = ragged([6, 6])
     labels[1] = math.nan

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from rerank_fast.ops import reference
-from rerank_fast.ops.lambda_loss import lambda_loss
+from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 
 SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 SIZES = [3, 0, 7, 1, 10]
@@ -270,6 +272,49 @@ def test_compiles_whole_with_dynamic_shapes():
     assert graphs == 1
 
 
+@pytest.mark.parametrize("scheme", ["ndcg1", "lambdarank"])
+@pytest.mark.parametrize("k", [None, 0, 1, 3, 7, 100])
+def test_count_pairs_equals_the_mask(scheme, k):
+    sizes = [3, 0, 7, 1, 10, 25]
+    for seed in range(20):
+        scores, labels, offsets = ragged(sizes, seed=seed)
+        scores = (2 * scores).round() / 2  # with ties
+        labels[seed % 5] = (-1.0, 0.5, math.nan, 300.0, 0.0)[seed % 5]
+        expected = sum(
+            int(reference.pair_mask(y, reference.ranks(s), scheme=scheme, k=k or 0).sum())
+            for s, y in zip(scores.split(sizes), labels.split(sizes), strict=True)
+        )
+        counted = count_pairs(scores.requires_grad_(), labels, offsets, scheme=scheme, k=k)
+        assert counted.dtype == torch.int64
+        assert counted.shape == ()
+        assert counted.item() == expected
+        assert count_pairs(scores.half(), labels.half(), offsets, scheme=scheme, k=k).item() == expected
+
+
+def test_count_pairs_of_nothing_and_of_a_long_list():
+    assert count_pairs(*ragged([])).item() == count_pairs(*ragged([0, 0]), k=2).item() == 0
+    scores, labels, offsets = ragged([100_000], grades=2)  # a D x D mask would take 10 GB
+    positives = int(labels.sum())
+    assert count_pairs(scores, labels, offsets).item() == positives * (100_000 - positives)
+    first = labels[scores.argmax()].item()
+    assert count_pairs(scores, labels, offsets, k=1).item() == (100_000 - positives if first else positives)
+
+
+def test_count_pairs_normalises_a_batch_in_parts():
+    parts = [ragged([5, 9, 2], seed=1), ragged([17], seed=2), ragged([1, 4], seed=3)]
+    whole = [torch.cat([part[i] for part in parts]) for i in range(2)]
+    offsets = torch.tensor([0, *itertools.accumulate([5, 9, 2, 17, 1, 4])])
+    leaf = whole[0].clone().requires_grad_()
+    lambda_loss(leaf, whole[1], offsets, k=4).backward()
+    total = sum(count_pairs(*part, k=4) for part in parts)
+    grads = []
+    for scores, labels, part_offsets in parts:
+        scores.requires_grad_()
+        (lambda_loss(scores, labels, part_offsets, k=4, reduction="sum") / total).backward()
+        grads.append(scores.grad)
+    torch.testing.assert_close(torch.cat(grads), leaf.grad, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -299,6 +344,109 @@ def test_bad_input_says_what_was_expected(change, message):
     }
     with pytest.raises(ValueError, match=message):
         lambda_loss(**arguments)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4], [0, -1, 4], [0, 5, 4], [4]])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_offsets_at_fault_are_shown(backend, bounds):
+    scores = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=re.escape(f"offsets must rise from 0 to N = 4, got {bounds}")):
+        lambda_loss(scores, torch.zeros(4), torch.tensor(bounds), backend=backend)
+    long = torch.arange(11)
+    with pytest.raises(ValueError, match=re.escape("got [0, 1, 2, 3, '...', 7, 8, 9, 10]")):
+        lambda_loss(scores, torch.zeros(4), long, backend=backend)
+
+
+def test_compiled_code_checks_offsets_on_the_cpu():
+    compiled = torch.compile(lambda s, y, o: lambda_loss(s, y, o), fullgraph=True, backend="aot_eager")
+    scores, labels, offsets = ragged([3, 4], dtype=torch.float32)
+    compiled(scores.requires_grad_(), labels, offsets).backward()
+    with pytest.raises(ValueError, match="offsets must rise from 0 to N = 7"):
+        compiled(scores, labels, offsets * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dispatch_modes_and_plain_calls_agree(dtype):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    scores, labels, offsets = ragged([3, 9], dtype=dtype)
+    grads = []
+    for mode in (None, Recorder()):
+        leaf = scores.clone().requires_grad_()
+        if mode is None:
+            lambda_loss(leaf, labels, offsets).backward()
+        else:
+            with mode:
+                lambda_loss(leaf, labels, offsets).backward()
+            assert "rerank_fast::lambda_loss" in mode.names
+        assert leaf.grad.dtype == dtype
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_backward_twice_gives_the_gradient_twice():
+    scores, labels, offsets = ragged([5, 8], dtype=torch.float32)
+    scores.requires_grad_()
+    loss = lambda_loss(scores, labels, offsets)
+    (once,) = torch.autograd.grad(loss, scores, retain_graph=True)
+    loss.backward(retain_graph=True)
+    scores.grad += 1  # the kept gradient must not be what is accumulated into
+    loss.backward()
+    torch.testing.assert_close(scores.grad, 2 * once + 1)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    loss = lambda_loss(scores, labels, offsets)
+    (grad,) = torch.autograd.grad(loss * loss, scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_non_contiguous_labels_and_offsets():
+    scores, labels, offsets = ragged([5, 8], dtype=torch.float32)
+    wide_labels, wide_offsets = torch.stack([labels, -labels], 1), torch.stack([offsets, -offsets], 1)
+    expected = lambda_loss(scores, labels, offsets)
+    assert torch.equal(lambda_loss(scores, wide_labels[:, 0], wide_offsets[:, 0]), expected)
+
+
+def test_memory_of_long_lists():
+    """Four lists of 10,000 graded documents: under a second, and under 16 MB above inputs and outputs."""
+    program = """
+import time, torch
+from pathlib import Path
+from rerank_fast import lambda_loss
+
+def peak():  # in bytes
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+def run(scores, labels, offsets):
+    started = time.perf_counter()
+    lambda_loss(scores, labels, offsets).backward()
+    return time.perf_counter() - started
+
+run(torch.randn(40, requires_grad=True), torch.arange(40) % 5, torch.tensor([0, 40]))
+scores = torch.randn(40_000, requires_grad=True)
+labels, offsets = torch.randint(0, 5, (40_000,)).float(), torch.arange(5) * 10_000
+scores.grad = torch.zeros_like(scores)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = peak()
+seconds = run(scores, labels, offsets)
+print(peak() - before, min(seconds, *(run(scores, labels, offsets) for _ in range(3))))
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("reads /proc")
+    grown, seconds = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert int(grown) < 16 * 2**20
+    assert float(seconds) < 1
 
 
 def test_asking_for_triton_on_cpu_tensors_is_a_clear_error():
