@@ -25,6 +25,10 @@ _LIBRARY.define(
     "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "lambda_loss_backward(Tensor grad, Tensor grad_loss, Tensor offsets, ScalarType dtype, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.library.register_fake("rerank_fast::lambda_loss", lib=_LIBRARY)
@@ -83,26 +87,44 @@ def _forward(
 _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("rerank_fast::lambda_loss_backward", lib=_LIBRARY)
+def _fake_backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def _backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    if backend == "triton":  # one launch in every mode
+        from rerank_fast.ops.triton.lambda_loss import backward
+
+        return backward(grad, grad_loss.contiguous(), offsets.contiguous(), dtype)
+    if grad_loss.dim():  # one upstream gradient a list: give each document its list's
+        grad_loss = torch.repeat_interleave(grad_loss, offsets.diff(), output_size=grad.shape[0])
+    return (grad * grad_loss).to(dtype)
+
+
+_LIBRARY.impl("lambda_loss_backward", _backward, "CompositeExplicitAutograd")
+
+
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
         loss, grad = torch.ops.rerank_fast.lambda_loss.default(scores, labels, offsets, *options)
-        if loss.dim() == 0:
+        ctx.dtype, ctx.backend = scores.dtype, options[-1]
+        if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
             ctx.save_for_backward(grad)
         else:
             ctx.save_for_backward(grad, offsets)
-        ctx.dtype = scores.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, *offsets = ctx.saved_tensors
-        if offsets:  # one upstream gradient a list: give each document its list's
-            grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
+        if not offsets:
+            return grad * grad_loss, None, None, None
         # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
-        product = grad * grad_loss
-        return product if product.dtype == ctx.dtype else product.to(ctx.dtype), None, None, None
+        backward = torch.ops.rerank_fast.lambda_loss_backward.default
+        return backward(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), None, None, None
 
 
 def _resolve_backend(backend: str | None, device: torch.device) -> str:
