@@ -90,7 +90,13 @@ def lambda_loss_sources() -> Iterator[Variant]:
 SOURCES = [lambda_loss_sources]
 
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities).
-_LIMITS = {"80": (64, 32, 164), "86": (48, 16, 100), "90": (64, 32, 228), "100": (64, 32, 228), "120": (48, 24, 100)}
+_LIMITS = {
+    "80": (64, 32, 164),
+    "86": (48, 16, 100),
+    "90": (64, 32, 228),
+    "100": (64, 32, 228),
+    "120": (48, 24, 100),
+}
 _COUNTED = ("MUFU", "FFMA", "FADD", "FMUL", "SHFL", "BAR", "LDG", "STG", "LDS", "STS")
 
 
@@ -157,7 +163,9 @@ def _nvidia(cubin: bytes, variant: Variant, num_warps: int) -> dict[str, Any]:
             if anchors:
                 per_thread = variant.items / (num_warps * 32)
                 if anchors % per_thread:
-                    raise RuntimeError(f"{variant.name}: {anchors} {variant.anchor} in a loop of {per_thread} items")
+                    raise RuntimeError(
+                        f"{variant.name}: {anchors} {variant.anchor} in a loop of {per_thread} items"
+                    )
                 row["loops"].append({kind: count / anchors for kind, count in _count(body).items()})
     return row
 
@@ -263,7 +271,9 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'kernel':<58} target  regs spills stack shared occupancy | each loop, an item: all MUFU FFMA+FADD+FMUL LDG")
+    print(
+        f"{'kernel':<58} target  regs spills stack shared occupancy | each loop, an item: all MUFU FFMA+FADD+FMUL LDG"
+    )
     for row in rows:
         loops = "; ".join(
             f"{loop['instructions']:.1f} {loop['MUFU']:.2f} {loop['FFMA'] + loop['FADD'] + loop['FMUL']:.1f} "
@@ -287,7 +297,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("kernel_report compiles kernels: unset TRITON_INTERPRET")
-    names = [name for name in _variants() if not arguments.kernels or any(part in name for part in arguments.kernels)]
+    names = [
+        name for name in _variants() if not arguments.kernels or any(part in name for part in arguments.kernels)
+    ]
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(_compile_named, *zip(*itertools.product(names, arguments.targets), strict=True)))
     _table(rows)
