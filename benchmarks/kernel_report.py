@@ -1,6 +1,6 @@
 """What the shipped Triton kernels compile to, without a GPU: registers, occupancy and instructions per target.
 
-    python benchmarks/kernel_report.py [--kernels pair_kernel-fp32-SCHEME=4] [--targets 90 gfx942] [--output report.json]
+    python benchmarks/kernel_report.py [--kernels pair_kernel-fp32] [--targets 90 gfx942] [--output report.json]
 
 A kernel file takes part through one generator in SOURCES, which yields a Variant for each way it is launched.
 Instructions of a loop are counted in the disassembled body between a backward branch and its target. Times at the
@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rerank_fast.ops.triton import lambda_loss, lambda_loss_order
+from rerank_fast.ops.triton import lambda_loss, lambda_loss_order, lambda_loss_pairs
 
 TARGETS = {str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -40,8 +40,8 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 class Variant:
     """One kernel as its launcher ships it.
 
-    items: what a program handles in one trip through an inner loop (pairs of a tile); anchor: an instruction that the
-    source has once an item, by which loops over items are told from others and unrolling is undone.
+    items: what a program handles in one trip through an inner loop (the pairs of a tile); anchor: an instruction
+    that the source has once an item, by which loops over items are told from others and unrolling is undone.
     """
 
     name: str
@@ -80,7 +80,7 @@ def lambda_loss_sources() -> Iterator[Variant]:
         for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
             for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
                 options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
-                yield variant(lambda_loss.pair_kernel, scores, launch, "MUFU.EX2", **options)
+                yield variant(lambda_loss_pairs.pair_kernel, scores, launch, "MUFU.EX2", **options)
         yield variant(lambda_loss.backward_kernel, scores, lambda_loss.FINISH, PER_LIST=True)
         if scores in ("fp32", "fp64"):
             yield variant(lambda_loss.mean_kernel, scores, lambda_loss.FINISH, OVER_PAIRS=True)
@@ -206,10 +206,8 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     options = {key: value for key, value in variant.options.items() if key != "maxnreg" or target != "gfx942"}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     num_warps = options.get("num_warps", 4)
-    if target == "gfx942":
-        row = _amd(compiled.asm["amdgcn"])
-    else:
-        row = _nvidia(compiled.asm["cubin"], variant, num_warps)
+    amd = target == "gfx942"
+    row = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], variant, num_warps)
     shared = compiled.metadata.shared
     return {
         "kernel_name": variant.name,
@@ -221,7 +219,7 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     }
 
 
-# Datasheets: multiprocessors, boost clock in GHz, bytes a second. A multiprocessor issues 4 warp instructions a cycle.
+# Datasheets: multiprocessors, boost clock in GHz, bytes a second. A cycle issues 4 warp instructions on each.
 _CARDS = {"H100 SXM": ("90", 132, 1.98, 3.35e12), "RTX 3090": ("86", 82, 1.695, 0.936e12)}
 _SHAPES = {  # lists, documents, share of visited (row, column) pairs: 2 P (D - P) / D^2, or 2 x pairs of 5 grades
     "16 x 10 binary": (16, 10, 0.255),
@@ -243,11 +241,10 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             (
                 row["loops"]
                 for row in rows
-                if row["target"] == target and row["kernel_name"].startswith("pair_kernel-fp32") and len(row["loops"]) == 2
-                and "SCHEME=4" in row["kernel_name"]
+                if row["target"] == target and row["kernel_name"].startswith("pair_kernel-fp32-SCHEME=4")
             ),
             None,
-        )  # fmt: skip
+        )
         if loops is None:
             continue
         for shape, (lists, documents, share) in _SHAPES.items():
@@ -271,9 +268,8 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"{'kernel':<58} target  regs spills stack shared occupancy | each loop, an item: all MUFU FFMA+FADD+FMUL LDG"
-    )
+    print(f"{'kernel':<58} target  regs spills stack shared occupancy | each loop, an item: all, MUFU, F*, LDG")
+    print("F*: FFMA + FADD + FMUL. A loop's figures are per item, of a pair_kernel per visited pair.")
     for row in rows:
         loops = "; ".join(
             f"{loop['instructions']:.1f} {loop['MUFU']:.2f} {loop['FFMA'] + loop['FADD'] + loop['FMUL']:.1f} "
@@ -283,8 +279,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
         whole = row.get("kernel", {})
         whole = " ".join(f"{kind}={whole[kind]}" for kind in ("MUFU", "SHFL", "BAR", "LDG", "STG") if kind in whole)
         print(
-            f"{row['kernel_name']:<58} {row['target']:>6} {row['registers']:>5} {row['spills']:>6} {row['stack']:>5} "
-            f"{row['shared']:>6} {row['occupancy']:>9.0%} | {loops} | {whole}"
+            f"{row['kernel_name']:<58} {row['target']:>6} {row['registers']:>5} {row['spills']:>6} "
+            f"{row['stack']:>5} {row['shared']:>6} {row['occupancy']:>9.0%} | {loops} | {whole}"
         )
 
 
@@ -308,8 +304,9 @@ def main() -> None:
         print("\nEstimates from datasheets, not measurements: floors in microseconds, NDCGLoss2++ fp32, forward")
     for row in estimates:
         print(
-            f"{row['estimate']:<10} {row['shape']:<18} {row['visited_pairs']:>10} pairs visited, {row['bytes']:>8} bytes: "
-            f"memory {row['memory_us']:.2f}, issue {row['issue_us']:.2f}, special functions {row['special_us']:.2f}"
+            f"{row['estimate']:<10} {row['shape']:<18} {row['visited_pairs']:>10} pairs visited, "
+            f"{row['bytes']:>8} bytes: memory {row['memory_us']:.2f}, issue {row['issue_us']:.2f}, "
+            f"special functions {row['special_us']:.2f}"
         )
     if arguments.output:
         arguments.output.write_text(json.dumps({"kernels": rows, "estimates": estimates}, indent=1) + "\n")

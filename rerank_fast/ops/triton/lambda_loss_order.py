@@ -59,13 +59,13 @@ def lists_of(offsets, i, in_i, num_lists, num_steps, n):
 
 @triton.jit
 def order_rows(
-    scores,  # (N,)
-    labels,  # (N,) compute dtype
-    offsets,  # (Q + 1,) int64
-    slots,  # out: see order_kernel
+    scores,
+    labels,
+    offsets,
+    slots,  # out, as are ranks and places: see order_kernel
     stride,
-    ranks,  # out
-    places,  # out
+    ranks,
+    places,
     i,  # (BLOCK,) int64 documents
     shortest,  # only documents of lists from shortest to longest are put in order
     longest,
@@ -127,7 +127,7 @@ def order_kernel(
     scores,  # (N,)
     labels,  # (N,) compute dtype
     offsets,  # (Q + 1,) int64
-    slots,  # out (5, stride) compute dtype, by slot: score, label, gain over 2^max label, 1 / D(rank); then delta(d)
+    slots,  # out (5, stride) compute dtype, by slot: score, label, gain / 2^max label, 1 / D(rank); then delta(d)
     stride,
     ranks,  # out (N,) int32, by slot: 1-based rank
     places,  # out (N,) int32, by slot: where in its list the document is
