@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rerank_fast import lambda_loss
 from rerank_fast.ops import reference
 from tests.ops.test_backends import (
     OPTIONS,
@@ -39,9 +40,9 @@ def _triton():
 
 @pytest.fixture
 def kernels():
-    from rerank_fast.ops.triton import lambda_loss
+    from rerank_fast.ops.triton import lambda_loss as kernels
 
-    return lambda_loss
+    return kernels
 
 
 @pytest.fixture(params=["ordered by its blocks", "ordered by a launch", "either"])
@@ -169,8 +170,6 @@ def test_every_output_is_written(kernels, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_backward_of_the_public_op(dtype, reduction):
-    from rerank_fast import lambda_loss
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores, labels, offsets = (tensor.to(device) for tensor in ragged([5, 0, 7, 1]))
     gradients = []
@@ -301,8 +300,6 @@ class TestOnAGpu:
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("sizes", SHAPES)
     def test_does_not_wait_for_the_gpu(self, sizes, reduction):
-        from rerank_fast import lambda_loss
-
         scores, labels, offsets = (tensor.cuda() for tensor in ragged(sizes))
         for dtype in (torch.float32, torch.bfloat16):
             leaf = scores.to(dtype).requires_grad_()

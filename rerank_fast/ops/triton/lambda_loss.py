@@ -20,13 +20,13 @@ from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 
 _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger one those of at
-# most SHORT_LIST documents. Longer ones are ordered by a launch before: it costs less than doing it again in each of
-# their blocks. Which lists are long is decided on the device: the host knows N alone.
+# most SHORT_LIST documents. Longer ones are ordered by a launch before: that costs less than once in each of their
+# blocks. Which lists are long is decided on the device: the host knows N alone.
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers, half the occupancy.
 PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
 PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
-FINISH = {"BLOCK": 1024, "num_warps": 4}
+FINISH = {"BLOCK": 1024, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["num_blocks", "n"])
