@@ -245,7 +245,7 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ),
             None,
         )
-        if loops is None:
+        if not loops:
             continue
         for shape, (lists, documents, share) in _SHAPES.items():
             visited = lists * documents**2 * share
