@@ -61,8 +61,87 @@ def compare(benchmark) -> Callable[..., Row]:
     return run
 
 
+@dataclass
+class GpuRow:
+    case: str
+    seconds: dict[str, float]  # by what was timed: medians
+    pairs_per_second: float
+    bandwidth_share: float  # of the measured copy bandwidth
+
+
+_GPU_ROWS: list[GpuRow] = []
+
+
+def device_seconds(function: Callable[[], object], *, rounds: int = 30) -> float:
+    """Median device time of a call between two events, after a warm-up, each time with a flushed L2 cache."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")  # larger than any L2 cache
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        # The GPU is kept busy while the host enqueues what is timed, or the host's time is measured.
+        torch.cuda._sleep(2_000_000)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def graphed(function: Callable[[], object]) -> Callable[[], None]:
+    """The replay of a CUDA graph of one call: for kernels shorter than their launch from the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+@pytest.fixture
+def compare_on_gpu(benchmark) -> Callable[..., None]:
+    """compare_on_gpu(case, ours, others, pairs, moved): device times of ours from a graph and from the host, and of
+    the others; ours is handed to pytest-benchmark. pairs: preference pairs; moved: bytes that must be moved.
+    """
+
+    def run(
+        case: str, ours: Callable[[], object], others: dict[str, Callable[[], object]], *, pairs: int, moved: int
+    ) -> None:
+        replay = graphed(ours)
+        seconds = {"graph": device_seconds(replay), "eager": device_seconds(ours)}
+        seconds |= {name: device_seconds(other, rounds=7) for name, other in others.items()}
+        source = torch.empty(2**28, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+        bandwidth = 2 * source.numel() / device_seconds(lambda: target.copy_(source))
+        row = GpuRow(case, seconds, pairs / seconds["graph"], moved / seconds["graph"] / bandwidth)
+        benchmark.extra_info.update(seconds=seconds, copy_bytes_per_second=bandwidth)
+        benchmark.pedantic(lambda: (replay(), torch.cuda.synchronize()), rounds=5, iterations=1)
+        _GPU_ROWS.append(row)
+
+    return run
+
+
+def _write_gpu_rows(write_line: Callable[[str], None]) -> None:
+    for row in _GPU_ROWS:
+        times = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in row.seconds.items())
+        write_line(
+            f"{row.case:<50} us: {times}; {row.pairs_per_second:.3g} pairs/s, "
+            f"{row.bandwidth_share:.2%} of the copy bandwidth"
+        )
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter) -> None:
+    if _GPU_ROWS:
+        terminalreporter.section(f"device times on {torch.cuda.get_device_name()}, medians, L2 flushed")
+        _write_gpu_rows(terminalreporter.write_line)
     if not _ROWS:
         return
     import sentence_transformers

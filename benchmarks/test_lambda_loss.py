@@ -149,3 +149,30 @@ def test_loss_against_its_floor(compare):
     expected = (-torch.nn.functional.logsigmoid(rows[:, :, None] - s[:, None, :]) * weight).double().sum()
     assert floor() == pytest.approx(expected.item(), rel=1e-5)
     compare(f"floor of {num_lists} x {num_docs} graded, peer the bare pairs", ours, floor, rounds=15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds", "repeats"), CASES)
+def test_loss_on_the_device(compare_on_gpu, num_lists, num_docs, labels, rounds, repeats):
+    """Forward and backward, by the device's own clock, beside sentence-transformers' loss eager and compiled."""
+    scores, target, offsets = batch(num_lists, num_docs, labels)
+    flat = target.flatten()
+    peer_loss = LambdaLoss(_Scores(scores), mini_batch_size=-1)
+    inputs, rows = [["q"] * num_lists, [["d"] * num_docs] * num_lists], list(target)
+
+    def ours():
+        return torch.autograd.grad(lambda_loss(scores, flat, offsets), scores)[0]
+
+    def peer(loss):
+        return torch.autograd.grad(loss(inputs, rows), scores)[0]
+
+    compiled = torch.compile(peer_loss)
+    torch.testing.assert_close(ours(), peer(peer_loss), rtol=1e-4, atol=1e-7)
+    compare_on_gpu(
+        f"loss {num_lists} x {num_docs} {labels}",
+        ours,
+        {"sentence-transformers": lambda: peer(peer_loss), "compiled": lambda: peer(compiled)},
+        pairs=int((target[:, :, None] > target[:, None, :]).sum()),
+        moved=flat.numel() * (4 + 4 + 4),  # scores and labels read, the gradient written
+    )

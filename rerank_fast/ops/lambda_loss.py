@@ -26,6 +26,10 @@ _LIBRARY.define(
     "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "lambda_loss_backward(Tensor grad, Tensor grad_loss, Tensor offsets, ScalarType dtype, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.library.register_fake("rerank_fast::lambda_loss", lib=_LIBRARY)
@@ -84,6 +88,24 @@ def _forward(
 _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("rerank_fast::lambda_loss_backward", lib=_LIBRARY)
+def _fake_backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def _backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    if backend == "triton":  # one launch in every mode
+        from rerank_fast.ops.triton.lambda_loss import backward
+
+        return backward(grad, grad_loss.contiguous(), offsets.contiguous(), dtype)
+    if grad_loss.dim():  # one upstream gradient a list: give each document its list's
+        grad_loss = torch.repeat_interleave(grad_loss, offsets.diff(), output_size=grad.shape[0])
+    return (grad * grad_loss).to(dtype)
+
+
+_LIBRARY.impl("lambda_loss_backward", _backward, "CompositeExplicitAutograd")
+
+
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
@@ -92,7 +114,8 @@ class _LambdaLoss(torch.autograd.Function):
         plain = type(scores) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
         loss, grad = run(scores, labels, offsets, *options)
-        if loss.dim() == 0:
+        ctx.dtype, ctx.backend = scores.dtype, options[-1]
+        if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
             ctx.save_for_backward(grad)
         else:
             ctx.save_for_backward(grad, offsets)
@@ -101,21 +124,21 @@ class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode is on under create_graph only.
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, grad_loss)
+        return (_differentiate_once if torch.is_grad_enabled() else _differentiate)(ctx, grad_loss)
 
 
-def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     grad, *offsets = ctx.saved_tensors
-    if offsets:  # one upstream gradient a list: give each document its list's
-        grad_loss = torch.repeat_interleave(grad_loss, offsets[0].diff(), output_size=grad.shape[0])
-    elif grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
+    if offsets:
+        # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
+        run = torch.ops.rerank_fast.lambda_loss_backward.default
+        return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), None, None, None
+    if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
         return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
-    # The product is taken in fp32, and autograd casts it to the dtype of the scores: a loss scale then reaches fp16
-    # gradients before they are rounded.
     return grad * grad_loss, None, None, None
 
 
-_backward_once = once_differentiable(_backward)
+_differentiate_once = once_differentiable(_differentiate)
 
 
 def _resolve_backend(backend: str | None, device: torch.device) -> str:

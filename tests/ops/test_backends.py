@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -88,7 +84,7 @@ def test_grid(backend, scheme, k, sigma, reduction_log, reduction):
     assert_within_budget(backend, *lists, **options)
 
 
-_lists = st.lists(
+generated_lists = st.lists(
     st.lists(
         st.tuples(st.floats(-20, 20, width=16), st.integers(-1, 4)),
         min_size=0,
@@ -99,7 +95,7 @@ _lists = st.lists(
 )
 
 
-def _flat(lists):
+def flat_lists(lists):
     flat = [document for documents in lists for document in documents]
     scores = torch.tensor([score for score, _ in flat], dtype=torch.float32)
     labels = torch.tensor([label for _, label in flat], dtype=torch.float32)
@@ -107,21 +103,18 @@ def _flat(lists):
 
 
 @settings(max_examples=200, deadline=None)
-@given(lists=_lists, scheme=st.sampled_from(SCHEMES), k=st.integers(0, 6), sigma=st.sampled_from([0.5, 1.0, 4.0]))
+@given(
+    lists=generated_lists,
+    scheme=st.sampled_from(SCHEMES),
+    k=st.integers(0, 6),
+    sigma=st.sampled_from([0.5, 1.0, 4.0]),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_cpu_on_generated_lists(dtype, lists, scheme, k, sigma):
-    scores, labels, offsets = _flat(lists)
+    scores, labels, offsets = flat_lists(lists)
     for reduction in ("pairs", "none"):
         options = {"scheme": scheme, "k": k, "sigma": sigma, "reduction": reduction}
         assert_within_budget("cpu", scores.to(dtype), labels, offsets, **options)
-
-
-@settings(max_examples=15, deadline=None)
-@given(lists=_lists, scheme=st.sampled_from(SCHEMES), k=st.integers(0, 6), sigma=st.sampled_from([0.5, 1.0, 4.0]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_on_generated_lists(dtype, lists, scheme, k, sigma):
-    scores, labels, offsets = _flat(lists)
-    assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, k=k, sigma=sigma)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -180,16 +173,6 @@ def test_one_long_list_and_threads_agree_with_the_reference():
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(grad, results[0][1])
-
-
-def test_triton_list_of_several_tiles():
-    assert_within_budget("triton", *ragged([150, 2, 3, 1], grades=4), k=7)
-
-
-def test_triton_lists_across_block_bounds():
-    sizes = [3, 0, 29, 31, 0, 1, 40, 2, 5, 4, 33, 0]
-    for reduction in REDUCTIONS:
-        assert_within_budget("triton", *ragged(sizes, grades=4), reduction=reduction)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -290,35 +273,3 @@ def test_cpu_nan_labels_are_seen():
     loss, grad = forward("cpu", scores, labels, offsets, **OPTIONS | {"reduction": "none"})
     assert loss.isnan().tolist() == [True, False]
     assert grad.isnan().tolist() == [True] * 6 + [False] * 6
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_public_op_on_a_gpu_does_not_wait_for_it():
-    from rerank_fast import lambda_loss
-
-    scores, labels, offsets = (tensor.cuda() for tensor in ragged([16, 1000, 3]))
-    scores.requires_grad_()
-    lambda_loss(scores, labels, offsets).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        lambda_loss(scores, labels, offsets).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_kernels_compile_ahead_of_time_for_every_target():
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    output = subprocess.run(
-        [sys.executable, "-m", "tests.ops.aot_compile"], capture_output=True, text=True, env=environment
-    )
-    assert output.returncode == 0, output.stderr
-    rows = [json.loads(line) for line in output.stdout.splitlines()]
-    assert {row["target"] for row in rows} == {"80", "86", "90", "100", "120", "gfx942"}
-    assert len({row["kernel"] for row in rows}) * 6 == len(rows) >= 6 * 20
-    for row in rows:
-        assert row["bytes"] > 1000
-        # Which kernel ptxas gives a register or two too few changes with its release; fp32 has none with 3.9's.
-        assert row.get("STACK", 0) <= 16, row
-        assert row.get("LOCAL", 0) == 0, row
