@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "int8_rows.h"
 #include "lambda_loss.h"
 #include "residual_norm.h"
 #include "varlen_attention.h"
@@ -97,6 +98,25 @@ void residual_norm_backward(const NormTuple& shape, Address x, Address residual,
       reinterpret_cast<float*>(grad_bias));
 }
 
+// (rows, width, bf16, threads)
+using Int8RowsTuple = std::tuple<std::int64_t, std::int64_t, bool, int>;
+
+rerank_fast::Int8RowsShape int8_rows_shape(const Int8RowsTuple& tuple) {
+  return std::apply([](auto... values) { return rerank_fast::Int8RowsShape{values...}; }, tuple);
+}
+
+void quantize_rows(const Int8RowsTuple& shape, Address x, int levels, Address quantized, Address scale) {
+  py::gil_scoped_release release;
+  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), levels,
+                             reinterpret_cast<std::uint8_t*>(quantized), reinterpret_cast<float*>(scale));
+}
+
+void scale_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias) {
+  py::gil_scoped_release release;
+  rerank_fast::scale_rows(int8_rows_shape(shape), reinterpret_cast<void*>(x),
+                          reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -107,4 +127,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("varlen_attention_backward", &varlen_attention_backward);
   module.def("residual_norm_forward", &residual_norm_forward);
   module.def("residual_norm_backward", &residual_norm_backward);
+  module.def("quantize_rows", &quantize_rows);
+  module.def("scale_rows", &scale_rows);
 }
