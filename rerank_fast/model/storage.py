@@ -83,7 +83,7 @@ def load(
     causal = bool(architectures) and architectures[0].endswith("ForCausalLM")
     if not causal:
         config.num_labels = 1
-    loader = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    loader: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     with _quiet_transformers():
         try:
             model, report = loader.from_pretrained(
@@ -163,8 +163,8 @@ def _answers(path_or_hub_id: str, tokenizer: Any, revision: str | None, token: s
     vocabulary = tokenizer.get_vocab()
     if "yes" not in vocabulary or "no" not in vocabulary:
         raise ValueError(
-            f"{path_or_hub_id} is a causal language model whose tokenizer has no token yes or no; expected these, or "
-            "a LogitScore module as sentence-transformers saves it"
+            f"{path_or_hub_id} is a causal language model whose tokenizer has no token yes or no; expected these, "
+            "or a LogitScore module as sentence-transformers saves it"
         )
     return Answers(vocabulary["yes"], vocabulary["no"])
 
