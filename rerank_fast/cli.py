@@ -1,4 +1,4 @@
-"""The command rerank-fast: train, evaluate, recipes, demo."""
+"""The command rerank-fast: train, evaluate, score, recipes, demo."""
 
 from __future__ import annotations
 
@@ -78,6 +78,35 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
     evaluate.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     commands.add_subcommand("evaluate", evaluate)
+
+    score = ArgumentParser(
+        description="Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
+    )
+    score.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    score.add_argument(
+        "--input", type=str, required=True, help=".jsonl or .parquet with query and document, or query and docs"
+    )
+    score.add_argument(
+        "--output", type=str, required=True, help=".parquet file for the scores, in the input's order"
+    )
+    score.add_argument(
+        "--columns",
+        type=dict[str, str] | None,
+        default=None,
+        help="""the input's own names of query and document (or docs), e.g. '{"document": "passage"}'""",
+    )
+    score.add_argument("--keep", type=str, nargs="+", default=[], help="columns of the input to copy to the output")
+    score.add_argument(
+        "--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...; the checkpoint's own if left out"
+    )
+    score.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    score.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    score.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
+    score.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
+    score.add_argument(
+        "--overwrite", action="store_true", help="replace the output, and parts of a run with other settings"
+    )
+    commands.add_subcommand("score", score)
 
     recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")
     recipes.add_argument("name", type=str | None, nargs="?", default=None)
@@ -240,6 +269,26 @@ def _print_metrics(metrics: Mapping[str, float]) -> None:
         print(f"{name:<{width}} {before}")
 
 
+def _score(options: dict[str, Any]) -> None:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.score_file import process_state, score_file
+
+    state = process_state()
+    model_options = {name: options.pop(name) for name in ("dtype", "max_length")}
+    model = CrossEncoder(options.pop("model"), device=state.device, **model_options)
+    source, output = options.pop("input"), options.pop("output")
+    result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
+    if result.truncated:
+        logging.warning(
+            "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
+            result.truncated,
+            result.scored,
+            model.max_length,
+        )
+    if state.is_main_process:
+        print(f"{result.rows} rows in {output}; {result.scored} pairs scored now by this process")
+
+
 def _recipes(options: dict[str, Any]) -> None:
     from rerank_fast.recipes import recipe_names, recipe_text
 
@@ -264,10 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed[parsed.command].as_dict()
     if parsed.command == "train" and options["recipe"] is None and None in (options["model"], options["train"]):
         parser.error("train needs --model and --train, or --recipe")
-    commands = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "demo": _demo}
+    commands = {"train": _train, "evaluate": _evaluate, "score": _score, "recipes": _recipes, "demo": _demo}
     try:
         commands[parsed.command](options)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         print(f"rerank-fast {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

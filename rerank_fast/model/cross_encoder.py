@@ -114,6 +114,12 @@ class CrossEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def dtype_name(self) -> str:
+        """Of the arithmetic: float32, bfloat16, float16 or int8."""
+        weights = next(self.model.parameters()).dtype
+        return "int8" if self._precision.int8 else str(weights).removeprefix("torch.")
+
+    @property
     def num_labels(self) -> int:
         return 1
 
@@ -134,14 +140,21 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: an element is not a pair of strings; names its index.
         """
+        tokens, truncated = self.tokenize_counting(pairs, show_progress_bar=show_progress_bar, prompt=prompt)
+        self._warn_of_truncation(truncated, len(pairs))
+        return tokens
+
+    def tokenize_counting(
+        self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
+    ) -> tuple[TokenizedPairs, int]:
+        """The same, with the number of pairs that were truncated in place of the warning."""
         check_pairs(pairs)
         parts, truncated = [], 0
         for start in tqdm(range(0, len(pairs), _CHUNK), desc="Tokenizing", disable=not show_progress_bar):
             part, cut = self._tokenize(pairs[start : start + _CHUNK], self.max_length, prompt)
             parts.append(part)
             truncated += cut
-        self._warn_of_truncation(truncated, len(pairs))
-        return TokenizedPairs.concatenate(parts)
+        return TokenizedPairs.concatenate(parts), truncated
 
     def _warn_of_truncation(self, truncated: int, total: int) -> None:
         if truncated:
@@ -174,8 +187,15 @@ class CrossEncoder(nn.Module):
         self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
     ) -> PackedStep | PaddedStep:
         """What scores these pairs with the weights as they are now; see `rerank_fast.model.scoring`."""
-        dtype = dtype or self._precision.compute
-        return make_step(self.model, self.tokenizer, tokens, dtype=dtype, packed=packed, answers=self.answers)
+        return make_step(
+            self.model,
+            self.tokenizer,
+            tokens,
+            dtype=dtype,
+            packed=packed,
+            packed_dtype=self._precision.compute,
+            answers=self.answers,
+        )
 
     @torch.inference_mode()
     def score_tokens(

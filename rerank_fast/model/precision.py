@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """weights None keeps the checkpoint's own; compute None is the weights'."""
+    """weights None keeps the checkpoint's own; compute is for packed execution; None is the weights'."""
 
-    weights: str | torch.dtype | None = None
+    weights: torch.dtype | None = None
     compute: torch.dtype | None = None
     int8: bool = False
 
@@ -34,9 +34,10 @@ def choose_precision(dtype: str | torch.dtype | None, device: torch.device) -> P
                 f"dtype int8 is for the CPU, got device {device}; expected float32, bfloat16 or float16"
             )
         return Precision(compute=_fastest(device), int8=True)
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f'dtype must be a torch.dtype or its name, "auto", "int8" or None, got {dtype!r}')
-    return Precision(weights=dtype)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f'dtype must be float32, bfloat16, float16, "auto", "int8" or None, got {dtype!r}')
+    return Precision(weights=kind)
 
 
 def _fastest(device: torch.device) -> torch.dtype:

@@ -68,6 +68,7 @@ def make_step(
     *,
     dtype: torch.dtype | None = None,
     packed: bool = True,
+    packed_dtype: torch.dtype | None = None,
     answers: Answers | None = None,
 ) -> PackedStep | PaddedStep:
     """What scores the pairs of one step, micro-batch by micro-batch, with the weights as they are now.
@@ -79,11 +80,11 @@ def make_step(
         dtype: of matrix products and attention; None takes the weights' own. bf16 beside fp32 weights is what
             autocast does.
         packed: False pads whatever the architecture.
+        packed_dtype: where dtype is None, of packed execution only: not every model can be autocast.
         answers: of a causal language model.
     """
-    weights_dtype = next(model.parameters()).dtype
-    dtype = dtype or weights_dtype
-    step = make_packed_step(model, tokens, dtype=dtype, answers=answers) if packed else None
+    step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers) if packed else None
+    dtype = dtype or next(model.parameters()).dtype
     return step or PaddedStep(model, tokenizer, tokens, dtype=dtype, answers=answers)
 
 
