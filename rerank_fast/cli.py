@@ -76,6 +76,7 @@ def _parser() -> ArgumentParser:
     )
     evaluate.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     evaluate.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    evaluate.add_argument("--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...")
     evaluate.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     commands.add_subcommand("evaluate", evaluate)
 
@@ -195,7 +196,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     details = Path(options["details"]) if options["details"] else None
 
     def loaded(path: str) -> CrossEncoder:
-        return CrossEncoder(path, max_length=options["max_length"])
+        return CrossEncoder(path, max_length=options["max_length"], dtype=options["dtype"])
 
     result: dict[str, Any]
     if len(models) == 1:

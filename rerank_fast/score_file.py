@@ -33,7 +33,7 @@ class FileScores:
 
 
 def process_state() -> PartialState:
-    """This process among those of accelerate launch, with a device of its own."""
+    """This process among those of accelerate launch (torchrun on CPUs), with a device of its own."""
     # A process waits for the slowest one at the end, however long that takes.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
 
@@ -166,10 +166,11 @@ def _part(parts: Path, index: int) -> Path:
 
 
 def _with_scores(block: PairBlock, scores: np.ndarray) -> pyarrow.Table:
+    kept = {name: block.kept.column(name) for name in block.kept.column_names}
     if block.sizes is None:
-        return block.kept.append_column("score", pyarrow.array(scores, pyarrow.float32()))
+        return pyarrow.table({**kept, "score": pyarrow.array(scores, pyarrow.float32())})
     offsets = np.concatenate([[0], np.cumsum(block.sizes)]).astype(np.int32)
-    return block.kept.append_column("scores", pyarrow.ListArray.from_arrays(offsets, pyarrow.array(scores)))
+    return pyarrow.table({**kept, "scores": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(scores))})
 
 
 def _write(path: Path, fill: Any, schema: pyarrow.Schema) -> None:

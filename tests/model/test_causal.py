@@ -119,8 +119,8 @@ def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.
 
 
 def test_the_published_usage(tmp_path: Path):
-    """A checkpoint as Qwen published it: a chat template that knows no pairs. The prompt is put together by hand."""
-    chat = "{% for m in messages if m.role in ['system', 'user'] %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    """A checkpoint as Qwen published it, with a chat template that knows no pairs; the prompt put together here."""
+    chat = "{% for m in messages if m.role == 'user' %}<|im_start|>user\\n{{ m.content }}{% endfor %}"
     directory = make_tiny_qwen3(tmp_path, chat_template=chat)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     causal = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -164,7 +164,7 @@ def test_what_is_saved_opens_on_either_side(directory: Path, tmp_path: Path):
     model.save_pretrained(tmp_path / "ours", overwrite=True)
 
 
-def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path, monkeypatch):
+def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path):
     model = CrossEncoder(directory, device="cpu")
     inputs, labels = [["rain", "panda"], [["rain", "wind"], ["bear", "fish"]]], [torch.tensor([1, 0])] * 2
     losses = {}
@@ -173,7 +173,9 @@ def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path, monkeypatc
         loss = LambdaLoss(model, packed=packed)(inputs, labels)
         loss.backward()
         losses[packed] = loss.detach(), model.model.model.embed_tokens.weight.grad.clone()
-    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-6)
+    (loss, gradient), (padded_loss, padded_gradient) = losses[True], losses[False]
+    torch.testing.assert_close(loss, padded_loss, rtol=1e-5, atol=1e-6)
+    assert (gradient - padded_gradient).norm() < 1e-4 * padded_gradient.norm()
 
 
 def test_causal_models_in_int8(directory: Path):
