@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.int8 import quantize_linears
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.precision import choose_precision
+from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import PaddedStep, make_padded_score, make_step, run
-from rerank_fast.model.tokenization import Pair, PairTokenizer, PromptTokenizer, check_pairs
+from rerank_fast.model.tokenization import Pair, PairTokenizer, PromptTokenizer, ahead, check_pairs, chunks
 
 logger = logging.getLogger(__name__)
-
-_CHUNK = 1024  # pairs a tokenizer call: enough for its threads, little memory beside the result
 
 
 class CrossEncoder(nn.Module):
@@ -150,8 +147,8 @@ class CrossEncoder(nn.Module):
         """The same, with the number of pairs that were truncated in place of the warning."""
         check_pairs(pairs)
         parts, truncated = [], 0
-        for start in tqdm(range(0, len(pairs), _CHUNK), desc="Tokenizing", disable=not show_progress_bar):
-            part, cut = self._tokenize(pairs[start : start + _CHUNK], self.max_length, prompt)
+        for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
+            part, cut = self._tokenize(chunk, self.max_length, prompt)
             parts.append(part)
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
@@ -240,26 +237,10 @@ class CrossEncoder(nn.Module):
             self.train(was_training)
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
-        """All pairs in chunks, the next one tokenised in a thread while the caller works on the last."""
         truncated = 0
-
-        def tokenize(chunk: Sequence[Pair]) -> TokenizedPairs:
-            nonlocal truncated
-            tokens, cut = self._tokenize(chunk, self.max_length, prompt)
+        for tokens, cut in ahead(lambda chunk: self._tokenize(chunk, self.max_length, prompt), pairs):
             truncated += cut
-            return tokens
-
-        chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
-        if len(chunks) == 1:  # a thread would only cost
-            yield tokenize(chunks[0])
-        else:
-            with ThreadPoolExecutor(1) as thread:
-                futures = deque(thread.submit(tokenize, chunk) for chunk in chunks[:2])
-                for chunk in chunks[2:]:
-                    yield futures.popleft().result()
-                    futures.append(thread.submit(tokenize, chunk))
-                while futures:
-                    yield futures.popleft().result()
+            yield tokens
         self._warn_of_truncation(truncated, len(pairs))
 
     @torch.inference_mode()
@@ -343,17 +324,7 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be None or at least 1, got {top_k}")
-        if isinstance(queries, str) or len(queries) != len(documents_per_query):
-            raise ValueError(
-                f"expected a list of queries and one list of documents for each, got "
-                f"{'a string' if isinstance(queries, str) else f'{len(queries)} queries'} "
-                f"and {len(documents_per_query)} lists of documents"
-            )
-        for index, documents in enumerate(documents_per_query):
-            if isinstance(documents, str):
-                raise ValueError(f"query {index}: expected a list of documents, got a string")
+        check_lists(queries, documents_per_query, top_k)
         if not queries:
             return []
         pairs = [(q, document) for q, docs in zip(queries, documents_per_query, strict=True) for document in docs]
@@ -364,17 +335,7 @@ class CrossEncoder(nn.Module):
             show_progress_bar=show_progress_bar,
             prompt=prompt,
         )
-        ends = np.cumsum([len(documents) for documents in documents_per_query], dtype=np.int64)
-        rankings = []
-        for documents, scores in zip(documents_per_query, np.split(all_scores, ends[:-1]), strict=True):
-            ranking = []
-            for index in np.argsort(-scores, kind="stable")[:top_k].tolist():
-                entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
-                if return_documents:
-                    entry["text"] = documents[index]
-                ranking.append(entry)
-            rankings.append(ranking)
-        return rankings
+        return rankings(all_scores, documents_per_query, top_k, return_documents)
 
     # -- to disk and hub --------------------------------------------------------------------------------
 

@@ -296,7 +296,7 @@ def test_rank_many_says_what_is_wrong(model: CrossEncoder, queries, documents, m
 def test_pairs_beyond_one_chunk_are_tokenised_ahead_in_order(model: CrossEncoder, monkeypatch):
     pairs = [(f"query {n % 7}", f"document {'fish ' * (n % 11)}{n}") for n in range(53)]
     expected = model.predict(pairs)
-    monkeypatch.setattr("rerank_fast.model.cross_encoder._CHUNK", 8)
+    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 8)
     np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="pair 53: expected the document to be a string"):
         model.predict([*pairs, ("query", None)])
@@ -329,7 +329,7 @@ def test_dtypes_that_there_are_not(directory: Path, dtype: str):
 
 
 def test_how_many_pairs_were_truncated_is_said_once(model: CrossEncoder, monkeypatch, caplog):
-    monkeypatch.setattr("rerank_fast.model.cross_encoder._CHUNK", 4)
+    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 4)
     long = "the sea is wet and " * 100
     exact = model.tokenize([("rain", "the " * 60)])  # 64 tokens: all that fit, and nothing was cut
     assert exact.lengths.tolist() == [64]
