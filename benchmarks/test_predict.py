@@ -1,7 +1,7 @@
 """predict() beside sentence-transformers, OpenVINO and ONNX Runtime: the same weights, the same texts, MiniLM-L6.
 
 Pairs have MS MARCO-like lengths; RERANK_FAST_BENCH_PAIRS sets their number (1,000 is the published setting). The
-int8 peers need `pip install openvino nncf onnxruntime onnx onnxscript` and are skipped where these are missing.
+int8 peers need the extra bench-int8 and are skipped, with the name of what is missing, without it.
 """
 
 from __future__ import annotations
