@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "int8_rows.h"
 #include "lambda_loss.h"
 #include "lambda_loss_pairs.h"
 #include "ndcg.h"
@@ -167,6 +168,25 @@ void ndcg(Address scores, Address labels, Address offsets, std::int64_t num_list
                        reinterpret_cast<T*>(result));
 }
 
+// (rows, width, bf16, threads)
+using Int8RowsTuple = std::tuple<std::int64_t, std::int64_t, bool, int>;
+
+rerank_fast::Int8RowsShape int8_rows_shape(const Int8RowsTuple& tuple) {
+  return std::apply([](auto... values) { return rerank_fast::Int8RowsShape{values...}; }, tuple);
+}
+
+void quantize_rows(const Int8RowsTuple& shape, Address x, int levels, Address quantized, Address scale) {
+  py::gil_scoped_release release;
+  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), levels,
+                             reinterpret_cast<std::uint8_t*>(quantized), reinterpret_cast<float*>(scale));
+}
+
+void scale_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias) {
+  py::gil_scoped_release release;
+  rerank_fast::scale_rows(int8_rows_shape(shape), reinterpret_cast<void*>(x),
+                          reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -183,4 +203,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("score_head_dot_backward", &score_head_dot_backward);
   module.def("ndcg_float", &ndcg<float>);
   module.def("ndcg_double", &ndcg<double>);
+  module.def("quantize_rows", &quantize_rows);
+  module.def("scale_rows", &scale_rows);
 }

@@ -1,4 +1,4 @@
-"""The command rerank-fast: train, evaluate, mine, export, recipes, demo."""
+"""The command rerank-fast: train, evaluate, score, mine, export, recipes, demo."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def _parser() -> ArgumentParser:
     )
     evaluate.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     evaluate.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    evaluate.add_argument("--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...")
     evaluate.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     commands.add_subcommand("evaluate", evaluate)
 
@@ -100,6 +101,35 @@ def _parser() -> ArgumentParser:
     export.add_argument("--tolerance", type=float | None, default=None, help="largest difference of a score")
     export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     commands.add_subcommand("export", export)
+
+    score = ArgumentParser(
+        description="Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
+    )
+    score.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    score.add_argument(
+        "--input", type=str, required=True, help=".jsonl or .parquet with query and document, or query and docs"
+    )
+    score.add_argument(
+        "--output", type=str, required=True, help=".parquet file for the scores, in the input's order"
+    )
+    score.add_argument(
+        "--columns",
+        type=dict[str, str] | None,
+        default=None,
+        help="""the input's own names of query and document (or docs), e.g. '{"document": "passage"}'""",
+    )
+    score.add_argument("--keep", type=str, nargs="+", default=[], help="columns of the input to copy to the output")
+    score.add_argument(
+        "--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...; the checkpoint's own if left out"
+    )
+    score.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    score.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    score.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
+    score.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
+    score.add_argument(
+        "--overwrite", action="store_true", help="replace the output, and parts of a run with other settings"
+    )
+    commands.add_subcommand("score", score)
 
     recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")
     recipes.add_argument("name", type=str | None, nargs="?", default=None)
@@ -253,7 +283,7 @@ def _evaluate(options: dict[str, Any]) -> None:
     details = Path(options["details"]) if options["details"] else None
 
     def loaded(path: str) -> CrossEncoder:
-        return CrossEncoder(path, max_length=options["max_length"])
+        return CrossEncoder(path, max_length=options["max_length"], dtype=options["dtype"])
 
     result: dict[str, Any]
     if len(models) == 1:
@@ -399,6 +429,26 @@ def _export(options: dict[str, Any]) -> None:
     )
 
 
+def _score(options: dict[str, Any]) -> None:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.score_file import process_state, score_file
+
+    state = process_state()
+    model_options = {name: options.pop(name) for name in ("dtype", "max_length")}
+    model = CrossEncoder(options.pop("model"), device=state.device, **model_options)
+    source, output = options.pop("input"), options.pop("output")
+    result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
+    if result.truncated:
+        logging.warning(
+            "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
+            result.truncated,
+            result.scored,
+            model.max_length,
+        )
+    if state.is_main_process:
+        print(f"{result.rows} rows in {output}; {result.scored} pairs scored now by this process")
+
+
 def _recipes(options: dict[str, Any]) -> None:
     from rerank_fast.recipes import recipe_names, recipe_text
 
@@ -426,6 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "evaluate": _evaluate,
+        "score": _score,
         "mine": _mine,
         "export": _export,
         "recipes": _recipes,
@@ -433,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         commands[parsed.command](options)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, MemoryError) as error:
         print(f"rerank-fast {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

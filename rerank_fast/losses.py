@@ -243,7 +243,8 @@ class LambdaLoss(nn.Module):
         assert mask is not None
         if self.packed and (text_model := _plain_text_model(self.model)) is not None:
             tokens = TokenizedPairs.from_padded(features)
-            step = make_packed_step(text_model, tokens, dtype=_autocast_dtype(device))
+            answers = getattr(self.model, "answers", None)  # of a causal model; sentence-transformers has a module
+            step = make_packed_step(text_model, tokens, dtype=_autocast_dtype(device), answers=answers)
             if step is not None:
                 return run(step, max_pairs=mini_batch_size)
         # Tokens come from the tokenizer on the host, so the lengths are read without waiting for a device.

@@ -12,6 +12,8 @@ from transformers import (
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -106,6 +108,26 @@ def make_tiny_roberta(directory: str | Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     return _save(RobertaForSequenceClassification(config), tokenizer, directory)
+
+
+def make_tiny_qwen3(
+    directory: str | Path, *, chat_template: str | None = None, tied: bool = True, seed: int = 0
+) -> Path:
+    """Save a 2-layer causal Qwen3 of width 32; its tokenizer knows Qwen's markers and the words yes and no."""
+    tokenizer = make_tokenizer(model_max_length=384)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.chat_template = chat_template
+    config = Qwen3Config(
+        **_shape(tokenizer),
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return _save(Qwen3ForCausalLM(config), tokenizer, directory)
 
 
 def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rerank_fast.model.heads import Head, find_head
+from rerank_fast.model.heads import CAUSAL_FAMILIES, Answers, Head, find_answer_head, find_head
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,14 @@ class Architecture:
     unread_token_id: int | None = None  # the last token is the last that is not this one
 
 
-def find_architecture(model: nn.Module) -> Architecture | None:
-    """The parts of a model that runs packed; None for one that must be padded."""
+def find_architecture(model: nn.Module, answers: Answers | None = None) -> Architecture | None:
+    """The parts of a model that runs packed; None for one that must be padded.
+
+    answers are those of a causal language model.
+    """
+    if answers is not None:
+        head = find_answer_head(model, answers)
+        return None if head is None else _decoder_parts(model, head)
     find = _FAMILIES.get(type(model).__name__)
     if find is None or not type(model).__module__.startswith("transformers.models."):
         return None  # remote code may look like BERT and do something else
@@ -86,9 +92,9 @@ def find_architecture(model: nn.Module) -> Architecture | None:
 def reason_to_pad(model: nn.Module) -> str:
     """Why find_architecture gave None."""
     name = type(model).__name__
-    if name in _FAMILIES:
+    if name in (*_FAMILIES, *CAUSAL_FAMILIES):
         return f"this {name} has parts that packed execution does not know"
-    return f"packed execution knows {', '.join(_FAMILIES)}, not {name}"
+    return f"packed execution knows {', '.join([*_FAMILIES, *CAUSAL_FAMILIES])}, not {name}"
 
 
 def _bert_like(base_name: str, pad_positions: bool) -> Callable[[Any], Architecture | None]:
@@ -212,10 +218,13 @@ def _modernbert_layer(layer: Any, config: Any) -> PreNormLayer:
 
 
 def _decoder(model: Any) -> Architecture | None:
-    """Llama and Qwen with a score for the last token."""
-    base, config, head = model.model, model.config, find_head(model)
-    if head is None:
-        return None
+    """Llama and Qwen with a score for the last token that is not padding."""
+    head = find_head(model)
+    return None if head is None else _decoder_parts(model, head, unread_token_id=model.config.pad_token_id)
+
+
+def _decoder_parts(model: Any, head: Head, unread_token_id: int | None = None) -> Architecture:
+    base, config = model.model, model.config
     return Architecture(
         word_embeddings=base.embed_tokens,
         embed=lambda rows, types, positions: rows,
@@ -224,7 +233,7 @@ def _decoder(model: Any) -> Architecture | None:
         reads="last",
         final_norm=base.norm,
         rotary=lambda hidden, positions: {"all": _flat(base.rotary_emb(hidden, positions))},
-        unread_token_id=config.pad_token_id,
+        unread_token_id=unread_token_id,
     )
 
 

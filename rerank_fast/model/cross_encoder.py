@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +15,23 @@ from tqdm.auto import tqdm
 from rerank_fast.model import storage
 from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.int8 import quantize_linears
 from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.scoring import PaddedStep, make_step, run
+from rerank_fast.model.precision import choose_precision
+from rerank_fast.model.ranking import check_lists, rankings
+from rerank_fast.model.scoring import PaddedStep, make_padded_score, make_step, run
+from rerank_fast.model.tokenization import Pair, PairTokenizer, PromptTokenizer, ahead, check_pairs, chunks
 
 logger = logging.getLogger(__name__)
-
-Pair = Sequence[str]
-_CHUNK = 1024  # pairs a tokenizer call: enough for its threads, little memory beside the result
 
 
 class CrossEncoder(nn.Module):
     """A Hugging Face sequence-classification model with one label that scores (query, document) pairs.
 
     Opens a bare encoder (with a fresh, untrained head and one warning), any sequence-classification checkpoint
-    with one label, and directories saved by sentence-transformers' CrossEncoder. Weights are read from
-    safetensors only.
+    with one label, and directories saved by sentence-transformers' CrossEncoder. A causal language model
+    (Qwen3-Reranker) scores with the logits of "yes" less "no" at the end of its prompt, which is the tokenizer's
+    chat template. Weights are read from safetensors only.
 
     Args:
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
@@ -41,7 +40,9 @@ class CrossEncoder(nn.Module):
             smaller of the tokenizer's limit and the number of positions that the model has.
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps the accuracy of
-            bf16, and says which in the log: bf16 on GPUs and on processors with bf16 dot products, else fp32.
+            bf16, by a measurement of some milliseconds on CPUs, and says which in the log. "int8" (CPUs, inference)
+            multiplies in int8, with a scale for each output of the weights and one for each token, all but the
+            score head.
         activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
         trust_remote_code: run model code that the checkpoint brings along.
         revision: branch, tag or commit on the hub.
@@ -49,7 +50,7 @@ class CrossEncoder(nn.Module):
 
     Raises:
         ValueError: the model is missing, has no safetensors weights, or has more than one label; max_length is
-            below 4 or above the model's positions.
+            below 4 or above the model's positions; dtype is none of the above.
     """
 
     def __init__(
@@ -70,13 +71,16 @@ class CrossEncoder(nn.Module):
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype == "auto":
-            dtype = _fastest_dtype(device)
-            logger.info("dtype auto: %s on %s", str(dtype).removeprefix("torch."), device)
-        loaded = storage.load(str(path_or_hub_id), dtype=dtype, **hub)
+        self._precision = choose_precision(dtype, device)
+        loaded = storage.load(str(path_or_hub_id), dtype=self._precision.weights, **hub)
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
+        self.answers = loaded.answers
+        make_tokenizer = PairTokenizer if self.answers is None else PromptTokenizer
+        self._tokenize: PairTokenizer | PromptTokenizer = make_tokenizer(self.tokenizer)
+        if self._precision.int8:
+            quantize_linears(self.model)
         self._max_positions = loaded.max_positions
         # An encoder's card says nothing of the reranker that is made from it, but its license holds on.
         self.card = loaded.card if loaded.has_head else None
@@ -111,8 +115,14 @@ class CrossEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def dtype_name(self) -> str:
+        """Of the arithmetic: float32, bfloat16, float16 or int8."""
+        weights = next(self.model.parameters()).dtype
+        return "int8" if self._precision.int8 else str(weights).removeprefix("torch.")
+
+    @property
     def num_labels(self) -> int:
-        return int(self.model.config.num_labels)
+        return 1
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
@@ -120,55 +130,73 @@ class CrossEncoder(nn.Module):
 
     # -- text to tokens ---------------------------------------------------------------------------------
 
-    def tokenize(self, pairs: Sequence[Pair], *, show_progress_bar: bool = False) -> TokenizedPairs:
+    def tokenize(
+        self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
+    ) -> TokenizedPairs:
         """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
+
+        How many were truncated is said in one warning. The prompt goes before each query; a causal model takes it
+        for the instruction.
 
         Raises:
             ValueError: an element is not a pair of strings; names its index.
         """
-        _check_pairs(pairs)
-        parts = []
-        for start in tqdm(range(0, len(pairs), _CHUNK), desc="Tokenizing", disable=not show_progress_bar):
-            encoded = self._encode(pairs[start : start + _CHUNK])
-            lengths = [len(ids) for ids in encoded["input_ids"]]
-            types = encoded.get("token_type_ids")
-            parts.append(
-                TokenizedPairs(
-                    np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, sum(lengths)),
-                    None if types is None else np.fromiter(chain.from_iterable(types), np.int8, sum(lengths)),
-                    np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-                )
-            )
-        return TokenizedPairs.concatenate(parts)
+        tokens, truncated = self.tokenize_counting(pairs, show_progress_bar=show_progress_bar, prompt=prompt)
+        self._warn_of_truncation(truncated, len(pairs))
+        return tokens
 
-    def _encode(self, pairs: Sequence[Pair], **options: Any) -> Mapping[str, Any]:
-        return self.tokenizer(
-            [pair[0] for pair in pairs],
-            [pair[1] for pair in pairs],
-            truncation="longest_first",
-            max_length=self.max_length,
-            **options,
-        )
+    def tokenize_counting(
+        self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
+    ) -> tuple[TokenizedPairs, int]:
+        """The same, with the number of pairs that were truncated in place of the warning."""
+        check_pairs(pairs)
+        parts, truncated = [], 0
+        for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
+            part, cut = self._tokenize(chunk, self.max_length, prompt)
+            parts.append(part)
+            truncated += cut
+        return TokenizedPairs.concatenate(parts), truncated
+
+    def _warn_of_truncation(self, truncated: int, total: int) -> None:
+        if truncated:
+            logger.warning(
+                "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
+                truncated,
+                total,
+                self.max_length,
+            )
 
     def preprocess(
         self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
-        """One padded batch of the pairs, on the host; the prompt goes before each query."""
-        if prompt:
-            pairs = [(prompt + pair[0], pair[1]) for pair in pairs]
-        return dict(self._encode(pairs, padding=True, return_tensors="pt"))
+        """One padded batch of the pairs, on the host; the prompt as tokenize has it."""
+        tokens = self.tokenize(pairs, prompt=prompt)
+        return tokens.pad(
+            np.arange(len(tokens)),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            padding_side=self.tokenizer.padding_side,
+            pad_token_type_id=self.tokenizer.pad_token_type_id,
+        )
 
     # -- tokens to scores -------------------------------------------------------------------------------
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw scores (logits) of one padded batch: {"scores": (B,) fp32}."""
-        return {"scores": self.model(**features).logits.reshape(-1).float()}
+        return {"scores": make_padded_score(self.model, self.answers)(features)}
 
     def step(
         self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
     ) -> PackedStep | PaddedStep:
         """What scores these pairs with the weights as they are now; see `rerank_fast.model.scoring`."""
-        return make_step(self.model, self.tokenizer, tokens, dtype=dtype, packed=packed)
+        return make_step(
+            self.model,
+            self.tokenizer,
+            tokens,
+            dtype=dtype,
+            packed=packed,
+            packed_dtype=self._precision.compute,
+            answers=self.answers,
+        )
 
     @torch.inference_mode()
     def score_tokens(
@@ -212,19 +240,12 @@ class CrossEncoder(nn.Module):
             bar.close()
             self.train(was_training)
 
-    def _tokenized_chunks(self, pairs: Sequence[Pair]) -> Iterator[TokenizedPairs]:
-        """All pairs in chunks, the next one tokenised in a thread while the caller works on the last."""
-        chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
-        if len(chunks) == 1:  # a thread would only cost
-            yield self.tokenize(chunks[0])
-            return
-        with ThreadPoolExecutor(1) as thread:
-            futures = deque(thread.submit(self.tokenize, chunk) for chunk in chunks[:2])
-            for chunk in chunks[2:]:
-                yield futures.popleft().result()
-                futures.append(thread.submit(self.tokenize, chunk))
-            while futures:
-                yield futures.popleft().result()
+    def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
+        truncated = 0
+        for tokens, cut in ahead(lambda chunk: self._tokenize(chunk, self.max_length, prompt), pairs):
+            truncated += cut
+            yield tokens
+        self._warn_of_truncation(truncated, len(pairs))
 
     @torch.inference_mode()
     def predict(
@@ -235,6 +256,7 @@ class CrossEncoder(nn.Module):
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        prompt: str | None = None,
     ) -> Any:
         """Scores of (query, document) pairs, in their order.
 
@@ -245,12 +267,14 @@ class CrossEncoder(nn.Module):
             show_progress_bar: None shows it when INFO messages are logged.
             convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
             convert_to_tensor: return a (N,) fp32 tensor on the model's device.
+            prompt: goes before each query; the instruction of a causal model.
 
         Returns:
             The scores; a single value for one pair.
 
         Raises:
             ValueError: an element is not a pair of strings; names its index.
+            MemoryError: a batch does not fit memory, nor does half of it.
         """
         if isinstance(pairs, np.ndarray):
             pairs = pairs.tolist()
@@ -258,8 +282,8 @@ class CrossEncoder(nn.Module):
         batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item]
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
-        _check_pairs(batch)  # all, before any is scored
-        scores = self._scores(self._tokenized_chunks(batch), len(batch), batch_size, show_progress_bar)
+        check_pairs(batch)  # all, before any is scored
+        scores = self._scores(self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar)
         scores = self._activate(scores, activation_fn)
         if convert_to_tensor:
             return scores[0] if single else scores
@@ -277,6 +301,7 @@ class CrossEncoder(nn.Module):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
+        prompt: str | None = None,
     ) -> list[dict[str, Any]]:
         """Documents by descending score, ties in input order.
 
@@ -284,7 +309,7 @@ class CrossEncoder(nn.Module):
             [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
         """
         return self.rank_many(
-            [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn
+            [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn, prompt
         )[0]
 
     def rank_many(
@@ -296,40 +321,25 @@ class CrossEncoder(nn.Module):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
+        prompt: str | None = None,
     ) -> list[list[dict[str, Any]]]:
         """rank() for every query, all pairs in one stream: many short lists cost what one long list does.
 
         Raises:
             ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be None or at least 1, got {top_k}")
-        if isinstance(queries, str) or len(queries) != len(documents_per_query):
-            raise ValueError(
-                f"expected a list of queries and one list of documents for each, got "
-                f"{'a string' if isinstance(queries, str) else f'{len(queries)} queries'} "
-                f"and {len(documents_per_query)} lists of documents"
-            )
-        for index, documents in enumerate(documents_per_query):
-            if isinstance(documents, str):
-                raise ValueError(f"query {index}: expected a list of documents, got a string")
+        check_lists(queries, documents_per_query, top_k)
         if not queries:
             return []
         pairs = [(q, document) for q, docs in zip(queries, documents_per_query, strict=True) for document in docs]
         all_scores = self.predict(
-            pairs, batch_size=batch_size, activation_fn=activation_fn, show_progress_bar=show_progress_bar
+            pairs,
+            batch_size=batch_size,
+            activation_fn=activation_fn,
+            show_progress_bar=show_progress_bar,
+            prompt=prompt,
         )
-        ends = np.cumsum([len(documents) for documents in documents_per_query], dtype=np.int64)
-        rankings = []
-        for documents, scores in zip(documents_per_query, np.split(all_scores, ends[:-1]), strict=True):
-            ranking = []
-            for index in np.argsort(-scores, kind="stable")[:top_k].tolist():
-                entry: dict[str, Any] = {"corpus_id": index, "score": float(scores[index])}
-                if return_documents:
-                    entry["text"] = documents[index]
-                ranking.append(entry)
-            rankings.append(ranking)
-        return rankings
+        return rankings(all_scores, documents_per_query, top_k, return_documents)
 
     # -- to disk and hub --------------------------------------------------------------------------------
 
@@ -345,9 +355,18 @@ class CrossEncoder(nn.Module):
         self._save(Path(path), Path(path).resolve().name, overwrite=overwrite)
 
     def _save(self, directory: Path, name: str, *, overwrite: bool = False) -> None:
+        if self._precision.int8:
+            raise ValueError("int8 weights are for inference and can't be saved; load the model with another dtype")
         card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
-            self.model, self.tokenizer, self.activation_fn, self.max_length, card, directory, overwrite=overwrite
+            self.model,
+            self.tokenizer,
+            self.activation_fn,
+            self.max_length,
+            card,
+            directory,
+            answers=self.answers,
+            overwrite=overwrite,
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | bool | None = None) -> str:
@@ -365,26 +384,3 @@ class CrossEncoder(nn.Module):
             ValueError: the hub is offline or refuses.
         """
         return storage.push(lambda directory: self._save(directory, repo_id), repo_id, private=private, token=token)
-
-
-def _fastest_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it at full speed; elsewhere it is emulated and slower than fp32."""
-    if device.type == "cpu":
-        if hasattr(torch.cpu, "get_capabilities"):
-            features = torch.cpu.get_capabilities()
-            fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        else:  # torch before 2.11
-            fast = torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32
-
-
-def _check_pairs(pairs: Sequence[Pair]) -> None:
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
-            raise ValueError(f"pair {index}: expected (query, document), got {pair!r:.80}")
-        for side, text in zip(("query", "document"), pair, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"pair {index}: expected the {side} to be a string, got {type(text).__name__}")

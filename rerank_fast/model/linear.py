@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rerank_fast.model.int8 import Int8Linear
 from rerank_fast.model.packing import MAX_TOKENS
 
 
@@ -53,6 +54,10 @@ class StepLinear:
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, num_tokens: int) -> None:
         self.modules: Sequence[nn.Module] | None = None
+        quantized = [module for module in modules if type(module) is Int8Linear and not _has_hooks(module)]
+        if len(quantized) == len(modules):
+            self.modules = [Int8Linear.joined(quantized)]
+            return
         if not all(type(module) is nn.Linear and not _has_hooks(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return

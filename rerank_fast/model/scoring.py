@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.heads import Answers, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,17 @@ class PaddedStep:
 
     padded = True
 
-    def __init__(self, model: Any, tokenizer: Any, tokens: TokenizedPairs, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        tokens: TokenizedPairs,
+        *,
+        dtype: torch.dtype,
+        answers: Answers | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.score = make_padded_score(model, answers)
         autocasts = dtype != next(model.parameters()).dtype
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
@@ -38,36 +48,56 @@ class PaddedStep:
             pad_token_type_id=self.tokenizer.pad_token_type_id,
             device=self.model.device,
         )
-        return self.model(**inputs).logits.reshape(-1).float()
+        return self.score(inputs)
+
+
+def make_padded_score(model: Any, answers: Answers | None = None) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """What gives the (B,) fp32 scores of a padded batch, left-padded where there are answers."""
+    if answers is None:
+        return lambda inputs: model(**inputs).logits.reshape(-1).float()
+    head = find_answer_head(model, answers)
+    if head is None:
+        return lambda inputs: answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
+    return lambda inputs: head(model.base_model(**inputs).last_hidden_state[:, -1]).float()
 
 
 def make_step(
-    model: Any, tokenizer: Any, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
+    model: Any,
+    tokenizer: Any,
+    tokens: TokenizedPairs,
+    *,
+    dtype: torch.dtype | None = None,
+    packed: bool = True,
+    packed_dtype: torch.dtype | None = None,
+    answers: Answers | None = None,
 ) -> PackedStep | PaddedStep:
     """What scores the pairs of one step, micro-batch by micro-batch, with the weights as they are now.
 
     Args:
-        model: a Hugging Face sequence-classification model with one label.
+        model: a Hugging Face sequence-classification model with one label, or a causal language model.
         tokenizer: of the model; says how to pad.
         tokens: all pairs of the step.
         dtype: of matrix products and attention; None takes the weights' own. bf16 beside fp32 weights is what
             autocast does.
         packed: False pads whatever the architecture.
+        packed_dtype: where dtype is None, of packed execution only: not every model can be autocast.
+        answers: of a causal language model.
     """
-    weights_dtype = next(model.parameters()).dtype
-    dtype = dtype or weights_dtype
-    step = make_packed_step(model, tokens, dtype=dtype) if packed else None
-    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype)
+    step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers) if packed else None
+    dtype = dtype or next(model.parameters()).dtype
+    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype, answers=answers)
 
 
-def make_packed_step(model: Any, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None) -> PackedStep | None:
+def make_packed_step(
+    model: Any, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, answers: Answers | None = None
+) -> PackedStep | None:
     """The same, or None, and one line in the log, where the model can't run packed."""
     weights_dtype = next(model.parameters()).dtype
     dtype = dtype or weights_dtype
     if model.device.type != "cpu" or not {dtype, weights_dtype} <= {torch.float32, torch.bfloat16}:
         _say_once(f"packed execution is for the CPU in fp32 or bf16, not {dtype} on {model.device.type}")
         return None
-    architecture = find_architecture(model)
+    architecture = find_architecture(model, answers)
     if architecture is None:
         _say_once(reason_to_pad(model))
         return None
@@ -90,6 +120,9 @@ def run(
         max_tokens: most tokens in a micro-batch, with the padding where there is any; None and no max_pairs takes
             a number that suits most processors.
         progress: told the number of pairs of every micro-batch that is done.
+
+    Raises:
+        MemoryError: a micro-batch does not fit memory, nor does either half of it.
     """
     if max_pairs is None and max_tokens is None:
         max_tokens = MAX_TOKENS
@@ -99,10 +132,37 @@ def run(
     parts = []
     with step.region:
         for indices in plan:
-            parts.append(step(indices))
+            parts.append(_score_or_halve(step, indices))
             if progress is not None:
                 progress(len(indices))
     return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]
+
+
+def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tensor:
+    """A micro-batch's scores; one that does not fit memory is tried once more in two halves."""
+    try:
+        return step(indices)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        tokens = int(step.tokens.lengths[indices].sum())
+        size = f"{len(indices)} pairs with {tokens} tokens"
+    # Outside of the except clause: its traceback would keep the failed forward's tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(indices) > 1:
+        logger.warning("A batch of %s does not fit memory; it is scored in two halves.", size)
+        try:
+            return torch.cat([step(half) for half in np.array_split(indices, 2)])
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            size += ", in halves too,"
+    raise MemoryError(f"a batch of {size} does not fit memory: expected a smaller batch_size or max_length")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _say_once(reason: str) -> None:

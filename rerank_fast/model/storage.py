@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import __version__ as transformers_version
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from rerank_fast.model.card import CARD_FILE, Card, read_card
+from rerank_fast.model.heads import Answers
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class LoadedModel:
     activation_fn: Callable[[Tensor], Tensor] | None
     card: Card | None  # README.md; of the encoder where the checkpoint has no trained head
     has_head: bool
+    answers: Answers | None  # of a causal language model
 
 
 @contextlib.contextmanager
@@ -82,10 +85,13 @@ def load(
         raise ValueError(
             f"{path_or_hub_id} has {config.num_labels} labels; expected a sequence-classification model with 1"
         )
-    config.num_labels = 1
+    causal = bool(architectures) and architectures[0].endswith("ForCausalLM")
+    if not causal:
+        config.num_labels = 1
+    loader: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     with _quiet_transformers():
         try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = loader.from_pretrained(
                 path_or_hub_id,
                 config=config,
                 dtype=dtype or "auto",
@@ -96,6 +102,7 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub)
         except (OSError, ValueError) as error:
             raise ValueError(_explain(path_or_hub_id, error)) from error
+    answers = _answers(path_or_hub_id, tokenizer, revision, token) if causal else None
     missing = sorted(report["missing_keys"])
     if missing:
         logger.warning(
@@ -114,6 +121,7 @@ def load(
         None if missing else _saved_activation(path_or_hub_id, config, revision, token),
         _saved_card(path_or_hub_id, revision, token),
         not missing,
+        answers,
     )
 
 
@@ -139,14 +147,33 @@ def _max_positions(config: Any) -> int | None:
     return int(positions)
 
 
+def _read_json(path_or_hub_id: str, name: str, revision: str | None, token: str | bool | None) -> Any:
+    """A file of a checkpoint; None where there is none."""
+    file = _optional_file(path_or_hub_id, name, revision, token)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _answers(path_or_hub_id: str, tokenizer: Any, revision: str | None, token: str | bool | None) -> Answers:
+    """The tokens that a causal model answers with: those that sentence-transformers saved, else yes and no."""
+    for module in _read_json(path_or_hub_id, "modules.json", revision, token) or []:
+        if str(module.get("type", "")).endswith(".LogitScore"):
+            saved = _read_json(path_or_hub_id, f"{module['path']}/config.json", revision, token)
+            return Answers(saved["true_token_id"], saved.get("false_token_id"))
+    vocabulary = tokenizer.get_vocab()
+    if "yes" not in vocabulary or "no" not in vocabulary:
+        raise ValueError(
+            f"{path_or_hub_id} is a causal language model whose tokenizer has no token yes or no; expected these, "
+            "or a LogitScore module as sentence-transformers saves it"
+        )
+    return Answers(vocabulary["yes"], vocabulary["no"])
+
+
 def _saved_activation(
     path_or_hub_id: str, config: Any, revision: str | None, token: str | bool | None
 ) -> Callable[[Tensor], Tensor] | None:
     """The activation that sentence-transformers saved, in any of the places its versions used."""
     saved: dict[str, Any] = getattr(config, "sentence_transformers", None) or {}
-    file = _optional_file(path_or_hub_id, _SENTENCE_TRANSFORMERS_CONFIG, revision, token)
-    if file is not None:
-        saved = saved | json.loads(Path(file).read_text(encoding="utf-8"))
+    saved = saved | (_read_json(path_or_hub_id, _SENTENCE_TRANSFORMERS_CONFIG, revision, token) or {})
     name = saved.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
     if name is None:
         return None
@@ -163,8 +190,6 @@ def _saved_activation(
 
 def _optional_file(path_or_hub_id: str, name: str, revision: str | None, token: str | bool | None) -> str | None:
     """Where a file of the checkpoint is; None if it has none."""
-    from transformers.utils import cached_file
-
     file: str | None = cached_file(
         path_or_hub_id,
         name,
@@ -200,6 +225,7 @@ def save(
     card: Card,
     directory: Path,
     *,
+    answers: Answers | None,
     overwrite: bool,
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
@@ -221,34 +247,50 @@ def save(
                 tokenizer.save_pretrained(staging)
             finally:
                 tokenizer.model_max_length = tokenizer_limit
-        for name, content in _sentence_transformers_files(activation_fn).items():
+        for name, content in _sentence_transformers_files(activation_fn, answers).items():
+            (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
-        for file in sorted(staging.iterdir()):
-            os.replace(file, directory / file.name)
+        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            target = directory / file.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
     except OSError as error:
         raise ValueError(f"can't write a model to {directory}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sentence_transformers_files(activation_fn: object) -> dict[str, Any]:
+def _sentence_transformers_files(activation_fn: object, answers: Answers | None) -> dict[str, Any]:
     """What sentence-transformers 6 reads beside the Hugging Face files."""
     kind = type(activation_fn)
-    return {
+    modules = ["sentence_transformers.base.modules.transformer.Transformer"]
+    transformer: dict[str, Any] = {
+        "transformer_task": "sequence-classification",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+        "module_output_name": "scores",
+    }
+    files: dict[str, Any] = {}
+    if answers is not None:
+        modules.append("sentence_transformers.cross_encoder.modules.logit_score.LogitScore")
+        output = {"method": "forward", "method_output_name": "logits"}
+        transformer = {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": output, "message": output | {"format": "flat"}},
+            "module_output_name": "causal_logits",
+        }
+        files["1_LogitScore/config.json"] = {**asdict(answers), "module_input_name": "causal_logits"}
+    return files | {
         "modules.json": [
             {
-                "idx": 0,
-                "name": "0",
-                "path": "",
-                "type": "sentence_transformers.base.modules.transformer.Transformer",
+                "idx": index,
+                "name": str(index),
+                "path": f"{index}_{name.rpartition('.')[2]}" if index else "",
+                "type": name,
             }
+            for index, name in enumerate(modules)
         ],
-        "sentence_bert_config.json": {
-            "transformer_task": "sequence-classification",
-            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
-            "module_output_name": "scores",
-        },
+        "sentence_bert_config.json": transformer,
         _SENTENCE_TRANSFORMERS_CONFIG: {
             "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
             "activation_fn": f"{kind.__module__}.{kind.__qualname__}",

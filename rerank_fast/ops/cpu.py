@@ -267,3 +267,21 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     addresses = (scores.data_ptr(), labels.data_ptr(), offsets.data_ptr())
     kernel(*addresses, result.shape[0], k, torch.get_num_threads(), result.data_ptr())
     return result
+
+
+def _int8_rows_shape(x: Tensor) -> tuple[Any, ...]:
+    return *x.shape, x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,) fp32 a row."""
+    quantized, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), levels, quantized.data_ptr(), scale.data_ptr())
+    return quantized, scale
+
+
+def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both fp32."""
+    address = 0 if bias is None else bias.data_ptr()
+    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), address)
+    return x

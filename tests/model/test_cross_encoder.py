@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rerank_fast import CrossEncoder
+from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.precision import product_seconds
 from tests.model_factory import make_tiny_bert, make_tiny_roberta
 
 QUERY = "how many people live in berlin"
@@ -293,16 +296,97 @@ def test_rank_many_says_what_is_wrong(model: CrossEncoder, queries, documents, m
 def test_pairs_beyond_one_chunk_are_tokenised_ahead_in_order(model: CrossEncoder, monkeypatch):
     pairs = [(f"query {n % 7}", f"document {'fish ' * (n % 11)}{n}") for n in range(53)]
     expected = model.predict(pairs)
-    monkeypatch.setattr("rerank_fast.model.cross_encoder._CHUNK", 8)
+    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 8)
     np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="pair 53: expected the document to be a string"):
         model.predict([*pairs, ("query", None)])
 
 
-def test_dtype_auto_is_bf16_where_the_processor_multiplies_it(directory: Path, monkeypatch):
+def test_dtype_auto_is_what_multiplies_fastest(directory: Path, monkeypatch, caplog):
     exact = CrossEncoder(directory, device="cpu")
-    for features, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
-        model = CrossEncoder(directory, device="cpu", dtype="auto")
+    for bf16_seconds, dtype in ((0.5, torch.bfloat16), (2.0, torch.float32)):
+        seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
+        monkeypatch.setattr("rerank_fast.model.precision.product_seconds", seconds.get)
+        with caplog.at_level(logging.INFO):
+            model = CrossEncoder(directory, device="cpu", dtype="auto")
+        assert f"dtype auto: {str(dtype).removeprefix('torch.')} on cpu" in caplog.text
         assert next(model.parameters()).dtype == dtype
         np.testing.assert_allclose(model.predict(PAIRS), exact.predict(PAIRS), atol=2e-2)
+
+
+def test_the_measurement_of_dtype_auto_is_short_and_made_once():
+    product_seconds.cache_clear()
+    started = time.perf_counter()
+    first = product_seconds(torch.bfloat16), product_seconds(torch.float32)
+    assert time.perf_counter() - started < 1  # some milliseconds on an idle machine
+    assert (product_seconds(torch.bfloat16), product_seconds(torch.float32)) == first
+
+
+@pytest.mark.parametrize("dtype", ["int7", "Tensor", "no such"])
+def test_dtypes_that_there_are_not(directory: Path, dtype: str):
+    with pytest.raises(ValueError, match="dtype must be"):
+        CrossEncoder(directory, dtype=dtype)
+
+
+def test_how_many_pairs_were_truncated_is_said_once(model: CrossEncoder, monkeypatch, caplog):
+    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 4)
+    long = "the sea is wet and " * 100
+    exact = model.tokenize([("rain", "the " * 60)])  # 64 tokens: all that fit, and nothing was cut
+    assert exact.lengths.tolist() == [64]
+    assert not caplog.records
+    for score in (model.predict, model.tokenize):
+        caplog.clear()
+        score([("rain", "sea"), ("rain", long)] * 5 + [(long, long), ("rain", "the " * 60), ("", "")])
+        assert [record.message for record in caplog.records] == [
+            "6 of 13 pairs are longer than max_length=64 tokens and were truncated."
+        ]
+
+
+def test_empty_texts_score_as_sentence_transformers_scores_them(directory: Path, model: CrossEncoder):
+    pairs = [("rain", ""), ("", "rain"), ("", ""), ("rain", " ")]
+    peer = PeerCrossEncoder(str(directory), device="cpu")
+    np.testing.assert_allclose(model.predict(pairs), peer.predict(pairs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("std::bad_alloc"),
+    ],
+    ids=["cuda", "cpu", "kernel"],
+)
+def test_a_batch_that_does_not_fit_memory_is_halved_once(model: CrossEncoder, monkeypatch, caplog, error):
+    expected = model.predict(PAIRS)
+    scored: list[int] = []
+    fits = 3
+
+    def call(step: PackedStep, indices: np.ndarray) -> torch.Tensor:
+        if len(indices) > fits:
+            raise error
+        scored.append(len(indices))
+        return whole(step, indices)
+
+    whole = PackedStep.__call__
+    monkeypatch.setattr(PackedStep, "__call__", call)
+    np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-5)
+    assert scored == [3, 3]
+    assert [record.message for record in caplog.records] == [
+        "A batch of 6 pairs with 136 tokens does not fit memory; it is scored in two halves."
+    ]
+    fits = 2
+    with pytest.raises(MemoryError, match=r"batch of 6 pairs with 136 tokens, in halves too, does not fit memory"):
+        model.predict(PAIRS)
+    fits = 0
+    with pytest.raises(MemoryError, match="batch of 1 pairs"):
+        model.predict(PAIRS[:1])
+
+
+def test_other_errors_are_not_taken_for_memory(model: CrossEncoder, monkeypatch):
+    def call(step: PackedStep, indices: np.ndarray) -> torch.Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(PackedStep, "__call__", call)
+    with pytest.raises(RuntimeError, match="something else"):
+        model.predict(PAIRS)

@@ -1,0 +1,198 @@
+"""rerank-fast score: the pairs of a file of any size, in parts that a killed run leaves usable."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from rerank_fast.data.pairs import PairBlock, PairFile
+from rerank_fast.model.cross_encoder import CrossEncoder
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """rows: of the output; scored: pairs scored by this process in this run; truncated: of these."""
+
+    rows: int
+    scored: int
+    truncated: int
+
+
+def process_state() -> PartialState:
+    """This process among those of accelerate launch (torchrun on CPUs), with a device of its own."""
+    # A process waits for the slowest one at the end, however long that takes.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+
+
+def score_file(
+    model: CrossEncoder,
+    source: str | Path,
+    output: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+    rows_per_part: int = 4096,
+    batch_size: int | None = None,
+    prompt: str | None = None,
+    overwrite: bool = False,
+    show_progress_bar: bool = False,
+) -> FileScores:
+    """Write a Parquet file with the scores of a file's pairs, row for row.
+
+    Rows are scored in parts, each written when it is done, to the directory OUTPUT.parts. A run that was killed or
+    met a malformed row goes on after them when it is started again, with the same arguments and any number of
+    processes. Under accelerate launch each process scores every n-th part.
+
+    Args:
+        model: scores with its own activation function.
+        source: .jsonl or .parquet with the columns query and document, or query and docs (a list).
+        output: .parquet file with a column score, or scores (a list) where a row has docs. It appears when all is
+            done.
+        columns: where the source's columns have other names.
+        keep: columns of the source to copy to the output.
+        rows_per_part: rows that are in memory at a time, and that a kill may lose.
+        batch_size: most pairs per forward pass; None lets their tokens decide.
+        prompt: goes before each query; the instruction of a causal model.
+        overwrite: replace the output, and parts of a run with other arguments.
+        show_progress_bar: count the rows of this process's parts.
+
+    Raises:
+        ValueError: the output exists, or its parts are of another run; the source can't be read, a column is
+            missing, or a row is malformed: names the file and line. Finished parts stay.
+    """
+    source, output = Path(source), Path(output)
+    file = PairFile(source, columns or {}, keep, rows_per_part)
+    for name in keep:
+        if name in ("score", "scores"):
+            raise ValueError(f"keep can't hold {name}: the output has a column of that name")
+    state, parts = process_state(), output.with_name(output.name + ".parts")
+    if state.is_main_process:
+        _prepare(output, parts, _run_id(model, file, prompt), overwrite)
+    state.wait_for_everyone()
+    shares, mine = state.num_processes, state.process_index
+
+    def wanted(index: int) -> bool:
+        return index % shares == mine and not _part(parts, index).exists()
+
+    scored = truncated = 0
+    with ThreadPoolExecutor(1) as thread, tqdm(unit="rows", disable=not show_progress_bar) as bar:
+        blocks = file.blocks(wanted)
+
+        def prepare() -> tuple[PairBlock, Any, int] | None:
+            block = next(blocks, None)
+            return None if block is None else (block, *model.tokenize_counting(block.pairs, prompt=prompt))
+
+        ahead = thread.submit(prepare)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(prepare)  # the next part is read and tokenised while this one is scored
+            block, tokens, cut = item
+            scores = model.score_tokens(tokens, batch_size=batch_size).float().cpu().numpy()
+            table = _with_scores(block, scores)
+            _write(_part(parts, block.index), lambda writer, table=table: writer.write_table(table), table.schema)
+            scored, truncated = scored + len(scores), truncated + cut
+            bar.update(table.num_rows)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _merge(parts, output)
+    state.wait_for_everyone()
+    return FileScores(pyarrow.parquet.read_metadata(output).num_rows, scored, truncated)
+
+
+def _run_id(model: CrossEncoder, file: PairFile, prompt: str | None) -> dict[str, Any]:
+    """What must be the same for finished parts to be of use."""
+    directory = Path(model.name_or_path)
+    weights = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    return {
+        "source": _version(file.path),
+        "model": [model.name_or_path, *map(_version, weights)],
+        "dtype": model.dtype_name,
+        "max_length": model.max_length,
+        "activation_fn": repr(model.activation_fn),
+        "columns": dict(file.columns),
+        "keep": list(file.keep),
+        "rows_per_part": file.rows_per_block,
+        "prompt": prompt,
+    }
+
+
+def _version(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
+    if output.suffix != ".parquet":
+        raise ValueError(f"the output is a .parquet file, got {output}")
+    if not output.parent.is_dir():
+        raise ValueError(f"output {output}: directory {output.parent} does not exist")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} already exists; pass overwrite=True (--overwrite) to replace it")
+    note = parts / "run.json"
+    if parts.exists():
+        before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+        # Of a run that was killed before it wrote its note there is nothing to lose.
+        changed = [name for name in run_id if before is not None and before.get(name) != run_id[name]]
+        if before == run_id:
+            return
+        if changed and not overwrite:
+            raise ValueError(
+                f"{parts} holds parts of a run with another {', '.join(changed)}; repeat that run to go on, or "
+                "pass overwrite=True (--overwrite) to drop them"
+            )
+        shutil.rmtree(parts)
+    try:
+        parts.mkdir()
+        note.write_text(json.dumps(run_id, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"can't write to {parts}: {error}") from error
+
+
+def _part(parts: Path, index: int) -> Path:
+    return parts / f"{index:09d}.parquet"
+
+
+def _with_scores(block: PairBlock, scores: np.ndarray) -> pyarrow.Table:
+    kept = {name: block.kept.column(name) for name in block.kept.column_names}
+    if block.sizes is None:
+        return pyarrow.table({**kept, "score": pyarrow.array(scores, pyarrow.float32())})
+    offsets = np.concatenate([[0], np.cumsum(block.sizes)]).astype(np.int32)
+    return pyarrow.table({**kept, "scores": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(scores))})
+
+
+def _write(path: Path, fill: Any, schema: pyarrow.Schema) -> None:
+    """A Parquet file that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+        fill(writer)
+    os.replace(unfinished, path)
+
+
+def _merge(parts: Path, output: Path) -> None:
+    files = sorted(parts.glob("[0-9]*.parquet"))
+    if not files:
+        raise ValueError(f"{json.loads((parts / 'run.json').read_text())['source'][0]} holds no pair")
+    # A kept column of JSON may be whole numbers in one part and others in the next.
+    schema = pyarrow.unify_schemas(
+        [pyarrow.parquet.read_schema(file).remove_metadata() for file in files], promote_options="permissive"
+    )
+
+    def fill(writer: pyarrow.parquet.ParquetWriter) -> None:
+        for file in files:
+            writer.write_table(pyarrow.parquet.read_table(file, partitioning=None).cast(schema))
+
+    _write(output, fill, schema)
+    shutil.rmtree(parts)

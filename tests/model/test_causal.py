@@ -1,0 +1,213 @@
+"""Causal rerankers that answer yes or no, beside transformers and sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rerank_fast import CrossEncoder
+from rerank_fast.losses import LambdaLoss
+from rerank_fast.model.architectures import find_architecture
+from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.heads import Answers, find_answer_head
+from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+from tests.model.test_encoder import DECODER, LENGTHS, PLANS, SLIDING, gradients, make_tokens, relative_errors
+from tests.model_factory import make_tiny_bert, make_tiny_qwen3
+
+PAIRS = [
+    ("what is a panda", "a panda is a kind of bear"),
+    ("how many people live in berlin", "berlin museum"),
+    ("rain", ""),
+    ("", "the sea and the wind " * 20),
+    ("what is the capital of france", "paris"),
+]
+MODELS = {
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=False)),
+    "qwen2-sliding": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SLIDING, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=True)),
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "qwen3"
+    return make_tiny_qwen3(path, chat_template=QWEN3_RERANKER_TEMPLATE, tied=request.param)
+
+
+@pytest.mark.parametrize("answers", [Answers(5, 9), Answers(7)], ids=["yes-no", "one"])
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_and_gradients_equal_the_left_padded_model(name: str, answers: Answers):
+    torch.manual_seed(7)
+    model = MODELS[name]().eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.3))
+    tokens = make_tokens(LENGTHS, types=False)
+    upstream = torch.randn(len(tokens), dtype=torch.float64)
+    inputs = tokens.pad(np.arange(len(tokens)), pad_token_id=0, padding_side="left")
+    logits = model(**inputs).logits[:, -1]
+    expected = logits[:, answers.true_token_id]
+    if answers.false_token_id is not None:
+        expected = expected - logits[:, answers.false_token_id]
+    expected_gradients = gradients(model, expected, upstream)
+    for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        model.to(dtype)
+        architecture = find_architecture(model, answers)
+        assert architecture is not None
+        step = PackedStep(architecture, tokens, dtype=dtype)
+        plan = PLANS["several"]
+        actual = torch.cat([step(indices) for indices in plan])[np.argsort(np.concatenate(plan))]
+        torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
+        errors = relative_errors(gradients(model, actual, upstream.to(dtype)), expected_gradients)
+        assert max(errors.values()) <= 3 * bound, errors
+
+
+def test_only_the_answers_rows_of_the_vocabulary_are_multiplied(directory: Path, monkeypatch):
+    model = CrossEncoder(directory, device="cpu")
+    expected = model.predict(PAIRS)
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the whole vocabulary was multiplied")
+
+    monkeypatch.setattr(model.model.lm_head, "forward", forward.__get__(model.model.lm_head))
+    np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-6)
+    tokens = model.tokenize(PAIRS)
+    with torch.inference_mode():
+        padded = model.step(tokens, packed=False)(np.arange(len(PAIRS)))
+    np.testing.assert_allclose(padded.sigmoid(), expected, rtol=0, atol=1e-5)
+
+
+def test_scores_equal_sentence_transformers(directory: Path):
+    peer, model = PeerCrossEncoder(str(directory), device="cpu"), CrossEncoder(directory, device="cpu")
+    assert model.num_labels == 1
+    for options in ({}, {"prompt": "is it about a panda"}, {"activation_fn": nn.Identity()}):
+        ours, theirs = model.predict(PAIRS, **options), peer.predict(PAIRS, **options)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(set(theirs.tolist())) == len(PAIRS)
+
+
+def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.LogCaptureFixture):
+    pairs = [(query, document + " the sea" * 300) for query, document in PAIRS[:2]] + PAIRS[2:3]
+    peer, model = PeerCrossEncoder(str(directory), device="cpu"), CrossEncoder(directory, device="cpu")
+    np.testing.assert_allclose(model.predict(pairs), peer.predict(pairs), rtol=1e-5, atol=1e-5)
+    assert [record.message for record in caplog.records if record.name.startswith("rerank_fast")] == [
+        "2 of 3 pairs are longer than max_length=384 tokens and were truncated."
+    ]
+    ending = model.tokenize(PAIRS[:1]).input_ids[-12:].tolist()
+    tokens = model.tokenize(pairs)
+    assert tokens.lengths.tolist()[:2] == [384, 384]
+    assert all(tokens.input_ids[end - 12 : end].tolist() == ending for end in tokens.offsets[1:])
+
+
+def test_the_published_usage(tmp_path: Path):
+    """A checkpoint as Qwen published it, with a chat template that knows no pairs; the prompt put together here."""
+    chat = "{% for m in messages if m.role == 'user' %}<|im_start|>user\\n{{ m.content }}{% endfor %}"
+    directory = make_tiny_qwen3(tmp_path, chat_template=chat)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    causal = AutoModelForCausalLM.from_pretrained(directory).eval()
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    task = "Given a web search query, retrieve relevant passages that answer the query"
+    texts = [f"{prefix}<Instruct>: {task}\n<Query>: {q}\n<Document>: {d}{suffix}" for q, d in PAIRS]
+    inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    with torch.inference_mode():
+        logits = causal(**inputs).logits[:, -1]
+    answers = [tokenizer.convert_tokens_to_ids(token) for token in ("no", "yes")]
+    expected = torch.log_softmax(logits[:, answers], dim=1)[:, 1].exp().numpy()
+    model = CrossEncoder(directory, device="cpu")
+    np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    assert (
+        model.tokenizer.apply_chat_template(
+            [{"role": "query", "content": PAIRS[0][0]}, {"role": "document", "content": PAIRS[0][1]}],
+            tokenize=False,
+        )
+        == texts[0]
+    )
+    model.save_pretrained(tmp_path / "saved")  # with a template that sentence-transformers can use
+    peer = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(peer.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_saved_opens_on_either_side(directory: Path, tmp_path: Path):
+    model = CrossEncoder(directory, device="cpu", activation_fn=nn.Tanh())
+    scores = model.predict(PAIRS)
+    model.save_pretrained(tmp_path / "ours")
+    peer = PeerCrossEncoder(str(tmp_path / "ours"), device="cpu")
+    np.testing.assert_allclose(peer.predict(PAIRS), scores, rtol=0, atol=1e-5)
+    peer[1].true_token_id, peer[1].false_token_id = 11, None
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    again = CrossEncoder(tmp_path / "theirs", device="cpu")
+    assert again.answers == Answers(11, None)
+    np.testing.assert_allclose(again.predict(PAIRS), peer.predict(PAIRS), rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "ours", overwrite=True)
+
+
+def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path):
+    model = CrossEncoder(directory, device="cpu")
+    inputs, labels = [["rain", "panda"], [["rain", "wind"], ["bear", "fish"]]], [torch.tensor([1, 0])] * 2
+    losses = {}
+    for packed in (True, False):
+        model.zero_grad()
+        loss = LambdaLoss(model, packed=packed)(inputs, labels)
+        loss.backward()
+        losses[packed] = loss.detach(), model.model.model.embed_tokens.weight.grad.clone()
+    (loss, gradient), (padded_loss, padded_gradient) = losses[True], losses[False]
+    torch.testing.assert_close(loss, padded_loss, rtol=1e-5, atol=1e-6)
+    assert (gradient - padded_gradient).norm() < 1e-4 * padded_gradient.norm()
+
+
+def test_causal_models_in_int8(directory: Path):
+    exact, model = CrossEncoder(directory, device="cpu"), CrossEncoder(directory, device="cpu", dtype="int8")
+    np.testing.assert_allclose(model.predict(PAIRS), exact.predict(PAIRS), atol=0.05)
+    assert type(model.model.lm_head) is nn.Linear
+
+
+def test_causal_models_that_can_not_be_used(tmp_path: Path):
+    directory = make_tiny_qwen3(tmp_path / "plain")
+    file = directory / "tokenizer.json"
+    original = file.read_text(encoding="utf-8")
+    file.write_text(original.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            text = (directory / name).read_text(encoding="utf-8")
+            (directory / name).write_text(text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
+    with pytest.raises(ValueError, match="chat template can't carry a pair"):
+        CrossEncoder(directory)
+    vocabulary = json.loads(original)
+    vocabulary["model"]["vocab"]["##yes"] = vocabulary["model"]["vocab"].pop("yes")
+    file.write_text(json.dumps(vocabulary), encoding="utf-8")
+    with pytest.raises(ValueError, match="has no token yes or no"):
+        CrossEncoder(directory)
+
+
+def test_a_head_that_is_more_than_a_product_is_called():
+    model = MODELS["qwen3"]()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert find_answer_head(model, Answers(1, 2)) is None
+    assert find_architecture(model, Answers(1, 2)) is None
+
+
+def test_encoders_have_no_answers(tmp_path: Path):
+    assert CrossEncoder(make_tiny_bert(tmp_path)).answers is None
