@@ -92,5 +92,5 @@ def backward(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         again, _ = attention(*leaves, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[arg-type, call-arg]
-        dq, dk, dv = torch.autograd.grad(again, leaves, grad_out)
+        dq, dk, dv = torch.autograd.grad(again, leaves, grad_out, allow_unused=True, materialize_grads=True)
     return dq, dk, dv

@@ -1,4 +1,4 @@
-"""Dropout by place, as numeric.h and attention_reference.dropout_factors draw it: a hash of seed, row and column."""
+"""Dropout by place, drawn as numeric.h and dropout_factors do: a hash of seed, row and column."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Attention over packed sequences in Triton: one launch forward, two backward, whatever the lengths.
 
 Scores live in tiles; the softmax runs along with them and backward computes them again from each query's logarithm
-of its sum (FlashAttention, Dao et al. 2022). A block of queries, or of keys, belongs to one program, which sums what
-it owns in a fixed order: no atomics, the same bits every time. Nothing is read on the host: sequence n takes its
-blocks from place cu_seqlens[n] // BLOCK + n on, so that tokens // BLOCK + N programs suffice for any N lengths.
+of its sum (FlashAttention, Dao et al. 2022). A block of queries, or of keys, belongs to one program, which sums
+what it owns in a fixed order: no atomics, the same bits every time. Nothing is read on the host: sequence n takes
+its blocks from place cu_seqlens[n] // BLOCK + n on, so that tokens // BLOCK + N programs suffice for any lengths.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def launch(head_size: int, dtype: torch.dtype, *, few_queries: bool, backward: b
 
 @triton.jit
 def _sequence_of(block, cu_seqlens, num_sequences, num_steps, BLOCK: tl.constexpr):
-    """The sequence that owns a block, the first of its rows that is in the block, its first token and its length."""
+    """The sequence that owns a block, its row that the block begins with, its first token and its length."""
     low = block * 0
     high = low + num_sequences - 1
     for _ in range(num_steps):
@@ -487,7 +487,7 @@ def backward(
 
 
 def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], list[str]]]:
-    """(name, kernel, argument types, constants, {num_warps, num_stages}, multiples of 16) of what is launched above.
+    """(name, kernel, argument types, constants, {num_warps, num_stages}, multiples of 16) of what ships.
 
     For reports that compile ahead of time: every head size class and dtype, plain, with dropout and a window, and
     for a single query a sequence.
