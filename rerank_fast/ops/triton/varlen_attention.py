@@ -27,7 +27,7 @@ def launch(head_size: int, dtype: torch.dtype, *, few_queries: bool, backward: b
     width = max(16, triton.next_power_of_2(head_size))
     warps = 4
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
-        rows = keys = 32 if width <= 64 else 16
+        rows = keys = 32 if width <= 32 else 16
     elif width <= 32:
         rows, keys = 64, 64
     elif width <= 64:
