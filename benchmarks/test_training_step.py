@@ -86,9 +86,10 @@ def make_steps(lists: list[dict], output: str, *, mini_batch_size: int, max_leng
         optimizer.zero_grad(set_to_none=True)
 
     lengths = trainer.lists.pairs.lengths
-    hidden, layers = trainer.model.config.hidden_size, trainer.model.config.num_hidden_layers
+    shape = trainer.model.model.config
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
     # Forward and two products backward. Of the last layer keys and values alone are needed for every token.
-    weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * trainer.model.config.intermediate_size) + 2 * hidden**2
+    weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
     describe = f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens"
     return Steps(
         ours=lambda: trainer._step(next(batches)),

@@ -224,7 +224,7 @@ def residual_norm(
         backend = "reference" if _unserved(best, x, residual) else best  # type: ignore[assignment]
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if reason := _unserved(backend, x, residual):
+    if reason := _unserved(str(backend), x, residual):
         raise ValueError(f"backend {backend!r} can't run: {reason}")
     y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, backend))
     return y, narrow if x.dtype in _HALVES else y

@@ -91,7 +91,9 @@ def test_lengths_and_masks(backend, lengths, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_grouped_queries(backend, dropout_p):
-    assert_close(backend, LENGTHS["same"], heads=6, kv_heads=2, causal=True, dropout_p=dropout_p, seed=SEED)
+    assert_close(
+        backend, ([5, 0, 21], [5, 0, 21]), heads=4, kv_heads=2, causal=True, dropout_p=dropout_p, seed=SEED
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -170,7 +172,7 @@ def test_what_lies_beyond_a_sequence_is_not_read(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_every_time(backend):
     require(backend)
-    case = make(LENGTHS["same"], heads=4, kv_heads=2, size=16)
+    case = make(LENGTHS["same"], heads=2, kv_heads=1, size=16)
     first, second = (run(backend, *case, dropout_p=0.1, seed=5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -225,7 +227,7 @@ def test_dropout_is_of_its_rate_and_without_pattern():
     "options", [{}, {"window": (2, 1)}, {"causal": True, "dropout_p": 0.3, "seed": 7}], ids=str
 )
 def test_gradcheck(options):
-    tensors, _, ends = make(([3, 0, 5], [3, 0, 5]), heads=2, kv_heads=1, size=4, dtype=torch.float64)
+    tensors, _, ends = make(([2, 0, 4], [2, 0, 4]), heads=2, kv_heads=1, size=2, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, *ends, backend="reference", **options), leaves)
 
@@ -234,7 +236,7 @@ def test_differentiating_twice_raises():
     tensors, grad, ends = make(([3], [3]), size=16)
     leaves = [t.requires_grad_() for t in tensors]
     out = varlen_attention(*leaves, *ends)
-    (first,) = torch.autograd.grad(out, leaves[:1], grad, create_graph=True)
+    (first,) = torch.autograd.grad((out.square() * grad).sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -292,18 +294,17 @@ class TestFlash:
 
         def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
             calls.append((max_q, max_k, scale, window_size, enable_gqa))
-            left, right = window_size
-            return attention_reference.attention(q, k, v, cu_q, cu_k, scale, left, right, 0.0, 0)[0]
+            return varlen_attention(q, k, v, cu_q, cu_k, scale=scale, window=window_size, backend="reference")
 
         monkeypatch.setattr(op, "_flash", lambda: stand_in)
-        monkeypatch.setattr(op, "_unserved", lambda name, *rest: "" if name == "flash" else "not this one")
+        monkeypatch.setattr(op, "_unserved", lambda name, *rest: "" if name in ("flash", "reference") else "no")
         return calls
 
     def test_arguments_and_gradients(self, received):
         case = make(LENGTHS["fewer queries"], heads=4, kv_heads=2, size=16)
         actual = run("flash", *case, causal=True, window=(4, -1), max_seqlens=(40, 66))
         assert received == [(40, 66, 0.25, (4, 0), True)]
-        for ours, theirs in zip(actual, run_reference(case, causal=True, window=(4, -1)), strict=True):
+        for ours, theirs in zip(actual, run("reference", *case, causal=True, window=(4, -1)), strict=True):
             torch.testing.assert_close(ours, theirs)
 
     def test_this_torch_has_the_function_as_it_is_called(self):
@@ -330,18 +331,8 @@ class TestFlash:
         longest = tuple(max(part) for part in LENGTHS[lengths])
         case = make(LENGTHS[lengths], size=64, dtype=torch.bfloat16)
         actual = run("flash", *case, max_seqlens=longest, **options)
-        for ours, theirs in zip(actual, run_reference(case, **options), strict=True):
+        for ours, theirs in zip(actual, run("reference", *case, **options), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
-
-
-def run_reference(case, **options):
-    tensors, grad, ends = case
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    window = options.pop("window", None) or (-1, -1)
-    left, right = window[0], 0 if options.pop("causal", False) else window[1]
-    scale = tensors[0].shape[2] ** -0.5
-    out, _ = attention_reference.attention(*leaves, *ends, scale, left, right, 0.0, 0)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def test_dropout_scalars_are_the_references():
