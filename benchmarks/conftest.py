@@ -19,8 +19,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @dataclass
 class Row:
     case: str
-    peer: float  # median seconds
+    peer: float  # median seconds, or bytes
     ours: float
+    unit: str = "ms"  # what the table shows: ms or MiB
 
 
 _ROWS: list[Row] = []
@@ -137,6 +138,21 @@ def _write_gpu_rows(write_line: Callable[[str], None]) -> None:
         )
 
 
+@pytest.fixture
+def compare_memory() -> Callable[[str, int, int], None]:
+    """compare_memory(case, ours, peer): bytes, for the same table."""
+    return lambda case, ours, peer: _ROWS.append(Row(case, peer, ours, "MiB"))
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """What takes minutes runs on request: pytest benchmarks -m slow."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: -m slow"))
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter) -> None:
     if _GPU_ROWS:
@@ -154,7 +170,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
         f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"sentence-transformers {sentence_transformers.__version__}"
     )
-    terminalreporter.write_line(f"{'case':<58} {'peer ms':>10} {'ours ms':>10} {'ratio':>8}")
+    terminalreporter.write_line(f"{'case':<66} {'peer':>10} {'ours':>10}     {'ratio':>8}")
     for row in _ROWS:
         ratio = f"{row.peer / row.ours:>7.1f}x"
-        terminalreporter.write_line(f"{row.case:<58} {row.peer * 1e3:>10.2f} {row.ours * 1e3:>10.2f} {ratio}")
+        peer, ours = (x * 1e3 if row.unit == "ms" else x / 2**20 for x in (row.peer, row.ours))
+        terminalreporter.write_line(f"{row.case:<66} {peer:>10.2f} {ours:>10.2f} {row.unit:<3} {ratio}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import transformers
 from torch import Tensor, nn
 
 from rerank_fast.model.heads import CAUSAL_FAMILIES, Answers, Head, find_answer_head, find_head
@@ -86,12 +87,22 @@ def find_architecture(model: nn.Module, answers: Answers | None = None) -> Archi
     find = _FAMILIES.get(type(model).__name__)
     if find is None or not type(model).__module__.startswith("transformers.models."):
         return None  # remote code may look like BERT and do something else
-    return find(model)
+    try:
+        return find(model)
+    except AttributeError:
+        return None  # reason_to_pad says what is missing
 
 
 def reason_to_pad(model: nn.Module) -> str:
     """Why find_architecture gave None."""
     name = type(model).__name__
+    if name in _FAMILIES:
+        try:
+            _FAMILIES[name](model)
+        except AttributeError as error:  # another transformers, or a module that was replaced
+            return (
+                f"this {name} of transformers {transformers.__version__} lacks what packed execution reads: {error}"
+            )
     if name in (*_FAMILIES, *CAUSAL_FAMILIES):
         return f"this {name} has parts that packed execution does not know"
     return f"packed execution knows {', '.join([*_FAMILIES, *CAUSAL_FAMILIES])}, not {name}"

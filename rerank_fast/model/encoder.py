@@ -23,7 +23,8 @@ class PackedStep:
     Args:
         architecture: of the model.
         tokens: all pairs of the step.
-        dtype: of products and attention: fp32 or bf16. Sums of the residual stream, norms and scores are fp32.
+        dtype: of products and attention: fp32, bf16 or, on a GPU, fp16. Sums of the residual stream, norms and
+            scores are fp32.
         gradient_checkpointing: compute the inside of every layer again in backward.
     """
 
@@ -53,7 +54,7 @@ class PackedStep:
         if torch.is_grad_enabled() and weight.requires_grad:
             used, self._rows_of_tokens = np.unique(tokens.input_ids, return_inverse=True)
             padding = architecture.word_embeddings.padding_idx
-            self._rows = F.embedding(torch.from_numpy(used).to(weight.device), weight, padding)
+            self._rows = F.embedding(_upload(used, weight.device), weight, padding)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order."""
@@ -62,20 +63,22 @@ class PackedStep:
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
         architecture = self.architecture
-        positions = torch.from_numpy(self._positions(flat, starts))[None].to(device)
+        positions = _upload(self._positions(flat, starts), device)[None]
         embedded = architecture.embed(
-            F.embedding(torch.from_numpy(self._rows_of_tokens[flat]).to(device), self._rows)[None],
-            torch.from_numpy(type_ids)[None].to(device),
+            F.embedding(_upload(self._rows_of_tokens[flat], device), self._rows)[None],
+            _upload(type_ids, device)[None],
             positions,
         )
         wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32))
         x = wide.to(self.dtype)
-        cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(device)
+        cu_seqlens = _upload(starts.astype(np.int32), device)
+        lengths = np.diff(starts)
         batch = MicroBatch(
             cu_seqlens,
             torch.arange(len(indices) + 1, dtype=torch.int32, device=device),
-            torch.from_numpy(starts[1:] - 1 if architecture.reads == "last" else starts[:-1]).to(device),
+            _upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
             {} if architecture.rotary is None else architecture.rotary(wide, positions),
+            lengths,
         )
         for layer in self.layers:
             if self.gradient_checkpointing:
@@ -86,9 +89,8 @@ class PackedStep:
             wide = norm(wide, architecture.final_norm)
         if architecture.reads == "mean":
             sums = wide.new_zeros(len(indices), wide.shape[1])
-            lengths = cu_seqlens.diff()
-            owner = torch.repeat_interleave(torch.arange(len(indices), device=device), lengths)
-            wide = sums.index_add(0, owner, wide) / lengths[:, None]
+            owner = _upload(np.repeat(np.arange(len(indices)), lengths), device)
+            wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
         return architecture.head(wide.to(self._rows.dtype)).to(wide.dtype)
 
     def _positions(self, flat: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -101,3 +103,9 @@ class PackedStep:
         counts = self.tokens.input_ids[flat] != pad
         before = np.concatenate([[0], np.cumsum(counts)])
         return np.where(counts, before[1:] - before[first] + pad, pad)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; the host does not wait for a GPU to take it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ class MicroBatch:
     one_each: Tensor  # (N + 1,) int32: 0, 1, ..., N
     read: Tensor  # (N,) int64
     rotary: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (T, head size), by the name that layers give
+    lengths: np.ndarray  # (N,) tokens of each, on the host: shapes there follow without asking the device
+
+    def max_seqlens(self, *, one_query: bool) -> tuple[int, int]:
+        """Most queries and keys of a sequence."""
+        longest = int(self.lengths.max(initial=0))
+        return 1 if one_query else longest, longest
 
 
 class PostNormStep:
@@ -56,6 +63,7 @@ class PostNormStep:
             cu_queries,
             batch.cu_seqlens,
             scale=layer.scale,
+            max_seqlens=batch.max_seqlens(one_query=self.one_token),
             **_dropout(layer.attention_dropout),
         )
         projected = self.attention_out(attended.flatten(1))
@@ -107,7 +115,7 @@ class PreNormStep:
             wide, query, cu_queries = wide[batch.read], query[batch.read], batch.one_each
             if window is not None and not layer.causal:
                 # The op aligns the last query with the last key; a first token sees what lies right of it.
-                kept, cu_keys = _first_tokens(batch.cu_seqlens, window[1] + 1)
+                kept, cu_keys = _first_tokens(batch, window[1] + 1)
                 key, value, window = key[kept], value[kept], None
         attended = varlen_attention(
             query,
@@ -118,6 +126,7 @@ class PreNormStep:
             scale=layer.scale,
             causal=layer.causal,
             window=window,
+            max_seqlens=batch.max_seqlens(one_query=self.one_token),
             **_dropout(layer.attention, layer.attention_dropout),
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
@@ -144,10 +153,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-right, left], dim=2) * sin[:, None]
 
 
-def _first_tokens(cu_seqlens: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def _first_tokens(batch: MicroBatch, limit: int) -> tuple[Tensor, Tensor]:
     """Places of the first tokens of every sequence, at most limit of each, and their cumulative number."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().clamp(max=limit).long()
-    ends = lengths.cumsum(0)
-    cu_kept = F.pad(ends, (1, 0))
-    place = torch.arange(int(cu_kept[-1]), device=cu_seqlens.device)
-    return place + torch.repeat_interleave(starts - cu_kept[:-1], lengths), cu_kept.int()
+    starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().clamp(max=limit).long()
+    cu_kept = F.pad(lengths.cumsum(0), (1, 0))
+    total = int(np.minimum(batch.lengths, limit).sum())
+    place = torch.arange(total, device=starts.device)
+    return place + torch.repeat_interleave(starts - cu_kept[:-1], lengths, output_size=total), cu_kept.int()

@@ -94,8 +94,9 @@ def make_packed_step(
     """The same, or None, and one line in the log, where the model can't run packed."""
     weights_dtype = next(model.parameters()).dtype
     dtype = dtype or weights_dtype
-    if model.device.type != "cpu" or not {dtype, weights_dtype} <= {torch.float32, torch.bfloat16}:
-        _say_once(f"packed execution is for the CPU in fp32 or bf16, not {dtype} on {model.device.type}")
+    served = {"cpu": {torch.float32, torch.bfloat16}, "cuda": {torch.float32, torch.bfloat16, torch.float16}}
+    if not {dtype, weights_dtype} <= served.get(model.device.type, set()):
+        _say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
         return None
     architecture = find_architecture(model, answers)
     if architecture is None:

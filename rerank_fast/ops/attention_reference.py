@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,28 @@ def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: f
     return (drawn >= threshold).double() / (1 - p)
 
 
-def attention(
+def _allowed(num_q: int, num_k: int, window_left: int, window_right: int, device: torch.device) -> Tensor:
+    """(num_q, num_k): which keys a query reads; the last query stands beside the last key."""
+    place = torch.arange(num_q, device=device)[:, None] + num_k - num_q
+    key = torch.arange(num_k, device=device)[None, :]
+    allowed = torch.ones(num_q, num_k, dtype=torch.bool, device=device)
+    if window_left >= 0:
+        allowed &= key >= place - window_left
+    if window_right >= 0:
+        allowed &= key <= place + window_right
+    return allowed
+
+
+def _factors(seed: int, first_q: int, num_heads: int, like: Tensor, p: float) -> Tensor:
+    """(heads, num_q, num_k) dropout of the probabilities of one sequence; a row is a query of all, counted flat."""
+    if p == 0:
+        return torch.ones_like(like)
+    rows = torch.arange(first_q, first_q + like.shape[1], device=like.device)
+    factors = [dropout_factors(seed, head, rows, like.shape[2], p) for head in range(num_heads)]
+    return torch.stack(factors).to(like.dtype)
+
+
+def forward(
     q: Tensor,  # (Tq, heads, head_size)
     k: Tensor,  # (Tk, kv_heads, head_size)
     v: Tensor,  # (Tk, kv_heads, head_size)
@@ -39,42 +62,24 @@ def attention(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as written, differentiable: out (Tq, heads, head_size) and lse (heads, Tq) to base 2."""
+    """Attention as written: out (Tq, heads, head_size), and lse (heads, Tq) to base 2."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    outs, sums = [q[:0].to(wide)], [q.new_zeros(q.shape[1], 0, dtype=wide)]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(ends_q) - 1):
-        queries = q[ends_q[n] : ends_q[n + 1]].to(wide).transpose(0, 1)
-        keys, values = (
-            x[ends_k[n] : ends_k[n + 1]].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
-        )
-        num_q, num_k = queries.shape[1], keys.shape[1]
-        place = torch.arange(num_q, device=q.device)[:, None] + num_k - num_q
-        key = torch.arange(num_k, device=q.device)[None, :]
-        allowed = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device)
-        if window_left >= 0:
-            allowed &= key >= place - window_left
-        if window_right >= 0:
-            allowed &= key <= place + window_right
+        own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
+        queries = q[own].to(wide).transpose(0, 1)
+        keys, values = (x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+        allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
         scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
         # A query that may read nothing gives 0, not NaN.
         probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
-        if dropout_p > 0:
-            rows = torch.arange(ends_q[n], ends_q[n + 1], device=q.device)
-            factors = [dropout_factors(seed, head, rows, num_k, dropout_p) for head in range(q.shape[1])]
-            probabilities = probabilities * torch.stack(factors).to(wide)
-        outs.append((probabilities @ values).transpose(0, 1))
-        sums.append(scores.logsumexp(dim=-1) / torch.tensor(2.0).log().item())
-    return torch.cat(outs).to(q.dtype), torch.cat(sums, dim=1)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: float
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: out and lse."""
-    out, lse = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[arg-type]
-    return out.contiguous(), lse
+        dropped = probabilities * _factors(seed, ends_q[n], q.shape[1], scores, dropout_p)
+        out[own] = (dropped @ values).transpose(0, 1).to(q.dtype)
+        lse[:, own] = scores.logsumexp(dim=-1) / math.log(2)
+    return out, lse
 
 
 def backward(
@@ -86,11 +91,33 @@ def backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    *options: float,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of q, k and v, by autograd of the specification."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        again, _ = attention(*leaves, cu_seqlens_q, cu_seqlens_k, *options)  # type: ignore[arg-type, call-arg]
-        dq, dk, dv = torch.autograd.grad(again, leaves, grad_out)
+    """The gradients of q, k and v, as written."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for n in range(len(ends_q) - 1):
+        own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
+        queries, upstream = (x[own].to(wide).transpose(0, 1) for x in (q, grad_out))
+        keys, values = (x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+        allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
+        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
+        probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
+        factors = _factors(seed, ends_q[n], q.shape[1], scores, dropout_p)
+        d_probabilities = factors * (upstream @ values.transpose(1, 2))
+        along = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)
+        d_scores = scale * probabilities * (d_probabilities - along)
+        dq[own] = (d_scores @ keys).transpose(0, 1).to(q.dtype)
+        # Heads that share a key add up.
+        for to, gradient in (
+            (dk, d_scores.transpose(1, 2) @ queries),
+            (dv, (probabilities * factors).transpose(1, 2) @ upstream),
+        ):
+            to[read] = gradient.unflatten(0, (-1, group)).sum(dim=1).transpose(0, 1).to(to.dtype)
     return dq, dk, dv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from rerank_fast.ops import cpu
 from rerank_fast.ops.attention_reference import dropout_factors
 
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "triton"]
 _BACKENDS = get_args(Backend)
+_HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "float eps, float dropout_p, int seed, str backend"
@@ -32,7 +34,7 @@ _LIBRARY.define(
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    narrow = x.new_empty(x.shape) if x.dtype == torch.bfloat16 else residual.new_empty(0)
+    narrow = x.new_empty(x.shape) if x.dtype in _HALVES else residual.new_empty(0)
     rows = residual.new_empty(x.shape[0])
     return residual.new_empty(x.shape), narrow, rows, torch.empty_like(rows)
 
@@ -61,7 +63,7 @@ def _reference_forward(
     mean = total.mean(dim=1)
     rstd = (total.var(dim=1, unbiased=False) + eps).rsqrt()
     y = (total - mean[:, None]) * rstd[:, None] * weight + bias
-    return y, y.to(x.dtype) if x.dtype == torch.bfloat16 else y.new_empty(0), mean, rstd
+    return y, y.to(x.dtype) if x.dtype in _HALVES else y.new_empty(0), mean, rstd
 
 
 def _reference_backward(
@@ -97,7 +99,8 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = cpu.residual_norm_forward if backend == "cpu" else _reference_forward
+    forward = {"cpu": cpu.residual_norm_forward, "reference": _reference_forward}.get(backend)
+    forward = forward or _triton().forward
     tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
     return forward(*tensors, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
 
@@ -115,7 +118,8 @@ def _backward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = cpu.residual_norm_backward if backend == "cpu" else _reference_backward
+    backward = {"cpu": cpu.residual_norm_backward, "reference": _reference_backward}.get(backend)
+    backward = backward or _triton().backward
     x, residual, weight = (tensor.contiguous() for tensor in (x, residual, weight))
     grads = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_narrow))
     return backward(x, residual, weight, mean, rstd, *grads, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
@@ -123,6 +127,12 @@ def _backward(
 
 _LIBRARY.impl("residual_norm", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("residual_norm_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _triton() -> ModuleType:
+    from rerank_fast.ops.triton import residual_norm as kernels
+
+    return kernels
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -141,10 +151,26 @@ class _ResidualNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        if x.dtype != torch.bfloat16:
+        if x.dtype not in _HALVES:
             grad_narrow = None
         grads = torch.ops.rerank_fast.residual_norm_backward.default(x, *saved, grad_y, grad_narrow, *ctx.options)
         return *grads, None
+
+
+def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
+    """Why a backend can't run this; empty where it can."""
+    if backend == "reference":
+        return ""
+    what = f"x is {x.dtype} on {x.device} of width {x.shape[1]}, residual {residual.dtype}"
+    if residual.dtype != torch.float32:
+        return f"it takes an fp32 residual, and {what}"
+    if backend == "cpu":
+        if not cpu.available():
+            return cpu.unavailable_reason()
+        served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        return "" if served else f"it takes bf16 or fp32 on the CPU, and {what}"
+    served = x.dtype in (torch.float32, *_HALVES) and x.shape[1] <= 4096
+    return "" if served else f"it takes bf16, fp16 or fp32 of width up to 4096, and {what}"
 
 
 def residual_norm(
@@ -161,14 +187,14 @@ def residual_norm(
     """LayerNorm(residual + dropout(x)) over the last dimension, in one pass over memory.
 
     Args:
-        x: (T, H) what a layer adds; bf16 or fp32 (any dtype on the reference).
+        x: (T, H) what a layer adds; bf16, fp32 or, on a GPU, fp16 (any dtype on the reference).
         residual: (T, H) fp32 (fp64 on the reference): the stream it is added to.
         weight: (H,) of the LayerNorm, in the residual's dtype.
         bias: (H,) of the LayerNorm, in the residual's dtype.
         eps: of the LayerNorm.
         dropout_p: share of x that is dropped.
         seed: chooses which; the same seed drops the same elements, on every backend and in backward.
-        backend: "cpu" (C++) or "reference"; None takes the best that can run.
+        backend: "cpu" (C++), "triton" (GPUs) or "reference"; None takes the best that can run.
 
     Returns:
         The result twice: (T, H) in the residual's dtype for the next addition, and in x's dtype for the next
@@ -192,15 +218,13 @@ def residual_norm(
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    served = (
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and residual.dtype == torch.float32
-    )
     if backend is None:
-        backend = "cpu" if served and cpu.available() else "reference"
+        # On the CPU Triton would be its interpreter: only on request.
+        best = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
+        backend = "reference" if _unserved(best, x, residual) else best  # type: ignore[assignment]
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if backend == "cpu" and not (served and cpu.available()):
-        reason = f"x is {x.dtype} on {x.device}" if cpu.available() else cpu.unavailable_reason()
-        raise ValueError(f"backend 'cpu' can't run: it takes bf16 or fp32 on the CPU, and {reason}")
+    if reason := _unserved(str(backend), x, residual):
+        raise ValueError(f"backend {backend!r} can't run: {reason}")
     y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, backend))
-    return y, narrow if x.dtype == torch.bfloat16 else y
+    return y, narrow if x.dtype in _HALVES else y

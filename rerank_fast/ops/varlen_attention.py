@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from rerank_fast.ops import attention_reference, cpu
 
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
@@ -55,7 +59,8 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = cpu.varlen_attention_forward if backend == "cpu" else attention_reference.forward
+    forward = {"cpu": cpu.varlen_attention_forward, "reference": attention_reference.forward}.get(backend)
+    forward = forward or _triton().forward
     q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
     ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     return forward(q, k, v, *ends, scale, window_left, window_right, dropout_p, seed)
@@ -77,7 +82,8 @@ def _backward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = cpu.varlen_attention_backward if backend == "cpu" else attention_reference.backward
+    backward = {"cpu": cpu.varlen_attention_backward, "reference": attention_reference.backward}.get(backend)
+    backward = backward or _triton().backward
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     return backward(q, k, v, out, lse, grad_out, *ends, scale, window_left, window_right, dropout_p, seed)
@@ -85,6 +91,12 @@ def _backward(
 
 _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _triton() -> ModuleType:
+    from rerank_fast.ops.triton import varlen_attention as kernels
+
+    return kernels
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -118,20 +130,56 @@ class _VarlenAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _resolve_backend(backend: str | None, q: Tensor) -> str:
-    served = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
-    if backend is None:
-        return "cpu" if served and cpu.available() else "reference"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
+@cache
+def _flash() -> Callable[..., Any] | None:
+    """torch.nn.attention.varlen.varlen_attn; None where this torch has none, or one without windows and groups."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
+
+
+def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
+    """Why a backend can't run this; empty where it can."""
+    what = f"{q.dtype} on {q.device} of head size {q.shape[2]}"
     if backend == "cpu":
         if not cpu.available():
-            raise ValueError(f"backend 'cpu' can't run: {cpu.unavailable_reason()}")
-        if not served:
-            raise ValueError(
-                "backend 'cpu' takes fp32 or bf16 CPU tensors of head size up to 256, "
-                f"got {q.dtype} on {q.device} of head size {q.shape[2]}"
-            )
+            return cpu.unavailable_reason()
+        served = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
+        return "" if served else f"it takes fp32 or bf16 CPU tensors of head size up to 256, got {what}"
+    if backend == "triton":
+        halves = (torch.float16, torch.bfloat16, torch.float32)
+        # On the CPU the launcher itself says that it wants the interpreter.
+        return (
+            ""
+            if q.dtype in halves and q.shape[2] <= 256
+            else (f"it takes fp16, bf16 or fp32 of head size up to 256, got {what}")
+        )
+    if backend == "flash":
+        if q.device.type != "cuda" or torch.version.hip is not None:
+            return f"it takes tensors on an NVIDIA GPU, got {what}"
+        if _flash() is None:
+            return f"torch {torch.__version__} has no torch.nn.attention.varlen with scale, windows and groups"
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or above"
+        if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
+            return f"it takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"
+        if dropout_p > 0 or max_seqlens is None:
+            return "it has no dropout and needs max_seqlens"
+    return ""
+
+
+def _resolve_backend(backend: str | None, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
+    if backend is None:
+        # On the CPU Triton would be its interpreter: only on request.
+        order = ("cpu",) if q.device.type == "cpu" else ("flash", "triton") if q.device.type == "cuda" else ()
+        return next((name for name in order if not _unserved(name, q, dropout_p, max_seqlens)), "reference")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
+    if reason := _unserved(backend, q, dropout_p, max_seqlens):
+        raise ValueError(f"backend {backend!r} can't run: {reason}")
     return backend
 
 
@@ -179,12 +227,14 @@ def varlen_attention(
     window: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    max_seqlens: tuple[int, int] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v of each of N sequences that lie one after the other, without padding.
 
     Args:
-        q: (Tq, heads, head_size) queries of all sequences; fp32 or bf16 (any dtype on the reference).
+        q: (Tq, heads, head_size) queries of all sequences; fp32, bf16 or, on a GPU, fp16 (any dtype on the
+            reference).
         k: (Tk, kv_heads, head_size) keys; kv_heads divides heads.
         v: (Tk, kv_heads, head_size) values.
         cu_seqlens_q: (N + 1,) int32 cumulative queries; a sequence may have fewer queries than keys.
@@ -195,7 +245,10 @@ def varlen_attention(
             -1 is unlimited.
         dropout_p: share of the attention probabilities that is dropped.
         seed: chooses which; the same seed drops the same ones, on every backend and in backward.
-        backend: "cpu" (C++) or "reference"; None takes the best that can run.
+        max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs them, and
+            nothing here reads them from a device.
+        backend: "cpu" (C++), "flash" (torch.nn.attention.varlen, on NVIDIA GPUs: fp16 or bf16, no dropout),
+            "triton" (GPUs) or "reference"; None takes the best that can run.
 
     Returns:
         (Tq, heads, head_size) in q's dtype, accumulated in fp32 at least; a query that may read nothing gives 0.
@@ -213,5 +266,18 @@ def varlen_attention(
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    options = (scale, left, right, float(dropout_p), seed, _resolve_backend(backend, q))
+    backend_name = _resolve_backend(backend, q, dropout_p, max_seqlens)
+    if backend_name == "flash":
+        flash, groups = _flash(), q.shape[1] != k.shape[1]
+        assert flash is not None
+        assert max_seqlens is not None
+        return flash(
+            *(_rows_contiguous(tensor) for tensor in (q, k, v)),
+            *(ends.contiguous() for ends in (cu_seqlens_q, cu_seqlens_k)),
+            *max_seqlens,
+            scale=scale,
+            window_size=(left, right),
+            enable_gqa=groups,
+        )
+    options = (scale, left, right, float(dropout_p), seed, backend_name)
     return _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, options)

@@ -1,5 +1,7 @@
 """Packed execution against the padded Hugging Face model it stands for."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -26,9 +28,11 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from rerank_fast.model import layers
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.scoring import make_packed_step
 
 VOCABULARY, POSITIONS = 97, 70
 SIZES = dict(
@@ -193,6 +197,46 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
     torch.testing.assert_close(packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert-last-layer-slides"])
+def test_the_kernels_of_a_gpu_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU natively; without one in Triton's interpreter."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in ("varlen_attention", "residual_norm"):
+        monkeypatch.setattr(layers, op, functools.partial(getattr(layers, op), backend="triton"))
+    tokens, plan = make_tokens([3, 11]), [np.array([1, 0])]
+    upstream = torch.randn(len(tokens))
+    model = make_model(name).eval().double()
+    expected = padded_scores(model, tokens)
+    expected_gradients = gradients(model, expected, upstream.double())
+    padded = padded_scores(model.float(), tokens)
+    own = relative_errors(gradients(model, padded, upstream), expected_gradients)
+    actual = packed_scores(model.to(device), tokens, plan)
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    actual_gradients = gradients(model, actual, upstream.to(device))
+    errors = relative_errors({part: g.cpu() for part, g in actual_gradients.items()}, expected_gradients)
+    assert all(error <= max(1e-5, 3 * own[part]) for part, error in errors.items()), (errors, own)
+
+
+def test_a_gpu_is_served_in_its_dtypes_and_others_are_padded(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("bert")
+    tokens = make_tokens(LENGTHS)
+    assert make_packed_step(model, tokens, dtype=torch.bfloat16) is not None
+    assert make_packed_step(model, tokens, dtype=torch.float16) is None
+    assert make_packed_step(model, tokens, dtype=torch.float16) is None
+    assert [r.message for r in caplog.records if "float16" in r.message] == [
+        "Pairs are padded and sorted by length: packed execution has no kernels for torch.float16 on cpu."
+    ]
+
+    class OnGPU(type(model)):  # a model that says it is on a device that is not here
+        device = torch.device("cuda")
+
+    model.__class__ = OnGPU
+    OnGPU.__name__, OnGPU.__module__ = "BertForSequenceClassification", "transformers.models.bert.modeling_bert"
+    with torch.no_grad():
+        assert make_packed_step(model, tokens, dtype=torch.float16) is not None
+
+
 def test_left_padding_of_the_padded_model_changes_nothing() -> None:
     model = make_model("qwen3").eval()
     tokens = make_tokens(LENGTHS)
@@ -289,6 +333,18 @@ def test_adapters_and_hooked_layers_are_called() -> None:
     expected = padded_scores(model, tokens)
     actual = packed_scores(model, tokens, PLANS["several"])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """As after a release of transformers that names it anew: padded, and the log says what is missing."""
+    model = make_model("bert-1-layer")
+    attention = model.bert.encoder.layer[0].attention
+    attention.renamed = attention.self
+    del attention.self
+    tokens = make_tokens(LENGTHS)
+    assert make_packed_step(model, tokens) is None
+    assert "has no attribute 'self'" in caplog.text
+    assert "transformers 5" in caplog.text
 
 
 def test_models_that_are_not_known_have_no_architecture() -> None:

@@ -1,0 +1,44 @@
+"""Peak memory of the published training step, each in a process of its own, above what the model takes at rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks.test_training_step import make_steps, marco_like_lists
+
+
+def _status(name: str) -> int:
+    """Bytes, of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def measure(name: str, mini_batch_size: int) -> int:
+    """Bytes that two steps need beyond the process before its first."""
+    with tempfile.TemporaryDirectory() as output:
+        steps = make_steps(marco_like_lists(16), output, mini_batch_size=mini_batch_size)
+        before = _status("VmRSS")
+        for _ in range(2):
+            getattr(steps, name)()
+    return _status("VmHWM") - before
+
+
+def _in_a_process(name: str, mini_batch_size: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.test_memory", name, str(mini_batch_size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["ours", "drop_in"])
+def test_peak_memory(benchmark, compare_memory, name):
+    ours = benchmark.pedantic(_in_a_process, (name, 16), rounds=1)
+    compare_memory(f"peak memory of a step, {name}, peer 16 a forward", ours, _in_a_process("peer", 16))
+
+
+if __name__ == "__main__":
+    print(measure(sys.argv[1], int(sys.argv[2])))

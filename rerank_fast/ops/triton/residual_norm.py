@@ -1,0 +1,221 @@
+"""LayerNorm(residual + dropout(x)) in Triton: a row a program forward, a few rows a program backward.
+
+Backward computes the sum and the normalised row again. The gradients of weight and bias are partial sums of a fixed
+number of rows, added up in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton import dropout
+
+MAX_WIDTH = 4096
+ROWS = 16  # a program of backward
+
+
+def launch(width: int) -> dict[str, int]:
+    """A row in the registers of as many warps as hold it without spilling."""
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": block, "num_warps": 4 if block <= 1024 else 8}
+
+
+@triton.jit
+def _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT: tl.constexpr):
+    """residual + dropout(x) of one row, and the factors of the dropout."""
+    kept = tl.full(e.shape, 1.0, tl.float32)
+    row = tl.full([], 0, tl.int64) + row
+    if HAS_DROPOUT:
+        stream = dropout.row_streams(seed, tl.full([], 0, tl.uint32), row)
+        kept = dropout.factors(stream, e, threshold, rescale)
+    added = tl.load(x + row * width + e, mask=there, other=0.0).to(tl.float32)
+    return tl.load(residual + row * width + e, mask=there, other=0.0) + kept * added, kept
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def forward_kernel(
+    x,  # (T, width) bf16, fp16 or fp32
+    residual,  # (T, width) fp32
+    weight,  # (width,) fp32
+    bias,
+    y,  # out (T, width) fp32
+    narrow,  # out (T, width) in x's dtype, or None
+    mean,  # out (T,) fp32
+    rstd,
+    width,
+    eps,
+    seed,
+    threshold,
+    rescale,
+    HAS_NARROW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, WIDTH)
+    there = e < width
+    total, _ = _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+    middle = tl.sum(total, axis=0) / width
+    centered = tl.where(there, total - middle, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
+    tl.store(mean + row, middle)
+    tl.store(rstd + row, scale)
+    gain = tl.load(weight + e, mask=there, other=0.0)
+    result = centered * scale * gain + tl.load(bias + e, mask=there, other=0.0)
+    tl.store(y + row * width + e, result, mask=there)
+    if HAS_NARROW:
+        tl.store(narrow + row * width + e, result.to(narrow.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "num_rows"])
+def backward_kernel(
+    x,
+    residual,
+    weight,
+    mean,
+    rstd,
+    grad_y,  # (T, width) fp32, or None
+    grad_narrow,  # (T, width) in x's dtype, or None
+    dx,  # out (T, width) in x's dtype
+    d_residual,  # out (T, width) fp32
+    d_weight,  # out (programs, width) fp32: each program's sum
+    d_bias,
+    num_rows,
+    width,
+    seed,
+    threshold,
+    rescale,
+    HAS_WIDE: tl.constexpr,
+    HAS_NARROW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, WIDTH)
+    there = e < width
+    gain = tl.load(weight + e, mask=there, other=0.0)
+    weight_sum = tl.zeros([WIDTH], tl.float32)
+    bias_sum = tl.zeros([WIDTH], tl.float32)
+    for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
+        total, kept = _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+        scale = tl.load(rstd + row)
+        unit = tl.where(there, (total - tl.load(mean + row)) * scale, 0.0)
+        grad = tl.zeros([WIDTH], tl.float32)
+        if HAS_WIDE:
+            grad += tl.load(grad_y + row * width + e, mask=there, other=0.0)
+        if HAS_NARROW:
+            grad += tl.load(grad_narrow + row * width + e, mask=there, other=0.0).to(tl.float32)
+        weight_sum += grad * unit
+        bias_sum += grad
+        weighted = grad * gain
+        along = tl.sum(weighted * unit, axis=0) / width
+        d_total = scale * (weighted - tl.sum(weighted, axis=0) / width - unit * along)
+        tl.store(d_residual + row * width + e, d_total, mask=there)
+        tl.store(dx + row * width + e, (d_total * kept).to(dx.dtype.element_ty), mask=there)
+    tl.store(d_weight + program * width + e, weight_sum, mask=there)
+    tl.store(d_bias + program * width + e, bias_sum, mask=there)
+
+
+def _check_device(x: Tensor) -> None:
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Triton kernels take CUDA or ROCm tensors, got tensors on {x.device}; set TRITON_INTERPRET=1 "
+            "before importing rerank_fast.ops.triton.residual_norm to run them in the interpreter"
+        )
+
+
+def forward(
+    x: Tensor,  # (T, H) bf16, fp16 or fp32, contiguous as all that follow
+    residual: Tensor,  # (T, H) fp32
+    weight: Tensor,  # (H,) fp32
+    bias: Tensor,  # (H,) fp32
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for backward."""
+    _check_device(x)
+    y = torch.empty_like(residual)
+    has_narrow = x.dtype != torch.float32
+    narrow = torch.empty_like(x) if has_narrow else y.new_empty(0)
+    mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
+    if x.numel():
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
+            forward_kernel[(x.shape[0],)](
+                *(x, residual, weight, bias, y, narrow if has_narrow else None, mean, rstd, x.shape[1], eps),
+                *dropout.scalars(dropout_p, seed),
+                HAS_NARROW=has_narrow,
+                HAS_DROPOUT=dropout_p > 0,
+                **launch(x.shape[1]),
+            )
+    return y, narrow, mean, rstd
+
+
+def backward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor | None,
+    grad_narrow: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of x, residual, weight and bias."""
+    _check_device(x)
+    dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
+    programs = triton.cdiv(x.shape[0], ROWS)
+    d_weight, d_bias = residual.new_empty(programs, x.shape[1]), residual.new_empty(programs, x.shape[1])
+    if x.numel():
+        with torch.cuda.device_of(x):
+            backward_kernel[(programs,)](
+                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, dx, d_residual, d_weight, d_bias),
+                *x.shape,
+                *dropout.scalars(dropout_p, seed),
+                HAS_WIDE=grad_y is not None,
+                HAS_NARROW=grad_narrow is not None,
+                HAS_DROPOUT=dropout_p > 0,
+                ROWS=ROWS,
+                **launch(x.shape[1]),
+            )
+    return dx, d_residual, d_weight.sum(0), d_bias.sum(0)
+
+
+def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], list[str]]]:
+    """(name, kernel, argument types, constants, {num_warps}, multiples of 16) of what is launched above."""
+    for name in ("bf16", "fp16", "fp32"):
+        for width in (384, 1024, 4096):
+            for has_dropout in (False, True):
+                for kernel in (forward_kernel, backward_kernel):
+                    constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": has_dropout}
+                    config = launch(width)
+                    how = {"num_warps": config.pop("num_warps")}
+                    constants |= config
+                    if kernel is backward_kernel:
+                        constants |= {"HAS_WIDE": True, "ROWS": ROWS}
+                    types = {argument: _argument_type(argument, name) for argument in kernel.arg_names}
+                    types |= dict.fromkeys(constants, "constexpr")
+                    if name == "fp32":
+                        constants["narrow" if kernel is forward_kernel else "grad_narrow"] = None
+                        types["narrow" if kernel is forward_kernel else "grad_narrow"] = "constexpr"
+                    whole = [a for a in types if types[a].startswith("*") or a == "width"]
+                    suffix = "_dropout" if has_dropout else ""
+                    yield f"{kernel.__name__}_{name}_{width}{suffix}", kernel, types, constants, how, whole
+
+
+def _argument_type(argument: str, dtype: str) -> str:
+    if argument in ("x", "narrow", "grad_narrow", "dx"):
+        return f"*{dtype}"
+    if argument in ("eps", "rescale"):
+        return "fp32"
+    return "i32" if argument in ("width", "num_rows", "seed", "threshold") else "*fp32"

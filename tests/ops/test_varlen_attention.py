@@ -1,0 +1,348 @@
+"""varlen_attention against the fp64 reference; Triton natively on a GPU, else in its interpreter."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rerank_fast.ops import attention_reference, cpu
+from rerank_fast.ops import varlen_attention as op
+from rerank_fast.ops.varlen_attention import varlen_attention
+
+HAS_GPU = torch.cuda.is_available()
+BACKENDS = ["cpu", "triton"]
+# (queries, keys) of every sequence: odd ones, one token, none, queries of a last layer, more than one block.
+LENGTHS = {
+    "same": ([5, 0, 67, 1], [5, 0, 67, 1]),
+    "one query": ([1, 1, 1, 1], [7, 64, 65, 1]),
+    "fewer queries": ([4, 40, 3], [9, 66, 17]),
+    "more queries": ([9, 20, 5], [4, 17, 0]),
+}
+SEED = 0x1234_5678_9ABC_DEF0 >> 2
+
+
+def require(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    if backend == "cpu":
+        assert cpu.available(), cpu.unavailable_reason()
+        return
+    pytest.importorskip("triton")
+    if not HAS_GPU and dtype == torch.bfloat16:
+        pytest.skip("the interpreter computes in numpy, which has no bf16")
+
+
+def make(lengths, *, heads=2, kv_heads=2, size=32, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = lengths
+
+    def rows(count, number):
+        return torch.randn(count, number, size, generator=generator).to(dtype)
+
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32) for part in lengths)
+    tensors = rows(sum(queries), heads), rows(sum(keys), kv_heads), rows(sum(keys), kv_heads)
+    return tensors, rows(sum(queries), heads), (cu_q, cu_k)
+
+
+def run(backend, tensors, grad, ends, **options):
+    """out, dq, dk, dv through the public function, on the CPU again."""
+    device = "cuda" if backend not in ("cpu", "reference") and HAS_GPU else "cpu"
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
+    out = varlen_attention(*leaves, *(end.to(device) for end in ends), backend=backend, **options)
+    return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, leaves, grad.to(device)))]
+
+
+def assert_close(backend, lengths, *, dtype=torch.float32, heads=1, kv_heads=1, size=16, **options):
+    """Kernel error <= that of the eager formula in the same dtype, and a few roundings."""
+    require(backend, dtype)
+    tensors, grad, ends = make(lengths, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    actual = run(backend, tensors, grad, ends, **options)
+    eager = run("reference", tensors, grad, ends, **options)
+    exact = run("reference", [t.double() for t in tensors], grad.double(), ends, **options)
+    for ours, theirs, true in zip(actual, eager, exact, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == true.shape
+        if true.numel():
+            error = (ours.double() - true).abs().max()
+            eager_error = (theirs.double() - true).abs().max()
+            # Scores reach some tens, so that 2^score has lost bits that the sums then share.
+            rounding = (64 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+            assert error <= 1.5 * eager_error + rounding * true.abs().max() + 1e-12, (error, eager_error)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [12, 16, 32, 40, 64, 96, 128])
+def test_head_sizes(backend, size):
+    assert_close(backend, ([5, 35], [5, 35]), size=size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (3, 2)}, {"window": (8, -1)}, {"causal": True, "window": (4, -1)}],
+    ids=str,
+)
+def test_lengths_and_masks(backend, lengths, options):
+    assert_close(backend, LENGTHS[lengths], **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_grouped_queries(backend, dropout_p):
+    assert_close(
+        backend, ([5, 0, 21], [5, 0, 21]), heads=4, kv_heads=2, causal=True, dropout_p=dropout_p, seed=SEED
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", ["same", "one query"])
+@pytest.mark.parametrize("seed", [0, SEED])
+def test_dropout_drops_the_same_everywhere(backend, lengths, seed):
+    """One probability that is kept here and dropped there would be an error of its own size."""
+    assert_close(backend, LENGTHS[lengths], heads=2, kv_heads=2, dropout_p=0.4, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("cpu", torch.bfloat16), ("triton", torch.float16), ("triton", torch.bfloat16)],
+)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2, "seed": SEED}], ids=str)
+def test_half_precision(backend, dtype, options):
+    assert_close(backend, LENGTHS["same"], dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores(backend):
+    """Scores of some hundreds: without the running maximum the exponentials overflow."""
+    require(backend)
+    tensors, grad, ends = make(LENGTHS["same"], size=16)
+    tensors = (tensors[0] * 30, tensors[1] * 30, tensors[2])
+    actual = run(backend, tensors, grad, ends)
+    exact = run("reference", [t.double() for t in tensors], grad.double(), ends)
+    torch.testing.assert_close(actual[0].double(), exact[0], rtol=1e-3, atol=1e-3)
+    assert all(torch.isfinite(x).all() for x in actual)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_one_projection_and_strided_gradients(backend):
+    """As layers hand them over: query, key and value interleaved, and a gradient that is a view."""
+    require(backend)
+    (q, k, v), grad, ends = make(LENGTHS["same"])
+    joined = torch.stack([q, k, v], dim=1)
+    views = joined.unbind(1)
+    assert not views[0].is_contiguous()
+    wide = torch.stack([grad, grad], dim=2)[:, :, 0]
+    turned = grad.transpose(1, 2).contiguous().transpose(1, 2)  # rows of a head are not contiguous
+    expected = run(backend, (q, k, v), grad, ends)
+    for upstream in (wide, turned):
+        for ours, theirs in zip(run(backend, views, upstream, ends), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_output_is_written(backend, monkeypatch):
+    """Fresh buffers hold NaN: what a kernel leaves out shows."""
+    require(backend)
+    tensors, grad, ends = make(LENGTHS["more queries"], size=16)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")) if "dtype" in o else empty(*a, **o)
+    )
+    actual = run(backend, tensors, grad, ends, causal=True)
+    monkeypatch.undo()
+    for ours, theirs in zip(actual, run("reference", tensors, grad, ends, causal=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_beyond_a_sequence_is_not_read(backend):
+    require(backend)
+    tensors, grad, ends = make(([6, 7], [6, 7]), size=16)
+    both = run(backend, tensors, grad, ends)
+    poisoned = [t.clone() for t in tensors]
+    for t in poisoned:
+        t[6:] = float("nan")
+    alone = run(backend, poisoned, grad, ends)
+    for ours, theirs in zip(alone, both, strict=True):
+        assert torch.equal(ours[:6], theirs[:6])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time(backend):
+    require(backend)
+    case = make(LENGTHS["same"], heads=2, kv_heads=1, size=16)
+    first, second = (run(backend, *case, dropout_p=0.1, seed=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_threads_change_nothing():
+    require("cpu")
+    case = make(LENGTHS["same"])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run("cpu", *case, dropout_p=0.1, seed=5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("lengths", [([], []), ([0, 0], [0, 0]), ([0, 3], [5, 0])])
+def test_nothing_to_attend(backend, lengths):
+    require(backend if backend != "reference" else "cpu")
+    tensors, grad, ends = make(lengths, size=16)
+    results = run(backend, tensors, grad, ends)
+    for result, like in zip(results, (tensors[0], *tensors), strict=True):
+        assert torch.equal(result, torch.zeros_like(like))
+
+
+def test_reference_equals_torch_on_each_sequence():
+    (q, k, v), _, ends = make(LENGTHS["same"], heads=4, kv_heads=2)
+    out = varlen_attention(q, k, v, *ends, causal=True, backend="reference")
+    for start, end in itertools.pairwise(ends[0].tolist()):
+        parts = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(out[start:end], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_of_its_rate_and_without_pattern():
+    factors = attention_reference.dropout_factors(SEED, 3, torch.arange(400), 500, 0.3)
+    kept = factors > 0
+    assert torch.equal(factors[kept], torch.full_like(factors[kept], 1 / 0.7))
+    share = kept.double()
+    # Five standard deviations of a fair draw: over everything, over rows, over columns, and of neighbours.
+    assert abs(share.mean() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
+    assert (share.mean(1) - 0.7).abs().max() < 5 * (0.21 / 500) ** 0.5
+    assert (share.mean(0) - 0.7).abs().max() < 5 * (0.21 / 400) ** 0.5
+    for shifted in (share[1:] * share[:-1], share[:, 1:] * share[:, :-1]):
+        assert abs(shifted.mean() - 0.49) < 5 * (0.25 / shifted.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (2, 1)}, {"causal": True, "dropout_p": 0.3, "seed": 7}], ids=str
+)
+def test_gradcheck(options):
+    tensors, _, ends = make(([2, 0, 4], [2, 0, 4]), heads=2, kv_heads=1, size=2, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, *ends, backend="reference", **options), leaves)
+
+
+def test_differentiating_twice_raises():
+    tensors, grad, ends = make(([3], [3]), size=16)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = varlen_attention(*leaves, *ends)
+    (first,) = torch.autograd.grad((out.square() * grad).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_opcheck(backend):
+    (q, k, v), grad, ends = make(([3, 5], [3, 5]), size=16)
+    options = (0.25, -1, 0, 0.1, 3, backend)
+    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
+    out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
+    arguments = (q, k, v, out, lse, grad, *ends, *options)
+    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
+
+
+def test_compiles_as_one_graph():
+    tensors, grad, ends = make(([3, 5], [3, 5]), size=16)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def twice(q, k, v):
+        return varlen_attention(q * 2, k, v, *ends, causal=True)
+
+    expected = torch.autograd.grad(twice(*leaves), leaves, grad)
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves, grad), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_errors_say_what_was_expected_and_what_came():
+    (q, k, v), _, (cu_q, cu_k) = make(([3, 5], [3, 5]), size=16)
+    wrong = [
+        (lambda: varlen_attention(q[0], k, v, cu_q, cu_k), r"q must be .*\(tokens, heads, head_size\), got"),
+        (lambda: varlen_attention(q, k.half(), v, cu_q, cu_k), "one dtype"),
+        (lambda: varlen_attention(q, k[:, :1].repeat(1, 3, 1), v, cu_q, cu_k), "multiple of their heads"),
+        (lambda: varlen_attention(q, k, v, cu_q.long(), cu_k), "cu_seqlens_q must be int32"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k + 1), "rise from 0 to 8 tokens"),
+        (lambda: varlen_attention(q, k, v, cu_q[[0, 2]], cu_k), "same sequences, got 1 and 2"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, window=(-2, 0)), "window"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, dropout_p=1.0), "dropout_p"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="cuda"), "backend must be one of"),
+        (lambda: varlen_attention(q.half(), k.half(), v.half(), cu_q, cu_k, backend="cpu"), "fp32 or bf16 CPU"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="flash"), "flash.*NVIDIA GPU"),
+        (lambda: varlen_attention(*(t.double() for t in (q, k, v)), cu_q, cu_k, backend="triton"), "float64"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class TestFlash:
+    """What is handed to torch.nn.attention.varlen, whose kernel is CUDA's alone."""
+
+    @pytest.fixture
+    def received(self, monkeypatch):
+        calls = []
+
+        def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+            calls.append((max_q, max_k, scale, window_size, enable_gqa))
+            return varlen_attention(q, k, v, cu_q, cu_k, scale=scale, window=window_size, backend="reference")
+
+        monkeypatch.setattr(op, "_flash", lambda: stand_in)
+        monkeypatch.setattr(op, "_unserved", lambda name, *rest: "" if name in ("flash", "reference") else "no")
+        return calls
+
+    def test_arguments_and_gradients(self, received):
+        case = make(LENGTHS["fewer queries"], heads=4, kv_heads=2, size=16)
+        actual = run("flash", *case, causal=True, window=(4, -1), max_seqlens=(40, 66))
+        assert received == [(40, 66, 0.25, (4, 0), True)]
+        for ours, theirs in zip(actual, run("reference", *case, causal=True, window=(4, -1)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_this_torch_has_the_function_as_it_is_called(self):
+        assert op._flash.__wrapped__() is not None
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+    def test_chosen_only_without_dropout_and_with_known_lengths(self, monkeypatch, dropout_p):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+        class OnGPU:
+            device, dtype, shape = torch.device("cuda"), torch.bfloat16, (10, 2, 64)
+
+        known = op._resolve_backend(None, OnGPU, dropout_p, (7, 7))  # type: ignore[arg-type]
+        assert known == ("triton" if dropout_p else "flash")
+        assert op._resolve_backend(None, OnGPU, dropout_p, None) == "triton"  # type: ignore[arg-type]
+        OnGPU.shape = (10, 2, 12)
+        assert op._resolve_backend(None, OnGPU, dropout_p, (7, 7)) == "triton"  # type: ignore[arg-type]
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (3, 2)}], ids=str)
+    def test_on_a_gpu(self, lengths, options):
+        longest = tuple(max(part) for part in LENGTHS[lengths])
+        case = make(LENGTHS[lengths], size=64, dtype=torch.bfloat16)
+        actual = run("flash", *case, max_seqlens=longest, **options)
+        for ours, theirs in zip(actual, run("reference", *case, **options), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_scalars_are_the_references():
+    """The host half of the generator that Triton's kernels use."""
+    pytest.importorskip("triton")
+    from rerank_fast.ops.triton import dropout
+
+    for seed in (0, 1, SEED, 2**62 - 1):
+        mixed, threshold, rescale = dropout.scalars(0.25, seed)
+        low, high = (torch.tensor(part & 0xFFFFFFFF) for part in (seed, seed >> 32))
+        expected = attention_reference._mix(low ^ attention_reference._mix(high))
+        assert np.uint32(mixed & 0xFFFFFFFF) == expected.item()
+        assert (threshold, rescale) == (2**30, 1 / 0.75)
