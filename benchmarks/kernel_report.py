@@ -10,6 +10,7 @@ end are estimates from datasheets, not measurements. Run it without TRITON_INTER
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -30,7 +31,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rerank_fast.ops.triton import lambda_loss, lambda_loss_order, lambda_loss_pairs
+from rerank_fast.ops.triton import (
+    lambda_loss,
+    lambda_loss_order,
+    lambda_loss_pairs,
+    ndcg,
+    residual_norm,
+    score_head,
+    varlen_attention,
+)
 
 TARGETS = {str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -51,6 +60,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)  # num_warps and what else the launch gives
     items: int = 0
     anchor: str = ""
+    multiples: list[str] | None = None  # arguments that 16 divides at a launch; None: the pointers
 
 
 def lambda_loss_sources() -> Iterator[Variant]:
@@ -87,7 +97,19 @@ def lambda_loss_sources() -> Iterator[Variant]:
             yield variant(lambda_loss.list_sum_kernel, scores, lambda_loss.FINISH)
 
 
-SOURCES = [lambda_loss_sources]
+def _shipped(module: Any) -> Iterator[Variant]:
+    """What a kernel file says of itself in shipped()."""
+    for name, kernel, types, constants, options, *multiples in module.shipped():
+        prefix = module.__name__.rpartition(".")[2]
+        yield Variant(
+            f"{prefix}-{name}", kernel, types, constants, options, multiples=multiples[0] if multiples else None
+        )
+
+
+SOURCES = [
+    lambda_loss_sources,
+    *(functools.partial(_shipped, module) for module in (score_head, ndcg, varlen_attention, residual_norm)),
+]
 
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities).
 _LIMITS = {
@@ -199,9 +221,8 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """One row of the report."""
     signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
     # As at run time: the allocator aligns tensors, so pointers are specialised on 16 bytes.
-    attrs = {
-        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
+    multiples = variant.multiples or [name for name, kind in signature.items() if kind.startswith("*")]
+    attrs = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if name in multiples}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attrs)
     options = {key: value for key, value in variant.options.items() if key != "maxnreg" or target != "gfx942"}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
