@@ -172,6 +172,11 @@ def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
             raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got {shown}")
 
 
+def _check_k(k: int | None) -> None:
+    if k is not None and k < 0:
+        raise ValueError(f"k must be None or at least 0, got {k}")
+
+
 def lambda_loss(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
@@ -215,11 +220,74 @@ def lambda_loss(
     _check_choice("scheme", scheme, _SCHEMES)
     _check_choice("reduction_log", reduction_log, _LOGS)
     _check_choice("reduction", reduction, _REDUCTIONS)
-    if k is not None and k < 0:
-        raise ValueError(f"k must be None or at least 0, got {k}")
+    _check_k(k)
     resolved = _resolve_backend(backend, scores.device)
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
     options = (scheme, k or 0, float(sigma), float(mu), float(eps), reduction_log, reduction, resolved)
     return _LambdaLoss.apply(scores, labels, offsets, options)
+
+
+def count_pairs(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    *,
+    scheme: Scheme = "ndcg2pp",
+    k: int | None = None,
+) -> Tensor:
+    """The number of pairs that lambda_loss(..., reduction="pairs") divides by, before it is raised to at least one.
+
+    With it a batch in several parts is normalised as a whole: backpropagate the parts' losses with reduction="sum",
+    each divided by the sum of their counts. Takes O(N log N) time and O(N) memory on any device, and never waits
+    for it.
+
+    Args:
+        scores: (N,) as for lambda_loss; read only where k cuts, since the cut goes by rank.
+        labels: (N,) relevance labels.
+        offsets: (Q + 1,) int64.
+        scheme: the loss's; "ndcg1" counts every ordered pair.
+        k: the loss's cut.
+
+    Returns:
+        The number of pairs, () int64 on the device of the scores.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option.
+    """
+    _check_tensors(scores, labels, offsets)
+    _check_choice("scheme", scheme, _SCHEMES)
+    _check_k(k)
+    sizes = offsets.diff()
+    if scheme == "ndcg1":
+        return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()
+    labels = labels.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    group = torch.repeat_interleave(sizes, output_size=scores.shape[0])
+    total = _count_preferences(group, labels)
+    if not k:
+        return total
+    # Less the pairs of two documents below the cut. All others go to a group of their own, of one label.
+    order = _sort_within(group, scores.detach(), descending=True)
+    below = torch.empty_like(group, dtype=torch.bool)
+    below[order] = torch.arange(len(order), device=order.device) - offsets[group] >= k
+    return total - _count_preferences(group.where(below, -1), labels.where(below, 0))
+
+
+def _sort_within(group: Tensor, values: Tensor, *, descending: bool = False) -> Tensor:
+    """The order that sorts (N,) values inside each group, group after group; ties keep the input order."""
+    order = values.argsort(stable=True, descending=descending)
+    return order[group[order].argsort(stable=True)]
+
+
+def _count_preferences(group: Tensor, labels: Tensor) -> Tensor:
+    """() int64: for every document the documents of its group with a lower label, summed; a NaN prefers nothing."""
+    order = _sort_within(group, labels)
+    group, labels = group[order], labels[order]
+    index = torch.arange(len(order), device=order.device)
+    starts_group = torch.ones_like(order, dtype=torch.bool)
+    starts_group[1:] = group[1:] != group[:-1]
+    starts_label = starts_group.clone()
+    starts_label[1:] |= labels[1:] != labels[:-1]
+    group_start, label_start = (index.where(at, 0).cummax(0).values for at in (starts_group, starts_label))
+    return (label_start - group_start).where(labels == labels, 0).sum()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rerank_fast.ops import reference
-from rerank_fast.ops.lambda_loss import lambda_loss
+from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 
 SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 SIZES = [3, 0, 7, 1, 10]
@@ -268,6 +268,49 @@ def test_compiles_whole_with_dynamic_shapes():
         torch.testing.assert_close(ours.grad, eager.grad)
         counted(scores, labels, offsets)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("scheme", ["ndcg1", "lambdarank"])
+@pytest.mark.parametrize("k", [None, 0, 1, 3, 7, 100])
+def test_count_pairs_equals_the_mask(scheme, k):
+    sizes = [3, 0, 7, 1, 10, 25]
+    for seed in range(20):
+        scores, labels, offsets = ragged(sizes, seed=seed)
+        scores = (2 * scores).round() / 2  # with ties
+        labels[seed % 5] = (-1.0, 0.5, math.nan, 300.0, 0.0)[seed % 5]
+        expected = sum(
+            int(reference.pair_mask(y, reference.ranks(s), scheme=scheme, k=k or 0).sum())
+            for s, y in zip(scores.split(sizes), labels.split(sizes), strict=True)
+        )
+        counted = count_pairs(scores.requires_grad_(), labels, offsets, scheme=scheme, k=k)
+        assert counted.dtype == torch.int64
+        assert counted.shape == ()
+        assert counted.item() == expected
+        assert count_pairs(scores.half(), labels.half(), offsets, scheme=scheme, k=k).item() == expected
+
+
+def test_count_pairs_of_nothing_and_of_a_long_list():
+    assert count_pairs(*ragged([])).item() == count_pairs(*ragged([0, 0]), k=2).item() == 0
+    scores, labels, offsets = ragged([100_000], grades=2)  # a D x D mask would take 10 GB
+    positives = int(labels.sum())
+    assert count_pairs(scores, labels, offsets).item() == positives * (100_000 - positives)
+    first = labels[scores.argmax()].item()
+    assert count_pairs(scores, labels, offsets, k=1).item() == (100_000 - positives if first else positives)
+
+
+def test_count_pairs_normalises_a_batch_in_parts():
+    parts = [ragged([5, 9, 2], seed=1), ragged([17], seed=2), ragged([1, 4], seed=3)]
+    whole = [torch.cat([part[i] for part in parts]) for i in range(2)]
+    offsets = torch.tensor([0, *itertools.accumulate([5, 9, 2, 17, 1, 4])])
+    leaf = whole[0].clone().requires_grad_()
+    lambda_loss(leaf, whole[1], offsets, k=4).backward()
+    total = sum(count_pairs(*part, k=4) for part in parts)
+    grads = []
+    for scores, labels, part_offsets in parts:
+        scores.requires_grad_()
+        (lambda_loss(scores, labels, part_offsets, k=4, reduction="sum") / total).backward()
+        grads.append(scores.grad)
+    torch.testing.assert_close(torch.cat(grads), leaf.grad, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
