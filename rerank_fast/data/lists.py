@@ -8,7 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_from_disk,
+)
 
 from rerank_fast.data.hub import load_hub_dataset
 
@@ -18,7 +27,7 @@ _ALIASES = {"query": ("query",), "docs": ("docs",), "labels": ("labels", "label"
 _FLOAT32_MAX = 3.4028234663852886e38
 _LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
-Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Any]
+Source: TypeAlias = str | os.PathLike[str] | Dataset | IterableDataset | Sequence[Any]
 
 
 def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, split: str | None = None) -> Dataset:
@@ -35,22 +44,54 @@ def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, spli
         ValueError: the source can't be read, a column is missing, or a row is malformed: names the file and
             line (or row) and the field.
     """
+    return _collect(*_rows(source, columns, split))
+
+
+class ListStream:
+    """Lists that are read anew, one after the other, each time they are iterated: for more than memory holds.
+
+    Gives {"query": str, "docs": [str], "labels": [float]}, checked as load_lists checks them.
+
+    Args:
+        source: what load_lists takes, or a `datasets.IterableDataset`.
+        columns: where the source's columns have other names.
+        split: of a hub or saved dataset.
+
+    Raises:
+        ValueError: as load_lists; a malformed row is found when it is read.
+    """
+
+    def __init__(
+        self, source: Source, *, columns: Mapping[str, str] | None = None, split: str | None = None
+    ) -> None:
+        self.source, self.columns, self.split = source, columns, split
+        if next(iter(self), None) is None:
+            raise ValueError(f"{_rows(source, columns, split)[1]} holds no list")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return _rows(self.source, self.columns, self.split)[0]
+
+
+def _rows(
+    source: Source, columns: Mapping[str, str] | None, split: str | None
+) -> tuple[Iterator[dict[str, Any]], str]:
+    """Checked rows of a source, read as they are asked for, and the source's name."""
     for name in columns or {}:
         if name not in _ALIASES:
             raise ValueError(f"columns maps query, docs and labels to the source's names, got the key {name!r}")
-    if isinstance(source, DatasetDict):
+    if isinstance(source, DatasetDict | IterableDatasetDict):
         if (split or "train") not in source:
             raise ValueError(f"the dataset has the splits {sorted(map(str, source))}, not {split or 'train'!r}")
         source = source[split or "train"]
-    if isinstance(source, Dataset):
-        return _collect(_dataset_rows(source, "dataset", columns), "dataset")
+    if isinstance(source, Dataset | IterableDataset):
+        return _dataset_rows(source, "dataset", columns), "dataset"
     if isinstance(source, str | os.PathLike):
-        return _collect(_open(os.fspath(source), columns, split), os.fspath(source))
+        return _open(os.fspath(source), columns, split), os.fspath(source)
     if isinstance(source, Sequence) and source and all(isinstance(item, str | os.PathLike) for item in source):
         rows = (row for item in source for row in _open(os.fspath(item), columns, split))
-        return _collect(rows, ", ".join(map(str, source)))
+        return rows, ", ".join(map(str, source))
     if isinstance(source, Sequence):
-        return _collect(_checked(enumerate(source), "list", columns), "the sequence of lists")
+        return _checked(enumerate(source), "list", columns), "the sequence of lists"
     raise ValueError(f"expected a path, a dataset or a sequence of lists, got {type(source).__name__}")
 
 
@@ -116,7 +157,9 @@ def _parquet_rows(path: str, columns: Mapping[str, str] | None) -> Iterator[dict
     return _checked(enumerate(rows), path, columns)
 
 
-def _dataset_rows(dataset: Dataset, where: str, columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
+def _dataset_rows(
+    dataset: Dataset | IterableDataset, where: str, columns: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
     rows = (row for batch in dataset.with_format(None).iter(batch_size=1024) for row in _transpose(batch))
     return _checked(enumerate(rows), where, columns)
 
