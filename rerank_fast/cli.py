@@ -112,6 +112,8 @@ def _lists(source: str, columns: dict[str, str] | None) -> Any:
 def _train(options: dict[str, Any]) -> None:
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
     result = trainer.train()
+    if not trainer.processes.is_main_process:
+        return
     print(
         f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved to {result.output}"
     )
@@ -144,9 +146,11 @@ def _trainer(options: dict[str, Any]) -> Any:
 
     from rerank_fast.training.trainer import Trainer
 
+    from rerank_fast.data.lists import ListStream
+
     return Trainer(
         model,
-        _lists(train, columns),
+        ListStream(train, columns=columns) if config.streaming else _lists(train, columns),
         eval_lists=evaluation and _lists(evaluation, columns),
         config=config,
     )
@@ -267,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"train": _train, "evaluate": _evaluate, "recipes": _recipes, "demo": _demo}
     try:
         commands[parsed.command](options)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:  # OSError: a full disk
         print(f"rerank-fast {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

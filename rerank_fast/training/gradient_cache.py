@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,75 @@ import psutil
 import torch
 from torch import Tensor
 
+from rerank_fast.data.tokenized import TokenizedLists
+from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import plan_micro_batches
-from rerank_fast.model.scoring import PaddedStep, run
+from rerank_fast.model.scoring import PaddedStep
+from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.run_log import Rates
 
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-pure": torch.bfloat16}
+
+
+class Backward:
+    """Lists to gradients, as a run's settings say.
+
+    Args:
+        model: whose weights get the gradients.
+        config: loss, micro-batches, precision; gradient_cache "auto" keeps all graphs while they are estimated to
+            fit half of the memory that is free now (see activation_bytes).
+        scale: multiplies the loss before it goes back.
+    """
+
+    def __init__(self, model: CrossEncoder, config: TrainingConfig, scale: Loss) -> None:
+        self.model, self.config, self.scale = model, config, scale
+        self.dtype = DTYPES[config.precision]
+        self.memory = available_bytes(model.device) // 2
+
+    def __call__(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the lists' summed loss over the divisor; returns that loss and the lists' pairs."""
+        config, device = self.config, self.model.device
+        labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
+        loss: Any = functools.partial(
+            lambda_loss,
+            labels=labels,
+            offsets=offsets,
+            scheme=config.scheme,
+            k=config.k,
+            sigma=config.sigma,
+            mu=config.mu,
+            eps=config.eps,
+            reduction_log=config.reduction_log,
+            reduction="sum",
+        )
+        step = self.model.step(lists.pairs, dtype=self.dtype)
+        lengths = step.tokens.lengths
+        plan = plan_micro_batches(
+            lengths,
+            max_pairs=config.mini_batch_size,
+            max_tokens=config.max_tokens_per_microbatch,
+            padded=step.padded,
+        )
+        tokens = int(lengths.sum())
+        padded_tokens = sum(len(part) * int(lengths[part[0]]) for part in plan) if step.padded else tokens
+        cached = config.gradient_cache == "on"
+        if config.gradient_cache == "auto":
+            cached = self.memory < activation_bytes(
+                self.model.model, padded_tokens, self.dtype, gradient_checkpointing=config.gradient_checkpointing
+            )
+        options = {"device": device, "skip_below": config.skip_below} if cached else {}
+        push: Any = backward_cached if cached else backward_direct
+        pushed = push(step, plan, lambda scores: loss(scores) / divisor, scale=self.scale, **options)
+        rates.scored += len(lists.pairs)
+        rates.skipped += pushed.num_skipped
+        rates.tokens += tokens
+        rates.padded_tokens += padded_tokens
+        return pushed.loss, count_pairs(pushed.scores, labels, offsets, scheme=config.scheme, k=config.k)
 
 
 @dataclass(frozen=True)
@@ -31,14 +95,14 @@ class Pushed:
 
 def backward_direct(
     step: PackedStep | PaddedStep,
+    plan: Sequence[np.ndarray],
     loss: Loss,
     *,
-    max_pairs: int | None,
-    max_tokens: int | None,
     scale: Loss = lambda value: value,
 ) -> Pushed:
     """Score all pairs, keep every graph, go back once. `scale` multiplies the loss before that."""
-    scores = run(step, max_pairs=max_pairs, max_tokens=max_tokens)
+    with step.region:
+        scores = _in_order([step(indices) for indices in plan], plan)
     value = loss(scores)
     scale(value).backward()
     return Pushed(value.detach(), scores.detach())
@@ -46,11 +110,10 @@ def backward_direct(
 
 def backward_cached(
     step: PackedStep | PaddedStep,
+    plan: Sequence[np.ndarray],
     loss: Loss,
     *,
     device: torch.device,
-    max_pairs: int | None,
-    max_tokens: int | None,
     scale: Loss = lambda value: value,
     skip_below: float = 0.0,
 ) -> Pushed:
@@ -64,7 +127,6 @@ def backward_cached(
     composition: one that drew random numbers is left out as a whole or run again as a whole, so that the gradient
     is that of the scores the loss has seen.
     """
-    plan = plan_micro_batches(step.tokens.lengths, max_pairs=max_pairs, max_tokens=max_tokens, padded=step.padded)
     # The step was made with gradients on: its products are those of the second run, and so the scores to the bit.
     shared = step.separate() if isinstance(step, PackedStep) else []
     states, parts = [_random_state(device)], []
@@ -72,8 +134,7 @@ def backward_cached(
         for indices in plan:
             parts.append(step(indices))
             states.append(_random_state(device))
-    order = torch.from_numpy(np.argsort(np.concatenate(plan))).to(device)
-    scores = torch.cat(parts)[order].requires_grad_()
+    scores = _in_order(parts, plan).requires_grad_()
     value = loss(scores)
     (gradient,) = torch.autograd.grad(value, scores)
     # The one wait for the device. Not "above": a NaN must go on.
@@ -95,6 +156,11 @@ def backward_cached(
     if shared:
         torch.autograd.backward([tensor for tensor, _ in shared], [leaf.grad for _, leaf in shared])
     return Pushed(value.detach(), scores.detach(), len(scores) - num_run)
+
+
+def _in_order(parts: list[Tensor], plan: Sequence[np.ndarray]) -> Tensor:
+    """(N,) scores of all micro-batches in the order of the pairs."""
+    return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

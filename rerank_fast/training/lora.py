@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.training.config import TrainingConfig
 
 ADAPTER = "adapter"  # directory of the adapter beside the merged model
 
 
-def add_lora(
-    model: CrossEncoder, *, rank: int, alpha: float, dropout: float, target_modules: list[str] | None, seed: int
-) -> Any:
+def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     """Put adapters into the linear layers of the encoder; they and the score head are what remains to train.
 
     In place, so that the model keeps its class and runs packed. Returns PEFT's configuration.
@@ -32,14 +31,13 @@ def add_lora(
     heads = [name for name, _ in inner.named_children() if name != inner.base_model_prefix]
     config = LoraConfig(
         task_type="SEQ_CLS",
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        target_modules=target_modules or _linear_names(inner.base_model),
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules or _linear_names(inner.base_model),
         modules_to_save=heads,
         base_model_name_or_path=model.name_or_path,
     )
-    torch.manual_seed(seed)
     trained_whole = config.modules_to_save
     # The head is trained itself: a second copy of it, as PEFT makes, would not be the head that is run packed.
     config.modules_to_save = None

@@ -55,8 +55,8 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
     for name, weight in trainer.weights.items():
         for key, value in trainer.optimizer.state.get(weight, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    if trainer.average is not None:
-        tensors.update({f"average.{name}": value for name, value in trainer.average.weights.items()})
+    if trainer.trained.average is not None:
+        tensors.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
     return values, tensors
 
 
@@ -77,10 +77,10 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
         start = f"optimizer.{name}."
         for key in [key for key in tensors if key.startswith(start) and "." not in key[len(start) :]]:
             trainer.optimizer.state[weight][key[len(start) :]] = tensors[key].to(device, copy=True)
-    if trainer.masters is not None:
-        trainer.masters.write_back()
-    if trainer.average is not None:
-        for name, value in trainer.average.weights.items():
+    if trainer.trained.masters is not None:
+        trainer.trained.masters.write_back()
+    if trainer.trained.average is not None:
+        for name, value in trainer.trained.average.weights.items():
             value.copy_(tensors[f"average.{name}"])
     trainer.scheduler.load_state_dict({**trainer.scheduler.state_dict(), **values["scheduler"]})
     for group, rate in zip(trainer.optimizer.param_groups, values["scheduler"]["_last_lr"], strict=True):

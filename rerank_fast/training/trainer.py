@@ -8,9 +8,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,28 +23,18 @@ from transformers import get_scheduler
 
 from rerank_fast.data.batches import Batch, BatchMaker, ahead
 from rerank_fast.data.lists import ListStream, Source, load_lists
-from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import plan_micro_batches
-from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
-from rerank_fast.training.gradient_cache import (
-    activation_bytes,
-    available_bytes,
-    backward_cached,
-    backward_direct,
-)
-from rerank_fast.training.lora import add_lora, save_lora
+from rerank_fast.training.gradient_cache import Backward
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
-from rerank_fast.training.weights import MasterWeights, WeightAverage, freeze, layer_depths, parameter_groups
+from rerank_fast.training.weights import TrainedWeights, layer_depths, parameter_groups
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-pure": torch.bfloat16}
 _BATCHES_AHEAD = 4
 
 
@@ -116,7 +105,8 @@ class Trainer:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self._prepare_weights()
+        self.trained = TrainedWeights(self.model, config)
+        self.weights = self.trained.weights
         self.num_lists = None if isinstance(self.lists, ListStream) else len(self.lists)
         self.num_steps = config.max_steps
         if config.max_steps <= 0:
@@ -137,75 +127,13 @@ class Trainer:
             num_training_steps=self.num_steps,
         )
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
-        self._memory = available_bytes(self.model.device)
+        self._backward = Backward(self.model, config, self.scaler.scale)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
         self._stops = False
 
-    def _prepare_weights(self) -> None:
-        """What is trained, and in which precision: self.weights by name, as the optimizer moves them."""
-        config, model = self.config, self.model.model
-        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move.
-        self.model.to(torch.bfloat16 if config.precision == "bf16-pure" else torch.float32)
-        self.lora = None
-        if config.lora_rank:
-            self.lora = add_lora(
-                self.model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                target_modules=config.lora_target_modules,
-                seed=config.seed,
-            )
-        if config.freeze_layers or config.freeze:
-            freeze(model, num_layers=config.freeze_layers, patterns=config.freeze)
-        distributed.copy_from_first(list(model.parameters()))
-        self._trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.masters = MasterWeights(self._trained) if config.precision == "bf16-pure" else None
-        self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self._trained)
-        self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
-
     # -- one step ---------------------------------------------------------------------------------------
-
-    def _backward(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        """Add the gradients of some lists' summed loss over the divisor; returns that loss and their pairs."""
-        config, device, dtype = self.config, self.model.device, _DTYPES[self.config.precision]
-        labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
-        loss: Any = partial(
-            lambda_loss,
-            labels=labels,
-            offsets=offsets,
-            scheme=config.scheme,
-            k=config.k,
-            sigma=config.sigma,
-            mu=config.mu,
-            eps=config.eps,
-            reduction_log=config.reduction_log,
-            reduction="sum",
-        )
-        step = self.model.step(lists.pairs, dtype=dtype)
-        limits = {"max_pairs": config.mini_batch_size, "max_tokens": config.max_tokens_per_microbatch}
-        tokens = padded = len(lists.pairs.input_ids)
-        if step.padded:
-            plan = plan_micro_batches(lists.pairs.lengths, **limits, padded=True)
-            padded = sum(len(part) * int(lists.pairs.lengths[part].max()) for part in plan)
-        cached = config.gradient_cache == "on"
-        if config.gradient_cache == "auto":
-            checkpointing = config.gradient_checkpointing
-            needed = activation_bytes(self.model.model, padded, dtype, gradient_checkpointing=checkpointing)
-            cached = needed > self._memory // 2
-        options: dict[str, Any] = {**limits, "scale": self.scaler.scale}
-        if cached:
-            options.update(device=device, skip_below=config.skip_below)
-        pushed = (backward_cached if cached else backward_direct)(
-            step, lambda scores: loss(scores) / divisor, **options
-        )
-        rates.scored += len(lists.pairs)
-        rates.skipped += pushed.num_skipped
-        rates.tokens += tokens
-        rates.padded_tokens += padded
-        return pushed.loss, count_pairs(pushed.scores, labels, offsets, scheme=config.scheme, k=config.k)
 
     def _step(self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False) -> Tensor:
         """One optimizer step on a global batch.
@@ -243,10 +171,7 @@ class Trainer:
         overflowed = self.scaler.get_scale() < scale
         if not overflowed:
             self.scheduler.step()
-            if self.masters:
-                self.masters.write_back()
-            if self.average:
-                self.average.update(self.weights)
+            self.trained.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))])
 
@@ -405,20 +330,17 @@ class Trainer:
         for callback in self.callbacks:
             callback(Event(name, step, self, values or {}))
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.applied(self._trained) if self.average else nullcontext()
-
     def _evaluate(self, progress: Progress) -> None:
         """Measure the model, and save it if it is the best so far."""
-        with self._averaged():
+        with self.trained.averaged():
             metrics = {name: value for one in self.evaluators for name, value in one(self._scorer).items()}
-            self._write("evaluate", progress, metrics)
-            name = self.config.metric_for_best
-            progress.evaluations_since_best += 1
-            progress.evaluation_due = False
-            if not progress.best or metrics[name] > progress.best[name]:
-                progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
-                self._save_best()
+        self._write("evaluate", progress, metrics)
+        name = self.config.metric_for_best
+        progress.evaluations_since_best += 1
+        progress.evaluation_due = False
+        if not progress.best or metrics[name] > progress.best[name]:
+            progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
+            self._save_best()
 
     def _lost_patience(self, progress: Progress) -> bool:
         patience = self.config.early_stopping_patience
@@ -427,24 +349,18 @@ class Trainer:
         logger.warning("No better evaluation in %d: stopped at step %d", patience, progress.step)
         return True
 
-    def _save_model(self, directory: Path) -> None:
-        """The model as it is used: averaged where an average is kept, adapters merged."""
-        if self.lora is not None:
-            save_lora(self.model, self.lora, directory, overwrite=True)
-        else:
-            self.model.save_pretrained(directory, overwrite=True)
-
     def _save_best(self) -> None:
         if self.processes.is_main_process:
-            self._save_model(self.output)
+            with self.trained.averaged():
+                self.trained.save(self.output)
 
     def _checkpoint(self, progress: Progress) -> Path:
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:
-            with self._averaged():
+            with self.trained.averaged():
                 checkpoints.save_checkpoint(
-                    path, self._save_model, values, tensors, keep=self.config.save_total_limit
+                    path, self.trained.save, values, tensors, keep=self.config.save_total_limit
                 )
         self._tell("save", progress.step, {"path": path})
         return path

@@ -6,13 +6,62 @@ import contextlib
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.training import distributed
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.lora import add_lora, save_lora
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
+
+
+class TrainedWeights:
+    """The weights that a run trains, by name, as the optimizer moves them.
+
+    Args:
+        model: gets adapters, frozen parameters and a dtype as the settings say.
+        config: the run's.
+
+    Raises:
+        ValueError: see freeze and add_lora.
+    """
+
+    def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
+        self._model, inner = model, model.model
+        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move.
+        model.to(torch.bfloat16 if config.precision == "bf16-pure" else torch.float32)
+        self.lora = add_lora(model, config) if config.lora_rank else None
+        if config.freeze_layers or config.freeze:
+            freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
+        distributed.copy_from_first(list(inner.parameters()))
+        self.parameters = {name: one for name, one in inner.named_parameters() if one.requires_grad}
+        self.masters = MasterWeights(self.parameters) if config.precision == "bf16-pure" else None
+        self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
+        self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
+
+    def after_step(self) -> None:
+        """What follows a step of the optimizer."""
+        if self.masters:
+            self.masters.write_back()
+        if self.average:
+            self.average.update(self.weights)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model as it is used: with its running average, where one is kept."""
+        return self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+
+    def save(self, directory: Path) -> None:
+        """Write the model as it is now; adapters are merged, and written beside it too."""
+        if self.lora is not None:
+            save_lora(self._model, self.lora, directory, overwrite=True)
+        else:
+            self._model.save_pretrained(directory, overwrite=True)
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
