@@ -144,9 +144,8 @@ def _trainer(options: dict[str, Any]) -> Any:
     # A wrong value is said before torch is imported.
     config = TrainingConfig(**{name: value for name, value in options.items() if name in names})
 
-    from rerank_fast.training.trainer import Trainer
-
     from rerank_fast.data.lists import ListStream
+    from rerank_fast.training.trainer import Trainer
 
     return Trainer(
         model,

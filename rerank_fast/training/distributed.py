@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,9 +24,23 @@ def join_processes(timeout: float) -> PartialState:
 
     A peer that dies closes its connections: the next collective fails at once, and the launcher ends the rest. The
     timeout, in seconds, is for one that hangs.
+
+    Raises:
+        ValueError: launched in several processes that do not find each other.
     """
-    # Not Accelerator: its precision is one per process, and a second run may want another.
-    return PartialState(timeout=timedelta(seconds=timeout))
+    # Not Accelerator: its precision is one per process, and a second run may want another. Without an accelerator
+    # it must be told so: it would run each process alone.
+    on_cpu = (
+        os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+        or not torch.accelerator.is_available()
+    )
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"launched in {launched} processes, but Accelerate was set up before for {state.num_processes}"
+        )
+    return state
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
@@ -61,7 +76,7 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Every process gets the first one's values."""
     if _several():
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def gather(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from rerank_fast.training.distributed import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
 SETTINGS = {"batch_size": 32, "max_steps": 20, "eval_steps": 10, "learning_rate": 2e-5, "max_grad_norm": 0.5}
 
@@ -43,13 +43,18 @@ def uneven_lists() -> Dataset:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.Popen:
     command = [*launcher, str(port), "-m", "rerank_fast", "train", *arguments]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -68,7 +73,9 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("cut", [{"scheme": "ndcg2pp"}, {"k": 2}, {"reduction": "lists"}, {"scheme": "ndcg1"}])
-def test_accumulation_gives_the_weights_of_one_step(cut: dict, still_bert: Path, uneven_lists: Dataset, tmp_path: Path):
+def test_accumulation_gives_the_weights_of_one_step(
+    cut: dict, still_bert: Path, uneven_lists: Dataset, tmp_path: Path
+):
     before = weights(still_bert)
     for name, parts in {"whole": 1, "cut": 4}.items():
         settings = {**SETTINGS, **cut, "gradient_accumulation_steps": parts}
@@ -110,7 +117,7 @@ def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Datase
             assert run.poll() is None, run.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        victim = next(pid for pid in descendants(run.pid) if b"RANK=1\0" in environment_of(pid))
+        victim = next(pid for pid in descendants(run.pid) if b"LOCAL_RANK=1\0" in environment_of(pid))
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         run.communicate(timeout=60)
@@ -151,7 +158,9 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
     class State:
         num_processes = 3
 
-    monkeypatch.setattr("rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone()))
+    monkeypatch.setattr(
+        "rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone())
+    )
     for rank in range(3):
         state = State()
         state.process_index = rank

@@ -27,7 +27,15 @@ def opened(path: Path, *, checkpointing: bool = False) -> tuple[CrossEncoder, To
     return model, tokenize_lists(list(make_lists(6)), model)
 
 
-def push(model: CrossEncoder, lists: TokenizedLists, *, cached: bool, packed: bool = True, k: int | None = None, **options):
+def push(
+    model: CrossEncoder,
+    lists: TokenizedLists,
+    *,
+    cached: bool,
+    packed: bool = True,
+    k: int | None = None,
+    **options,
+):
     """Gradients by name, the result and a number drawn afterwards."""
     torch.manual_seed(7)
     model.zero_grad(set_to_none=True)
@@ -140,9 +148,7 @@ def test_auto_keeps_the_graphs_while_they_fit(tiny_bert: Path, monkeypatch: pyte
             return function(*arguments, **options)
 
         monkeypatch.setattr(f"rerank_fast.training.gradient_cache.{name}", note)
-    needed = activation_bytes(
-        model.model, len(lists.pairs.input_ids), torch.float32, gradient_checkpointing=False
-    )
+    needed = activation_bytes(model.model, len(lists.pairs.input_ids), torch.float32, gradient_checkpointing=False)
     for free in (2 * needed + 2, 2 * needed - 2):
         monkeypatch.setattr("rerank_fast.training.gradient_cache.available_bytes", lambda device, free=free: free)
         Backward(model, TrainingConfig(precision="fp32"), lambda value: value)(lists, 1.0, Rates())
