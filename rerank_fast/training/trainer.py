@@ -351,17 +351,13 @@ class Trainer:
 
     def _save_best(self) -> None:
         if self.processes.is_main_process:
-            with self.trained.averaged():
-                self.trained.save(self.output)
+            self.trained.save(self.output)
 
     def _checkpoint(self, progress: Progress) -> Path:
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:
-            with self.trained.averaged():
-                checkpoints.save_checkpoint(
-                    path, self.trained.save, values, tensors, keep=self.config.save_total_limit
-                )
+            checkpoints.save_checkpoint(path, self.trained.save, values, tensors, keep=self.config.save_total_limit)
         self._tell("save", progress.step, {"path": path})
         return path
 

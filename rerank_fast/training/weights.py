@@ -57,11 +57,12 @@ class TrainedWeights:
         return self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
 
     def save(self, directory: Path) -> None:
-        """Write the model as it is now; adapters are merged, and written beside it too."""
-        if self.lora is not None:
-            save_lora(self._model, self.lora, directory, overwrite=True)
-        else:
-            self._model.save_pretrained(directory, overwrite=True)
+        """Write the model as it is used: adapters merged, and written beside it too."""
+        with self.averaged():
+            if self.lora is not None:
+                save_lora(self._model, self.lora, directory, overwrite=True)
+            else:
+                self._model.save_pretrained(directory, overwrite=True)
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
