@@ -75,16 +75,15 @@ def assert_the_same_run(a: Path, b: Path) -> None:
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]  # no line twice, none lost
 
 
-@pytest.mark.parametrize(("at", "inside_save"), [(3, False), (11, False), (12, True)])
+@pytest.mark.parametrize(("at", "inside_save"), [(6, False), (11, False), (12, True)])
 def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(
     tiny_bert: Path, unbroken: Path, tmp_path: Path, at: int, inside_save: bool
 ):
     assert killed(tiny_bert, tmp_path, at=at, inside_save=inside_save) == -signal.SIGKILL
     whole = [path.name for path in checkpoints.checkpoints(tmp_path / "run")]
-    assert whole == {3: [], 11: ["checkpoint-4", "checkpoint-8"], 12: ["checkpoint-4", "checkpoint-8"]}[at]
+    assert whole == ["checkpoint-4", "checkpoint-8"][: 1 + (at > 8)]
     assert bool(list((tmp_path / "run").glob(".checkpoint-*"))) == inside_save
-    trainer = go_on(tiny_bert, tmp_path, overwrite=True)
-    assert (trainer.resumed_from is not None) == bool(whole)
+    assert go_on(tiny_bert, tmp_path).resumed_from == tmp_path / "run" / whole[-1]
     assert not list((tmp_path / "run").glob(".*"))
     assert_the_same_run(unbroken, tmp_path / "run")
 
@@ -212,11 +211,11 @@ def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: D
     Trainer(tiny_bert, train_lists, config=config).train()
     with pytest.raises(ValueError, match=r"pass overwrite=True.*, or resume='auto'"):
         Trainer(tiny_bert, train_lists, config=config)
-    with pytest.raises(ValueError, match="resume: .*nothing is no checkpoint"):
+    with pytest.raises(ValueError, match=r"resume: .*nothing is no checkpoint"):
         Trainer(tiny_bert, train_lists, config=replace(config, resume=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="batch_size must be the interrupted run's to go on from it: 8, got 4"):
         Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", batch_size=4)).train()
-    with pytest.raises(ValueError, match="train_lists must be the interrupted run's .*: 48 lists, got 7"):
+    with pytest.raises(ValueError, match=r"train_lists must be the interrupted run's .*: 48 lists, got 7"):
         Trainer(tiny_bert, make_lists(7), config=replace(config, resume="auto")).train()
     damaged = tmp_path / "run" / "checkpoint-4" / "trainer_state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
