@@ -28,11 +28,8 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     except ImportError as error:
         raise ValueError("LoRA needs PEFT: pip install 'rerank-fast[lora]'") from error
     inner = model.model
-    heads = [
-        name
-        for name, part in inner.named_children()
-        if name != inner.base_model_prefix and next(part.parameters(), None) is not None
-    ]
+    above = [(name, part) for name, part in inner.named_children() if name != inner.base_model_prefix]
+    heads = [name for name, part in above if next(part.parameters(), None) is not None]
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=settings.lora_rank,
