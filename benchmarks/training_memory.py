@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_memory batches     # 16 lists of 12 documents, beside sentence-transformers
     python -m benchmarks.training_memory long        # 16 of 128
-    python -m benchmarks.training_memory documents   # cached, 2 lists of 8, 32, 128 and 512
+    python -m benchmarks.training_memory documents   # cached and direct, 1 list of 8, 32, 128 or 512
     python -m benchmarks.training_memory micro       # tokens a micro-batch
     python -m benchmarks.training_memory loop        # time outside forward, backward and optimizer
 
@@ -150,7 +150,7 @@ def main() -> None:
         cases = [{"mode": mode, "lists": 16, "documents": documents} for mode in [*MODES, *peers]]
     elif options.part == "documents":
         cases = [
-            {"mode": mode, "lists": 2, "documents": d} for mode in ("cached", "direct") for d in (8, 32, 128, 512)
+            {"mode": mode, "lists": 1, "documents": d} for mode in ("cached", "direct") for d in (8, 32, 128, 512)
         ]
     elif options.part == "micro":
         cases = [
