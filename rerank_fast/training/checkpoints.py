@@ -142,6 +142,20 @@ def save_checkpoint(
     return target
 
 
+def save_best(directory: Path, save_model: Callable[[Path], None]) -> None:
+    """Write the best model so far.
+
+    Raises:
+        CheckpointError: it can't be written, as on a full disk.
+    """
+    try:
+        save_model(directory)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"can't write the best model to {directory}: {error}; checkpoints there are whole"
+        ) from error
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -44,7 +44,7 @@ class Backward:
         self.memory = available_bytes(model.device) // 2
 
     def __call__(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the lists' summed loss over the divisor; returns that loss and the lists' pairs."""
+        """Add the gradient of the lists' summed loss over the divisor; returns that loss and the pairs that k leaves."""
         config, device = self.config, self.model.device
         labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
         loss: Any = functools.partial(
@@ -81,6 +81,8 @@ class Backward:
         rates.skipped += pushed.num_skipped
         rates.tokens += tokens
         rates.padded_tokens += padded_tokens
+        if not config.k:  # then the labels alone say how many, and the divisor holds them already
+            return pushed.loss, torch.zeros((), device=device)
         return pushed.loss, count_pairs(pushed.scores, labels, offsets, scheme=config.scheme, k=config.k)
 
 

@@ -44,7 +44,7 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
     schedule = trainer.scheduler.state_dict()
     values = {
         "progress": asdict(progress),
-        "scheduler": {key: schedule[key] for key in ("base_lrs", "last_epoch", "_step_count", "_last_lr")},
+        "scheduler": {key: schedule[key] for key in ("last_epoch", "_step_count")},
         "scaler": trainer.scaler.state_dict(),
         "random": distributed.gather(random_state(trainer.model.device)),
         "log_position": log_position,
@@ -82,8 +82,11 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
     if trainer.trained.average is not None:
         for name, value in trainer.trained.average.weights.items():
             value.copy_(tensors[f"average.{name}"])
-    trainer.scheduler.load_state_dict({**trainer.scheduler.state_dict(), **values["scheduler"]})
-    for group, rate in zip(trainer.optimizer.param_groups, values["scheduler"]["_last_lr"], strict=True):
+    scheduler = trainer.scheduler
+    step = values["scheduler"]["last_epoch"]
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), **values["scheduler"], "_last_lr": rates})
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     if values["scaler"]:
         trainer.scaler.load_state_dict(dict(values["scaler"]))

@@ -87,8 +87,10 @@ class Trainer:
         check_trackers(config.trackers)
         self.processes = distributed.join_processes(config.distributed_timeout)
         self.resumed_from = checkpoints.find_checkpoint(self.output, config.resume)
-        goes_on = self.resumed_from is not None and self.resumed_from.parent == self.output
-        checkpoints.check_output(self.output, overwrite=config.overwrite or goes_on)
+        self._same_run = (
+            self.resumed_from is not None and self.resumed_from.parent.resolve() == self.output.resolve()
+        )
+        checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
         self.lists = _open_lists(train_lists, streaming=config.streaming)
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
@@ -101,6 +103,8 @@ class Trainer:
             raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
+        if self.processes.num_processes > 1:
+            self.model.to(self.processes.device)
         if config.max_length is not None:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
@@ -236,10 +240,9 @@ class Trainer:
                     path = self._checkpoint(progress)
                     if interrupted:
                         self.processes.wait_for_everyone()  # until it is written
-                        bar.write(
+                        self._say(
                             f"Stopped by a signal at step {step} of {self.num_steps}. {path} holds everything: the "
                             "same run with --resume auto, TrainingConfig(resume='auto'), goes on from there.",
-                            file=sys.stderr,
                         )
                         raise TrainingInterrupted(path)
                 if ends:
@@ -285,11 +288,15 @@ class Trainer:
         set_seed(self.config.seed + self.processes.process_index)  # dropout differs from process to process
         if self.resumed_from is not None:
             values, tensors = checkpoints.load_checkpoint(self.resumed_from)
-            progress, position = restore(self, values, tensors), values["log_position"]
+            progress = restore(self, values, tensors)
+            if self._same_run:
+                position = values["log_position"]
+            else:  # the best model so far is in another directory
+                progress.best, progress.best_step = {}, 0
         self.processes.wait_for_everyone()  # all have read before anything is removed
         settings = asdict(self.config)
         if self.processes.is_main_process:
-            checkpoints.clear_output(self.output, beyond=progress.step)
+            checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
         trackers = self.config.trackers if self.processes.is_main_process else []
         self.log = RunLog(self.output, trackers, settings, position=position)
         self._tell("train_begin", progress.step)
@@ -326,6 +333,10 @@ class Trainer:
             self.log.write(progress.step, epoch, values)
         self._tell(event, progress.step, values)
 
+    def _say(self, line: str) -> None:
+        if self.processes.is_main_process:
+            tqdm.write(line, file=sys.stderr)
+
     def _tell(self, name: Any, step: int, values: Mapping[str, Any] | None = None) -> None:
         for callback in self.callbacks:
             callback(Event(name, step, self, values or {}))
@@ -351,7 +362,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         if self.processes.is_main_process:
-            self.trained.save(self.output)
+            checkpoints.save_best(self.output, self.trained.save)
 
     def _checkpoint(self, progress: Progress) -> Path:
         values, tensors = capture(self, progress, log_position=self.log.position)

@@ -228,3 +228,4 @@ def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: D
     )
     assert Trainer(tiny_bert, train_lists, config=other).train().steps == 7
     assert [row["step"] for row in log_rows(tmp_path / "other")] == [3, 4, 5, 6, 7]
+    assert (tmp_path / "other" / "model.safetensors").exists()
