@@ -72,6 +72,13 @@ class ListStream:
         return _rows(self.source, self.columns, self.split)[0]
 
 
+def open_lists(source: Source | ListStream, *, streaming: bool = False) -> Dataset | ListStream:
+    """A stream where one is given or asked for, else all lists; see load_lists."""
+    if isinstance(source, ListStream):
+        return source
+    return ListStream(source) if streaming or isinstance(source, IterableDataset) else load_lists(source)
+
+
 def _rows(
     source: Source, columns: Mapping[str, str] | None, split: str | None
 ) -> tuple[Iterator[dict[str, Any]], str]:

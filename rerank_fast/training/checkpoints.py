@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,13 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def note_non_finite(directory: Path, step: int, loss: float, lists: Sequence[int]) -> Path:
+    """Write which lists gave a loss that is not finite."""
+    file = directory / NON_FINITE_FILE
+    write_json(file, {"step": step, "loss": str(loss), "lists": list(lists)})
+    return file
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Backward:
         self.memory = available_bytes(model.device) // 2
 
     def __call__(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the lists' summed loss over the divisor; returns that loss and the pairs that k leaves."""
+        """Add the gradient of the lists' summed loss over the divisor; returns that loss, and the pairs under k."""
         config, device = self.config, self.model.device
         labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
         loss: Any = functools.partial(

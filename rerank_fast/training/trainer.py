@@ -16,13 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from rerank_fast.data.batches import Batch, BatchMaker, ahead
-from rerank_fast.data.lists import ListStream, Source, load_lists
+from rerank_fast.data.lists import ListStream, Source, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed
@@ -31,7 +30,7 @@ from rerank_fast.training.events import Callback, Event, Signals, TrainingInterr
 from rerank_fast.training.gradient_cache import Backward
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
-from rerank_fast.training.weights import TrainedWeights, layer_depths, parameter_groups
+from rerank_fast.training.weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class Trainer:
             self.resumed_from is not None and self.resumed_from.parent.resolve() == self.output.resolve()
         )
         checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
-        self.lists = _open_lists(train_lists, streaming=config.streaming)
+        self.lists = open_lists(train_lists, streaming=config.streaming)
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
@@ -116,14 +115,7 @@ class Trainer:
         if config.max_steps <= 0:
             assert self.num_lists is not None
             self.num_steps = math.ceil(config.num_epochs * math.ceil(self.num_lists / config.batch_size))
-        groups = parameter_groups(
-            self.weights,
-            layer_depths(self.model.model),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            decay=config.layer_lr_decay,
-        )
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.optimizer = self.trained.make_optimizer()
         self.scheduler = get_scheduler(
             config.schedule,
             self.optimizer,
@@ -310,13 +302,12 @@ class Trainer:
         losses, norms, _, overflows = rows.T
         if not np.isfinite(losses).all():
             at = int(np.flatnonzero(~np.isfinite(losses))[0])
-            step, file = progress.step - len(done) + at + 1, self.output / checkpoints.NON_FINITE_FILE
+            step, file = progress.step - len(done) + at + 1, checkpoints.NON_FINITE_FILE
             if self.processes.is_main_process:
-                content = {"step": step, "loss": str(losses[at]), "lists": done[at][1].tolist()}
-                checkpoints.write_json(file, content)
+                checkpoints.note_non_finite(self.output, step, losses[at], done[at][1].tolist())
             raise FloatingPointError(
-                f"the loss became {losses[at]} in step {step}; {file} has the indices of its lists. The newest "
-                f"checkpoint in {self.output} is from before. A lower learning rate or precision fp32 may help."
+                f"the loss became {losses[at]} in step {step}; {self.output / file} has the indices of its lists. "
+                "The newest checkpoint there is from before. A lower learning rate or precision fp32 may help."
             )
         progress.loss_sum += float(losses.sum())
         progress.overflows += int(overflows.sum())
@@ -371,9 +362,3 @@ class Trainer:
             checkpoints.save_checkpoint(path, self.trained.save, values, tensors, keep=self.config.save_total_limit)
         self._tell("save", progress.step, {"path": path})
         return path
-
-
-def _open_lists(source: Any, *, streaming: bool) -> Dataset | ListStream:
-    if isinstance(source, ListStream):
-        return source
-    return ListStream(source) if streaming or isinstance(source, IterableDataset) else load_lists(source)

@@ -33,7 +33,7 @@ class TrainedWeights:
     """
 
     def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
-        self._model, inner = model, model.model
+        self._model, self._config, inner = model, config, model.model
         # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move.
         model.to(torch.bfloat16 if config.precision == "bf16-pure" else torch.float32)
         self.lora = add_lora(model, config) if config.lora_rank else None
@@ -44,6 +44,18 @@ class TrainedWeights:
         self.masters = MasterWeights(self.parameters) if config.precision == "bf16-pure" else None
         self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the weights, in groups; see parameter_groups."""
+        config = self._config
+        groups = parameter_groups(
+            self.weights,
+            layer_depths(self._model.model),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            decay=config.layer_lr_decay,
+        )
+        return torch.optim.AdamW(groups, fused=True)
 
     def after_step(self) -> None:
         """What follows a step of the optimizer."""
