@@ -174,3 +174,37 @@ def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path)
     estimate = activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=False)
     assert 0.5 < found / estimate < 2
     assert activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=True) < estimate / 8
+
+
+class Held:
+    """What autograd keeps of a tensor for backward, counted while it is alive."""
+
+    live = peak = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        Held.live += self.size
+        Held.peak = max(Held.peak, Held.live)
+
+    def __del__(self) -> None:
+        Held.live -= self.size
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cached_memory_does_not_grow_with_documents_or_lists(tiny_bert: Path, checkpointing: bool):
+    model, _ = opened(tiny_bert, checkpointing=checkpointing)
+    peaks: dict[tuple[bool, int, int], int] = {}
+    for num_lists, documents in ((1, 8), (1, 64), (1, 256), (16, 16)):
+        rows = [
+            {"query": "panda", "docs": ["bear rain sea"] * documents, "labels": [1.0] + [0.0] * (documents - 1)}
+        ]
+        lists = tokenize_lists(rows * num_lists, model)
+        for cached in (True, False):
+            Held.live = Held.peak = 0
+            with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+                push(model, lists, cached=cached)
+            peaks[cached, num_lists, documents] = Held.peak
+    cached_peaks = [peak for (cached, *_), peak in peaks.items() if cached]
+    assert max(cached_peaks) < 1.1 * min(cached_peaks)
+    assert peaks[False, 1, 256] > 20 * peaks[True, 1, 256]
+    assert peaks[False, 1, 256] > 20 * peaks[False, 1, 8]
