@@ -180,6 +180,10 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a list of strings, got {value!r}")
         if self.lora_rank and (self.freeze_layers or self.freeze):
             raise ValueError("freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder itself")
+        if self.lora_rank and self.precision == "bf16-pure":
+            raise ValueError(
+                "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got bf16-pure"
+            )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
         if self.k is not None and self.k < 0:

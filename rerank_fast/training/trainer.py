@@ -286,11 +286,12 @@ class Trainer:
             else:  # the best model so far is in another directory
                 progress.best, progress.best_step = {}, 0
         self.processes.wait_for_everyone()  # all have read before anything is removed
-        settings = asdict(self.config)
-        if self.processes.is_main_process:
+        self._stops = False
+        writes = self.processes.is_main_process
+        if writes:
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
-        trackers = self.config.trackers if self.processes.is_main_process else []
-        self.log = RunLog(self.output, trackers, settings, position=position)
+        trackers = self.config.trackers if writes else []
+        self.log = RunLog(self.output, trackers, asdict(self.config), position=position if writes else 0)
         self._tell("train_begin", progress.step)
         if progress.evaluation_due:
             self._evaluate(progress)

@@ -75,3 +75,5 @@ def test_settings_that_do_not_go_together_are_named():
         TrainingConfig(streaming=True)
     with pytest.raises(ValueError, match="freeze_layers and freeze must be off with lora_rank"):
         TrainingConfig(lora_rank=4, freeze_layers=1)
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or fp16 with lora_rank"):
+        TrainingConfig(lora_rank=4, precision="bf16-pure")
