@@ -34,6 +34,15 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+# What is not the step's: memory that glibc keeps after it is freed, and oneDNN's kernels, compiled anew for every
+# number of rows and kept (up to 1024 of them, some MiB for each length of a micro-batch).
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4",
+}
+
+
 def _resident(key: str) -> int:
     """Bytes that are resident now (VmRSS), or were at most since the last reset (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -89,8 +98,7 @@ def _rows(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.training_memory", "--case", json.dumps(case)],
-            # glibc would keep freed memory in its arenas and count the same graph twice.
-            env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"},
+            env={**os.environ, **_ENVIRONMENT},
             capture_output=True,
             text=True,
             check=False,
