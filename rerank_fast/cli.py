@@ -223,6 +223,8 @@ def _train(options: dict[str, Any]) -> None:
         create_repository(options["push"], private=True, token=None)
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
     result = trainer.train()
+    if not trainer.processes.is_main_process:
+        return
     print(
         f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved to {result.output}"
     )
@@ -259,11 +261,12 @@ def _trainer(options: dict[str, Any]) -> Any:
     # A wrong value is said before torch is imported.
     config = TrainingConfig(**{name: value for name, value in options.items() if name in names})
 
+    from rerank_fast.data.lists import ListStream
     from rerank_fast.training.trainer import Trainer
 
     return Trainer(
         model,
-        _lists(train, columns),
+        ListStream(train, columns=columns) if config.streaming else _lists(train, columns),
         eval_lists=evaluation and _lists(evaluation, columns),
         config=config,
     )
@@ -484,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         commands[parsed.command](options)
-    except (ValueError, FloatingPointError, MemoryError) as error:
+    except (ValueError, FloatingPointError, MemoryError, OSError) as error:  # OSError: a full disk
         print(f"rerank-fast {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

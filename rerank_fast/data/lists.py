@@ -8,7 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_from_disk,
+)
 
 from rerank_fast.data.hub import load_hub_dataset
 
@@ -18,7 +27,7 @@ _ALIASES = {"query": ("query",), "docs": ("docs",), "labels": ("labels", "label"
 _FLOAT32_MAX = 3.4028234663852886e38
 _LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
-Source: TypeAlias = str | os.PathLike[str] | Dataset | Sequence[Any]
+Source: TypeAlias = str | os.PathLike[str] | Dataset | IterableDataset | Sequence[Any]
 
 
 def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, split: str | None = None) -> Dataset:
@@ -35,10 +44,47 @@ def load_lists(source: Source, *, columns: Mapping[str, str] | None = None, spli
         ValueError: the source can't be read, a column is missing, or a row is malformed: names the file and
             line (or row) and the field.
     """
+    return _collect(_rows(source, columns, split), _name(source))
+
+
+class ListStream:
+    """Lists that are read anew, one after the other, each time they are iterated: for more than memory holds.
+
+    Gives {"query": str, "docs": [str], "labels": [float]}, checked as load_lists checks them.
+
+    Args:
+        source: what load_lists takes, or a `datasets.IterableDataset`.
+        columns: where the source's columns have other names.
+        split: of a hub or saved dataset.
+
+    Raises:
+        ValueError: as load_lists; a malformed row is found when it is read.
+    """
+
+    def __init__(
+        self, source: Source, *, columns: Mapping[str, str] | None = None, split: str | None = None
+    ) -> None:
+        self.source, self.columns, self.split = source, columns, split
+        if next(iter(self), None) is None:
+            raise ValueError(f"{_name(source)} holds no list")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return _rows(self.source, self.columns, self.split)
+
+
+def open_lists(source: Source | ListStream, *, streaming: bool = False) -> Dataset | ListStream:
+    """A stream where one is given or asked for, else all lists; see load_lists."""
+    if isinstance(source, ListStream):
+        return source
+    return ListStream(source) if streaming or isinstance(source, IterableDataset) else load_lists(source)
+
+
+def _rows(source: Source, columns: Mapping[str, str] | None, split: str | None) -> Iterator[dict[str, Any]]:
+    """Checked rows of a source, read as they are asked for."""
     for name in columns or {}:
         if name not in _ALIASES:
             raise ValueError(f"columns maps query, docs and labels to the source's names, got the key {name!r}")
-    return _collect(_checked(read_rows(source, split=split), columns), _name(source))
+    return _checked(read_rows(source, split=split), columns)
 
 
 def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -47,11 +93,11 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str
     Raises:
         ValueError: the source can't be read, or is none of these.
     """
-    if isinstance(source, DatasetDict):
+    if isinstance(source, DatasetDict | IterableDatasetDict):
         if (split or "train") not in source:
             raise ValueError(f"the dataset has the splits {sorted(map(str, source))}, not {split or 'train'!r}")
         source = source[split or "train"]
-    if isinstance(source, Dataset):
+    if isinstance(source, Dataset | IterableDataset):
         return _dataset_rows(source, "dataset")
     if isinstance(source, str | os.PathLike):
         return _open(os.fspath(source), split)
@@ -65,7 +111,7 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str
 def _name(source: Source) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    if isinstance(source, Dataset | DatasetDict):
+    if isinstance(source, Dataset | DatasetDict | IterableDataset | IterableDatasetDict):
         return "dataset"
     if source and all(isinstance(item, str | os.PathLike) for item in source):
         return ", ".join(map(str, source))
@@ -132,7 +178,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
     return _placed((row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()), path)
 
 
-def _dataset_rows(dataset: Dataset, where: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[str, Any]]:
     rows = (row for batch in dataset.with_format(None).iter(batch_size=1024) for row in _transpose(batch))
     return _placed(rows, where)
 

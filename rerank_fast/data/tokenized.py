@@ -1,12 +1,12 @@
-"""Lists as token ids: what the training step reads, made once before it starts."""
+"""Lists as token ids: what the training step reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 
 from rerank_fast.model.packing import TokenizedPairs
 
@@ -32,14 +32,18 @@ class TokenizedLists:
         flat = np.repeat(self.list_offsets[lists] - offsets[:-1], sizes) + np.arange(offsets[-1])
         return TokenizedLists(self.pairs.select(flat), offsets, self.labels[flat])
 
+    def split(self, parts: int) -> list[TokenizedLists]:
+        """The lists in at most this many parts of nearly equal number, in order; empty parts are left out."""
+        cuts = np.array_split(np.arange(len(self)), parts)
+        return [self] if parts == 1 else [self.select(cut) for cut in cuts if len(cut)]
 
-def tokenize_lists(lists: Dataset, model: CrossEncoder, *, show_progress_bar: bool = False) -> TokenizedLists:
-    """Tokenise every (query, document) pair of lists as `load_lists` gives them."""
-    queries, documents, labels = lists["query"], lists["docs"], lists["labels"]
-    pairs = [(query, doc) for query, docs in zip(queries, documents, strict=True) for doc in docs]
-    sizes = [len(docs) for docs in documents]
+
+def tokenize_lists(lists: Sequence[Any], model: CrossEncoder) -> TokenizedLists:
+    """Tokenise every (query, document) pair of lists as `load_lists` and `ListStream` give them."""
+    pairs = [(one["query"], doc) for one in lists for doc in one["docs"]]
+    sizes = [len(one["docs"]) for one in lists]
     return TokenizedLists(
-        model.tokenize(pairs, show_progress_bar=show_progress_bar),
+        model.tokenize(pairs),
         np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        np.asarray([label for values in labels for label in values], dtype=np.float32),
+        np.asarray([label for one in lists for label in one["labels"]], dtype=np.float32),
     )

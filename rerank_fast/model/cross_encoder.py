@@ -352,14 +352,15 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: the directory holds a model and overwrite is False, or can't be written.
         """
-        self._save(Path(path), Path(path).resolve().name, overwrite=overwrite)
+        self.save_as(Path(path), Path(path).resolve().name, overwrite=overwrite)
 
-    def _save(self, directory: Path, name: str, *, overwrite: bool = False) -> None:
+    def save_as(self, directory: Path, name: str, *, overwrite: bool = False, model: Any = None) -> None:
+        """save_pretrained under a name that its card gives, with another model's weights than its own if given."""
         if self._precision.int8:
             raise ValueError("int8 weights are for inference and can't be saved; load the model with another dtype")
         card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
-            self.model,
+            self.model if model is None else model,
             self.tokenizer,
             self.activation_fn,
             self.max_length,
@@ -383,4 +384,6 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: the hub is offline or refuses.
         """
-        return storage.push(lambda directory: self._save(directory, repo_id), repo_id, private=private, token=token)
+        return storage.push(
+            lambda directory: self.save_as(directory, repo_id), repo_id, private=private, token=token
+        )

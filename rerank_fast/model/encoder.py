@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm
+from rerank_fast.model.linear import StepLinear
 from rerank_fast.model.packing import TokenizedPairs
 
 
@@ -92,6 +93,24 @@ class PackedStep:
             owner = _upload(np.repeat(np.arange(len(indices)), lengths), device)
             wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
         return architecture.head(wide.to(self._rows.dtype)).to(wide.dtype)
+
+    def separate(self) -> list[tuple[Tensor, Tensor]]:
+        """Cut what the micro-batches share off from the weights, so that each can have a backward of its own.
+
+        Returns:
+            Each shared tensor with the leaf that now stands in for it: when all micro-batches are done, the leaf's
+            .grad is what the shared tensor must still pass on.
+        """
+        linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
+        places = [(part, name) for part in linears if part.modules is None for name in ("weight", "bias")]
+        cuts = []
+        for owner, name in [(self, "_rows"), *places]:
+            shared = getattr(owner, name)
+            if shared is not None and shared.requires_grad and not shared.is_leaf:
+                leaf = shared.detach().requires_grad_()
+                setattr(owner, name, leaf)
+                cuts.append((shared, leaf))
+        return cuts
 
     def _positions(self, flat: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """(T,) int64 position of every token, counted as the architecture counts."""

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from rerank_fast.training.config import TrainingConfig
 
 if TYPE_CHECKING:
+    from rerank_fast.training.events import Event as Event
+    from rerank_fast.training.events import TrainingInterrupted as TrainingInterrupted
     from rerank_fast.training.trainer import Trainer as Trainer
     from rerank_fast.training.trainer import TrainingResult as TrainingResult
 
-__all__ = ["Trainer", "TrainingConfig", "TrainingResult"]
+__all__ = ["Event", "Trainer", "TrainingConfig", "TrainingInterrupted", "TrainingResult"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("rerank_fast.training.trainer"), name)
+    room = "events" if name in ("Event", "TrainingInterrupted") else "trainer"
+    return getattr(import_module(f"rerank_fast.training.{room}"), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_type_hints
 
 
@@ -15,7 +15,19 @@ class TrainingConfig:
     Args:
         output: directory of the best model, its checkpoints and logs.
         overwrite: replace a model that output already holds.
-        batch_size: lists per optimizer step.
+        resume: "auto" goes on from the newest checkpoint in output, if there is one; or a checkpoint's path; or
+            "never".
+        streaming: read the lists anew every epoch instead of holding them: for more than memory holds. Needs
+            max_steps.
+        shuffle_buffer: lists of a stream among which the next one is drawn.
+        max_docs_per_list: most documents of a list; relevant ones are kept, the rest is drawn anew every epoch.
+        batch_size: lists per optimizer step, over all processes. The loss is that of the whole batch, however it is
+            cut.
+        gradient_accumulation_steps: parts that each process's share of a batch is cut into, one after the other.
+        gradient_cache: "on" keeps one micro-batch's graph at a time and scores twice: memory does not grow with the
+            lists. "off" keeps all graphs. "auto" does that while they fit half of the free memory.
+        skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run again: 0 skips only
+            those that have no gradient.
         mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
         max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any.
         num_epochs: passes over the lists; a fraction stops inside one.
@@ -25,8 +37,17 @@ class TrainingConfig:
         warmup_ratio: share of the steps in which the learning rate rises.
         schedule: how it falls after that.
         weight_decay: of weight matrices; biases and norms are never decayed.
+        layer_lr_decay: each layer learns this times as fast as the one above it; 1 is off.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
-        precision: fp32, or bf16 autocast with fp32 weights. The loss is fp32 in both.
+        freeze_layers: the embeddings and this many first layers are not trained; 0 trains all.
+        freeze: nor are parameters whose names match one of these patterns, as in *.LayerNorm.*.
+        lora_rank: of LoRA adapters (PEFT), trained in place of the encoder's weights; 0 is off.
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank.
+        lora_dropout: of what goes into an adapter.
+        lora_target_modules: names of the linear modules that get one; None takes all of the encoder.
+        ema_decay: evaluate and save the moving average of the weights that keeps this share a step; 0 is off.
+        precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
+            is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
         seed: of the order of the lists, the fresh head and dropout.
         scheme: LambdaLoss weighting.
@@ -41,13 +62,23 @@ class TrainingConfig:
         save_total_limit: checkpoints kept, the newest.
         metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
             evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
+        early_stopping_patience: end after this many evaluations without a better one; None never does.
         logging_steps: steps between log lines.
+        trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
+        distributed_timeout: seconds after which a process that waits for another one gives up.
         show_progress_bar: one bar with loss, learning rate and pairs/s.
     """
 
     output: str = "reranker"
     overwrite: bool = False
+    resume: str = "never"
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    max_docs_per_list: int | None = None
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    gradient_cache: Literal["auto", "on", "off"] = "auto"
+    skip_below: float = 0.0
     mini_batch_size: int | None = None
     max_tokens_per_microbatch: int = 4096
     num_epochs: float = 1.0
@@ -57,8 +88,16 @@ class TrainingConfig:
     warmup_ratio: float = 0.1
     schedule: Literal["linear", "cosine"] = "linear"
     weight_decay: float = 0.0
+    layer_lr_decay: float = 1.0
     max_grad_norm: float = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    freeze_layers: int = 0
+    freeze: list[str] = field(default_factory=list)
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    ema_decay: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
     gradient_checkpointing: bool = False
     seed: int = 12
     scheme: Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"] = "ndcg2pp"
@@ -72,7 +111,10 @@ class TrainingConfig:
     save_steps: int = 500
     save_total_limit: int = 2
     metric_for_best: str = "ndcg@10"
+    early_stopping_patience: int | None = None
     logging_steps: int = 10
+    trackers: list[str] = field(default_factory=list)
+    distributed_timeout: float = 600.0
     show_progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -82,6 +124,8 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}")
         at_least = {
             "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "shuffle_buffer": 1,
             "max_tokens_per_microbatch": 1,
             "eval_steps": 1,
             "save_steps": 1,
@@ -89,12 +133,15 @@ class TrainingConfig:
             "logging_steps": 1,
             "weight_decay": 0,
             "max_grad_norm": 0,
+            "skip_below": 0,
+            "freeze_layers": 0,
+            "lora_rank": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("learning_rate", "sigma", "eps"):
+        for name in ("learning_rate", "sigma", "eps", "lora_alpha", "distributed_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 4:
@@ -103,11 +150,19 @@ class TrainingConfig:
             raise ValueError(f"max_steps must be -1 or at least 1, got {self.max_steps}")
         if self.max_steps <= 0 and not self.num_epochs > 0:
             raise ValueError(f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}")
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError("max_steps must be set with streaming: a stream's length is not known")
+        for name in ("ema_decay", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 < self.layer_lr_decay <= 1:
+            raise ValueError(f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         choices = {
             "schedule": ("linear", "cosine"),
-            "precision": ("fp32", "bf16"),
+            "precision": ("fp32", "bf16", "fp16", "bf16-pure"),
+            "gradient_cache": ("auto", "on", "off"),
             "scheme": ("none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"),
             "reduction_log": ("binary", "natural"),
             "reduction": ("pairs", "lists", "sum"),
@@ -115,8 +170,22 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be None or at least 1, got {self.mini_batch_size}")
+        for name, least in (("mini_batch_size", 1), ("max_docs_per_list", 2), ("early_stopping_patience", 1)):
+            value = getattr(self, name)
+            if value is not None and not (_is_integer(value) and value >= least):
+                raise ValueError(f"{name} must be None or at least {least}, got {value!r}")
+        for name in ("freeze", "trackers", "lora_target_modules"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+                raise ValueError(f"{name} must be a list of strings, got {value!r}")
+        if self.lora_rank and (self.freeze_layers or self.freeze):
+            raise ValueError("freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder itself")
+        if self.lora_rank and self.precision == "bf16-pure":
+            raise ValueError(
+                "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got bf16-pure"
+            )
+        if not isinstance(self.resume, str) or not self.resume:
+            raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
         if self.k is not None and self.k < 0:
             raise ValueError(f"k must be None or at least 0, got {self.k}")
         if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):

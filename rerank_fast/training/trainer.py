@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from rerank_fast.data.lists import Source, load_lists
-from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
+from rerank_fast.data.batches import Batch, BatchMaker, ahead
+from rerank_fast.data.lists import ListStream, Source, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.scoring import run
-from rerank_fast.ops.lambda_loss import lambda_loss
-from rerank_fast.training.checkpoints import check_output, clear_output, save_checkpoint, write_json
+from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
+from rerank_fast.training.gradient_cache import Backward
 from rerank_fast.training.model_card import RunCard
+from rerank_fast.training.run_log import Rates, RunLog, check_trackers
+from rerank_fast.training.run_state import Progress, capture, restore
+from rerank_fast.training.weights import TrainedWeights
+
+logger = logging.getLogger(__name__)
+
+_BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,18 @@ class TrainingResult:
 class Trainer:
     """Fine-tunes a CrossEncoder on ranking lists with LambdaLoss.
 
+    Launched in several processes (accelerate launch, torchrun) they share every batch and every evaluation; the
+    first one writes.
+
     Args:
-        model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32.
-        train_lists: whatever `load_lists` takes.
+        model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32, or bf16
+            with precision "bf16-pure".
+        train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
         eval_lists: the same; without them and an evaluator the last model is saved instead of the best.
         evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
             its metrics' names. eval_lists beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
+        callbacks: functions that are told of events; see Event.
 
     Raises:
         ValueError: malformed lists, a model that can't be opened, or an output that holds a model or can't be
@@ -60,17 +74,27 @@ class Trainer:
     def __init__(
         self,
         model: CrossEncoder | str | Path,
-        train_lists: Source,
+        train_lists: Source | ListStream,
         *,
         eval_lists: Source | None = None,
         evaluator: Callable[[CrossEncoder], dict[str, float]] | None = None,
         config: TrainingConfig | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config = config or TrainingConfig()
         self.output = Path(config.output)
-        check_output(self.output, overwrite=config.overwrite)
-        lists = load_lists(train_lists)
-        self.card = RunCard(lists, [train_lists] if isinstance(train_lists, str) else [])
+        self.callbacks = callbacks
+        check_trackers(config.trackers)
+        self.processes = distributed.join_processes(config.distributed_timeout)
+        self.resumed_from = checkpoints.find_checkpoint(self.output, config.resume)
+        self._same_run = (
+            self.resumed_from is not None and self.resumed_from.parent.resolve() == self.output.resolve()
+        )
+        checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
+        self.lists = open_lists(train_lists, streaming=config.streaming)
+        self.card = RunCard(self.lists, [train_lists] if isinstance(train_lists, str) else [])
+        if isinstance(self.lists, ListStream) and config.max_steps <= 0:
+            raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
         if eval_lists is not None:
             name = "" if evaluator is None else "eval"
@@ -78,152 +102,268 @@ class Trainer:
         names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
         if names and config.metric_for_best not in names:
             raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
-        # Not Accelerator: its precision is one per process, and a second run may want another.
-        state = PartialState()
-        if state.num_processes > 1:
-            raise ValueError(f"training runs in one process, but was launched in {state.num_processes}")
         set_seed(config.seed)  # before the model: a fresh head is random
-        self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=state.device)
-        self.model.float()  # bf16 weights would round a step of the recipe's size away
+        self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
+        if self.processes.num_processes > 1:
+            self.model.to(self.processes.device)
         if config.max_length is not None:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.lists: TokenizedLists = tokenize_lists(lists, self.model, show_progress_bar=config.show_progress_bar)
-        self.steps_per_epoch = math.ceil(len(self.lists) / config.batch_size)
-        self.num_steps = (
-            config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * self.steps_per_epoch)
-        )
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.learning_rate, fused=True)
+        self.trained = TrainedWeights(self.model, config)
+        self.weights = self.trained.weights
+        self.num_lists = None if isinstance(self.lists, ListStream) else len(self.lists)
+        self.num_steps = config.max_steps
+        if config.max_steps <= 0:
+            assert self.num_lists is not None
+            self.num_steps = math.ceil(config.num_epochs * math.ceil(self.num_lists / config.batch_size))
+        self.optimizer = self.trained.make_optimizer()
         self.scheduler = get_scheduler(
             config.schedule,
             self.optimizer,
             num_warmup_steps=math.ceil(config.warmup_ratio * self.num_steps),
             num_training_steps=self.num_steps,
         )
+        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
+        self._backward = Backward(self.model, config, self.scaler.scale)
+        self._scorer: Any = self.model
+        if self.processes.num_processes > 1:
+            self._scorer = distributed.ShardedScorer(self.model, self.processes)
+        self._stops = False
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
+    # -- one step ---------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[TokenizedLists]:
-        """Lists in a fresh order every epoch, without end."""
-        generator = np.random.default_rng(self.config.seed)
-        while True:
-            order = generator.permutation(len(self.lists))
-            for start in range(0, len(order), self.config.batch_size):
-                yield self.lists.select(order[start : start + self.config.batch_size])
+    def _step(self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False) -> Tensor:
+        """One optimizer step on a global batch.
 
-    def _scores(self, batch: TokenizedLists) -> Tensor:
-        """(N,) fp32 scores of a batch's pairs, from forwards over pairs of similar length."""
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        step = self.model.step(batch.pairs, dtype=dtype)
-        return run(step, max_pairs=self.config.mini_batch_size, max_tokens=self.config.max_tokens_per_microbatch)
-
-    def _step(self, batch: TokenizedLists) -> Tensor:
-        """One optimizer step; returns the loss, still on the device."""
-        config, device = self.config, self.model.device
-        loss = lambda_loss(
-            self._scores(batch),
-            torch.from_numpy(batch.labels).to(device),
-            torch.from_numpy(batch.list_offsets).to(device),
-            scheme=config.scheme,
-            k=config.k,
-            sigma=config.sigma,
-            mu=config.mu,
-            eps=config.eps,
-            reduction_log=config.reduction_log,
-            reduction=config.reduction,
-        )
-        loss.backward()
-        if config.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
+        Returns:
+            (4,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
+            interrupted, and 1 where fp16 overflowed and the step was left out.
+        """
+        config, device, rates = self.config, self.model.device, rates or Rates()
+        # The sum over all pairs of all processes, by their number: the loss does not depend on how a batch is cut.
+        divisor = {"pairs": max(batch.num_pairs, 1), "lists": len(batch.indices), "sum": 1}[config.reduction]
+        totals = torch.zeros(3, device=device)  # loss, pairs, interrupted processes
+        totals[2] = float(interrupted)
+        for lists in batch.lists.split(config.gradient_accumulation_steps):
+            if len(lists):
+                loss, count = self._backward(lists, divisor, rates)
+                totals[0] += loss
+                totals[1] += count
+        for weight in self.weights.values():
+            if weight.grad is None:  # every process sums the same tensors, and decay acts on every weight
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        distributed.sum_over_processes([*gradients, totals])
+        if config.k and config.reduction == "pairs":
+            # How many pairs the cut leaves is known only now that all are scored.
+            factor = divisor / totals[1].clamp(min=1)
+            totals[0] *= factor
+            torch._foreach_mul_(gradients, factor)
+        self.scaler.unscale_(self.optimizer)
+        limit = config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), limit)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        overflowed = self.scaler.get_scale() < scale
+        if not overflowed:
+            self.scheduler.step()
+            self.trained.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack([totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))])
+
+    # -- the run ----------------------------------------------------------------------------------------
 
     def train(self) -> TrainingResult:
         """Run to the end, keep the best model in the output directory.
 
         Raises:
             FloatingPointError: the loss is not finite.
-            KeyboardInterrupt: after a checkpoint was written.
+            TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the process with code 0.
+            CheckpointError: a checkpoint could not be written; the one before is whole.
         """
         config, model, started = self.config, self.model, time.perf_counter()
-        clear_output(self.output)
-        self.card.start(model, self.output)
         # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
         model.activation_fn = nn.Identity()
         model.train()
-        best: dict[str, float] = {}
-        best_step, step, loss_sum = 0, 0, 0.0
-        losses: list[Tensor] = []  # since the last log line, on the device
-        pairs, logged_at = 0, time.perf_counter()
-        bar = tqdm(total=self.num_steps, desc="Training", disable=not config.show_progress_bar)
-        try:
-            for batch in self._batches():
-                learning_rate = self.scheduler.get_last_lr()[0]  # of this step
-                losses.append(self._step(batch))
-                step += 1
-                pairs += len(batch.pairs)
+        progress = self._begin()
+        done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
+        agreed = torch.zeros(4)  # what _step gave for the step before
+        rates = Rates()
+        bar = tqdm(
+            total=self.num_steps,
+            initial=progress.step,
+            desc="Training",
+            disable=not (config.show_progress_bar and self.processes.is_main_process),
+        )
+        batches = ahead(self.batches(progress.epoch, progress.batch), _BATCHES_AHEAD)
+        with closing(self.log), closing(batches), bar, Signals() as signals:
+            while progress.step < self.num_steps:
+                asked = time.perf_counter()
+                batch = next(batches)
+                rates.waited += time.perf_counter() - asked
+                learning_rate = max(self.scheduler.get_last_lr())  # of this step
+                outcome = self._step(batch, rates, interrupted=signals.came)
+                done.append((outcome, batch.indices))
+                progress.step += 1
+                progress.epoch, progress.batch = batch.epoch, batch.number + 1
+                rates.pairs += batch.num_documents
                 bar.update()
-                evaluates = self.evaluators and (step % config.eval_steps == 0 or step == self.num_steps)
-                saves = step % config.save_steps == 0 and step < self.num_steps
+                step = progress.step
+                self._tell("step_end", step)
+                # Several processes must stop at the same step: they go by the sum of the step before.
+                interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
+                agreed = outcome
+                ends = step == self.num_steps or self._stops
+                due = bool(self.evaluators) and (step % config.eval_steps == 0 or ends)
+                saves = (step % config.save_steps == 0 or interrupted) and not ends
                 # Also before a save: a diverged model never replaces a sound one.
-                if step % config.logging_steps == 0 or step == self.num_steps or evaluates or saves:
-                    loss = self._finite_mean(losses, step)
-                    loss_sum += loss * len(losses)
-                    rate = pairs / (time.perf_counter() - logged_at)
-                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", pairs_per_s=f"{rate:.0f}")
-                    self._log(step, loss=loss, learning_rate=learning_rate, pairs_per_second=rate)
-                    losses, pairs, logged_at = [], 0, time.perf_counter()
-                if evaluates:
-                    paused_at = time.perf_counter()
-                    metrics = {name: value for one in self.evaluators for name, value in one(model).items()}
-                    self._log(step, **metrics)
-                    name = config.metric_for_best
-                    if not best or metrics[name] > best[name]:
-                        best, best_step = metrics, step
-                        model.save_pretrained(self.output, overwrite=True)
-                    logged_at += time.perf_counter() - paused_at
-                if saves:
-                    self._checkpoint(step, best, best_step)
-                if step == self.num_steps:
+                if step % config.logging_steps == 0 or ends or due or saves:
+                    row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
+                    self._write("log", progress, row)
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
+                    done, rates = [], Rates()
+                progress.evaluation_due = due
+                if due and (ends or not interrupted):
+                    paused = time.perf_counter()
+                    self._evaluate(progress)
+                    rates.started += time.perf_counter() - paused
+                    ends = ends or self._lost_patience(progress)
+                if saves and not ends:
+                    path = self._checkpoint(progress)
+                    if interrupted:
+                        self.processes.wait_for_everyone()  # until it is written
+                        self._say(
+                            f"Stopped by a signal at step {step} of {self.num_steps}. {path} holds everything: the "
+                            "same run with --resume auto, TrainingConfig(resume='auto'), goes on from there.",
+                        )
+                        raise TrainingInterrupted(path)
+                if ends:
                     break
-        except KeyboardInterrupt:
-            path = self._checkpoint(step, best, best_step)
-            bar.write(f"Interrupted at step {step} of {self.num_steps}: {path} holds the model as it was.")
-            raise
-        finally:
-            bar.close()
         model.eval()
-        if not best:
-            best_step = step
-            model.save_pretrained(self.output, overwrite=True)
-        seconds = time.perf_counter() - started
-        result = TrainingResult(str(self.output), step, best_step, best, loss_sum / step, seconds)
-        write_json(self.output / "metrics.json", {**asdict(result), "config": asdict(config)})
-        self.card.finish(self, result)
+        if not progress.best:
+            progress.best_step = progress.step
+            self._save_best()
+        seconds, mean_loss = time.perf_counter() - started, progress.loss_sum / progress.step
+        result = TrainingResult(
+            str(self.output), progress.step, progress.best_step, progress.best, mean_loss, seconds
+        )
+        self._tell("train_end", progress.step, result.metrics)
+        if self.processes.is_main_process:
+            checkpoints.write_json(self.output / "metrics.json", {**asdict(result), "config": asdict(config)})
+            self.card.finish(self, result)
+        self.processes.wait_for_everyone()
         return result
 
-    def _finite_mean(self, losses: list[Tensor], step: int) -> float:
-        mean = float(torch.stack(losses).mean())  # the one wait for the device, once a log line
-        if not math.isfinite(mean):
+    def stop(self) -> None:
+        """End the run after the current step, as if it were the last; for callbacks, in every process."""
+        self._stops = True
+
+    def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
+        """This process's shares of the batches, beginning with one of an epoch, without end."""
+        tokenizes = copy.copy(self.model)  # in a thread of its own, where an evaluation may tokenise beside it
+        tokenizes.tokenizer = copy.deepcopy(self.model.tokenizer)
+        maker = BatchMaker(
+            self.lists,
+            tokenizes,
+            batch_size=self.config.batch_size,
+            scheme=self.config.scheme,
+            seed=self.config.seed,
+            max_docs_per_list=self.config.max_docs_per_list,
+            shuffle_buffer=self.config.shuffle_buffer,
+            rank=self.processes.process_index,
+            num_ranks=self.processes.num_processes,
+        )
+        return maker.batches(epoch, number)
+
+    def _begin(self) -> Progress:
+        """A fresh start, or where the checkpoint left off."""
+        progress, position = Progress(), 0
+        set_seed(self.config.seed + self.processes.process_index)  # dropout differs from process to process
+        if self.resumed_from is not None:
+            values, tensors = checkpoints.load_checkpoint(self.resumed_from)
+            progress = restore(self, values, tensors)
+            if self._same_run:
+                position = values["log_position"]
+            else:  # the best model so far is in another directory
+                progress.best, progress.best_step = {}, 0
+        self.processes.wait_for_everyone()  # all have read before anything is removed
+        self._stops = False
+        writes = self.processes.is_main_process
+        if writes:
+            checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
+            self.card.start(self.model, self.output)
+        trackers = self.config.trackers if writes else []
+        self.log = RunLog(self.output, trackers, asdict(self.config), position=position if writes else 0)
+        self._tell("train_begin", progress.step)
+        if progress.evaluation_due:
+            self._evaluate(progress)
+        return progress
+
+    def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
+        """Means over the steps since the last log line; the one wait for the device."""
+        rows = torch.stack([outcome for outcome, _ in done]).double().cpu().numpy()
+        losses, norms, _, overflows = rows.T
+        if not np.isfinite(losses).all():
+            at = int(np.flatnonzero(~np.isfinite(losses))[0])
+            step, file = progress.step - len(done) + at + 1, checkpoints.NON_FINITE_FILE
+            if self.processes.is_main_process:
+                checkpoints.note_non_finite(self.output, step, losses[at], done[at][1].tolist())
             raise FloatingPointError(
-                f"the loss became {mean} in the steps up to {step}; the newest checkpoint in {self.output} is from "
-                "before. A lower learning rate or precision fp32 may help."
+                f"the loss became {losses[at]} in step {step}; {self.output / file} has the indices of its lists. "
+                "The newest checkpoint there is from before. A lower learning rate or precision fp32 may help."
             )
-        return mean
+        progress.loss_sum += float(losses.sum())
+        progress.overflows += int(overflows.sum())
+        row = {"loss": float(losses.mean()), "gradient_norm": float(norms[-1])}
+        if self.scaler.is_enabled():
+            row.update(loss_scale=self.scaler.get_scale(), overflows=progress.overflows)
+        return row
 
-    def _log(self, step: int, **values: float) -> None:
-        row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
-        with (self.output / "train_log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def _write(self, event: Literal["log", "evaluate"], progress: Progress, values: dict[str, float]) -> None:
+        epoch: float = progress.epoch  # of a stream its number is all there is
+        if self.num_lists is not None:
+            epoch = round(progress.step / math.ceil(self.num_lists / self.config.batch_size), 4)
+        if self.processes.is_main_process:
+            self.log.write(progress.step, epoch, values)
+        self._tell(event, progress.step, values)
 
-    def _checkpoint(self, step: int, best: dict[str, float], best_step: int) -> Path:
-        state = {"best_step": best_step, "best_metrics": best, "config": asdict(self.config)}
-        return save_checkpoint(self.model, self.output, step, state, keep=self.config.save_total_limit)
+    def _say(self, line: str) -> None:
+        if self.processes.is_main_process:
+            tqdm.write(line, file=sys.stderr)
+
+    def _tell(self, name: Any, step: int, values: Mapping[str, Any] | None = None) -> None:
+        for callback in self.callbacks:
+            callback(Event(name, step, self, values or {}))
+
+    def _evaluate(self, progress: Progress) -> None:
+        """Measure the model, and save it if it is the best so far."""
+        with self.trained.averaged():
+            metrics = {name: value for one in self.evaluators for name, value in one(self._scorer).items()}
+        self._write("evaluate", progress, metrics)
+        name = self.config.metric_for_best
+        progress.evaluations_since_best += 1
+        progress.evaluation_due = False
+        if not progress.best or metrics[name] > progress.best[name]:
+            progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
+            self._save_best()
+
+    def _lost_patience(self, progress: Progress) -> bool:
+        patience = self.config.early_stopping_patience
+        if patience is None or progress.evaluations_since_best < patience:
+            return False
+        logger.warning("No better evaluation in %d: stopped at step %d", patience, progress.step)
+        return True
+
+    def _save_best(self) -> None:
+        if self.processes.is_main_process:
+            checkpoints.save_best(self.output, self.trained.save)
+
+    def _checkpoint(self, progress: Progress) -> Path:
+        values, tensors = capture(self, progress, log_position=self.log.position)
+        path = self.output / f"checkpoint-{progress.step}"
+        if self.processes.is_main_process:
+            checkpoints.save_checkpoint(path, self.trained.save, values, tensors, keep=self.config.save_total_limit)
+        self._tell("save", progress.step, {"path": path})
+        return path

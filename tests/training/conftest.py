@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
+from rerank_fast import CrossEncoder, TrainingConfig
 from tests.model_factory import make_tiny_bert
 
 _OTHERS = ["bear", "fish"]
@@ -29,9 +32,36 @@ def make_lists(count: int, *, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def config_for(directory: Path, **settings: object) -> TrainingConfig:
+    quick = {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 999}
+    return TrainingConfig(output=str(directory), show_progress_bar=False, **{**quick, **settings})
+
+
+def log_rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "train_log.jsonl").read_text().splitlines()]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return CrossEncoder(directory, device="cpu").model.state_dict()
+
+
+def without_dropout(model: Path, copy: Path) -> Path:
+    """The same model with both dropouts at 0."""
+    opened = CrossEncoder(model, device="cpu")
+    opened.model.config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    opened.save_pretrained(copy)
+    return copy
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(scope="session")
+def still_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout: its scores don't depend on how a batch is cut."""
+    return without_dropout(tiny_bert, tmp_path_factory.mktemp("still") / "bert")
 
 
 @pytest.fixture(scope="session")

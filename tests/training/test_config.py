@@ -32,7 +32,16 @@ def test_the_defaults_are_the_published_recipe():
         ("warmup_ratio", 1.1),
         ("schedule", "constant"),
         ("weight_decay", -0.1),
-        ("precision", "fp16"),
+        ("precision", "fp8"),
+        ("gradient_accumulation_steps", 0),
+        ("gradient_cache", "yes"),
+        ("skip_below", -1.0),
+        ("max_docs_per_list", 1),
+        ("early_stopping_patience", 0),
+        ("layer_lr_decay", 0.0),
+        ("ema_decay", 1.0),
+        ("freeze", "embeddings"),
+        ("resume", ""),
         ("scheme", "ndcg3"),
         ("reduction", "none"),
         ("metric_for_best", "ndcg"),
@@ -59,3 +68,12 @@ def test_importing_the_config_and_the_command_line_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_settings_that_do_not_go_together_are_named():
+    with pytest.raises(ValueError, match="max_steps must be set with streaming"):
+        TrainingConfig(streaming=True)
+    with pytest.raises(ValueError, match="freeze_layers and freeze must be off with lora_rank"):
+        TrainingConfig(lora_rank=4, freeze_layers=1)
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or fp16 with lora_rank"):
+        TrainingConfig(lora_rank=4, precision="bf16-pure")

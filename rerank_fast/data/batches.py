@@ -1,0 +1,172 @@
+"""Global batches of lists: their order, each process's share of them, and the thread that tokenises ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from rerank_fast.data.lists import ListStream
+from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
+from rerank_fast.ops.lambda_loss import Scheme, count_pairs
+
+if TYPE_CHECKING:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+
+T = TypeVar("T")
+Row = Mapping[str, Any]  # {"query": str, "docs": [str], "labels": [float]}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a global batch, and what it must know of the whole."""
+
+    lists: TokenizedLists  # those that this process scores
+    indices: np.ndarray  # (Q,) rows of all lists of the global batch in their source
+    epoch: int
+    number: int  # of the batch in its epoch, from 0
+    num_documents: int  # that all processes score
+    num_pairs: int  # preference pairs of the global batch, without a cut by rank
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the batches of a run, from any position.
+
+    A list without a preference pair has no gradient: it is counted, but neither tokenised nor scored. Every process
+    reads all lists and tokenises its own.
+
+    Args:
+        lists: all lists in memory (or mapped), or a stream of them.
+        model: tokenises; a thread of its own may use it.
+        batch_size: lists of a global batch; the last one of an epoch may have fewer.
+        scheme: the loss's: "ndcg1" counts every ordered pair.
+        seed: of the order and of the sampled documents; both differ from epoch to epoch.
+        max_docs_per_list: most documents of a list; see sample_documents.
+        shuffle_buffer: lists of a stream among which the next one is drawn.
+        rank: of this process.
+        num_ranks: processes.
+    """
+
+    lists: Dataset | ListStream
+    model: CrossEncoder
+    batch_size: int
+    scheme: Scheme = "ndcg2pp"
+    seed: int = 12
+    max_docs_per_list: int | None = None
+    shuffle_buffer: int = 10_000
+    rank: int = 0
+    num_ranks: int = 1
+
+    def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
+        """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
+        while True:
+            order = self._stream_order if isinstance(self.lists, ListStream) else self._order
+            for at, (indices, rows) in enumerate(order(epoch, number), start=number):
+                yield self._prepare(indices, rows, epoch, at)
+            epoch, number = epoch + 1, 0
+
+    def _order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
+        assert isinstance(self.lists, Dataset)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lists))
+        for start in range(skip * self.batch_size, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            columns = self.lists[indices.tolist()]
+            yield indices, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _stream_order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
+        shuffled = shuffle_within_buffer(enumerate(self.lists), self.shuffle_buffer, (self.seed, epoch))
+        chosen: list[tuple[int, Row]] = []
+        for numbered in shuffled:
+            chosen.append(numbered)
+            if len(chosen) == self.batch_size:
+                if skip == 0:
+                    yield np.array([index for index, _ in chosen]), [row for _, row in chosen]
+                skip, chosen = max(skip - 1, 0), []
+        if chosen and skip == 0:
+            yield np.array([index for index, _ in chosen]), [row for _, row in chosen]
+
+    def _prepare(self, indices: np.ndarray, rows: list[Row], epoch: int, number: int) -> Batch:
+        if self.max_docs_per_list is not None:
+            rows = [
+                sample_documents(row, self.max_docs_per_list, (self.seed, epoch, int(index)))
+                for index, row in zip(indices, rows, strict=True)
+            ]
+        labels = torch.tensor([label for row in rows for label in row["labels"]], dtype=torch.float32)
+        offsets = torch.tensor([0, *(len(row["docs"]) for row in rows)]).cumsum(0)
+        num_pairs = int(count_pairs(torch.zeros_like(labels), labels, offsets, scheme=self.scheme))
+        if self.scheme != "ndcg1":
+            rows = [row for row in rows if max(row["labels"]) > min(row["labels"])]
+        loads = np.array([token_load(row, self.model.max_length) for row in rows])
+        mine = [rows[i] for i in share_out(loads, self.num_ranks)[self.rank]]
+        num_documents = sum(len(row["docs"]) for row in rows)
+        return Batch(tokenize_lists(mine, self.model), indices, epoch, number, num_documents, num_pairs)
+
+
+def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) -> Iterator[T]:
+    """Every item once, drawn from a buffer of this size that is refilled from the front of the rest."""
+    draw = np.random.default_rng(seed)
+    buffer: list[T] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+        else:
+            place = int(draw.integers(size))
+            yield buffer[place]
+            buffer[place] = item
+    for place in draw.permutation(len(buffer)):
+        yield buffer[place]
+
+
+def sample_documents(row: Row, limit: int, seed: Sequence[int]) -> Row:
+    """At most this many documents of a list, in their order; relevant ones (label above 0) stay, the rest is drawn.
+
+    One place is kept for a document that is not relevant, where there is one: without it there would be no pair.
+    """
+    labels = np.asarray(row["labels"])
+    if len(labels) <= limit:
+        return row
+    draw = np.random.default_rng(seed)
+    positive, negative = (draw.permutation(np.flatnonzero(chosen)) for chosen in (labels > 0, labels <= 0))
+    positive = positive[: limit - 1 if len(negative) and limit > 1 else limit]
+    kept = np.sort(np.concatenate([positive, negative[: limit - len(positive)]]))
+    docs, values = row["docs"], row["labels"]
+    return {"query": row["query"], "docs": [docs[i] for i in kept], "labels": [values[i] for i in kept]}
+
+
+def token_load(row: Row, max_length: int) -> int:
+    """About how many tokens a list's pairs have, not tokenised yet: four bytes a token, at most max_length."""
+    query = len(row["query"].encode())
+    return sum(min((query + len(doc.encode())) // 4 + 3, max_length) for doc in row["docs"])
+
+
+def share_out(loads: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Indices of each rank's lists, in order: the heaviest list goes to the rank with the least load so far."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
+    for index in np.argsort(-loads, kind="stable"):
+        rank = totals.index(min(totals))
+        shares[rank].append(int(index))
+        totals[rank] += int(loads[index])
+    return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
+
+
+def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """The items in order, made in a thread, up to `depth` of them before they are asked for.
+
+    One thread: a fast tokenizer has its own beside it, and needs the interpreter's lock for little.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        futures = deque(thread.submit(next, items, None) for _ in range(depth))
+        try:
+            while (item := futures.popleft().result()) is not None:
+                futures.append(thread.submit(next, items, None))
+                yield item
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)

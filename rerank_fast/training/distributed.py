@@ -1,0 +1,123 @@
+"""Several processes as one: sums of gradients, one evaluation over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.packing import TokenizedPairs
+
+_BUCKET = 32 * 2**20  # elements of one all-reduce
+
+
+def join_processes(timeout: float) -> PartialState:
+    """This process among those of `accelerate launch` or torchrun; alone without them.
+
+    A peer that dies closes its connections: the next collective fails at once, and the launcher ends the rest. The
+    timeout, in seconds, is for one that hangs.
+
+    Raises:
+        ValueError: launched in several processes that do not find each other.
+    """
+    # Not Accelerator: its precision is one per process, and a second run may want another. Without an accelerator
+    # it must be told so: it would run each process alone.
+    on_cpu = (
+        os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+        or not torch.accelerator.is_available()
+    )
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise ValueError(
+            f"launched in {launched} processes, but Accelerate was set up before for {state.num_processes}"
+        )
+    return state
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in few large messages.
+
+    In place of DistributedDataParallel: its hooks sit on a module's forward, which packed execution does not call,
+    and it takes the mean over processes, where the loss of a global batch needs the sum (each process's share is
+    divided by the pairs of all).
+    """
+    if not _several():
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket: list[Tensor] = []
+        size = 0
+        for tensor in (one for one in tensors if one.dtype == dtype):
+            if bucket and size + tensor.numel() > _BUCKET:
+                _sum(bucket)
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.numel()
+        _sum(bucket)
+
+
+def _sum(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Every process gets the first one's values."""
+    if _several():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in every process."""
+    if not _several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class ShardedScorer:
+    """A CrossEncoder as evaluators see it, whose pairs are scored by all processes together.
+
+    Each pair by one process, none left out; every process gets all scores, and so the same metrics.
+    """
+
+    def __init__(self, model: CrossEncoder, state: PartialState) -> None:
+        self._model, self._state = model, state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def score_tokens(self, tokens: TokenizedPairs, *, activation_fn: Any = None, **options: Any) -> Tensor:
+        """As CrossEncoder.score_tokens; every process must call it with the same tokens."""
+        # Each takes every n-th pair by length: equal loads, and equal ones next to each other.
+        mine = np.argsort(-tokens.lengths, kind="stable")[self._state.process_index :: self._state.num_processes]
+        scores = torch.zeros(len(tokens), dtype=torch.float32, device=self._model.device)
+        if len(mine):
+            raw = self._model.score_tokens(tokens.select(mine), activation_fn=torch.nn.Identity(), **options)
+            scores[torch.from_numpy(mine).to(scores.device)] = raw
+        sum_over_processes([scores])  # the others' are 0: nothing is rounded
+        activation: Any = activation_fn or self._model.activation_fn
+        return activation(scores)
+
+    def predict(self, pairs: Sequence[Any], *, convert_to_tensor: bool = False, **options: Any) -> Any:
+        """As CrossEncoder.predict for a sequence of pairs."""
+        options.pop("convert_to_numpy", None)
+        scores = self.score_tokens(self._model.tokenize(pairs), **options)
+        return scores if convert_to_tensor else scores.cpu().numpy()

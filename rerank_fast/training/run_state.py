@@ -1,0 +1,137 @@
+"""Everything that a run goes on from, beside the model: taken into a checkpoint and put back."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rerank_fast.training import distributed
+
+if TYPE_CHECKING:
+    from rerank_fast.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# With another of these, the position in the order of the lists would mean nothing.
+_MUST_AGREE = ("batch_size", "seed", "max_docs_per_list", "streaming", "shuffle_buffer", "precision", "lora_rank")
+_FREE = ("output", "overwrite", "resume", "trackers", "show_progress_bar", "logging_steps", "save_steps")
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    epoch: int = 0  # of the next batch, and its number there
+    batch: int = 0
+    loss_sum: float = 0.0
+    overflows: int = 0  # steps left out by fp16's scaler
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    evaluation_due: bool = False  # an interruption came before it
+
+
+def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Values and tensors of a run between two steps. All processes must call it: each has random numbers."""
+    schedule = trainer.scheduler.state_dict()
+    values = {
+        "progress": asdict(progress),
+        "scheduler": {key: schedule[key] for key in ("last_epoch", "_step_count")},
+        "scaler": trainer.scaler.state_dict(),
+        "random": distributed.gather(random_state(trainer.model.device)),
+        "log_position": log_position,
+        "num_lists": trainer.num_lists,
+        "config": asdict(trainer.config),
+    }
+    tensors = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
+    for name, weight in trainer.weights.items():
+        for key, value in trainer.optimizer.state.get(weight, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    if trainer.trained.average is not None:
+        tensors.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
+    return values, tensors
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
+    """Put a run back to where it was.
+
+    Raises:
+        ValueError: a setting or the number of lists is another, so that the run would not be the same.
+    """
+    _check_settings(trainer, values)
+    missing = {f"weights.{name}" for name in trainer.weights} - tensors.keys()
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} of the weights to train, as {min(missing)}")
+    device = trainer.model.device
+    for name, weight in trainer.weights.items():
+        weight.copy_(tensors[f"weights.{name}"])
+        start = f"optimizer.{name}."
+        for key in [key for key in tensors if key.startswith(start) and "." not in key[len(start) :]]:
+            trainer.optimizer.state[weight][key[len(start) :]] = tensors[key].to(device, copy=True)
+    if trainer.trained.masters is not None:
+        trainer.trained.masters.write_back()
+    if trainer.trained.average is not None:
+        for name, value in trainer.trained.average.weights.items():
+            value.copy_(tensors[f"average.{name}"])
+    scheduler = trainer.scheduler
+    step = values["scheduler"]["last_epoch"]
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), **values["scheduler"], "_last_lr": rates})
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if values["scaler"]:
+        trainer.scaler.load_state_dict(dict(values["scaler"]))
+    rank, states = trainer.processes.process_index, values["random"]
+    if len(states) != trainer.processes.num_processes:
+        logger.warning("%d processes go on from a run of %d: dropout differs", rank + 1, len(states))
+    set_random_state(states[rank % len(states)], device)
+    return Progress(**values["progress"])
+
+
+def _check_settings(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    now, then = asdict(trainer.config), values["config"]
+    changed = [name for name in now if name not in _FREE and now[name] != then.get(name)]
+    for name in changed:
+        if name in _MUST_AGREE:
+            raise ValueError(
+                f"{name} must be the interrupted run's to go on from it: {then[name]}, got {now[name]}"
+            )
+    if values["num_lists"] != trainer.num_lists:
+        raise ValueError(
+            f"train_lists must be the interrupted run's to go on from it: {values['num_lists']} lists, "
+            f"got {trainer.num_lists}"
+        )
+    if changed:
+        logger.warning("Going on with other settings than the interrupted run: %s", ", ".join(changed))
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that a run may draw from, as plain numbers."""
+    legacy: Any = np.random.get_state()
+    name, keys, place, has_gauss, gauss = legacy
+    version, internal, next_gauss = random.getstate()
+    return {
+        "python": [version, list(internal), next_gauss],
+        "numpy": [name, keys.tolist(), place, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal), next_gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)

@@ -1,0 +1,181 @@
+"""What the optimizer moves: which weights, how fast each, in which precision; and their running average."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.training import distributed
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.lora import add_lora, save_lora
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
+
+
+class TrainedWeights:
+    """The weights that a run trains, by name, as the optimizer moves them.
+
+    Args:
+        model: gets adapters, frozen parameters and a dtype as the settings say.
+        config: the run's.
+
+    Raises:
+        ValueError: see freeze and add_lora.
+    """
+
+    def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
+        self._model, self._config, inner = model, config, model.model
+        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move.
+        model.to(torch.bfloat16 if config.precision == "bf16-pure" else torch.float32)
+        self.lora = add_lora(model, config) if config.lora_rank else None
+        if config.freeze_layers or config.freeze:
+            freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
+        distributed.copy_from_first(list(inner.parameters()))
+        self.parameters = {name: one for name, one in inner.named_parameters() if one.requires_grad}
+        self.masters = MasterWeights(self.parameters) if config.precision == "bf16-pure" else None
+        self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
+        self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the weights, in groups; see parameter_groups."""
+        config = self._config
+        groups = parameter_groups(
+            self.weights,
+            layer_depths(self._model.model),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            decay=config.layer_lr_decay,
+        )
+        return torch.optim.AdamW(groups, fused=True)
+
+    def after_step(self) -> None:
+        """What follows a step of the optimizer."""
+        if self.masters:
+            self.masters.write_back()
+        if self.average:
+            self.average.update(self.weights)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model as it is used: with its running average, where one is kept."""
+        return self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+
+    def save(self, directory: Path) -> None:
+        """Write the model as it is used: adapters merged, and written beside it too."""
+        with self.averaged():
+            if self.lora is not None:
+                save_lora(self._model, self.lora, directory, overwrite=True)
+            else:
+                self._model.save_pretrained(directory, overwrite=True)
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """Depth of every parameter: 0 for embeddings, i + 1 for layer i, layers + 1 for the head and what lies near."""
+    found = {name: _LAYER.search(name) for name, _ in model.named_parameters()}
+    layers = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
+    return {
+        name: int(match[1]) + 1 if match else 0 if _EMBEDDINGS.search(name) else layers + 1
+        for name, match in found.items()
+    }
+
+
+def freeze(model: nn.Module, *, num_layers: int, patterns: list[str]) -> None:
+    """Take parameters out of training: embeddings and the first layers, and those whose names match a pattern.
+
+    Raises:
+        ValueError: more layers than there are, a pattern that matches none (names some that there are), or nothing
+            left to train.
+    """
+    depths = layer_depths(model)
+    layers = max(depths.values()) - 1
+    if num_layers > layers:
+        raise ValueError(f"freeze_layers is {num_layers}, but the model has {layers} layers")
+    for pattern in patterns:
+        if not fnmatch.filter(depths, pattern):
+            some = ", ".join(list(depths)[:: max(len(depths) // 5, 1)])
+            raise ValueError(f"freeze: no parameter's name matches {pattern!r}; there are {some} and others")
+    for name, parameter in model.named_parameters():
+        if (depths[name] <= num_layers and num_layers > 0) or any(fnmatch.fnmatch(name, one) for one in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("freeze leaves no parameter to train")
+
+
+class MasterWeights:
+    """fp32 copies of bf16 weights: gradients arrive in them, the optimizer moves them, write_back rounds.
+
+    A step of a usual learning rate is smaller than the distance of two bf16 numbers: on the weights themselves most
+    of it would be lost.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = list(parameters.values())
+        self.weights = {name: parameter.detach().float() for name, parameter in parameters.items()}
+        for parameter, master in zip(self._parameters, self.weights.values(), strict=True):
+            parameter.register_post_accumulate_grad_hook(_mover(master))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        torch._foreach_copy_(self._parameters, list(self.weights.values()))
+
+
+def _mover(master: Tensor) -> Any:
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.float(), None
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    return move
+
+
+def parameter_groups(
+    weights: Mapping[str, Tensor],
+    depths: Mapping[str, int],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decay: float,
+) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices decay, biases and norms don't; each layer down learns `decay` times as fast."""
+    top = max(depths.values())
+    groups: dict[tuple[int, bool], list[Tensor]] = {}
+    for name, weight in weights.items():
+        below = top - depths[name] if decay != 1 else 0
+        groups.setdefault((below, weight.dim() >= 2), []).append(weight)
+    return [
+        {"params": chosen, "lr": learning_rate * decay**below, "weight_decay": weight_decay if matrices else 0.0}
+        for (below, matrices), chosen in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
+
+
+class WeightAverage:
+    """Exponential moving average of weights: average += (1 - decay) * (weight - average) after every step."""
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        torch._foreach_lerp_(list(self.weights.values()), list(weights.values()), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """With the averages in place of the parameters, to evaluate and to save."""
+        chosen = [parameters[name] for name in self.weights]
+        kept = [parameter.detach().clone() for parameter in chosen]
+        with torch.no_grad():
+            torch._foreach_copy_(chosen, list(self.weights.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(chosen, kept)

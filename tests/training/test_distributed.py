@@ -1,0 +1,170 @@
+"""The loss of a global batch does not depend on how it is cut: accumulation steps, processes, evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.training.distributed import ShardedScorer
+from tests.training.conftest import config_for, log_rows, make_lists, weights
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+SETTINGS = {"batch_size": 32, "max_steps": 20, "eval_steps": 10, "learning_rate": 2e-5, "max_grad_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def uneven_lists() -> Dataset:
+    """Ragged lists, some without a preference pair, some with many: shares of unequal pair counts.
+
+    No two documents of a list are alike: a tie would be broken by rounding, and the loss jumps with the ranks.
+    """
+    draw = np.random.default_rng(3)
+    words = ["weather", "rain", "sea", "museum", "city", "panda", "bear", "fish", "sun", "wind"]
+    rows = []
+    for i in range(70):
+        size = 24 if i % 9 == 0 else int(draw.integers(2, 7))
+        docs = {" ".join(draw.choice(words, int(draw.integers(1, 12)))) for _ in range(size)}
+        labels = [1.0] * len(docs) if i % 7 == 0 else draw.integers(0, 3, len(docs)).astype(float).tolist()
+        rows.append({"query": "what is the panda", "docs": sorted(docs), "labels": labels})
+    return Dataset.from_list(rows)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.Popen:
+    command = [*launcher, str(port), "-m", "rerank_fast", "train", *arguments]
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def flags(model: Path, lists: Path, output: Path, **settings: object) -> list[str]:
+    chosen = {"model": model, "train": lists, "output": output, "precision": "fp32", "show_progress_bar": "false"}
+    return [part for name, value in {**chosen, **settings}.items() for part in (f"--{name}", str(value))]
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for name in a:
+        # Neither a loss of differences nor a softmax depends on these biases: their gradient is rounding, and Adam
+        # makes steps of it.
+        no_gradient = name.endswith(("classifier.bias", "key.bias"))
+        limit = SETTINGS["max_steps"] * SETTINGS["learning_rate"] if no_gradient else 1e-5
+        assert (a[name] - b[name]).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize("cut", [{"scheme": "ndcg2pp"}, {"k": 2}, {"reduction": "lists"}, {"scheme": "ndcg1"}])
+def test_accumulation_gives_the_weights_of_one_step(
+    cut: dict, still_bert: Path, uneven_lists: Dataset, tmp_path: Path
+):
+    before = weights(still_bert)
+    for name, parts in {"whole": 1, "cut": 4}.items():
+        settings = {**SETTINGS, **cut, "gradient_accumulation_steps": parts}
+        Trainer(still_bert, uneven_lists, config=config_for(tmp_path / name, **settings)).train()
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert_same_weights(whole, parts)
+    assert max((whole[name] - before[name]).abs().max() for name in whole) > 1e-4
+    losses = [[row["loss"] for row in log_rows(tmp_path / name)] for name in ("whole", "cut")]
+    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, uneven_lists: Dataset, tmp_path: Path):
+    lists, held_out = tmp_path / "lists.parquet", tmp_path / "eval.parquet"
+    uneven_lists.to_parquet(lists)
+    make_lists(11, seed=5).to_parquet(held_out)
+    config = config_for(tmp_path / "one", **SETTINGS)
+    Trainer(still_bert, str(lists), eval_lists=str(held_out), config=config).train()
+    arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **SETTINGS)
+    done = launch(TORCHRUN, 29611, arguments)
+    printed, _ = done.communicate(timeout=180)
+    assert done.returncode == 0, printed
+    assert printed.count("20 steps") == 1  # one of them speaks
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
+    assert len(one) == len(two)  # and one writes
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Dataset, tmp_path: Path):
+    lists = tmp_path / "lists.parquet"
+    uneven_lists.to_parquet(lists)
+    arguments = flags(still_bert, lists, tmp_path / "run", max_steps=10**6, logging_steps=1, save_steps=20)
+    run = launch(ACCELERATE, 29613, arguments)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoint-20").exists():
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        victim = next(pid for pid in descendants(run.pid) if b"LOCAL_RANK=1\0" in environment_of(pid))
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        run.communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+        assert run.returncode != 0
+        assert json.loads((tmp_path / "run" / "checkpoint-20" / "trainer_state.json").read_text())["step"] == 20
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            if parent == pid:
+                found += [int(entry.name), *descendants(int(entry.name))]
+    return found
+
+
+def environment_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model = CrossEncoder(tiny_bert, device="cpu")
+    pairs = [("what is the panda", doc) for row in make_lists(5) for doc in row["docs"]]
+    expected = model.predict(pairs)
+    shares: list[torch.Tensor] = []
+
+    class State:
+        num_processes = 3
+
+    monkeypatch.setattr(
+        "rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone())
+    )
+    for rank in range(3):
+        state = State()
+        state.process_index = rank
+        ShardedScorer(model, state).score_tokens(model.tokenize(pairs))
+    counts = sum((share != 0).int() for share in shares)
+    assert counts.tolist() == [1] * len(pairs)  # each pair by exactly one
+    np.testing.assert_allclose(model.activation_fn(sum(shares)).numpy(), expected, atol=1e-6)

@@ -1,0 +1,210 @@
+"""Cached and direct give one gradient; what has none is not run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rerank_fast import CrossEncoder, lambda_loss
+from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
+from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.scoring import make_step
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.gradient_cache import Backward, activation_bytes, backward_cached, backward_direct
+from rerank_fast.training.run_log import Rates
+from tests.training.conftest import make_lists
+
+CPU = torch.device("cpu")
+
+
+def opened(path: Path, *, checkpointing: bool = False) -> tuple[CrossEncoder, TokenizedLists]:
+    model = CrossEncoder(path, device="cpu").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, tokenize_lists(list(make_lists(6)), model)
+
+
+def push(
+    model: CrossEncoder,
+    lists: TokenizedLists,
+    *,
+    cached: bool,
+    packed: bool = True,
+    k: int | None = None,
+    **options,
+):
+    """Gradients by name, the result and a number drawn afterwards."""
+    torch.manual_seed(7)
+    model.zero_grad(set_to_none=True)
+    step = make_step(model.model, model.tokenizer, lists.pairs, packed=packed)
+    plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
+    labels, offsets = torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
+    loss = lambda scores: lambda_loss(scores, labels, offsets, k=k)  # noqa: E731
+    if cached:
+        result = backward_cached(step, plan, loss, device=CPU, **options)
+    else:
+        result = backward_direct(step, plan, loss)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, result, torch.rand(1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cached_gives_the_gradient_of_direct_with_dropout(tiny_bert: Path, packed: bool, checkpointing: bool):
+    direct_model, lists = opened(tiny_bert)
+    expected, direct, drawn = push(direct_model, lists, cached=False, packed=packed)
+    other, _ = opened(tiny_bert, checkpointing=checkpointing)
+    found, cached, also_drawn = push(other, lists, cached=True, packed=packed)
+    assert torch.equal(direct.scores, cached.scores)
+    assert torch.equal(direct.loss, cached.loss)
+    assert torch.equal(drawn, also_drawn)  # the next step's dropout is the same too
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    # Dropout is at work, and without the first run's random numbers the gradient would be another.
+    torch.manual_seed(8)
+    direct_model.zero_grad()
+    step = make_step(direct_model.model, direct_model.tokenizer, lists.pairs, packed=packed)
+    assert not torch.equal(step(np.arange(4)), direct.scores[:4])
+
+
+class Counted:
+    """A step that counts the pairs that it is called for."""
+
+    def __init__(self, step) -> None:
+        self.step, self.runs = step, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.step, name)
+
+    def __call__(self, indices: np.ndarray) -> torch.Tensor:
+        self.runs.append(sorted(indices.tolist()))
+        return self.step(indices)
+
+
+def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model, lists = opened(still_bert)
+    expected, direct, _ = push(model, lists, cached=False, k=1)
+    labels, offsets = torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
+    scores = direct.scores.clone().requires_grad_()
+    lambda_loss(scores, labels, offsets, k=1).backward()
+    without = int((scores.grad == 0).sum())
+    assert 0 < without < len(scores)
+    steps: list[Counted] = []
+    make = make_step
+
+    def counted(*arguments, **options) -> Counted:
+        steps.append(Counted(make(*arguments, **options)))
+        return steps[-1]
+
+    monkeypatch.setattr("tests.training.test_gradient_cache.make_step", counted)
+    found, cached, _ = push(model, lists, cached=True, k=1, packed=False)
+    again = [i for run in steps[-1].runs[(len(scores) + 4) // 5 :] for i in run]
+    assert sorted(again) == (scores.grad != 0).nonzero().flatten().tolist()
+    assert cached.num_skipped == without
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_with_dropout_micro_batches_are_left_out_whole(tiny_bert: Path):
+    model, _ = opened(tiny_bert)
+    # Long lists whose relevant documents come first: with a cut at 1 most micro-batches hold no pair that counts.
+    rows = [{"query": "panda", "docs": ["bear " * n for n in range(1, 41)], "labels": [1.0] + [0.0] * 39}]
+    lists = tokenize_lists(rows, model)
+    expected, direct, _ = push(model, lists, cached=False, k=1)
+    scores = direct.scores.clone().requires_grad_()
+    lambda_loss(scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets), k=1).backward()
+    plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
+    whole = sum(len(part) for part in plan if not scores.grad[torch.from_numpy(part)].any())
+    assert whole < int((scores.grad == 0).sum())
+    found, cached, _ = push(model, lists, cached=True, k=1)
+    assert cached.num_skipped == whole > 0
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_skip_below_leaves_out_small_gradients_and_counts_them(still_bert: Path):
+    model, lists = opened(still_bert)
+    expected, direct, _ = push(model, lists, cached=False)
+    scores = direct.scores.clone().requires_grad_()
+    lambda_loss(scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)).backward()
+    limit = float(scores.grad.abs().median())
+    found, cached, _ = push(model, lists, cached=True, skip_below=limit)
+    assert cached.num_skipped == int((scores.grad.abs() <= limit).sum())
+    name = "model.classifier.weight"
+    assert not torch.allclose(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_auto_keeps_the_graphs_while_they_fit(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model, lists = opened(tiny_bert)
+    used: list[str] = []
+    for name, function in (("backward_cached", backward_cached), ("backward_direct", backward_direct)):
+
+        def note(*arguments, name=name, function=function, **options):
+            used.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(f"rerank_fast.training.gradient_cache.{name}", note)
+    needed = activation_bytes(model.model, len(lists.pairs.input_ids), torch.float32, gradient_checkpointing=False)
+    for free in (2 * needed + 2, 2 * needed - 2):
+        monkeypatch.setattr("rerank_fast.training.gradient_cache.available_bytes", lambda device, free=free: free)
+        Backward(model, TrainingConfig(precision="fp32"), lambda value: value)(lists, 1.0, Rates())
+    assert used == ["backward_direct", "backward_cached"]
+
+
+def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path):
+    """What autograd saves for backward, each storage once, beside the estimate: within a factor of two."""
+    model, lists = opened(tiny_bert)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    step = model.step(lists.pairs)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        scores = step(np.arange(len(lists.pairs)))
+    assert scores.requires_grad
+    found = sum(size for pointer, size in kept.items() if pointer not in weights)
+    tokens = len(lists.pairs.input_ids)
+    estimate = activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=False)
+    assert 0.5 < found / estimate < 2
+    assert activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=True) < estimate / 8
+
+
+class Held:
+    """What autograd keeps of a tensor for backward, counted while it is alive."""
+
+    live = peak = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        Held.live += self.size
+        Held.peak = max(Held.peak, Held.live)
+
+    def __del__(self) -> None:
+        Held.live -= self.size
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cached_memory_does_not_grow_with_documents_or_lists(tiny_bert: Path, checkpointing: bool):
+    model, _ = opened(tiny_bert, checkpointing=checkpointing)
+    peaks: dict[tuple[bool, int, int], int] = {}
+    for num_lists, documents in ((1, 8), (1, 64), (1, 256), (16, 16)):
+        rows = [
+            {"query": "panda", "docs": ["bear rain sea"] * documents, "labels": [1.0] + [0.0] * (documents - 1)}
+        ]
+        lists = tokenize_lists(rows * num_lists, model)
+        for cached in (True, False):
+            Held.live = Held.peak = 0
+            with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+                push(model, lists, cached=cached)
+            peaks[cached, num_lists, documents] = Held.peak
+    cached_peaks = [peak for (cached, *_), peak in peaks.items() if cached]
+    assert max(cached_peaks) < 1.1 * min(cached_peaks)
+    assert peaks[False, 1, 256] > 20 * peaks[True, 1, 256]
+    assert peaks[False, 1, 256] > 20 * peaks[False, 1, 8]

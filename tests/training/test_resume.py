@@ -1,0 +1,231 @@
+"""Stop and go: killed anywhere and resumed, a run ends with the weights of one that was never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.training import checkpoints
+from rerank_fast.training.checkpoints import CheckpointError
+from rerank_fast.training.events import TrainingInterrupted
+from tests.training.conftest import config_for, log_rows, make_lists, weights
+
+SETTINGS = {"max_steps": 17, "save_steps": 4, "eval_steps": 5, "logging_steps": 3, "ema_decay": 0.9, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with dropout over three epochs that nothing stops."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    config = config_for(directory / "run", **SETTINGS)
+    Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9, seed=2), config=config).train()
+    return directory / "run"
+
+
+def killed(tiny_bert: Path, directory: Path, *, at: int, inside_save: bool = False, **settings: object) -> int:
+    """The same run in a process that is killed at a step, or inside its save."""
+    lists, held_out = directory / "lists.jsonl", directory / "eval.jsonl"
+    for path, rows in ((lists, make_lists(48)), (held_out, make_lists(9, seed=2))):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = asdict(config_for(directory / "run", **{**SETTINGS, **settings}))
+    sent = config | {
+        "kill_at": at, "inside_save": inside_save, "model": str(tiny_bert),
+        "lists": str(lists), "eval_lists": str(held_out),
+    }  # fmt: skip
+    (directory / "settings.json").write_text(json.dumps(sent))
+    threads = str(torch.get_num_threads())  # sums are cut by threads: bits agree with equal numbers of them
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.killed_run", str(directory / "settings.json")],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    return done.returncode
+
+
+def go_on(tiny_bert: Path, directory: Path, **settings: object) -> Trainer:
+    config = config_for(directory / "run", **{**SETTINGS, "resume": "auto", **settings})
+    trainer = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9, seed=2), config=config)
+    trainer.train()
+    return trainer
+
+
+def assert_the_same_run(a: Path, b: Path) -> None:
+    for place in (".", "checkpoint-16"):
+        first, second = weights(a / place), weights(b / place)
+        assert all(torch.equal(first[name], second[name]) for name in first), place
+    ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (a, b))
+    for name in ("steps", "best_step", "metrics"):
+        assert ours[name] == theirs[name]
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-12)
+    rows = [[row for row in log_rows(path) if "loss" in row or "map" in row] for path in (a, b)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]  # no line twice, none lost
+
+
+@pytest.mark.parametrize(("at", "inside_save"), [(6, False), (11, False), (12, True)])
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(
+    tiny_bert: Path, unbroken: Path, tmp_path: Path, at: int, inside_save: bool
+):
+    assert killed(tiny_bert, tmp_path, at=at, inside_save=inside_save) == -signal.SIGKILL
+    whole = [path.name for path in checkpoints.checkpoints(tmp_path / "run")]
+    assert whole == ["checkpoint-4", "checkpoint-8"][: 1 + (at > 8)]
+    assert bool(list((tmp_path / "run").glob(".checkpoint-*"))) == inside_save
+    assert go_on(tiny_bert, tmp_path).resumed_from == tmp_path / "run" / whole[-1]
+    assert not list((tmp_path / "run").glob(".*"))
+    assert_the_same_run(unbroken, tmp_path / "run")
+
+
+def test_sigterm_checkpoints_exits_0_and_says_how_to_go_on(
+    tiny_bert: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    def terminate(event) -> None:
+        if event.name == "step_end" and event.step == 5:  # where an evaluation is due too
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = config_for(tmp_path / "run", **SETTINGS)
+    handler = signal.getsignal(signal.SIGTERM)
+    arguments = {"eval_lists": make_lists(9, seed=2), "config": config, "callbacks": [terminate]}
+    with pytest.raises(TrainingInterrupted) as stop:
+        Trainer(tiny_bert, make_lists(48), **arguments).train()
+    assert stop.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert stop.value.checkpoint == tmp_path / "run" / "checkpoint-5"
+    said = capfd.readouterr().err
+    assert "Stopped by a signal at step 5 of 17" in said
+    assert "--resume auto" in said
+    pairs = [("panda", "bear"), ("panda", "fish")]
+    assert CrossEncoder(stop.value.checkpoint, device="cpu").predict(pairs).shape == (2,)
+    go_on(tiny_bert, tmp_path)
+    ours, theirs = weights(tmp_path / "run"), weights(unbroken)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    best = [json.loads((path / "metrics.json").read_text())["metrics"] for path in (tmp_path / "run", unbroken)]
+    assert best[0] == best[1]
+    evaluations = [row["step"] for row in log_rows(tmp_path / "run") if "map" in row]
+    assert evaluations == [5, 10, 15, 17]
+
+
+def test_ctrl_c_checkpoints_and_a_second_one_ends_at_once(tiny_bert: Path, tmp_path: Path):
+    def interrupt(event) -> None:
+        if event.name == "step_end" and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = config_for(tmp_path / "once", max_steps=9)
+    with pytest.raises(TrainingInterrupted):
+        Trainer(tiny_bert, make_lists(48), config=config, callbacks=[interrupt]).train()
+    assert (tmp_path / "once" / "checkpoint-2" / "model.safetensors").exists()
+    config = config_for(tmp_path / "twice", max_steps=9)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny_bert, make_lists(48), config=config, callbacks=[interrupt, interrupt]).train()
+    assert not list((tmp_path / "twice").glob("checkpoint-*"))
+
+
+def test_a_stream_goes_on_where_it_was(tiny_bert: Path, tmp_path: Path):
+    settings = {"streaming": True, "shuffle_buffer": 16, "max_docs_per_list": 3, "save_steps": 4, "max_steps": 14}
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_lists(48)))
+    source = str(tmp_path / "lists.jsonl")
+    Trainer(tiny_bert, source, config=config_for(tmp_path / "a", **settings)).train()
+    Trainer(
+        tiny_bert, source, config=config_for(tmp_path / "b", **settings), callbacks=[stop_at(10)]
+    ).train()  # a run that ended early: 8 is its last checkpoint
+    Trainer(tiny_bert, source, config=config_for(tmp_path / "b", **settings, resume="auto")).train()
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(step: int):
+    def stop(event) -> None:
+        if event.name == "step_end" and event.step == step:
+            event.trainer.stop()
+
+    return stop
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of its own with room for the run's beginning."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(tiny_bert: Path, small_disk: Path, tmp_path: Path):
+    def fill(event) -> None:
+        if event.name == "save" and event.step == 2:
+            free = os.statvfs(small_disk)
+            (small_disk / "filler").write_bytes(b"\0" * (free.f_bavail * free.f_frsize - 60_000))
+
+    config = config_for(small_disk / "run", max_steps=8, save_steps=2)
+    with pytest.raises(CheckpointError, match=r"can't write .*checkpoint-4: .*; checkpoint-2 is whole"):
+        Trainer(tiny_bert, make_lists(48), config=config, callbacks=[fill]).train()
+    assert [path.name for path in (small_disk / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
+    (small_disk / "filler").unlink()
+    Trainer(tiny_bert, make_lists(48), config=replace(config, resume="auto", save_total_limit=1)).train()
+    config = config_for(tmp_path / "run", max_steps=8, save_steps=2)
+    Trainer(tiny_bert, make_lists(48), config=config).train()
+    a, b = weights(small_disk / "run"), weights(tmp_path / "run")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_save_that_fails_leaves_nothing_behind(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    trainer = Trainer(tiny_bert, make_lists(48), config=config_for(tmp_path, max_steps=8, save_steps=2))
+    save_file, calls = checkpoints.save_file, []
+
+    def failing(tensors, file) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(code, os.strerror(code))
+        save_file(tensors, file)
+
+    monkeypatch.setattr(checkpoints, "save_file", failing)
+    with pytest.raises(CheckpointError, match=os.strerror(code)):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+    checkpoints.load_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+    config = config_for(tmp_path / "run", max_steps=5, save_steps=2)
+    Trainer(tiny_bert, train_lists, config=config).train()
+    with pytest.raises(ValueError, match=r"pass overwrite=True.*, or resume='auto'"):
+        Trainer(tiny_bert, train_lists, config=config)
+    with pytest.raises(ValueError, match=r"resume: .*nothing is no checkpoint"):
+        Trainer(tiny_bert, train_lists, config=replace(config, resume=str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="batch_size must be the interrupted run's to go on from it: 8, got 4"):
+        Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", batch_size=4)).train()
+    with pytest.raises(ValueError, match=r"train_lists must be the interrupted run's .*: 48 lists, got 7"):
+        Trainer(tiny_bert, make_lists(7), config=replace(config, resume="auto")).train()
+    damaged = tmp_path / "run" / "checkpoint-4" / "trainer_state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-4 can't be read"):
+        Trainer(tiny_bert, train_lists, config=replace(config, resume="auto")).train()
+    assert (tmp_path / "run" / "checkpoint-2").exists()  # nothing was removed for a run that did not start
+    # Another checkpoint by its path, into another directory, and further than the first run went.
+    other = replace(
+        config, output=str(tmp_path / "other"), max_steps=7, resume=str(tmp_path / "run" / "checkpoint-2")
+    )
+    assert Trainer(tiny_bert, train_lists, config=other).train().steps == 7
+    assert [row["step"] for row in log_rows(tmp_path / "other")] == [3, 4, 5, 6, 7]
+    assert (tmp_path / "other" / "model.safetensors").exists()
