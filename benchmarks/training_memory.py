@@ -7,8 +7,8 @@
     python -m benchmarks.training_memory loop        # time outside forward, backward and optimizer
 
 Every row is a process of its own: its peak is the resident set's (VmHWM), less what is resident once the model,
-gradients, optimizer state and oneDNN's kernels are there. MiniLM-L6, bf16, pairs of 20 to 256 tokens. Nothing else should use the
-machine.
+gradients, optimizer state and oneDNN's kernels are there. MiniLM-L6, bf16, pairs of 20 to 256 tokens. Nothing else
+should use the machine.
 """
 
 from __future__ import annotations
