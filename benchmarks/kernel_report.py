@@ -204,7 +204,8 @@ def _amd(assembly: str) -> dict[str, Any]:
         "scalar_registers": value("sgpr_count"),
         "stack": value("private_segment_fixed_size"),
         "local": 0,
-        "spills": value("vgpr_spill_count") + value("sgpr_spill_count"),
+        "spills": value("vgpr_spill_count"),
+        "scalar_spills": value("sgpr_spill_count"),  # to lanes of a vector register, not to memory
         "loops": [],
     }
 

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,7 @@ def _loss(config: TrainingConfig) -> str:
 
 def _hyperparameters(config: TrainingConfig) -> str:
     values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
-    default = {field.name: field.default for field in fields(config)}
+    default = asdict(type(config)())
     changed = {name: value for name, value in values.items() if value != default[name]}
 
     def listed(some: Mapping[str, Any]) -> str:

@@ -55,16 +55,16 @@ def test_the_published_run_says_what_it_is():
 
 
 def test_the_published_run_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    overrides = [*local(hub, tiny_bert, tmp_path / "out"), "held_out=10", "num_epochs=2", "eval_steps=5"]
+    overrides = [*local(hub, tiny_bert, tmp_path / "out"), "held_out=10", "num_epochs=4", "eval_steps=10"]
     assert cli.main(["train", "--recipe", PUBLISHED, "--set", *overrides[:3], "--set", *overrides[3:]]) == 0
     printed = capsys.readouterr().out
     assert "NanoBEIR_R100_mean_ndcg@10" in printed
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     # 48 of 60 MS MARCO queries have a selected passage; 20 mined lists; 10 held out.
-    assert result["steps"] == 2 * -(-(48 + 20 - 10) // 8)
+    assert result["steps"] == 4 * -(-(48 + 20 - 10) // 8)
     log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     evaluations = [row for row in log if "NanoBEIR_R100_mean_ndcg@10" in row]
-    assert [row["step"] for row in evaluations] == [5, 10, 15, 16]
+    assert [row["step"] for row in evaluations] == [10, 20, 30, 32]
     best = max(evaluations, key=lambda row: row["NanoBEIR_R100_mean_ndcg@10"])
     assert result["best_step"] == best["step"]
     assert {"eval_ndcg@10", "eval_base_map", "NanoNFCorpus_R100_mrr@10"} <= best.keys()

@@ -18,7 +18,7 @@ ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
 # fp32 ones are fused multiply-adds in registers.
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3}
+LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}
 LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
 
 

@@ -18,7 +18,7 @@ from rerank_fast.ops.triton import score_head
 from rerank_fast.ops.triton.score_head import activate, dense_tile, dropout_factors, load_x
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {"ROWS": 32, "COLUMNS": 64, "INNER": 16, "num_warps": 4, "num_stages": 2}
+LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2}
 LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 8, "num_stages": 2}
 
 

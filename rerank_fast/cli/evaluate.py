@@ -1,0 +1,133 @@
+"""rerank-fast evaluate: one model measured, or two compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from rerank_fast.cli.lists import add_columns, lists_of
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Rerank lists or NanoBEIR and print MAP, MRR and NDCG; compare two models.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        action="append",
+        required=True,
+        help="directory or hub id of a reranker; given twice, the two are compared with a paired test",
+    )
+    parser.add_argument("--data", type=str | None, default=None, help="lists: .jsonl, .parquet, saved or hub id")
+    add_columns(parser)
+    parser.add_argument(
+        "--nano_beir",
+        type=str,
+        nargs="*",
+        default=None,
+        help="rerank these NanoBEIR sets (none named: all but two)",
+    )
+    parser.add_argument(
+        "--nano_beir_id", type=str, default="sentence-transformers/NanoBEIR-en", help="hub id or local copy"
+    )
+    parser.add_argument("--rerank_k", type=int, default=100, help="documents of NanoBEIR's BM25 rankings")
+    parser.add_argument("--metrics", type=str, nargs="+", default=[], help="further ones of ir-measures: R@100 ...")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file for the metrics")
+    parser.add_argument(
+        "--details", type=str | None, default=None, help="directory for per-query CSV files and TREC runs"
+    )
+    parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
+    parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    parser.add_argument("--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    return parser
+
+
+def run(options: dict[str, Any]) -> None:
+    models = options["model"]
+    if len(models) > 2:
+        raise ValueError(f"--model takes one or two models, got {len(models)}")
+    output = Path(options["output"]) if options["output"] else None
+    if output and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: directory {output.parent} does not exist")
+    evaluator = _evaluator(options)
+
+    from rerank_fast.model.cross_encoder import CrossEncoder
+
+    details = Path(options["details"]) if options["details"] else None
+
+    def loaded(path: str) -> CrossEncoder:
+        return CrossEncoder(path, max_length=options["max_length"], dtype=options["dtype"])
+
+    result: dict[str, Any]
+    if len(models) == 1:
+        result = evaluator(loaded(models[0]), output_path=details and str(details))
+        print_metrics(result)
+    else:
+        directories = [details and str(details / letter) for letter in "ab"]
+        values = [
+            evaluator.evaluate_per_query(loaded(path), to) for path, to in zip(models, directories, strict=True)
+        ]
+        result = _compare(models, *values)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluator(options: dict[str, Any]) -> Any:
+    """The evaluator of --data or of --nano_beir."""
+    if (options["data"] is None) == (options["nano_beir"] is None):
+        raise ValueError("evaluate takes either --data or --nano_beir")
+    from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
+
+    common = {
+        "at_k": options["at_k"],
+        "metrics": options["metrics"],
+        "batch_size": options["batch_size"],
+        "show_progress_bar": True,
+        "write_per_query": True,
+        "write_run": True,
+    }
+    if options["data"] is not None:
+        return RerankingEvaluator(lists_of(options["data"], options["columns"]), **common)
+    return NanoBEIREvaluator(
+        options["nano_beir"] or None, options["nano_beir_id"], rerank_k=options["rerank_k"], **common
+    )
+
+
+def _compare(models: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Print, and return, how two models' per-query values differ."""
+    from rerank_fast.evaluation import compare
+
+    rows = {name: compare(a[name], b[name]) for name in a if not _is_base(name, a)}
+    width = max(map(len, rows))
+    print(f"A {models[0]}\nB {models[1]}")
+    print(f"{'metric':<{width}} {'A':>8} {'B':>8} {'B - A':>8} {'95% interval':>20} {'p':>8}")
+    for name, row in rows.items():
+        interval = f"[{row.low:+.4f}, {row.high:+.4f}]"
+        means = f"{row.a:>8.4f} {row.b:>8.4f} {row.difference:>+8.4f}"
+        print(f"{name:<{width}} {means} {interval:>20} {row.p_value:>8.4f}")
+    return {"a": models[0], "b": models[1], "metrics": {name: asdict(row) for name, row in rows.items()}}
+
+
+def _is_base(name: str, metrics: Mapping[str, Any]) -> bool:
+    from rerank_fast.training.card_results import base_of
+
+    return any(base_of(other, metrics) == name for other in metrics)
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    from rerank_fast.training.card_results import base_of
+
+    names = [name for name in metrics if not _is_base(name, metrics)]
+    width = max(10, *map(len, names))
+    print(f"{'metric':<{width}} {'base':>8} {'reranked':>9} {'change':>8}")
+    for name in names:
+        value, base = metrics[name], base_of(name, metrics)
+        before = (
+            f"{metrics[base]:>8.4f} {value:>9.4f} {value - metrics[base]:>+8.4f}" if base else f"{value:>18.4f}"
+        )
+        print(f"{name:<{width}} {before}")

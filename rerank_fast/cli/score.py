@@ -1,0 +1,61 @@
+"""rerank-fast score: the scores of a file of pairs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
+    )
+    parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    parser.add_argument(
+        "--input", type=str, required=True, help=".jsonl or .parquet with query and document, or query and docs"
+    )
+    parser.add_argument(
+        "--output", type=str, required=True, help=".parquet file for the scores, in the input's order"
+    )
+    parser.add_argument(
+        "--columns",
+        type=dict[str, str] | None,
+        default=None,
+        help="""the input's own names of query and document (or docs), e.g. '{"document": "passage"}'""",
+    )
+    parser.add_argument(
+        "--keep", type=str, nargs="+", default=[], help="columns of the input to copy to the output"
+    )
+    parser.add_argument(
+        "--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...; the checkpoint's own if left out"
+    )
+    parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    parser.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
+    parser.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output, and parts of a run with other settings"
+    )
+    return parser
+
+
+def run(options: dict[str, Any]) -> None:
+    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.score_file import process_state, score_file
+
+    state = process_state()
+    model_options = {name: options.pop(name) for name in ("dtype", "max_length")}
+    model = CrossEncoder(options.pop("model"), device=state.device, **model_options)
+    source, output = options.pop("input"), options.pop("output")
+    result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
+    if result.truncated:
+        logging.warning(
+            "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
+            result.truncated,
+            result.scored,
+            model.max_length,
+        )
+    if state.is_main_process:
+        print(f"{result.rows} rows in {output}; {result.scored} pairs scored now by this process")
