@@ -120,7 +120,7 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, work: Path):
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", interrupt)
+    monkeypatch.setattr(cli.train, "run", interrupt)
     assert cli.main(train_arguments(work, "stopped")) == 130
 
 

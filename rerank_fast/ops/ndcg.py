@@ -82,6 +82,7 @@ def ndcg(
         ValueError: a wrong shape, dtype, device or k, or a backend that can't run here.
     """
     lambda_loss._check_tensors(scores, labels, offsets)
+    lambda_loss._check_bounds(offsets, scores.shape[0])
     if k is not None and k < 0:
         raise ValueError(f"k must be None or at least 0, got {k}")
     resolved = lambda_loss._resolve_backend(backend, scores.device)
