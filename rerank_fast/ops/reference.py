@@ -155,8 +155,8 @@ def forward(
         losses.append(-scale * (weights * log_probabilities)[mask].sum())
         pull = torch.zeros_like(differences)
         pull[mask] = (weights * torch.sigmoid(-sigma * differences))[mask]
-        pull.fill_diagonal_(0)  # NDCGLoss1's pairs (i, i): they cancel, and would round what is small beside them
-        grads.append(-scale * sigma * (pull.sum(dim=1) - pull.sum(dim=0)))
+        # Differences first: NDCGLoss1's pairs (i, i) then cancel without rounding what is small beside them.
+        grads.append(-scale * sigma * (pull - pull.t()).sum(dim=1))
         num_pairs += int(mask.sum())
     per_list, grad = torch.stack(losses) if losses else scores[:0].clone(), torch.cat(grads)
     if reduction == "none":
