@@ -21,8 +21,8 @@ class NinjaBuildExt(build_ext):
             self._build(ext)
         except Exception as error:
             print(
-                f"\nWARNING: rerank_fast's CPU kernel was not built ({error}).\n"
-                "The install goes on without it and LambdaLoss runs through slower eager PyTorch.\n"
+                f"\nWARNING: rerank_fast's CPU kernels were not built ({error}).\n"
+                "The install goes on without it and what they do runs through slower eager PyTorch.\n"
                 "To get it: install a C++17 compiler (Debian and Ubuntu: apt-get install g++) and install again.\n",
                 file=sys.stderr,
             )

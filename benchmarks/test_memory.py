@@ -5,27 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from benchmarks.test_training_step import make_steps, marco_like_lists
-
-
-def _status(name: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+from benchmarks.training_memory import _resident
 
 
 def measure(name: str, mini_batch_size: int) -> int:
     """Bytes that two steps need beyond the process before its first."""
     with tempfile.TemporaryDirectory() as output:
         steps = make_steps(marco_like_lists(16), output, mini_batch_size=mini_batch_size)
-        before = _status("VmRSS")
+        before = _resident("VmRSS")
         for _ in range(2):
             getattr(steps, name)()
-    return _status("VmHWM") - before
+    return _resident("VmHWM") - before
 
 
 def _in_a_process(name: str, mini_batch_size: int) -> int:

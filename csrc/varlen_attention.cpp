@@ -275,7 +275,8 @@ RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t s
         float top = highest[0];
         for (std::int64_t lane = 1; lane < kLanes; ++lane) top = std::max(top, highest[lane]);
         Vector sums = {};
-        const std::uint32_t drawn = dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(task.first_q + first + r));
+        const auto stream = static_cast<std::uint32_t>(head);
+        const std::uint32_t drawn = dropout.row(stream, static_cast<std::uint32_t>(task.first_q + first + r));
         const bool empty = top == -std::numeric_limits<float>::infinity();  // a query that may read nothing gives 0
         for (std::int64_t j = begin; j < end; j += kLanes) {
           const Vector score = load(row + j);
@@ -338,7 +339,8 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
         float along = 0;  // sum of out * grad_out: what the softmax takes off
         for (std::int64_t e = 0; e < size; ++e) along += task.out_rows[r * width + e] * task.grad_rows[r * width + e];
         const float log_sum = lse[head * num_queries + token + r];
-        const std::uint32_t drawn = dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
+        const auto stream = static_cast<std::uint32_t>(head);
+        const std::uint32_t drawn = dropout.row(stream, static_cast<std::uint32_t>(token + r));
         for (std::int64_t j = begin; j < end; j += kLanes) {
           const Vector score = load(row + j);
           Vector weight = exp2_vector(score - log_sum);

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder as CrossEncoder
+    from rerank_fast.ops.lambda_loss import count_pairs as count_pairs
     from rerank_fast.ops.lambda_loss import lambda_loss as lambda_loss
     from rerank_fast.ops.ndcg import ndcg as ndcg
     from rerank_fast.training import Trainer as Trainer
@@ -21,6 +22,7 @@ _ORIGIN = {
     "CrossEncoder": "rerank_fast.model.cross_encoder",
     "Trainer": "rerank_fast.training",
     "TrainingConfig": "rerank_fast.training",
+    "count_pairs": "rerank_fast.ops.lambda_loss",
     "lambda_loss": "rerank_fast.ops.lambda_loss",
     "ndcg": "rerank_fast.ops.ndcg",
 }

@@ -139,9 +139,10 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
         raise ValueError(f"the output is a .parquet file, got {output}")
     if not output.parent.is_dir():
         raise ValueError(f"output {output}: directory {output.parent} does not exist")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} already exists; pass overwrite=True (--overwrite) to replace it")
     note = parts / "run.json"
+    merged = output.exists() and note.exists()  # killed after the output was there: it is made again of its parts
+    if output.exists() and not merged and not overwrite:
+        raise ValueError(f"{output} already exists; pass overwrite=True (--overwrite) to replace it")
     if parts.exists():
         before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
         # Of a run that was killed before it wrote its note there is nothing to lose.

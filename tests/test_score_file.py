@@ -75,6 +75,20 @@ def test_scores_are_those_of_predict_in_order(
     assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, "scores.parquet"]
 
 
+def test_a_kill_between_the_output_and_the_removal_of_its_parts(model, tmp_path: Path, monkeypatch):
+    source, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scores.parquet"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "rerank_fast.score_file.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            score_file(model, source, output, rows_per_part=20)
+    before = column(output)
+    assert score_file(model, source, output, rows_per_part=20).scored == 0
+    assert column(output) == before
+    assert not (tmp_path / "scores.parquet.parts").exists()
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_lists_and_other_names(model: CrossEncoder, tmp_path: Path, suffix: str):
     rows = [

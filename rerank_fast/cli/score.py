@@ -42,12 +42,18 @@ def make_parser() -> ArgumentParser:
 
 
 def run(options: dict[str, Any]) -> None:
+    from accelerate.utils import broadcast_object_list
+
     from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.model.precision import choose_precision
     from rerank_fast.score_file import process_state, score_file
 
     state = process_state()
-    model_options = {name: options.pop(name) for name in ("dtype", "max_length")}
-    model = CrossEncoder(options.pop("model"), device=state.device, **model_options)
+    # What is measured is measured once: no two processes may score in different dtypes.
+    (precision,) = broadcast_object_list([choose_precision(options.pop("dtype"), state.device)])
+    model = CrossEncoder(
+        options.pop("model"), device=state.device, dtype=precision, max_length=options.pop("max_length")
+    )
     source, output = options.pop("input"), options.pop("output")
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
     if result.truncated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from rerank_fast.ops.lambda_loss import Scheme, count_pairs
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Row = Mapping[str, Any]  # {"query": str, "docs": [str], "labels": [float]}
@@ -66,10 +69,24 @@ class BatchMaker:
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
+        said = False
         while True:
             order = self._stream_order if isinstance(self.lists, ListStream) else self._order
+            at = -1
             for at, (indices, rows) in enumerate(order(epoch, number), start=number):
-                yield self._prepare(indices, rows, epoch, at)
+                batch = self._prepare(indices, rows, epoch, at)
+                if batch.lists.truncated and not said:
+                    said = True
+                    logger.warning(
+                        "Pairs longer than max_length=%d tokens are truncated, %d of %d in the first batch that "
+                        "has one; truncated_share in the log counts them.",
+                        self.model.max_length,
+                        batch.lists.truncated,
+                        len(batch.lists.pairs),
+                    )
+                yield batch
+            if at < 0 and number == 0:
+                raise ValueError(f"epoch {epoch} of the training lists holds no list: the stream has run dry")
             epoch, number = epoch + 1, 0
 
     def _order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:

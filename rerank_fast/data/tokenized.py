@@ -21,6 +21,7 @@ class TokenizedLists:
     pairs: TokenizedPairs
     list_offsets: np.ndarray  # (Q + 1,) int64
     labels: np.ndarray  # (N,) float32
+    truncated: int = 0  # pairs that were longer than the model takes; known of what tokenize_lists gives
 
     def __len__(self) -> int:
         return len(self.list_offsets) - 1
@@ -42,8 +43,10 @@ def tokenize_lists(lists: Sequence[Any], model: CrossEncoder) -> TokenizedLists:
     """Tokenise every (query, document) pair of lists as `load_lists` and `ListStream` give them."""
     pairs = [(one["query"], doc) for one in lists for doc in one["docs"]]
     sizes = [len(one["docs"]) for one in lists]
+    tokens, truncated = model.tokenize_counting(pairs)
     return TokenizedLists(
-        model.tokenize(pairs),
+        tokens,
         np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         np.asarray([label for one in lists for label in one["labels"]], dtype=np.float32),
+        truncated,
     )

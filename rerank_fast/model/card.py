@@ -49,6 +49,8 @@ class Card:
 
     def with_metadata(self, metadata: Mapping[str, Any]) -> Card:
         """The same with these values in its front matter."""
+        if not metadata:
+            return self
         card = ModelCard(self.text, ignore_metadata_errors=True)
         if all(card.data.get(key) == value for key, value in metadata.items()):
             return self

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from rerank_fast.model import storage
 from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.heads import find_answer_head
 from rerank_fast.model.int8 import quantize_linears
 from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.precision import choose_precision
+from rerank_fast.model.precision import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
-from rerank_fast.model.scoring import PaddedStep, make_padded_score, make_step, run
+from rerank_fast.model.scoring import PaddedStep, make_step, padded_scores, run
 from rerank_fast.model.tokenization import Pair, PairTokenizer, PromptTokenizer, ahead, check_pairs, chunks
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class CrossEncoder(nn.Module):
         num_labels: int = 1,
         max_length: int | None = None,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | Precision | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
@@ -77,8 +78,7 @@ class CrossEncoder(nn.Module):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.answers = loaded.answers
-        make_tokenizer = PairTokenizer if self.answers is None else PromptTokenizer
-        self._tokenize: PairTokenizer | PromptTokenizer = make_tokenizer(self.tokenizer)
+        self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
             quantize_linears(self.model)
         self._max_positions = loaded.max_positions
@@ -128,6 +128,9 @@ class CrossEncoder(nn.Module):
         """Recompute activations in the backward pass: less memory, more time."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
+    def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
+        return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)
+
     # -- text to tokens ---------------------------------------------------------------------------------
 
     def tokenize(
@@ -151,8 +154,9 @@ class CrossEncoder(nn.Module):
         """The same, with the number of pairs that were truncated in place of the warning."""
         check_pairs(pairs)
         parts, truncated = [], 0
+        tokenize = self._pair_tokenizer()
         for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
-            part, cut = self._tokenize(chunk, self.max_length, prompt)
+            part, cut = tokenize(chunk, self.max_length, prompt)
             parts.append(part)
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
@@ -182,7 +186,8 @@ class CrossEncoder(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw scores (logits) of one padded batch: {"scores": (B,) fp32}."""
-        return {"scores": make_padded_score(self.model, self.answers)(features)}
+        head = None if self.answers is None else find_answer_head(self.model, self.answers)
+        return {"scores": padded_scores(self.model, features, self.answers, head)}
 
     def step(
         self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
@@ -241,8 +246,8 @@ class CrossEncoder(nn.Module):
             self.train(was_training)
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
-        truncated = 0
-        for tokens, cut in ahead(lambda chunk: self._tokenize(chunk, self.max_length, prompt), pairs):
+        truncated, tokenize = 0, self._pair_tokenizer()
+        for tokens, cut in ahead(lambda chunk: tokenize(chunk, self.max_length, prompt), pairs):
             truncated += cut
             yield tokens
         self._warn_of_truncation(truncated, len(pairs))

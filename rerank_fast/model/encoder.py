@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rerank_fast.model.architectures import Architecture, PostNormLayer
+from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm
 from rerank_fast.model.linear import StepLinear
 from rerank_fast.model.packing import TokenizedPairs
@@ -103,14 +104,8 @@ class PackedStep:
         """
         linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
         places = [(part, name) for part in linears if part.modules is None for name in ("weight", "bias")]
-        cuts = []
-        for owner, name in [(self, "_rows"), *places]:
-            shared = getattr(owner, name)
-            if shared is not None and shared.requires_grad and not shared.is_leaf:
-                leaf = shared.detach().requires_grad_()
-                setattr(owner, name, leaf)
-                cuts.append((shared, leaf))
-        return cuts
+        cuts = [pair for owner, name in [(self, "_rows"), *places] for pair in cut(owner, name)]
+        return cuts + cut_head(self.architecture.head)
 
     def _positions(self, flat: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """(T,) int64 position of every token, counted as the architecture counts."""

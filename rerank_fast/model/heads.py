@@ -106,11 +106,41 @@ class Answers:
         return true if self.false_token_id is None else true - logits[:, self.false_token_id]
 
 
-def find_answer_head(model: Any, answers: Answers) -> Head | None:
-    """The head that multiplies with the answers' rows of the vocabulary only; None where that is not all.
+@dataclass
+class AnswerHead:
+    """Multiplies with the answers' rows of the vocabulary only.
 
-    The rows are gathered here: their gradient is scattered once for all calls of the head.
+    They are gathered once: their gradient is scattered once for all calls.
     """
+
+    rows: Tensor  # (1 or 2, H)
+    bias: Tensor | None
+
+    def __call__(self, last: Tensor) -> Tensor:
+        logits = F.linear(last, self.rows, self.bias)
+        return logits[:, 0] if len(self.rows) == 1 else logits[:, 0] - logits[:, 1]
+
+
+def cut(owner: Any, name: str) -> list[tuple[Tensor, Tensor]]:
+    """Put a leaf in the place of a tensor that was made from weights: (the tensor, the leaf), or nothing to cut.
+
+    The leaf's .grad is what the tensor must still pass on.
+    """
+    shared = getattr(owner, name)
+    if shared is None or not shared.requires_grad or shared.is_leaf:
+        return []
+    leaf = shared.detach().requires_grad_()
+    setattr(owner, name, leaf)
+    return [(shared, leaf)]
+
+
+def cut_head(head: Any) -> list[tuple[Tensor, Tensor]]:
+    """What a head has made of weights for all its calls, cut off."""
+    return [*cut(head, "rows"), *cut(head, "bias")] if isinstance(head, AnswerHead) else []
+
+
+def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
+    """The head of a causal model whose score is the last hidden state times the vocabulary; None for another."""
     vocabulary = model.get_output_embeddings()
     if type(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
         return None
@@ -119,12 +149,7 @@ def find_answer_head(model: Any, answers: Answers) -> Head | None:
     ids = [answers.true_token_id] + ([] if answers.false_token_id is None else [answers.false_token_id])
     rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
     bias = None if vocabulary.bias is None else vocabulary.bias[ids]
-
-    def head(last: Tensor) -> Tensor:
-        logits = F.linear(last, rows, bias)
-        return logits[:, 0] if len(ids) == 1 else logits[:, 0] - logits[:, 1]
-
-    return head
+    return AnswerHead(rows, bias)
 
 
 def find_head(model: Any) -> Head | None:

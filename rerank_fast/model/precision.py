@@ -24,8 +24,10 @@ class Precision:
     int8: bool = False
 
 
-def choose_precision(dtype: str | torch.dtype | None, device: torch.device) -> Precision:
-    """See CrossEncoder's dtype."""
+def choose_precision(dtype: str | torch.dtype | Precision | None, device: torch.device) -> Precision:
+    """See CrossEncoder's dtype; a choice that was made elsewhere is taken."""
+    if isinstance(dtype, Precision):
+        return dtype
     if dtype == "auto":
         return Precision(weights=_fastest(device))
     if dtype in ("int8", torch.int8):

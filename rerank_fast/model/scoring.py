@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.heads import Answers, find_answer_head
+from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class PaddedStep:
         answers: Answers | None = None,
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
-        self.score = make_padded_score(model, answers)
+        self.head = None if answers is None else find_answer_head(model, answers)
+        self.answers = answers
         autocasts = dtype != next(model.parameters()).dtype
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
@@ -48,17 +49,22 @@ class PaddedStep:
             pad_token_type_id=self.tokenizer.pad_token_type_id,
             device=self.model.device,
         )
-        return self.score(inputs)
+        return padded_scores(self.model, inputs, self.answers, self.head)
+
+    def separate(self) -> list[tuple[Tensor, Tensor]]:
+        """As PackedStep.separate."""
+        return cut_head(self.head)
 
 
-def make_padded_score(model: Any, answers: Answers | None = None) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """What gives the (B,) fp32 scores of a padded batch, left-padded where there are answers."""
+def padded_scores(
+    model: Any, inputs: Mapping[str, Tensor], answers: Answers | None, head: AnswerHead | None = None
+) -> Tensor:
+    """(B,) fp32 scores of a padded batch, left-padded where there are answers; head is that of find_answer_head."""
     if answers is None:
-        return lambda inputs: model(**inputs).logits.reshape(-1).float()
-    head = find_answer_head(model, answers)
+        return model(**inputs).logits.reshape(-1).float()
     if head is None:
-        return lambda inputs: answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
-    return lambda inputs: head(model.base_model(**inputs).last_hidden_state[:, -1]).float()
+        return answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
+    return head(model.base_model(**inputs).last_hidden_state[:, -1]).float()
 
 
 def make_step(

@@ -41,7 +41,9 @@ class Backward:
     def __init__(self, model: CrossEncoder, config: TrainingConfig, scale: Loss) -> None:
         self.model, self.config, self.scale = model, config, scale
         self.dtype = DTYPES[config.precision]
-        self.memory = available_bytes(model.device) // 2
+        # Gradients and both of AdamW's moments are still to come, 4 bytes each.
+        state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        self.memory = (available_bytes(model.device) - state) // 2
 
     def __call__(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
         """Add the gradient of the lists' summed loss over the divisor; returns that loss, and the pairs under k."""
@@ -130,7 +132,7 @@ def backward_cached(
     is that of the scores the loss has seen.
     """
     # The step was made with gradients on: its products are those of the second run, and so the scores to the bit.
-    shared = step.separate() if isinstance(step, PackedStep) else []
+    shared = step.separate()
     states, parts = [_random_state(device)], []
     with torch.no_grad(), step.region:
         for indices in plan:

@@ -35,6 +35,13 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules or _linear_names(inner.base_model),
+        # The head's own layers may bear the names of the encoder's.
+        exclude_modules=[
+            f"{head}.{name}".rstrip(".")
+            for head in heads
+            for name, part in getattr(inner, head).named_modules()
+            if type(part) is nn.Linear
+        ],
         modules_to_save=heads,
         base_model_name_or_path=model.name_or_path,
     )

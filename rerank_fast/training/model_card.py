@@ -81,6 +81,7 @@ class RunCard:
         self.lists = describe_lists(lists)
         self.sources = list(sources)
         self.meter = EnergyMeter()
+        self.energy: Energy | None = None
 
     def start(self, model: CrossEncoder, output: Path) -> None:
         """From here on the model is another one than that of the card it came with."""
@@ -88,9 +89,23 @@ class RunCard:
         (output / PLOT_FILE).unlink(missing_ok=True)
         self.meter.start()
 
+    def close(self) -> None:
+        """Stop measuring; finish() says what was measured."""
+        self.energy = self.meter.stop() or self.energy
+
     def finish(self, trainer: Trainer, result: TrainingResult) -> None:
-        """Write README.md and the plot beside the model that the run saved."""
-        energy = self.meter.stop()
+        """Write README.md and the plot beside the model that the run saved; what goes wrong is logged.
+
+        The model is saved: neither a full disk nor a value that the hub's metadata refuse must end its run.
+        """
+        self.close()
+        try:
+            self._write(trainer, result)
+        except (OSError, ValueError) as error:
+            logger.error("can't write the model card to %s: %s", result.output, error)
+
+    def _write(self, trainer: Trainer, result: TrainingResult) -> None:
+        energy = self.energy
         model, config, output = trainer.model, trainer.config, Path(result.output)
         rows = read_log(output / "train_log.jsonl")
         metrics = chosen_metrics(trainer.evaluators, config)
@@ -129,10 +144,7 @@ class RunCard:
             model_name=title(model),
             eval_results=eval_results(trainer.evaluators, result.metrics) or None,
         )
-        try:
-            card.write(output)
-        except OSError as error:  # the model is saved; a full disk takes no more than its card
-            logger.error("can't write the model card to %s: %s", output, error)
+        card.write(output)
 
 
 def _first_sentence(model: CrossEncoder, lists: Described) -> str:

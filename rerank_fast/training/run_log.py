@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,9 @@ class RunLog:
             self._trackers.append(tracker)
 
     def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        row = {"step": step, "epoch": epoch, **values}
+        # JSON has no NaN and no infinity, as of the gradient of a step that fp16 left out.
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {"step": step, "epoch": epoch, **known}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
@@ -93,15 +96,18 @@ class Rates:
     waited: float = 0.0  # seconds for data
     scored: int = 0  # pairs of this process, and how many of them were not run again
     skipped: int = 0
+    truncated: int = 0  # pairs of this process
     tokens: int = 0  # of this process, and with the padding they went in
     padded_tokens: int = 0
 
     def row(self) -> dict[str, float]:
-        """pairs_per_second; shares of the time waited for data, of the padding, and of pairs not run again."""
+        """pairs_per_second; shares of the time waited for data, of the padding, of pairs not run again and of
+        truncated ones."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
             "pairs_per_second": self.pairs / seconds,
             "wait_share": self.waited / seconds,
             "padding_share": 1 - self.tokens / max(self.padded_tokens, self.tokens, 1),
             "skipped_share": self.skipped / max(self.scored, 1),
+            "truncated_share": self.truncated / max(self.scored, 1),
         }

@@ -92,7 +92,7 @@ class Trainer:
         )
         checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
         self.lists = open_lists(train_lists, streaming=config.streaming)
-        self.card = RunCard(self.lists, [train_lists] if isinstance(train_lists, str) else [])
+        self.card = RunCard(self.lists, [str(train_lists)] if isinstance(train_lists, str | Path) else [])
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
@@ -198,7 +198,7 @@ class Trainer:
             disable=not (config.show_progress_bar and self.processes.is_main_process),
         )
         batches = ahead(self.batches(progress.epoch, progress.batch), _BATCHES_AHEAD)
-        with closing(self.log), closing(batches), bar, Signals() as signals:
+        with closing(self.card), closing(self.log), closing(batches), bar, Signals() as signals:
             while progress.step < self.num_steps:
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -209,6 +209,7 @@ class Trainer:
                 progress.step += 1
                 progress.epoch, progress.batch = batch.epoch, batch.number + 1
                 rates.pairs += batch.num_documents
+                rates.truncated += batch.lists.truncated
                 bar.update()
                 step = progress.step
                 self._tell("step_end", step)

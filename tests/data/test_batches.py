@@ -60,6 +60,32 @@ def test_from_any_position_the_batches_are_those_of_the_whole_run(model: CrossEn
             assert np.array_equal(a.lists.pairs.input_ids, b.lists.pairs.input_ids)
 
 
+class ReadOnce(ListStream):
+    """A stream that holds nothing when it is read again, as an exhausted generator does."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__() if self.times < 3 else iter(())  # the first time it is only looked at
+
+
+def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
+    batches = BatchMaker(ReadOnce(str(file)), model, batch_size=20).batches()
+    assert [len(batch.indices) for batch in islice(batches, 2)] == [20, 3]
+    with pytest.raises(ValueError, match="epoch 1 of the training lists holds no list"):
+        next(batches)
+
+
+def test_truncation_is_said_once(model: CrossEncoder, caplog: pytest.LogCaptureFixture):
+    rows = [{"query": "panda", "docs": ["sea " * 100, "bear"], "labels": [1.0, 0.0]}] * 6
+    batches = list(islice(BatchMaker(load_lists(rows), model, batch_size=2).batches(), 5))
+    assert [batch.lists.truncated for batch in batches] == [2] * 5
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "Pairs longer than max_length=64 tokens are truncated"
+    ]
+
+
 def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncoder):
     lists = [*make_lists(12), {"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}]
     lists = load_lists([dict(row) for row in lists])

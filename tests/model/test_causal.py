@@ -26,7 +26,9 @@ from rerank_fast.losses import LambdaLoss
 from rerank_fast.model.architectures import find_architecture
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import Answers, find_answer_head
+from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from tests.model.test_encoder import DECODER, LENGTHS, PLANS, SLIDING, gradients, make_tokens, relative_errors
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3
 
@@ -176,6 +178,26 @@ def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path):
     (loss, gradient), (padded_loss, padded_gradient) = losses[True], losses[False]
     torch.testing.assert_close(loss, padded_loss, rtol=1e-5, atol=1e-6)
     assert (gradient - padded_gradient).norm() < 1e-4 * padded_gradient.norm()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_gradient_cache_gives_the_same_gradient(directory: Path, packed: bool):
+    """The answers' rows of the vocabulary are shared by micro-batches, each of which has its own backward."""
+    model = CrossEncoder(directory, device="cpu", dtype="float32").train()
+    tokens = model.tokenize(PAIRS)
+    plan = plan_micro_batches(tokens.lengths, max_pairs=2)
+    found = []
+    for cached in (False, True):
+        model.zero_grad(set_to_none=True)
+        step = model.step(tokens, packed=packed)
+        if cached:
+            backward_cached(step, plan, torch.sum, device=torch.device("cpu"))
+        else:
+            backward_direct(step, plan, torch.sum)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_causal_models_in_int8(directory: Path):

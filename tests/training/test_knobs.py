@@ -14,6 +14,7 @@ from datasets import Dataset
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.training.weights import layer_depths
+from tests.model_factory import make_tiny_roberta
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 PAIRS = [("what is the panda", doc) for doc in ("panda rain", "bear", "fish sea city")]
@@ -163,6 +164,20 @@ def test_lora_is_trained_saved_reloaded_and_merged(tiny_bert: Path, tmp_path: Pa
     Trainer(tiny_bert, lists, config=config_for(tmp_path / "again", **settings)).train()
     again = weights(tmp_path / "again")
     assert all(torch.equal(merged[name], again[name]) for name in merged)
+
+
+def test_a_lora_head_with_the_names_of_the_encoders_layers_is_trained_whole(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    roberta = make_tiny_roberta(tmp_path / "roberta")
+    settings = {"lora_rank": 4, "learning_rate": 5e-3, "max_steps": 6}
+    trainer = Trainer(roberta, make_lists(24), config=config_for(tmp_path / "run", **settings))
+    trainer.train()
+    with_adapters = trainer.model.predict(PAIRS)
+    base = CrossEncoder(roberta, device="cpu", activation_fn=torch.nn.Identity())
+    adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        scores = adapted(**base.preprocess(PAIRS)).logits.reshape(-1).numpy()
+    np.testing.assert_allclose(scores, with_adapters, atol=1e-5)
 
 
 def test_early_stopping_ends_after_evaluations_without_a_better_one(tiny_bert: Path, tmp_path: Path):

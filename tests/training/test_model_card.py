@@ -296,6 +296,13 @@ def test_a_card_stays_with_its_model_until_that_is_trained(run: tuple[Path, Any]
     assert "- **Language:** de" in new.text
 
 
+def test_a_card_with_broken_front_matter_keeps_no_model_from_being_saved(tmp_path: Path):
+    bert = make_tiny_bert(tmp_path / "bert")
+    (bert / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n", encoding="utf-8")
+    CrossEncoder(bert, device="cpu").save_pretrained(tmp_path / "copy")
+    assert "# Mine" in (tmp_path / "copy" / "README.md").read_text()
+
+
 def test_the_short_card_of_a_model_nobody_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bert = make_tiny_bert(tmp_path / "bert")
     CrossEncoder(bert, device="cpu").save_pretrained(tmp_path / "saved")

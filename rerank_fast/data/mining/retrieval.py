@@ -45,6 +45,16 @@ def text_fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def _weights(model: nn.Module) -> dict[str, Any]:
+    """State and int8 weights, which are not part of it."""
+    weights = dict(model.state_dict())
+    for name, part in model.named_modules():
+        quantized: Any = getattr(part, "weight", None)
+        if hasattr(quantized, "scale"):
+            weights |= {f"{name}.values": quantized.values, f"{name}.scale": quantized.scale}
+    return weights
+
+
 def model_fingerprint(model: Any, name: str | None = None) -> str:
     """A name for a model's outputs: of a torch module, a hash of its weights; of others, the given name or type."""
     title = name or str(getattr(model, "__qualname__", type(model).__qualname__))
@@ -55,7 +65,7 @@ def model_fingerprint(model: Any, name: str | None = None) -> str:
     for attribute in ("max_seq_length", "max_length", "prompts", "default_prompt_name", "truncate_dim"):
         digest.update(repr(getattr(model, attribute, None)).encode())
     digest.update(type(getattr(model, "activation_fn", None)).__qualname__.encode())
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(_weights(model).items()):
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"{title}-{digest.hexdigest()}"
