@@ -26,15 +26,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def unavailable(backend: str, device: torch.device) -> str:
-    """Why a backend can't run here on tensors of a device, to follow its name; empty where it can."""
-    if backend == "cpu":
-        if device.type != "cpu":
-            return f"takes CPU tensors, got tensors on {device}"
-        return "" if cpu.available() else f"can't run: {cpu.unavailable_reason()}"
-    if backend == "triton":
-        return guard.refusal(device) if HAS_TRITON else "can't run: triton is not installed (pip install triton)"
-    return ""
+def missing(backend: str) -> str:
+    """What a backend lacks here, and how to get it; empty where it is there."""
+    if backend == "cpu" and not cpu.available():
+        return cpu.unavailable_reason()
+    return "triton is not installed (pip install triton)" if backend == "triton" and not HAS_TRITON else ""
+
+
+def _refusal(backend: str, device: torch.device) -> str:
+    """Why a backend doesn't take tensors of a device, to follow its name; empty where it does."""
+    if backend == "cpu" and device.type != "cpu":
+        return f"takes CPU tensors, got tensors on {device}"
+    return guard.refusal(device) if backend == "triton" else ""
 
 
 def resolve(
@@ -61,13 +64,12 @@ def resolve(
         for name in _BEST.get(device.type, ()):
             if name not in choices or (unserved is not None and unserved(name)):
                 continue
-            if not unavailable(name, device):
+            if not (reason := missing(name)):
                 return name
             if name == "cpu" and not _warned and not torch.compiler.is_compiling():
                 _warned.append(op)
                 warnings.warn(
-                    f"rerank_fast runs {op} and its other ops through slower eager PyTorch: "
-                    f"{cpu.unavailable_reason()}",
+                    f"rerank_fast runs {op} and its other ops through slower eager PyTorch: {reason}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -75,7 +77,8 @@ def resolve(
     if backend not in choices:
         raise ValueError(f"backend must be one of {choices} or None, got {backend!r}")
     if backend != "reference":
-        reason = ("" if unserved is None else unserved(backend)) or unavailable(backend, device)
-        if reason:
+        if reason := (unserved is not None and unserved(backend)) or _refusal(backend, device):
             raise ValueError(f"backend {backend!r} {reason}")
+        if reason := missing(backend):
+            raise ValueError(f"backend {backend!r} can't run: {reason}")
     return backend

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rerank_fast.ops import backends, cpu, ragged
-from rerank_fast.ops.backends import Backend
+from rerank_fast.ops import backends, cpu
+from rerank_fast.ops.backends import Backend, check_choice
+from rerank_fast.ops.ragged import check_bounds, check_k, check_lists
 
 Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 ReductionLog = Literal["binary", "natural"]
@@ -177,14 +178,14 @@ def lambda_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
     """
-    ragged.check_lists(scores, labels, offsets)
-    backends.check_choice("scheme", scheme, _SCHEMES)
-    backends.check_choice("reduction_log", reduction_log, _LOGS)
-    backends.check_choice("reduction", reduction, _REDUCTIONS)
-    ragged.check_k(k)
+    check_lists(scores, labels, offsets)
+    check_choice("scheme", scheme, _SCHEMES)
+    check_choice("reduction_log", reduction_log, _LOGS)
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_k(k)
     resolved = backends.resolve("lambda_loss", backend, scores.device)
     if resolved != "cpu":  # which checks them itself
-        ragged.check_bounds(offsets, scores.shape[0])
+        check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
@@ -219,10 +220,10 @@ def count_pairs(
     Raises:
         ValueError: a wrong shape, dtype, device or option.
     """
-    ragged.check_lists(scores, labels, offsets)
-    ragged.check_bounds(offsets, scores.shape[0])
-    backends.check_choice("scheme", scheme, _SCHEMES)
-    ragged.check_k(k)
+    check_lists(scores, labels, offsets)
+    check_bounds(offsets, scores.shape[0])
+    check_choice("scheme", scheme, _SCHEMES)
+    check_k(k)
     sizes = offsets.diff()
     if scheme == "ndcg1":
         return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()
