@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from rerank_fast.model.linear import _has_hooks
+from rerank_fast.model.linear import has_hooks
 from rerank_fast.ops.score_head import Activation, score_head
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -69,7 +69,7 @@ class DenseHead:
 
 
 def _is_listened_to(module: nn.Module) -> bool:
-    return _has_hooks(module) or "forward" in vars(module)
+    return has_hooks(module) or "forward" in vars(module)
 
 
 def _activation(module: nn.Module) -> Activation | None:

@@ -54,11 +54,11 @@ class StepLinear:
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, num_tokens: int) -> None:
         self.modules: Sequence[nn.Module] | None = None
-        quantized = [module for module in modules if type(module) is Int8Linear and not _has_hooks(module)]
+        quantized = [module for module in modules if type(module) is Int8Linear and not has_hooks(module)]
         if len(quantized) == len(modules):
             self.modules = [Int8Linear.joined(quantized)]
             return
-        if not all(type(module) is nn.Linear and not _has_hooks(module) for module in modules):
+        if not all(type(module) is nn.Linear and not has_hooks(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return
         weights: list[Any] = [module.weight for module in modules]
@@ -93,7 +93,7 @@ class StepLinear:
         return _NarrowLinear.apply(x, self.weight, self.bias, *self.narrow)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rerank_fast.ops import ragged
+
 try:
     import rerank_fast._C as _compiled
 except ImportError as error:
@@ -33,13 +35,6 @@ def unavailable_reason() -> str:
         f"the compiled module rerank_fast._C is missing ({_reason}). Install a C++17 compiler "
         "(Debian and Ubuntu: apt-get install g++) and run: pip install --force-reinstall --no-deps -e ."
     )
-
-
-def offsets_error(offsets: Tensor, num_documents: int) -> ValueError:
-    """What is wrong with offsets (Q + 1,) whose values are at fault."""
-    bounds = offsets.tolist()
-    shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
-    return ValueError(f"offsets must rise from 0 to N = {num_documents}, got {shown}")
 
 
 def forward(
@@ -83,7 +78,7 @@ def forward(
         grad.data_ptr(),
     )
     if not done:
-        raise offsets_error(offsets, scores.shape[0])
+        raise ragged.offsets_error(offsets, scores.shape[0])
     return loss, grad
 
 

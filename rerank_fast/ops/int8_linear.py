@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rerank_fast.ops import cpu
+from rerank_fast.ops import backends, cpu
 
 Backend = Literal["reference", "cpu"]
 _BACKENDS = get_args(Backend)
@@ -117,11 +117,6 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: Backend | None = None
         raise ValueError(f"x must be fp32 or bf16 of shape (T, {width}), got {x.dtype} {tuple(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("int8 weights are for inference: expected an x without a gradient; train in fp32 or bf16")
-    runs = x.device.type == "cpu" and weight.packed is not None and cpu.available()
-    if backend not in (None, *_BACKENDS):
-        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if backend == "cpu" and not runs:
-        reason = "oneDNN's int8 product is not there" if cpu.available() else cpu.unavailable_reason()
-        raise ValueError(f"backend 'cpu' can't run: {reason}")
-    run = _cpu if runs and backend != "reference" else _reference
-    return run(x, weight, activation_levels())
+    missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
+    resolved = backends.resolve("int8_linear", backend, x.device, _BACKENDS, lambda name: missing)
+    return (_cpu if resolved == "cpu" else _reference)(x, weight, activation_levels())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,13 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rerank_fast.ops import cpu
+from rerank_fast.ops import backends, cpu
+from rerank_fast.ops.backends import Backend, check_choice
+from rerank_fast.ops.ragged import check_bounds, check_k, check_lists
 
 Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 ReductionLog = Literal["binary", "natural"]
 Reduction = Literal["pairs", "lists", "sum", "none"]
-Backend = Literal["reference", "cpu", "triton"]
-_SCHEMES, _LOGS, _REDUCTIONS, _BACKENDS = map(get_args, (Scheme, ReductionLog, Reduction, Backend))
+_SCHEMES, _LOGS, _REDUCTIONS = map(get_args, (Scheme, ReductionLog, Reduction))
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -141,82 +139,6 @@ def _differentiate(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 _differentiate_once = once_differentiable(_differentiate)
 
 
-def _resolve_backend(backend: str | None, device: torch.device) -> str:
-    if backend is None:
-        if device.type == "cpu":
-            return "cpu" if _cpu_available() else "reference"
-        return "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}")
-        if not _cpu_available():
-            raise ValueError(f"backend 'cpu' can't run: {cpu.unavailable_reason()}")
-    if backend == "triton":
-        if not _HAS_TRITON:
-            raise ValueError("backend 'triton' can't run: triton is not installed (pip install triton)")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend 'triton' takes CUDA or ROCm tensors, got tensors on {device}; "
-                "set TRITON_INTERPRET=1 before the first use to run its interpreter on the CPU"
-            )
-    return backend
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not loaded
-_warned: list[str] = []
-
-
-def _cpu_available() -> bool:
-    if not cpu.available() and not _warned and not torch.compiler.is_compiling():
-        _warned.append("cpu")
-        warnings.warn(
-            f"rerank_fast runs LambdaLoss through its slower eager path: {cpu.unavailable_reason()}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return cpu.available()
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _check_tensors(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    """Shapes, dtypes and devices."""
-    if scores.dim() != 1 or not scores.dtype.is_floating_point:
-        raise ValueError(
-            f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
-        )
-    if labels.shape != scores.shape:
-        raise ValueError(f"labels must have the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
-    if labels.is_complex():
-        raise ValueError(f"labels must be real numbers, got {labels.dtype}")
-    if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
-    if not scores.device == labels.device == offsets.device:
-        raise ValueError(
-            "scores, labels and offsets must be on one device, "
-            f"got {scores.device}, {labels.device} and {offsets.device}"
-        )
-
-
-def _check_bounds(offsets: Tensor, num_documents: int) -> None:
-    """The values of offsets on the CPU: reading a GPU's would wait for it."""
-    if not offsets.is_cpu or torch.compiler.is_compiling():
-        return
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_documents or bounds != sorted(bounds):
-        raise cpu.offsets_error(offsets, num_documents)
-
-
-def _check_k(k: int | None) -> None:
-    if k is not None and k < 0:
-        raise ValueError(f"k must be None or at least 0, got {k}")
-
-
 def lambda_loss(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
@@ -256,14 +178,14 @@ def lambda_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
     """
-    _check_tensors(scores, labels, offsets)
-    _check_choice("scheme", scheme, _SCHEMES)
-    _check_choice("reduction_log", reduction_log, _LOGS)
-    _check_choice("reduction", reduction, _REDUCTIONS)
-    _check_k(k)
-    resolved = _resolve_backend(backend, scores.device)
+    check_lists(scores, labels, offsets)
+    check_choice("scheme", scheme, _SCHEMES)
+    check_choice("reduction_log", reduction_log, _LOGS)
+    check_choice("reduction", reduction, _REDUCTIONS)
+    check_k(k)
+    resolved = backends.resolve("lambda_loss", backend, scores.device)
     if resolved != "cpu":  # which checks them itself
-        _check_bounds(offsets, scores.shape[0])
+        check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
@@ -298,10 +220,10 @@ def count_pairs(
     Raises:
         ValueError: a wrong shape, dtype, device or option.
     """
-    _check_tensors(scores, labels, offsets)
-    _check_bounds(offsets, scores.shape[0])
-    _check_choice("scheme", scheme, _SCHEMES)
-    _check_k(k)
+    check_lists(scores, labels, offsets)
+    check_bounds(offsets, scores.shape[0])
+    check_choice("scheme", scheme, _SCHEMES)
+    check_k(k)
     sizes = offsets.diff()
     if scheme == "ndcg1":
         return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu, lambda_loss, reference
-from rerank_fast.ops.lambda_loss import Backend
+from rerank_fast.ops import backends, cpu, ragged, reference
+from rerank_fast.ops.backends import Backend
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -81,11 +81,10 @@ def ndcg(
     Raises:
         ValueError: a wrong shape, dtype, device or k, or a backend that can't run here.
     """
-    lambda_loss._check_tensors(scores, labels, offsets)
-    lambda_loss._check_bounds(offsets, scores.shape[0])
-    if k is not None and k < 0:
-        raise ValueError(f"k must be None or at least 0, got {k}")
-    resolved = lambda_loss._resolve_backend(backend, scores.device)
+    ragged.check_lists(scores, labels, offsets)
+    ragged.check_bounds(offsets, scores.shape[0])
+    ragged.check_k(k)
+    resolved = backends.resolve("ndcg", backend, scores.device)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels = scores.detach().to(dtype), labels.detach().to(dtype)
     return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, k or 0, resolved)

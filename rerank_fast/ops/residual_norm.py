@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rerank_fast.ops import cpu
+from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import dropout_factors
+from rerank_fast.ops.backends import Backend
 
-Backend = Literal["reference", "cpu", "triton"]
-_BACKENDS = get_args(Backend)
 _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
@@ -158,19 +158,15 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
-    """Why a backend can't run this; empty where it can."""
-    if backend == "reference":
-        return ""
+    """Why a backend doesn't take this; empty where it does."""
     what = f"x is {x.dtype} on {x.device} of width {x.shape[1]}, residual {residual.dtype}"
     if residual.dtype != torch.float32:
-        return f"it takes an fp32 residual, and {what}"
+        return f"takes an fp32 residual, and {what}"
     if backend == "cpu":
-        if not cpu.available():
-            return cpu.unavailable_reason()
         served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        return "" if served else f"it takes bf16 or fp32 on the CPU, and {what}"
+        return "" if served else f"takes bf16 or fp32 on the CPU, and {what}"
     served = x.dtype in (torch.float32, *_HALVES) and x.shape[1] <= 4096
-    return "" if served else f"it takes bf16, fp16 or fp32 of width up to 4096, and {what}"
+    return "" if served else f"takes bf16, fp16 or fp32 of width up to 4096, and {what}"
 
 
 def residual_norm(
@@ -218,13 +214,7 @@ def residual_norm(
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if backend is None:
-        # On the CPU Triton would be its interpreter: only on request.
-        best = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
-        backend = "reference" if _unserved(best, x, residual) else best  # type: ignore[assignment]
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if reason := _unserved(str(backend), x, residual):
-        raise ValueError(f"backend {backend!r} can't run: {reason}")
-    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, backend))
+    unserved = partial(_unserved, x=x, residual=residual)
+    resolved = backends.resolve("residual_norm", backend, x.device, unserved=unserved)
+    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, resolved))
     return y, narrow if x.dtype in _HALVES else y

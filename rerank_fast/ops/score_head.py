@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rerank_fast.ops import cpu, lambda_loss
+from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import dropout_factors
+from rerank_fast.ops.backends import Backend
 
 Activation = Literal["tanh", "gelu", "relu", "none"]
-Backend = Literal["reference", "cpu", "triton"]
 _ACTIVATIONS = get_args(Activation)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -301,12 +302,9 @@ def _check(hidden: Tensor, index: Tensor | None, **weights: Tensor | None) -> No
             )
 
 
-def _resolve_backend(backend: str | None, hidden: Tensor) -> str:
-    if hidden.dtype not in _KERNEL_DTYPES:
-        if backend in ("cpu", "triton"):
-            raise ValueError(f"backend {backend!r} takes fp32, bf16 or fp16, got {hidden.dtype}")
-        backend = backend or "reference"
-    return lambda_loss._resolve_backend(backend, hidden.device)
+def _unserved(backend: str, hidden: Tensor) -> str:
+    """Why the kernels don't take this; empty where they do."""
+    return "" if hidden.dtype in _KERNEL_DTYPES else f"takes fp32, bf16 or fp16, got {hidden.dtype}"
 
 
 def score_head(
@@ -361,10 +359,11 @@ def score_head(
         out_weight=out_weight,
         out_bias=out_bias,
     )
-    lambda_loss._check_choice("activation", activation, _ACTIVATIONS)
+    backends.check_choice("activation", activation, _ACTIVATIONS)
     for name, p in (("dropout_p", dropout_p), ("dropout_in_p", dropout_in_p)):
         if not 0 <= p < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
     shares = (float(dropout_p), float(dropout_in_p)) if training else (0.0, 0.0)
-    options = (activation, *shares, seed, _resolve_backend(backend, hidden))
+    resolved = backends.resolve("score_head", backend, hidden.device, unserved=partial(_unserved, hidden=hidden))
+    options = (activation, *shares, seed, resolved)
     return _ScoreHead.apply(hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options)

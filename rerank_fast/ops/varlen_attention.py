@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rerank_fast.ops import attention_reference, cpu
+from rerank_fast.ops import attention_reference, backends, cpu
 
 Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
@@ -142,45 +142,32 @@ def _flash() -> Callable[..., Any] | None:
 
 
 def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
-    """Why a backend can't run this; empty where it can."""
+    """Why a backend doesn't take this; empty where it does."""
     what = f"{q.dtype} on {q.device} of head size {q.shape[2]}"
     if backend == "cpu":
-        if not cpu.available():
-            return cpu.unavailable_reason()
         served = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
-        return "" if served else f"it takes fp32 or bf16 CPU tensors of head size up to 256, got {what}"
+        return "" if served else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {what}"
     if backend == "triton":
-        halves = (torch.float16, torch.bfloat16, torch.float32)
-        # On the CPU the launcher itself says that it wants the interpreter.
-        return (
-            ""
-            if q.dtype in halves and q.shape[2] <= 256
-            else (f"it takes fp16, bf16 or fp32 of head size up to 256, got {what}")
-        )
+        served = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= 256
+        return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {what}"
     if backend == "flash":
         if q.device.type != "cuda" or torch.version.hip is not None:
-            return f"it takes tensors on an NVIDIA GPU, got {what}"
+            return f"takes tensors on an NVIDIA GPU, got {what}"
         if _flash() is None:
-            return f"torch {torch.__version__} has no torch.nn.attention.varlen with scale, windows and groups"
+            lacks = "torch.nn.attention.varlen with scale, windows and groups"
+            return f"can't run: torch {torch.__version__} has no {lacks}"
         if torch.cuda.get_device_capability(q.device) < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or above"
+            return "needs a GPU of compute capability 8.0 or above"
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
-            return f"it takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"
+            return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"
         if dropout_p > 0 or max_seqlens is None:
-            return "it has no dropout and needs max_seqlens"
+            return "has no dropout and needs max_seqlens"
     return ""
 
 
 def _resolve_backend(backend: str | None, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
-    if backend is None:
-        # On the CPU Triton would be its interpreter: only on request.
-        order = ("cpu",) if q.device.type == "cpu" else ("flash", "triton") if q.device.type == "cuda" else ()
-        return next((name for name in order if not _unserved(name, q, dropout_p, max_seqlens)), "reference")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if reason := _unserved(backend, q, dropout_p, max_seqlens):
-        raise ValueError(f"backend {backend!r} can't run: {reason}")
-    return backend
+    unserved = partial(_unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens)
+    return backends.resolve("varlen_attention", backend, q.device, _BACKENDS, unserved)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

@@ -1,17 +1,25 @@
-"""The compiled backends against the fp64 reference; Triton natively on a GPU, else in its interpreter."""
+"""LambdaLoss's compiled backends against the fp64 reference (Triton natively on a GPU, else in its interpreter),
+and which backend an op takes."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rerank_fast.ops import cpu, reference
+from rerank_fast.ops import backends, cpu, reference
+from rerank_fast.ops.lambda_loss import lambda_loss
+from rerank_fast.ops.ndcg import ndcg
+from rerank_fast.ops.residual_norm import residual_norm
+from rerank_fast.ops.score_head import score_head
+from rerank_fast.ops.varlen_attention import varlen_attention
 
 SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 REDUCTIONS = ["pairs", "lists", "sum", "none"]
@@ -273,3 +281,76 @@ def test_cpu_nan_labels_are_seen():
     loss, grad = forward("cpu", scores, labels, offsets, **OPTIONS | {"reduction": "none"})
     assert loss.isnan().tolist() == [True, False]
     assert grad.isnan().tolist() == [True] * 6 + [False] * 6
+
+
+def call(op, device, backend=None):
+    """One op on small tensors of a device."""
+    rows, vector = torch.zeros(4, 8, device=device), torch.zeros(8, device=device)
+    if op == "residual_norm":
+        return residual_norm(rows, rows, vector, vector, eps=1e-5, backend=backend)
+    if op == "varlen_attention":
+        heads = torch.zeros(4, 2, 16, device=device)
+        ends = torch.tensor([0, 4], dtype=torch.int32, device=device)
+        return varlen_attention(heads, heads, heads, ends, ends, backend=backend)
+    if op == "score_head":
+        dense, out = torch.zeros(8, 8, device=device), torch.zeros(1, 8, device=device)
+        return score_head(rows, None, dense, None, out, None, backend=backend)
+    offsets = torch.tensor([0, 8], device=device)
+    return {"lambda_loss": lambda_loss, "ndcg": ndcg}[op](vector, vector, offsets, backend=backend)
+
+
+OPS = ["lambda_loss", "ndcg", "residual_norm", "score_head", "varlen_attention"]
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    names = []
+    resolve = backends.resolve
+
+    def recording(*arguments, **options):
+        names.append(resolve(*arguments, **options))
+        return names[-1]
+
+    monkeypatch.setattr(backends, "resolve", recording)
+    return names
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_without_triton_takes_the_reference(op, has_triton, chosen, monkeypatch):
+    monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():  # shapes and devices alone: needs no GPU
+        call(op, "cuda")
+        assert chosen == ["triton" if has_triton else "reference"]
+        if not has_triton:
+            with pytest.raises(ValueError, match="backend 'triton' can't run: triton is not installed"):
+                call(op, "cuda", "triton")
+        with pytest.raises(ValueError, match=r"backend 'cpu' takes .*cuda"):
+            call(op, "cuda", "cpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_the_compiled_module_an_op_says_so_once(op, chosen, monkeypatch):
+    call(op, "cpu")
+    assert chosen.pop() == "cpu"
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(backends, "_warned", [])
+    with pytest.warns(RuntimeWarning, match=f"runs {op} and its other ops through slower eager PyTorch: the"):
+        call(op, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(op, "cpu")
+    assert chosen == ["reference", "reference"]
+    with pytest.raises(ValueError, match="backend 'cpu' can't run: the compiled module"):
+        call(op, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_is_not_chosen_for_cpu_tensors_and_refused_outside_its_interpreter(op, chosen, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call(op, "cpu")
+    assert chosen == ["cpu"]
+    with pytest.raises(ValueError, match="backend 'triton' takes CUDA or ROCm tensors, got tensors on cpu"):
+        call(op, "cpu", "triton")

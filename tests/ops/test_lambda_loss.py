@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from rerank_fast.ops import reference
+from rerank_fast.ops import backends, reference
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 
 SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
@@ -240,10 +240,8 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("reduction", ["pairs", "none"])
 def test_opcheck(backend, reduction):
-    from rerank_fast.ops.lambda_loss import _resolve_backend
-
     scores, labels, offsets = ragged(dtype=torch.float32)
-    name = _resolve_backend(backend, scores.device)
+    name = backends.resolve("lambda_loss", backend, scores.device)
     options = ("ndcg2pp", 3, 1.0, 10.0, 1e-10, "binary", reduction, name)
     torch.library.opcheck(torch.ops.rerank_fast.lambda_loss.default, (scores, labels, offsets, *options))
 

@@ -297,7 +297,7 @@ class TestFlash:
             return varlen_attention(q, k, v, cu_q, cu_k, scale=scale, window=window_size, backend="reference")
 
         monkeypatch.setattr(op, "_flash", lambda: stand_in)
-        monkeypatch.setattr(op, "_unserved", lambda name, *rest: "" if name in ("flash", "reference") else "no")
+        monkeypatch.setattr(op, "_unserved", lambda name, **rest: "" if name in ("flash", "reference") else "no")
         return calls
 
     def test_arguments_and_gradients(self, received):

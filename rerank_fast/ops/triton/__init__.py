@@ -1,1 +1,1 @@
-"""Triton kernels, one file a family. Importing one imports triton."""
+"""Triton kernels, one file a family. Importing one imports triton; guard.py does not."""

@@ -28,6 +28,13 @@ def factors(streams, columns, threshold, rescale):
     return tl.where(drawn < threshold.to(tl.uint32), 0.0, rescale)
 
 
+@triton.jit
+def tile_factors(seed, STREAM: tl.constexpr, rows, columns, threshold, rescale):
+    """The factors of a tile of rows x columns of one stream."""
+    streams = row_streams(seed, tl.full([], STREAM, tl.uint32), rows)
+    return factors(streams[:, None], columns[None, :], threshold, rescale)
+
+
 def scalars(dropout_p: float, seed: int) -> tuple[int, int, float]:
     """(seed, threshold, rescale) as the kernels take them; both numbers are 32 bits, passed as int32."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF

@@ -7,7 +7,6 @@ backward's, and the launchers.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.triton import guard
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 
@@ -108,14 +108,6 @@ def launch_config(wide: bool) -> dict[str, Any]:
     return launch
 
 
-def _require_gpu(tensor: Tensor) -> None:
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Triton kernels take CUDA or ROCm tensors, got tensors on {tensor.device}; set TRITON_INTERPRET=1 "
-            "before importing rerank_fast.ops.triton.lambda_loss to run them in the interpreter"
-        )
-
-
 def forward(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
@@ -134,7 +126,7 @@ def forward(
     Nothing is read on the host: grids and kernels follow from the shapes alone. Raises ValueError for CPU tensors
     outside Triton's interpreter.
     """
-    _require_gpu(scores)
+    guard.require_gpu(scores)
     compute_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dtype: Any = tl.float64 if compute_dtype == torch.float64 else tl.float32
     n, num_lists = scores.shape[0], offsets.shape[0] - 1
@@ -198,7 +190,7 @@ def backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """dL/dscores (N,) in dtype, from forward's gradient and the loss's own, in one launch."""
-    _require_gpu(grad)
+    guard.require_gpu(grad)
     n, num_lists = grad.shape[0], offsets.shape[0] - 1
     grad_scores = torch.empty(n, dtype=dtype, device=grad.device)
     if n:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rerank_fast.ops.triton import guard
 
 LAUNCH = {"BLOCK": 32, "num_warps": 4}
 
@@ -71,11 +72,7 @@ def ndcg_kernel(
 
 def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
     """The backend contract: (Q,) in the dtype of scores and labels, fp32 or fp64."""
-    if not scores.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Triton kernels take CUDA or ROCm tensors, got tensors on {scores.device}; set TRITON_INTERPRET=1 "
-            "before importing rerank_fast.ops.triton.ndcg to run them in the interpreter"
-        )
+    guard.require_gpu(scores)
     num_lists = offsets.shape[0] - 1
     result = torch.empty(num_lists, dtype=scores.dtype, device=scores.device)
     if num_lists:

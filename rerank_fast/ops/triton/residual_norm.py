@@ -6,7 +6,6 @@ number of rows, added up in a fixed order: no atomics.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton import dropout, guard
 
 MAX_WIDTH = 4096
 ROWS = 16  # a program of backward
@@ -124,14 +123,6 @@ def backward_kernel(
     tl.store(d_bias + program * width + e, bias_sum, mask=there)
 
 
-def _check_device(x: Tensor) -> None:
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Triton kernels take CUDA or ROCm tensors, got tensors on {x.device}; set TRITON_INTERPRET=1 "
-            "before importing rerank_fast.ops.triton.residual_norm to run them in the interpreter"
-        )
-
-
 def forward(
     x: Tensor,  # (T, H) bf16, fp16 or fp32, contiguous as all that follow
     residual: Tensor,  # (T, H) fp32
@@ -142,7 +133,7 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for backward."""
-    _check_device(x)
+    guard.require_gpu(x)
     y = torch.empty_like(residual)
     has_narrow = x.dtype != torch.float32
     narrow = torch.empty_like(x) if has_narrow else y.new_empty(0)
@@ -172,7 +163,7 @@ def backward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of x, residual, weight and bias."""
-    _check_device(x)
+    guard.require_gpu(x)
     dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
     programs = triton.cdiv(x.shape[0], ROWS)
     d_weight, d_bias = residual.new_empty(programs, x.shape[1]), residual.new_empty(programs, x.shape[1])

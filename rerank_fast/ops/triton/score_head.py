@@ -5,7 +5,6 @@ A program owns a block of rows and takes the dense product column block by colum
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,28 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.triton import dropout, guard
+
+# Of the dropout after the activation, and of the one before the dense layer.
+STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
 ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
 # fp32 ones are fused multiply-adds in registers.
 LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}
 LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
-
-
-@triton.jit
-def _mix(x):
-    """A permutation of 32 bits that spreads every one of them over all."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def dropout_factors(stream, threshold, rescale, row, column):
-    """0 or 1 / (1 - p) for each place of rows x columns; stream (of seed and purpose) and threshold are bits."""
-    start = _mix(stream.to(tl.uint32, bitcast=True) + row.to(tl.uint32))
-    drawn = _mix((column.to(tl.uint32) * 0x9E3779B9)[None, :] + start[:, None])
-    return tl.where(drawn < threshold.to(tl.uint32, bitcast=True), 0.0, rescale)
 
 
 @triton.jit
@@ -73,7 +60,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_x(
-    hidden, stride, index, row, in_rows, column, in_columns, stream, threshold, rescale, DROP_IN: tl.constexpr
+    hidden, stride, index, row, in_rows, column, in_columns, seed, threshold, rescale, DROP_IN: tl.constexpr
 ):
     """(rows, columns) of the rows that are read, dropped out, in their own dtype."""
     source = row.to(tl.int64)
@@ -82,7 +69,8 @@ def load_x(
     place = source[:, None] * stride + column[None, :]
     x = tl.load(hidden + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
     if DROP_IN:
-        x = (x.to(tl.float32) * dropout_factors(stream, threshold, rescale, row, column)).to(x.dtype)
+        kept = dropout.tile_factors(seed, IN_STREAM, row, column, threshold, rescale)
+        x = (x.to(tl.float32) * kept).to(x.dtype)
     return x
 
 
@@ -98,7 +86,7 @@ def dense_tile(
     out,
     in_out,
     H,
-    stream,
+    seed,
     threshold,
     rescale,
     dot_dtype: tl.constexpr,
@@ -112,7 +100,7 @@ def dense_tile(
     for first in range(0, H, INNER):
         e = first + tl.arange(0, INNER)
         in_e = e < H
-        x = load_x(hidden, stride, index, row, in_rows, e, in_e, stream, threshold, rescale, DROP_IN)
+        x = load_x(hidden, stride, index, row, in_rows, e, in_e, seed, threshold, rescale, DROP_IN)
         place = out.to(tl.int64)[None, :] * H + e[:, None]
         w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
         total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
@@ -121,7 +109,7 @@ def dense_tile(
     return total
 
 
-NOT_SPECIALIZED = ["n", "stream", "threshold", "rescale", "stream_in", "threshold_in", "rescale_in"]
+NOT_SPECIALIZED = ["n", "seed", "threshold", "rescale", "threshold_in", "rescale_in"]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -137,10 +125,9 @@ def forward_kernel(
     n,
     D,
     H,
-    stream,
+    seed,
     threshold,
     rescale,
-    stream_in,
     threshold_in,
     rescale_in,
     dot_dtype: tl.constexpr,
@@ -169,7 +156,7 @@ def forward_kernel(
             out,
             in_out,
             H,
-            stream_in,
+            seed,
             threshold_in,
             rescale_in,
             dot_dtype,
@@ -180,7 +167,7 @@ def forward_kernel(
         )
         active, _ = activate(dense, ACTIVATION)
         if DROP:
-            active *= dropout_factors(stream, threshold, rescale, row, out)
+            active *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
         w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)
         score += tl.sum(active * w[None, :], axis=1)
     if out_bias is not None:
@@ -188,44 +175,20 @@ def forward_kernel(
     tl.store(scores + row, score, mask=in_rows)
 
 
-def _mixed(x: int) -> int:
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ x >> shift) * factor & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def _signed(bits: int) -> int:
-    """The int32 of the same 32 bits: launches take no unsigned scalars."""
-    return bits - (1 << 32) if bits >= 1 << 31 else bits
-
-
-def _dropout(p: float, seed: int, stream: int) -> tuple[int, int, float]:
-    """stream, threshold and rescale of dropout_factors."""
-    start = _mixed(seed & 0xFFFFFFFF ^ _mixed(seed >> 32 & 0xFFFFFFFF))
-    threshold = int(min(p * 2**32, 2**32 - 1))
-    return _signed(_mixed(start + stream * 0x9E3779B9 & 0xFFFFFFFF)), _signed(threshold), 1 / (1 - p)
-
-
-def split(hidden: Tensor, options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """Both dropouts' scalars, and the constexprs that follow from dtype and options."""
+def split(hidden: Tensor, options: tuple[Any, ...]) -> tuple[int, list[Any], list[Any], dict[str, Any]]:
+    """The mixed seed, (threshold, rescale) of both dropouts, and the constexprs that follow from the options."""
     activation, dropout_p, dropout_in_p, seed = options
     # The interpreter would multiply bf16 as integers; products of bf16 are exact in fp32.
-    widened = hidden.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    widened = hidden.dtype == torch.bfloat16 and guard.interpreted()
     flags = {
         "dot_dtype": tl.float32 if widened else DTYPES[hidden.dtype],
         "ACTIVATION": ACTIVATIONS[activation],
         "DROP": dropout_p > 0,
         "DROP_IN": dropout_in_p > 0,
     }
-    return _dropout(dropout_p, seed, 0), _dropout(dropout_in_p, seed, 1), flags
-
-
-def refuse_cpu(hidden: Tensor) -> None:
-    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Triton kernels take CUDA or ROCm tensors, got tensors on {hidden.device}; set TRITON_INTERPRET=1 "
-            "before importing rerank_fast.ops.triton.score_head to run them in the interpreter"
-        )
+    mixed, *after = dropout.scalars(dropout_p, seed)
+    _, *before = dropout.scalars(dropout_in_p, seed)
+    return mixed, after, before, flags
 
 
 def forward(
@@ -238,11 +201,11 @@ def forward(
     *options: Any,
 ) -> Tensor:
     """The backend contract: the scores (N,) fp32. Raises ValueError for CPU tensors outside the interpreter."""
-    refuse_cpu(hidden)
+    guard.require_gpu(hidden)
     index = None if index is None else index.contiguous()
     n = hidden.shape[0] if index is None else index.shape[0]
     scores = torch.empty(n, dtype=torch.float32, device=hidden.device)
-    after, before, flags = split(hidden, options)
+    seed, after, before, flags = split(hidden, options)
     launch = LAUNCH_FP32 if hidden.dtype == torch.float32 else LAUNCH
     if n:
         # Triton launches on the current device, which need not be the tensors'.
@@ -258,6 +221,7 @@ def forward(
                 scores,
                 n,
                 *dense_weight.shape,
+                seed,
                 *after,
                 *before,
                 **flags,
@@ -278,8 +242,8 @@ def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[s
         "dense_grad": (backward.dense_grad_kernel, LAUNCH, LAUNCH_FP32),
         "grads": (backward.grads_kernel, backward.LAUNCH, backward.LAUNCH_FP32),
     }
-    types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "stream", "threshold"], "i32")
-    types |= dict.fromkeys(["stream_in", "threshold_in"], "i32") | {"rescale": "fp32", "rescale_in": "fp32"}
+    types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"], "i32")
+    types |= {"rescale": "fp32", "rescale_in": "fp32"}
     types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
     for dtype in DTYPES.values():
         for kernel_name, (kernel, launch, launch_fp32) in kernels.items():

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import score_head
-from rerank_fast.ops.triton.score_head import activate, dense_tile, dropout_factors, load_x
+from rerank_fast.ops.triton import dropout, guard, score_head
+from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_x
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
 LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2}
@@ -37,10 +37,9 @@ def dense_grad_kernel(
     n,
     D,
     H,
-    stream,
+    seed,
     threshold,
     rescale,
-    stream_in,
     threshold_in,
     rescale_in,
     dot_dtype: tl.constexpr,
@@ -67,7 +66,7 @@ def dense_grad_kernel(
         out,
         in_out,
         H,
-        stream_in,
+        seed,
         threshold_in,
         rescale_in,
         dot_dtype,
@@ -81,7 +80,7 @@ def dense_grad_kernel(
     w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
     kept = tl.zeros([ROWS, COLUMNS], tl.float32) + upstream
     if DROP:
-        kept *= dropout_factors(stream, threshold, rescale, row, out)
+        kept *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
     grad = kept * w * slope
     place = row.to(tl.int64)[:, None] * D + out[None, :]
     tl.store(d_dense + place, grad, mask=in_rows[:, None] & in_out[None, :])
@@ -100,7 +99,7 @@ def _hidden_tile(
     n,
     D,
     H,
-    stream_in,
+    seed,
     threshold_in,
     rescale_in,
     dot_dtype: tl.constexpr,
@@ -125,7 +124,7 @@ def _hidden_tile(
         w = tl.load(dense_weight + place, mask=in_out[:, None] & in_e[None, :], other=0.0)
         total = tl.dot(grad.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if DROP_IN:
-        total *= dropout_factors(stream_in, threshold_in, rescale_in, row, e)
+        total *= dropout.tile_factors(seed, IN_STREAM, row, e, threshold_in, rescale_in)
     target = row.to(tl.int64)
     if index is not None:
         target = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
@@ -143,7 +142,7 @@ def _weight_tile(
     n,
     D,
     H,
-    stream_in,
+    seed,
     threshold_in,
     rescale_in,
     dot_dtype: tl.constexpr,
@@ -164,7 +163,7 @@ def _weight_tile(
         in_rows = row < n
         place = row.to(tl.int64)[None, :] * D + out[:, None]
         grad = tl.load(d_dense + place, mask=in_rows[None, :] & in_out[:, None], other=0.0)
-        x = load_x(hidden, stride, index, row, in_rows, e, in_e, stream_in, threshold_in, rescale_in, DROP_IN)
+        x = load_x(hidden, stride, index, row, in_rows, e, in_e, seed, threshold_in, rescale_in, DROP_IN)
         total = tl.dot(grad.to(dot_dtype), x.to(dot_dtype), total, input_precision="ieee")
     place = out.to(tl.int64)[:, None] * H + e[None, :]
     tl.store(d_dense_weight + place, total, mask=in_out[:, None] & in_e[None, :])
@@ -197,7 +196,7 @@ def grads_kernel(
     D,
     H,
     num_parts,
-    stream_in,
+    seed,
     threshold_in,
     rescale_in,
     dot_dtype: tl.constexpr,
@@ -222,7 +221,7 @@ def grads_kernel(
                 n,
                 D,
                 H,
-                stream_in,
+                seed,
                 threshold_in,
                 rescale_in,
                 dot_dtype,
@@ -246,7 +245,7 @@ def grads_kernel(
                 n,
                 D,
                 H,
-                stream_in,
+                seed,
                 threshold_in,
                 rescale_in,
                 dot_dtype,
@@ -285,11 +284,11 @@ def backward(
 
     One that is not wanted is empty.
     """
-    score_head.refuse_cpu(hidden)
+    guard.require_gpu(hidden)
     index = None if index is None else index.contiguous()
     n = grad_scores.shape[0]
     size, width = dense_weight.shape
-    after, before, flags = score_head.split(hidden, options)
+    seed, after, before, flags = score_head.split(hidden, options)
     shapes = (hidden.shape, dense_weight.shape, (size,), out_weight.shape, (1,))
     grads: list[Tensor | None] = [
         hidden.new_empty(shape) if want else None for shape, want in zip(shapes, wants, strict=True)
@@ -325,6 +324,7 @@ def backward(
                 n,
                 size,
                 width,
+                seed,
                 *after,
                 *before,
                 **flags,
@@ -343,6 +343,7 @@ def backward(
                 size,
                 width,
                 num_parts,
+                seed,
                 *before,
                 dot_dtype=flags["dot_dtype"],
                 DROP_IN=flags["DROP_IN"],

@@ -8,7 +8,6 @@ its blocks from place cu_seqlens[n] // BLOCK + n on, so that tokens // BLOCK + N
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton import dropout, guard
 
 MAX_HEAD_SIZE = 256
 
@@ -387,14 +386,6 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def _check_device(q: Tensor) -> None:
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Triton kernels take CUDA or ROCm tensors, got tensors on {q.device}; set TRITON_INTERPRET=1 "
-            "before importing rerank_fast.ops.triton.varlen_attention to run them in the interpreter"
-        )
-
-
 def forward(
     q: Tensor,  # (Tq, heads, head_size), each head's row contiguous
     k: Tensor,  # (Tk, kv_heads, head_size)
@@ -408,7 +399,7 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
-    _check_device(q)
+    guard.require_gpu(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1
@@ -449,7 +440,7 @@ def backward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v."""
-    _check_device(q)
+    guard.require_gpu(q)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     along = torch.empty_like(lse)
     num_sequences = cu_seqlens_q.shape[0] - 1

@@ -1,0 +1,29 @@
+"""Where the kernels run. Imports no triton: whoever chooses a backend asks here first."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(device: torch.device) -> str:
+    """Why kernels don't take tensors of a device, to follow the backend's name; empty where they do."""
+    if device.type == "cuda" or interpreted():
+        return ""
+    return (
+        f"takes CUDA or ROCm tensors, got tensors on {device}; "
+        "set TRITON_INTERPRET=1 before the first use to run its interpreter on the CPU"
+    )
+
+
+def require_gpu(tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that is not on a GPU, outside the interpreter."""
+    if not tensor.is_cuda and (reason := refusal(tensor.device)):
+        raise ValueError(f"backend 'triton' {reason}")
