@@ -40,9 +40,9 @@ RERANK_FAST_INLINE float exp_negative(float d) {
   const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to the nearest whole number, in the low bits
   const float n = shifted - 12582912.0f;
   const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  std::int32_t bits;
+  std::uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4b400000 + 127) << 23;
+  bits = (bits - 0x4b400000u + 127u) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
   float p = 0.00138368458f;
