@@ -63,6 +63,10 @@ def assert_within_budget(backend, scores, labels, offsets, **options):
     exact = reference.forward(scores.double(), labels.double(), offsets, **options)
     # For fp64 scores the reference rounds as much as the kernel does, so its own error can't be told.
     rounding = (32 if wide == torch.float64 else 8) * torch.finfo(wide).eps
+    finite = scores[scores.isfinite()].double()
+    if backend == "triton" and len(finite):
+        # 2^x of x = sigma / ln 2 * (s_i - s_j) is off by ln 2 * |x| times the two roundings of x, half an eps each.
+        rounding += abs(options["sigma"]) * float(finite.max() - finite.min()) * torch.finfo(wide).eps
     for ours, theirs, true in zip(results, eager, exact, strict=True):
         assert ours.dtype == wide
         assert ours.shape == true.shape
