@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -56,12 +55,6 @@ def run(options: dict[str, Any]) -> None:
     )
     source, output = options.pop("input"), options.pop("output")
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
-    if result.truncated:
-        logging.warning(
-            "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
-            result.truncated,
-            result.scored,
-            model.max_length,
-        )
+    model.warn_of_truncation(result.truncated, result.scored)
     if state.is_main_process:
         print(f"{result.rows} rows in {output}; {result.scored} pairs scored now by this process")

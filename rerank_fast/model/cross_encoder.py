@@ -145,7 +145,7 @@ class CrossEncoder(nn.Module):
             ValueError: an element is not a pair of strings; names its index.
         """
         tokens, truncated = self.tokenize_counting(pairs, show_progress_bar=show_progress_bar, prompt=prompt)
-        self._warn_of_truncation(truncated, len(pairs))
+        self.warn_of_truncation(truncated, len(pairs))
         return tokens
 
     def tokenize_counting(
@@ -161,7 +161,8 @@ class CrossEncoder(nn.Module):
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
 
-    def _warn_of_truncation(self, truncated: int, total: int) -> None:
+    def warn_of_truncation(self, truncated: int, total: int) -> None:
+        """One warning of how many pairs were longer than max_length, if any were."""
         if truncated:
             logger.warning(
                 "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
@@ -250,7 +251,7 @@ class CrossEncoder(nn.Module):
         for tokens, cut in ahead(lambda chunk: tokenize(chunk, self.max_length, prompt), pairs):
             truncated += cut
             yield tokens
-        self._warn_of_truncation(truncated, len(pairs))
+        self.warn_of_truncation(truncated, len(pairs))
 
     @torch.inference_mode()
     def predict(
