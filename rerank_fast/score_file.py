@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from rerank_fast.data.pairs import PairBlock, PairFile
+from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 
 
@@ -89,17 +90,10 @@ def score_file(
         return index % shares == mine and not _part(parts, index).exists()
 
     scored = truncated = 0
-    with ThreadPoolExecutor(1) as thread, tqdm(unit="rows", disable=not show_progress_bar) as bar:
-        blocks = file.blocks(wanted)
-
-        def prepare() -> tuple[PairBlock, Any, int] | None:
-            block = next(blocks, None)
-            return None if block is None else (block, *model.tokenize_counting(block.pairs, prompt=prompt))
-
-        ahead = thread.submit(prepare)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(prepare)  # the next part is read and tokenised while this one is scored
-            block, tokens, cut = item
+    # The next part is read and tokenised while one is scored.
+    ready = ahead((block, *model.tokenize_counting(block.pairs, prompt=prompt)) for block in file.blocks(wanted))
+    with closing(ready), tqdm(unit="rows", disable=not show_progress_bar) as bar:
+        for block, tokens, cut in ready:
             scores = model.score_tokens(tokens, batch_size=batch_size).float().cpu().numpy()
             table = _with_scores(block, scores)
             _write(_part(parts, block.index), lambda writer, table=table: writer.write_table(table), table.schema)

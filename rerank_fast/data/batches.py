@@ -1,11 +1,9 @@
-"""Global batches of lists: their order, each process's share of them, and the thread that tokenises ahead."""
+"""Global batches of lists: their order, and each process's share of them."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -172,18 +170,3 @@ def share_out(loads: np.ndarray, num_ranks: int) -> list[np.ndarray]:
         shares[rank].append(int(index))
         totals[rank] += int(loads[index])
     return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
-
-
-def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """The items in order, made in a thread, up to `depth` of them before they are asked for.
-
-    One thread: a fast tokenizer has its own beside it, and needs the interpreter's lock for little.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        futures = deque(thread.submit(next, items, None) for _ in range(depth))
-        try:
-            while (item := futures.popleft().result()) is not None:
-                futures.append(thread.submit(next, items, None))
-                yield item
-        finally:
-            thread.shutdown(wait=True, cancel_futures=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
+from rerank_fast.model.ahead import ahead
 from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import find_answer_head
@@ -21,7 +22,7 @@ from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.precision import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import PaddedStep, make_step, padded_scores, run
-from rerank_fast.model.tokenization import Pair, PairTokenizer, PromptTokenizer, ahead, check_pairs, chunks
+from rerank_fast.model.tokenization import CHUNK, Pair, PairTokenizer, PromptTokenizer, check_pairs, chunks
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,10 @@ class CrossEncoder(nn.Module):
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
         truncated, tokenize = 0, self._pair_tokenizer()
-        for tokens, cut in ahead(lambda chunk: tokenize(chunk, self.max_length, prompt), pairs):
+        parts = (tokenize(chunk, self.max_length, prompt) for chunk in chunks(pairs))
+        if len(pairs) > CHUNK:  # for one part a thread would only cost
+            parts = ahead(parts)
+        for tokens, cut in parts:
             truncated += cut
             yield tokens
         self.warn_of_truncation(truncated, len(pairs))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from rerank_fast.model.packing import TokenizedPairs
 
 Pair = Sequence[str]
-Result = TypeVar("Result")
 CHUNK = 1024  # pairs a tokenizer call: enough for its threads, little memory beside the result
 
 # Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers gives a pair. Its
@@ -44,21 +41,6 @@ def check_pairs(pairs: Sequence[Pair], first: int = 0) -> None:
 def chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
     """The pairs, CHUNK at a time."""
     return [pairs[start : start + CHUNK] for start in range(0, len(pairs), CHUNK)]
-
-
-def ahead(tokenize: Callable[[Sequence[Pair]], Result], pairs: Sequence[Pair]) -> Iterator[Result]:
-    """tokenize of each chunk of the pairs, the next one in a thread while the caller works on the last."""
-    parts = chunks(pairs)
-    if len(parts) == 1:  # a thread would only cost
-        yield tokenize(parts[0])
-        return
-    with ThreadPoolExecutor(1) as thread:
-        futures = deque(thread.submit(tokenize, part) for part in parts[:2])
-        for part in parts[2:]:
-            yield futures.popleft().result()
-            futures.append(thread.submit(tokenize, part))
-        while futures:
-            yield futures.popleft().result()
 
 
 @dataclass(frozen=True)

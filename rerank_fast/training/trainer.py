@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from rerank_fast.data.batches import Batch, BatchMaker, ahead
+from rerank_fast.data.batches import Batch, BatchMaker
 from rerank_fast.data.lists import ListStream, Source, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
+from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from rerank_fast import CrossEncoder
 from rerank_fast.data import load_lists
 from rerank_fast.data.batches import (
     BatchMaker,
-    ahead,
     sample_documents,
     share_out,
     shuffle_within_buffer,
@@ -182,29 +179,3 @@ def test_streams_are_read_lazily_and_checked(file: Path, tmp_path: Path):
         ListStream(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="does not exist"):
         ListStream(str(tmp_path / "missing.jsonl"))
-
-
-def test_work_is_done_ahead_in_a_thread_and_its_errors_are_raised():
-    made: list[str] = []
-
-    def items():
-        for i in range(6):
-            made.append(threading.current_thread().name)
-            yield i
-        raise ValueError("row 6 is bad")
-
-    iterator = ahead(items(), 3)
-    assert next(iterator) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(made) == 4  # three beyond the one that was asked for
-    assert all(name.startswith("batches") for name in made)
-    assert [next(iterator) for _ in range(5)] == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="row 6 is bad"):
-        next(iterator)
-    before = threading.active_count()
-    another = ahead(iter(range(100)), 2)
-    next(another)
-    another.close()
-    assert threading.active_count() == before
