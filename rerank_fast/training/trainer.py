@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from rerank_fast.data.batches import Batch, BatchMaker, ahead
-from rerank_fast.data.lists import ListStream, Source, open_lists
+from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed
@@ -92,7 +92,7 @@ class Trainer:
         )
         checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
         self.lists = open_lists(train_lists, streaming=config.streaming)
-        self.card = RunCard(self.lists, [str(train_lists)] if isinstance(train_lists, str | Path) else [])
+        self.card = RunCard(self.lists, names_of(train_lists))
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
