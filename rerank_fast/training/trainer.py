@@ -110,6 +110,8 @@ class Trainer:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        if config.torch_compile:
+            self.model.compile()
         self.trained = TrainedWeights(self.model, config)
         self.weights = self.trained.weights
         self.num_lists = None if isinstance(self.lists, ListStream) else len(self.lists)
