@@ -1,4 +1,4 @@
-"""Seconds of a training step, or of scoring, by the tokens of a micro-batch: what max_tokens_per_microbatch rests on.
+"""Seconds of a training step, or of scoring, by the tokens of a micro-batch.
 
     python -m benchmarks.microbatch_tokens --precision bf16 --budgets 1024 4096 16384
 
@@ -52,7 +52,7 @@ def main() -> None:
         batch = next(trainer.batches())
 
         def step(budget: int) -> None:
-            trainer.config.max_tokens_per_microbatch = budget
+            trainer.backward.max_tokens = budget
             trainer._step(batch)
 
         @torch.inference_mode()
@@ -72,9 +72,8 @@ def main() -> None:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
     lengths = batch.lists.pairs.lengths
-    print(
-        f"{len(lengths)} pairs of {lengths.min()}-{lengths.max()} tokens, {lengths.sum()} in all; {options.precision}"
-    )
+    shape = f"{len(lengths)} pairs of {lengths.min()}-{lengths.max()} tokens, {lengths.sum()} in all"
+    print(f"{shape}; {options.precision}, {torch.get_num_threads()} threads")
     for budget, times in seconds.items():
         print(f"{budget:>7} tokens: {statistics.median(times):.3f} s (fastest {min(times):.3f})", flush=True)
 

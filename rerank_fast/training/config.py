@@ -29,7 +29,8 @@ class TrainingConfig:
         skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run again: 0 skips only
             those that have no gradient.
         mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
-        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any.
+        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any. None takes what
+            fits a share of the device's free memory, up to what keeps it busy; a resumed run keeps the number.
         num_epochs: passes over the lists; a fraction stops inside one.
         max_steps: optimizer steps; above 0 it replaces num_epochs.
         max_length: longest pair in tokens; None keeps the model's.
@@ -81,7 +82,7 @@ class TrainingConfig:
     gradient_cache: Literal["auto", "on", "off"] = "auto"
     skip_below: float = 0.0
     mini_batch_size: int | None = None
-    max_tokens_per_microbatch: int = 4096
+    max_tokens_per_microbatch: int | None = None
     num_epochs: float = 1.0
     max_steps: int = -1
     max_length: int | None = None
@@ -128,7 +129,6 @@ class TrainingConfig:
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
             "shuffle_buffer": 1,
-            "max_tokens_per_microbatch": 1,
             "eval_steps": 1,
             "save_steps": 1,
             "save_total_limit": 1,
@@ -172,7 +172,13 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, least in (("mini_batch_size", 1), ("max_docs_per_list", 2), ("early_stopping_patience", 1)):
+        none_or_at_least = {
+            "mini_batch_size": 1,
+            "max_tokens_per_microbatch": 1,
+            "max_docs_per_list": 2,
+            "early_stopping_patience": 1,
+        }
+        for name, least in none_or_at_least.items():
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= least):
                 raise ValueError(f"{name} must be None or at least {least}, got {value!r}")

@@ -27,7 +27,8 @@ from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
-from rerank_fast.training.gradient_cache import Backward
+from rerank_fast.training.gradient_cache import DTYPES, Backward
+from rerank_fast.training.micro_batches import probe_max_tokens
 from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
@@ -127,7 +128,8 @@ class Trainer:
             num_training_steps=self.num_steps,
         )
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
-        self._backward = Backward(self.model, config, self.scaler.scale)
+        tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, DTYPES[config.precision])
+        self.backward = Backward(self.model, config, self.scaler.scale, max_tokens=tokens)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
@@ -149,7 +151,7 @@ class Trainer:
         totals[2] = float(interrupted)
         for lists in batch.lists.split(config.gradient_accumulation_steps):
             if len(lists):
-                loss, count = self._backward(lists, divisor, rates)
+                loss, count = self.backward(lists, divisor, rates)
                 totals[0] += loss
                 totals[1] += count
         for weight in self.weights.values():
