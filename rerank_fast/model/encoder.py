@@ -79,7 +79,8 @@ class PackedStep:
         )
         # A view in one layer and none in the next would be two graphs.
         wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
-        x = wide.to(self.dtype)
+        # Norms before the sublayers read the stream itself.
+        x = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
         cu_seqlens = _upload(starts.astype(np.int32), device)
         lengths = np.diff(starts)
         batch = MicroBatch(

@@ -144,7 +144,7 @@ class PreNormStep:
     def __call__(self, wide: Tensor, x: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor]:
         layer = self.layer
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
-        heads = self.projections(normed.to(self.dtype)).view(x.shape[0], -1, layer.head_size)
+        heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
         query, key, value = heads.split([layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = layer.query_norm(query), layer.key_norm(key)

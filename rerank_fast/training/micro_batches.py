@@ -13,8 +13,8 @@ from rerank_fast.training.gradient_cache import activation_bytes, available_byte
 
 logger = logging.getLogger(__name__)
 
-# On a CPU the seconds of a step hardly depend on it (benchmarks/microbatch_tokens.py); a GPU takes many tokens to be
-# busy, and waits for the host with few.
+# On a CPU the seconds of a step hardly depend on it (benchmarks/microbatch_tokens.py); a GPU takes many tokens to
+# be busy, and waits for the host with few.
 _LEAST = 512
 _MOST = {"cpu": MAX_TOKENS, "cuda": 65536}
 

@@ -168,8 +168,8 @@ def test_the_sources_of_streams_and_of_open_datasets_are_named(tmp_path: Path):
     from_hub = DatasetInfo(download_checksums={url: {"num_bytes": 1, "checksum": None}})
     lists = make_lists(9)
     assert names_of(Dataset(lists.data, info=from_hub)) == ["someone/some-lists"]
-    named = DatasetInfo(builder_name="parquet", dataset_name="some-lists")
-    stream = Dataset(lists.data, info=named).to_iterable_dataset()
+    stream = lists.to_iterable_dataset()
+    stream.info.update(DatasetInfo(builder_name="parquet", dataset_name="some-lists"))
     output, _ = train(tmp_path, stream, "iterable", max_steps=1)
     assert "`some-lists`" in section((output / "README.md").read_text(encoding="utf-8"), "### Training data")
     assert names_of(Dataset(lists.data, info=DatasetInfo(builder_name="json", dataset_name="json"))) == []
