@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -26,9 +27,12 @@ def compiled_layer(compiler: Compiler) -> Any:
 
     Weights are inputs of the graphs, numbers of tokens and pairs and seeds of dropout are symbols in them.
     """
-    # Dropout between the ops draws what it draws in eager mode.
-    options: Any = {"fallback_random": True} if compiler == "inductor" else None
-    return torch.compile(run_layer, dynamic=True, backend=compiler, options=options, recompile_limit=_MAX_GRAPHS)
+    options: dict[str, Any] = {"dynamic": True, "backend": compiler}
+    if compiler == "inductor":
+        options["options"] = {"fallback_random": True}  # dropout between the ops draws what it draws eagerly
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # newer than the oldest torch that serves
+        options["recompile_limit"] = _MAX_GRAPHS
+    return torch.compile(run_layer, **options)
 
 
 def check_compiler(device: torch.device) -> None:

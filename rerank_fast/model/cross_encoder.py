@@ -126,7 +126,7 @@ class CrossEncoder(nn.Module):
     def num_labels(self) -> int:
         return 1
 
-    def compile(self, *, backend: Compiler = "inductor") -> None:  # type: ignore[override]
+    def compile(self, *, backend: Compiler = "inductor") -> None:
         """From now on run the layers of packed execution through torch.compile; padded execution stays eager.
 
         The first steps build the kernels. Lengths and numbers of pairs are symbols in them: other batches build no
