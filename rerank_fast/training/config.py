@@ -50,7 +50,7 @@ class TrainingConfig:
         precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
             is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
-        torch_compile: run the layers through torch.compile: a minute at the start for less time a step on GPUs.
+        torch_compile: run the layers of packed execution through torch.compile; the first steps build the kernels.
         seed: of the order of the lists, the fresh head and dropout.
         scheme: LambdaLoss weighting.
         k: LambdaLoss cut; None counts all pairs.
