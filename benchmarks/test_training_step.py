@@ -156,16 +156,11 @@ def test_other_lengths(compare, tmp_path, name, num_lists, options, max_length):
 @pytest.mark.slow
 def test_compiled_step(compare, tmp_path):
     """torch_compile beside the eager step, both ours."""
-    trainers = [
-        Trainer(
-            encoder(),
-            marco_like_lists(16),
-            config=TrainingConfig(
-                output=str(tmp_path / name), max_length=256, torch_compile=name == "compiled", show_progress_bar=False
-            ),
-        )
-        for name in ("eager", "compiled")
-    ]
+    settings = {"max_length": 256, "show_progress_bar": False}
+    trainers = []
+    for name in ("eager", "compiled"):
+        config = TrainingConfig(output=str(tmp_path / name), torch_compile=name == "compiled", **settings)
+        trainers.append(Trainer(encoder(), marco_like_lists(16), config=config))
     for trainer in trainers:
         trainer.model.train()
     eager, compiled = ((trainer, next(trainer.batches())) for trainer in trainers)

@@ -142,6 +142,11 @@ def _flash() -> Callable[..., Any] | None:
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
     """Why a backend doesn't take this; empty where it does."""
     what = f"{q.dtype} on {q.device} of head size {q.shape[2]}"
@@ -157,7 +162,7 @@ def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int,
         if _flash() is None:
             lacks = "torch.nn.attention.varlen with scale, windows and groups"
             return f"can't run: torch {torch.__version__} has no {lacks}"
-        if torch.cuda.get_device_capability(q.device) < (8, 0):
+        if _capability(q.device) < (8, 0):
             return "needs a GPU of compute capability 8.0 or above"
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
             return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"

@@ -63,7 +63,7 @@ def two_steps(
     for seed in range(2):
         step = step_of(model, seed, **options)
         plan = [*plan_micro_batches(step.tokens.lengths[:9], max_tokens=160), np.array([9]), np.array([10, 11])]
-        device = {"device": torch.device("cpu")} if backward is backward_cached else {}
+        device = {"device": next(model.parameters()).device} if backward is backward_cached else {}
         scores.append(backward(step, plan, lambda values: values.sin().sum(), **device).scores)
     return torch.cat(scores), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -131,6 +131,24 @@ def test_on_a_cpu_scoring_is_not_compiled(bert: torch.nn.Module, new_graphs: Cal
     with torch.inference_mode():
         step_of(bert, 0, compiler="aot_eager")(np.arange(12))
     assert new_graphs() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["bert", "modernbert-last-layer-slides"])
+def test_on_a_gpu(name: str, new_graphs: Callable[[], int]):
+    """Training and scoring, in bf16, where attention without dropout is torch's own."""
+    still = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0} if name == "bert" else {}
+    model = make_model(name, **still).cuda().train()
+    new_graphs()
+    expected = two_steps(model, dtype=torch.bfloat16)
+    actual = two_steps(model, dtype=torch.bfloat16, compiler="inductor")
+    torch.testing.assert_close(actual[0], expected[0], rtol=0.05, atol=0.05)
+    assert max(relative_errors(actual[1], expected[1]).values()) < 0.05
+    assert new_graphs() == {"bert": 2}.get(name, 4)
+    with torch.inference_mode():
+        scores = [step_of(model.eval(), 0, compiler=which)(np.arange(12)) for which in (None, "inductor")]
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.01, atol=0.01)
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch):

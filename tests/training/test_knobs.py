@@ -56,7 +56,7 @@ def test_pure_bf16_keeps_what_bf16_weights_would_lose(still_bert: Path, train_li
 def test_an_overflow_leaves_the_step_out_and_is_counted(still_bert: Path, train_lists: Dataset, tmp_path: Path):
     trainer = Trainer(still_bert, train_lists, config=config_for(tmp_path, precision="fp16", max_steps=6))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    trainer._backward.scale = trainer.scaler.scale
+    trainer.backward.scale = trainer.scaler.scale
     before = {name: weight.clone() for name, weight in trainer.weights.items()}
     kept = []
     trainer.callbacks = [
