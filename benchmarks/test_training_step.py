@@ -153,6 +153,25 @@ def test_other_lengths(compare, tmp_path, name, num_lists, options, max_length):
     compare(f"step, {name}: {steps.describe}", steps.ours, steps.peer, rounds=3)
 
 
+@pytest.mark.slow
+def test_compiled_step(compare, tmp_path):
+    """torch_compile beside the eager step, both ours."""
+    settings = {"max_length": 256, "show_progress_bar": False}
+    trainers = []
+    for name in ("eager", "compiled"):
+        config = TrainingConfig(output=str(tmp_path / name), torch_compile=name == "compiled", **settings)
+        trainers.append(Trainer(encoder(), marco_like_lists(16), config=config))
+    for trainer in trainers:
+        trainer.model.train()
+    eager, compiled = ((trainer, next(trainer.batches())) for trainer in trainers)
+    compare(
+        "step under torch_compile, beside the eager one",
+        lambda: compiled[0]._step(compiled[1]),
+        lambda: eager[0]._step(eager[1]),
+        rounds=3,
+    )
+
+
 def test_share_of_the_matrix_peak(compare, tmp_path):
     """The ratio is a share: beside the step, its matrix arithmetic alone as large products at their fastest."""
     steps = make_steps(marco_like_lists(16), str(tmp_path), mini_batch_size=16)

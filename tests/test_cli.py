@@ -80,6 +80,10 @@ def test_columns_of_other_names(work: Path, capsys: pytest.CaptureFixture):
     columns = ["--columns", '{"query": "q", "docs": "passages"}']
     arguments = [*train_arguments(work, "renamed"), "--train", str(file), "--eval", str(file), "--max_steps", "1"]
     assert cli.main([*arguments, *columns]) == 0
+    assert "`renamed.jsonl`" in (work / "renamed" / "README.md").read_text()
+    streamed = [*arguments, *columns, "--streaming", "true", "--overwrite"]
+    assert cli.main(streamed) == 0
+    assert "`renamed.jsonl`" in (work / "renamed" / "README.md").read_text()
     assert cli.main(["evaluate", "--model", str(work / "renamed"), "--data", str(file), *columns]) == 0
     assert cli.main([*arguments, "--overwrite"]) == 2
     assert "no column query" in capsys.readouterr().err

@@ -93,9 +93,11 @@ def _trainer(options: dict[str, Any]) -> Any:
     from rerank_fast.data.lists import ListStream
     from rerank_fast.training.trainer import Trainer
 
-    return Trainer(
+    trainer = Trainer(
         model,
         ListStream(train, columns=columns) if config.streaming else lists_of(train, columns),
         eval_lists=evaluation and lists_of(evaluation, columns),
         config=config,
     )
+    trainer.card.sources = [train]  # what lists_of has read here no longer says where it came from
+    return trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +26,7 @@ FEATURES = Features({"query": Value("string"), "docs": List(Value("string")), "l
 # sentence-transformers takes any of these as the label column.
 _ALIASES = {"query": ("query",), "docs": ("docs",), "labels": ("labels", "label", "scores", "score")}
 _FLOAT32_MAX = 3.4028234663852886e38
+_HUB_URL = re.compile(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@")
 _LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 Source: TypeAlias = str | os.PathLike[str] | Dataset | IterableDataset | Sequence[Any]
@@ -77,6 +79,27 @@ def open_lists(source: Source | ListStream, *, streaming: bool = False) -> Datas
     if isinstance(source, ListStream):
         return source
     return ListStream(source) if streaming or isinstance(source, IterableDataset) else load_lists(source)
+
+
+def names_of(source: Source | ListStream) -> list[str]:
+    """Where lists come from, as a reader would look for them: files, directories and hub ids.
+
+    Of a dataset that is already open, what its info says of the hub; empty for lists made in memory.
+    """
+    if isinstance(source, ListStream):
+        return names_of(source.source)
+    if isinstance(source, str | os.PathLike):
+        return [os.fspath(source)]
+    if isinstance(source, DatasetDict | IterableDatasetDict):
+        return list(dict.fromkeys(name for part in source.values() for name in names_of(part)))
+    if isinstance(source, Dataset | IterableDataset):
+        info = source.info
+        found = (_HUB_URL.match(url) for url in info.download_checksums or {})
+        ids = dict.fromkeys(match[1] for match in found if match)
+        # A file that `datasets` reads gives the dataset the name of its format, as in json.
+        named = info.dataset_name is not None and info.dataset_name != info.builder_name
+        return list(ids) or ([str(info.dataset_name)] if named else [])
+    return [os.fspath(item) for item in source if isinstance(item, str | os.PathLike)]
 
 
 def _rows(source: Source, columns: Mapping[str, str] | None, split: str | None) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from rerank_fast.model import storage
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.card import known_metadata, short_card
+from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import find_answer_head
 from rerank_fast.model.int8 import quantize_linears
@@ -79,6 +80,7 @@ class CrossEncoder(nn.Module):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.answers = loaded.answers
+        self._compiler: Compiler | None = None
         self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
             quantize_linears(self.model)
@@ -124,6 +126,19 @@ class CrossEncoder(nn.Module):
     @property
     def num_labels(self) -> int:
         return 1
+
+    def compile(self, *, backend: Compiler = "inductor") -> None:
+        """From now on run the layers of packed execution through torch.compile; padded execution stays eager.
+
+        The first steps build the kernels. Lengths and numbers of pairs are symbols in them: other batches build no
+        more. On a CPU only steps with gradients are compiled.
+
+        Raises:
+            ValueError: inductor lacks a compiler here.
+        """
+        if backend == "inductor":
+            check_compiler(self.device)
+        self._compiler = backend
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
@@ -203,6 +218,7 @@ class CrossEncoder(nn.Module):
             packed=packed,
             packed_dtype=self._precision.compute,
             answers=self.answers,
+            compiler=self._compiler,
         )
 
     @torch.inference_mode()

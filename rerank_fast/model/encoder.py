@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rerank_fast.model.architectures import Architecture, PostNormLayer
+from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
-from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm
+from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm, run_layer
 from rerank_fast.model.linear import StepLinear
 from rerank_fast.model.packing import TokenizedPairs
 
@@ -28,6 +29,8 @@ class PackedStep:
         dtype: of products and attention: fp32, bf16 or, on a GPU, fp16. Sums of the residual stream, norms and
             scores are fp32.
         gradient_checkpointing: compute the inside of every layer again in backward.
+        compiler: torch.compile's backend for the layers; None runs them eagerly. On a CPU without gradients they
+            are eager all the same: oneDNN's own products are faster there than what is compiled.
     """
 
     padded = False
@@ -39,9 +42,12 @@ class PackedStep:
         *,
         dtype: torch.dtype,
         gradient_checkpointing: bool = False,
+        compiler: Compiler | None = None,
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
+        compiles = torch.is_grad_enabled() or architecture.word_embeddings.weight.device.type != "cpu"
+        self.compiled = compiled_layer(compiler) if compiler is not None and compiles else None
         # A caller's autocast would narrow the score head; what is to be narrow is cast here.
         self.region = torch.autocast(architecture.word_embeddings.weight.device.type, enabled=False)
         if architecture.unread_token_id is not None:
@@ -71,8 +77,10 @@ class PackedStep:
             _upload(type_ids, device)[None],
             positions,
         )
-        wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32))
-        x = wide.to(self.dtype)
+        # A view in one layer and none in the next would be two graphs.
+        wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
+        # Norms before the sublayers read the stream itself.
+        x = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
         cu_seqlens = _upload(starts.astype(np.int32), device)
         lengths = np.diff(starts)
         batch = MicroBatch(
@@ -83,10 +91,13 @@ class PackedStep:
             lengths,
         )
         for layer in self.layers:
+            # One row to compute is no dynamic number of them: it would be a graph of its own.
+            run = run_layer if self.compiled is None or (layer.one_token and len(indices) == 1) else self.compiled
+            prepared = layer.prepare(batch)
             if self.gradient_checkpointing:
-                wide, x = checkpoint(layer, wide, x, batch, use_reentrant=False)
+                wide, x = checkpoint(run, layer, wide, x, prepared, use_reentrant=False)
             else:
-                wide, x = layer(wide, x, batch)
+                wide, x = run(layer, wide, x, prepared)
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
         if architecture.reads == "mean":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,10 +25,28 @@ class MicroBatch:
     rotary: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (T, head size), by the name that layers give
     lengths: np.ndarray  # (N,) tokens of each, on the host: shapes there follow without asking the device
 
-    def max_seqlens(self, *, one_query: bool) -> tuple[int, int]:
-        """Most queries and keys of a sequence."""
-        longest = int(self.lengths.max(initial=0))
-        return 1 if one_query else longest, longest
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """What one layer reads of a micro-batch, made on the host: torch.compile traces what takes it.
+
+    Only what the layer needs: an unread tensor of one sequence would be another shape to compile for.
+    """
+
+    cu_queries: Tensor  # (N + 1,) int32
+    cu_keys: Tensor  # (N + 1,) int32
+    max_seqlens: tuple[int, int]  # most queries and keys of a sequence
+    seeds: tuple[int, ...]  # of each dropout that an op does itself
+    read: Tensor | None = None  # (N,) int64: the tokens that go on; None: all
+    kept: Tensor | None = None  # int64: the tokens that they may attend to; None: all
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+def run_layer(
+    layer: PostNormStep | PreNormStep, wide: Tensor, x: Tensor, batch: LayerBatch
+) -> tuple[Tensor, Tensor]:
+    """(T, H) results of a layer, in the residual stream's dtype and in that of products."""
+    return layer(wide, x, batch)
 
 
 class PostNormStep:
@@ -46,49 +63,61 @@ class PostNormStep:
         self.up = StepLinear([layer.up], dtype, 0 if one_token else num_tokens)
         self.down = StepLinear([layer.down], dtype, 0 if one_token else num_tokens)
 
-    def __call__(self, wide: Tensor, x: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: MicroBatch) -> LayerBatch:
+        layer = self.layer
+        seeds = [_seed(one) for one in (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)]
+        return _layer_batch(batch, seeds, one_token=self.one_token)
+
+    def __call__(self, wide: Tensor, x: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor]:
         layer, heads = self.layer, self.layer.num_heads
-        cu_queries = batch.cu_seqlens
         if self.one_token:
             key, value = self.key_value(x).view(x.shape[0], 2, heads, -1).unbind(1)
             wide, x = wide[batch.read], x[batch.read]
             query = self.query(x).view(x.shape[0], heads, -1)
-            cu_queries = batch.one_each
         else:
             query, key, value = self.query_key_value(x).view(x.shape[0], 3, heads, -1).unbind(1)
         attended = varlen_attention(
             query,
             key,
             value,
-            cu_queries,
-            batch.cu_seqlens,
+            batch.cu_queries,
+            batch.cu_keys,
             scale=layer.scale,
-            max_seqlens=batch.max_seqlens(one_query=self.one_token),
-            **_dropout(layer.attention_dropout),
+            dropout_p=_p(layer.attention_dropout),
+            seed=batch.seeds[0],
+            max_seqlens=batch.max_seqlens,
         )
         projected = self.attention_out(attended.flatten(1))
-        wide, x = _add_norm(projected, wide, layer.attention_norm, layer.attention_out_dropout)
+        wide, x = _add_norm(projected, wide, layer.attention_norm, layer.attention_out_dropout, batch.seeds[1])
         widened = self.down(layer.activation(self.up(x)))
-        return _add_norm(widened, wide, layer.output_norm, layer.down_dropout)
+        return _add_norm(widened, wide, layer.output_norm, layer.down_dropout, batch.seeds[2])
 
 
-def _dropout(module: nn.Module | None, p: float | None = None) -> dict[str, Any]:
-    """Options of an op with a dropout of its own; its seed is drawn from torch's generator of the host.
+def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
+    longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
+    if one_token:
+        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read)
+    return LayerBatch(ends, ends, (longest, longest), tuple(seeds))
 
-    p is the module's own where it is a Dropout.
-    """
+
+def _p(module: nn.Module | None, p: float | None = None) -> float:
+    """Of a dropout that an op does itself; p is the module's own where it is a Dropout."""
     if module is None or not module.training:
-        return {}
-    p = float(module.p) if isinstance(module, nn.Dropout) else p
-    if not p:
-        return {}
-    return {"dropout_p": p, "seed": int(torch.randint(2**62, ()))}
+        return 0.0
+    return float(module.p) if isinstance(module, nn.Dropout) else p or 0.0
 
 
-def _add_norm(x: Tensor, wide: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None) -> tuple[Tensor, Tensor]:
+def _seed(module: nn.Module | None, p: float | None = None) -> int:
+    """For such a dropout, from torch's generator of the host, so that a saved state repeats it."""
+    return int(torch.randint(2**62, ())) if _p(module, p) else 0
+
+
+def _add_norm(
+    x: Tensor, wide: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None, seed: int
+) -> tuple[Tensor, Tensor]:
     """norm(wide + dropout(x)) in wide's dtype and in x's."""
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-    return residual_norm(x, wide, weight, bias, eps=norm.eps, **_dropout(dropout))
+    return residual_norm(x, wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed)
 
 
 class PreNormStep:
@@ -101,33 +130,43 @@ class PreNormStep:
         self.gate_up = StepLinear(layer.gate_up, dtype, 0 if one_token else num_tokens)
         self.down = StepLinear([layer.down], dtype, 0 if one_token else num_tokens)
 
-    def __call__(self, wide: Tensor, x: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: MicroBatch) -> LayerBatch:
+        layer = self.layer
+        seeds = [_seed(layer.attention, layer.attention_dropout)]
+        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
+        if self.one_token and layer.window is not None and not layer.causal:
+            # The op aligns the last query with the last key; a first token sees what lies right of it.
+            kept, cu_keys = _first_tokens(batch, layer.window[1] + 1)
+            prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
+        return prepared
+
+    def __call__(self, wide: Tensor, x: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor]:
         layer = self.layer
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
-        heads = self.projections(normed.to(self.dtype)).view(x.shape[0], -1, layer.head_size)
+        heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
         query, key, value = heads.split([layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = layer.query_norm(query), layer.key_norm(key)
-        cos, sin = batch.rotary[layer.rotary]
-        query, key = (_rotate(rows, cos, sin).to(self.dtype) for rows in (query, key))
-        cu_queries, cu_keys, window = batch.cu_seqlens, batch.cu_seqlens, layer.window
-        if self.one_token:
-            wide, query, cu_queries = wide[batch.read], query[batch.read], batch.one_each
-            if window is not None and not layer.causal:
-                # The op aligns the last query with the last key; a first token sees what lies right of it.
-                kept, cu_keys = _first_tokens(batch, window[1] + 1)
-                key, value, window = key[kept], value[kept], None
+        assert batch.rotary is not None
+        query, key = _rotate(query, *batch.rotary).to(self.dtype), _rotate(key, *batch.rotary).to(self.dtype)
+        window = layer.window
+        if batch.read is not None:
+            wide, query = wide[batch.read], query[batch.read]
+        if batch.kept is not None:
+            key, value, window = key[batch.kept], value[batch.kept], None
         attended = varlen_attention(
             query,
             key,
             value,
-            cu_queries,
-            cu_keys,
+            batch.cu_queries,
+            batch.cu_keys,
             scale=layer.scale,
             causal=layer.causal,
             window=window,
-            max_seqlens=batch.max_seqlens(one_query=self.one_token),
-            **_dropout(layer.attention, layer.attention_dropout),
+            dropout_p=_p(layer.attention, layer.attention_dropout),
+            seed=batch.seeds[0],
+            max_seqlens=batch.max_seqlens,
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
         gate, up = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype)).chunk(2, dim=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
+from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
@@ -76,6 +77,7 @@ def make_step(
     packed: bool = True,
     packed_dtype: torch.dtype | None = None,
     answers: Answers | None = None,
+    compiler: Compiler | None = None,
 ) -> PackedStep | PaddedStep:
     """What scores the pairs of one step, micro-batch by micro-batch, with the weights as they are now.
 
@@ -88,14 +90,22 @@ def make_step(
         packed: False pads whatever the architecture.
         packed_dtype: where dtype is None, of packed execution only: not every model can be autocast.
         answers: of a causal language model.
+        compiler: of packed execution; see PackedStep.
     """
-    step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers) if packed else None
+    step = None
+    if packed:
+        step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers, compiler=compiler)
     dtype = dtype or next(model.parameters()).dtype
     return step or PaddedStep(model, tokenizer, tokens, dtype=dtype, answers=answers)
 
 
 def make_packed_step(
-    model: Any, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, answers: Answers | None = None
+    model: Any,
+    tokens: TokenizedPairs,
+    *,
+    dtype: torch.dtype | None = None,
+    answers: Answers | None = None,
+    compiler: Compiler | None = None,
 ) -> PackedStep | None:
     """The same, or None, and one line in the log, where the model can't run packed."""
     weights_dtype = next(model.parameters()).dtype
@@ -109,7 +119,7 @@ def make_packed_step(
         _say_once(reason_to_pad(model))
         return None
     recompute = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute)
+    return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute, compiler=compiler)
 
 
 def run(

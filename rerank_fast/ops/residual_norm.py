@@ -17,7 +17,7 @@ from rerank_fast.ops.backends import Backend
 _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_OPTIONS = "float eps, float dropout_p, int seed, str backend"
+_OPTIONS = "float eps, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
     f"residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, {_OPTIONS}) "
     "-> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",

@@ -18,7 +18,7 @@ Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_OPTIONS = "float scale, int window_left, int window_right, float dropout_p, int seed, str backend"
+_OPTIONS = "float scale, int window_left, int window_right, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
     f"varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) "
     "-> (Tensor out, Tensor lse)",
@@ -112,11 +112,12 @@ class _VarlenAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
+        cu_seqlens_k: Tensor | None,  # None: as cu_seqlens_q; torch.compile refuses one tensor in two places
         options: tuple[Any, ...],
     ) -> Tensor:
-        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ends = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *ends)
         ctx.options = options
         return out
 
@@ -141,6 +142,11 @@ def _flash() -> Callable[..., Any] | None:
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
     """Why a backend doesn't take this; empty where it does."""
     what = f"{q.dtype} on {q.device} of head size {q.shape[2]}"
@@ -156,7 +162,7 @@ def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int,
         if _flash() is None:
             lacks = "torch.nn.attention.varlen with scale, windows and groups"
             return f"can't run: torch {torch.__version__} has no {lacks}"
-        if torch.cuda.get_device_capability(q.device) < (8, 0):
+        if _capability(q.device) < (8, 0):
             return "needs a GPU of compute capability 8.0 or above"
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
             return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"
@@ -267,4 +273,5 @@ def varlen_attention(
             enable_gqa=groups,
         )
     options = (scale, left, right, float(dropout_p), seed, backend_name)
-    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, options)

@@ -29,7 +29,8 @@ class TrainingConfig:
         skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run again: 0 skips only
             those that have no gradient.
         mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
-        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any.
+        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any. None takes what
+            fits a share of the device's free memory, up to what keeps it busy; a resumed run keeps the number.
         num_epochs: passes over the lists; a fraction stops inside one.
         max_steps: optimizer steps; above 0 it replaces num_epochs.
         max_length: longest pair in tokens; None keeps the model's.
@@ -49,6 +50,7 @@ class TrainingConfig:
         precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
             is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
+        torch_compile: run the layers of packed execution through torch.compile; the first steps build the kernels.
         seed: of the order of the lists, the fresh head and dropout.
         scheme: LambdaLoss weighting.
         k: LambdaLoss cut; None counts all pairs.
@@ -80,7 +82,7 @@ class TrainingConfig:
     gradient_cache: Literal["auto", "on", "off"] = "auto"
     skip_below: float = 0.0
     mini_batch_size: int | None = None
-    max_tokens_per_microbatch: int = 4096
+    max_tokens_per_microbatch: int | None = None
     num_epochs: float = 1.0
     max_steps: int = -1
     max_length: int | None = None
@@ -99,6 +101,7 @@ class TrainingConfig:
     ema_decay: float = 0.0
     precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     seed: int = 12
     scheme: Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"] = "ndcg2pp"
     k: int | None = None
@@ -126,7 +129,6 @@ class TrainingConfig:
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
             "shuffle_buffer": 1,
-            "max_tokens_per_microbatch": 1,
             "eval_steps": 1,
             "save_steps": 1,
             "save_total_limit": 1,
@@ -170,7 +172,13 @@ class TrainingConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, least in (("mini_batch_size", 1), ("max_docs_per_list", 2), ("early_stopping_patience", 1)):
+        none_or_at_least = {
+            "mini_batch_size": 1,
+            "max_tokens_per_microbatch": 1,
+            "max_docs_per_list": 2,
+            "early_stopping_patience": 1,
+        }
+        for name, least in none_or_at_least.items():
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= least):
                 raise ValueError(f"{name} must be None or at least {least}, got {value!r}")

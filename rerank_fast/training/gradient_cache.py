@@ -36,10 +36,11 @@ class Backward:
         config: loss, micro-batches, precision; gradient_cache "auto" keeps all graphs while they are estimated to
             fit half of the memory that is free now (see activation_bytes).
         scale: multiplies the loss before it goes back.
+        max_tokens: of a micro-batch.
     """
 
-    def __init__(self, model: CrossEncoder, config: TrainingConfig, scale: Loss) -> None:
-        self.model, self.config, self.scale = model, config, scale
+    def __init__(self, model: CrossEncoder, config: TrainingConfig, scale: Loss, max_tokens: int) -> None:
+        self.model, self.config, self.scale, self.max_tokens = model, config, scale, max_tokens
         self.dtype = DTYPES[config.precision]
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
         state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -66,7 +67,7 @@ class Backward:
         plan = plan_micro_batches(
             lengths,
             max_pairs=config.mini_batch_size,
-            max_tokens=config.max_tokens_per_microbatch,
+            max_tokens=self.max_tokens,
             padded=step.padded,
         )
         tokens = int(lengths.sum())

@@ -50,6 +50,8 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
         "log_position": log_position,
         "num_lists": trainer.num_lists,
         "config": asdict(trainer.config),
+        "max_tokens_per_microbatch": trainer.backward.max_tokens,
+        "memory": trainer.backward.memory,
     }
     tensors = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
     for name, weight in trainer.weights.items():
@@ -94,6 +96,11 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
     if len(states) != trainer.processes.num_processes:
         logger.warning("%d processes go on from a run of %d: dropout differs", rank + 1, len(states))
     set_random_state(states[rank % len(states)], device)
+    if trainer.config.max_tokens_per_microbatch is None:
+        # Another cut of a batch drops out and rounds differently, and this machine may be another.
+        trainer.backward.max_tokens = values["max_tokens_per_microbatch"]
+    if values["memory"] <= 2 * trainer.backward.memory:  # half of what was free: that much may be taken here too
+        trainer.backward.memory = values["memory"]
     return Progress(**values["progress"])
 
 

@@ -21,14 +21,15 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from rerank_fast.data.batches import Batch, BatchMaker
-from rerank_fast.data.lists import ListStream, Source, open_lists
+from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
-from rerank_fast.training.gradient_cache import Backward
+from rerank_fast.training.gradient_cache import DTYPES, Backward
+from rerank_fast.training.micro_batches import probe_max_tokens
 from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
@@ -93,7 +94,7 @@ class Trainer:
         )
         checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
         self.lists = open_lists(train_lists, streaming=config.streaming)
-        self.card = RunCard(self.lists, [str(train_lists)] if isinstance(train_lists, str | Path) else [])
+        self.card = RunCard(self.lists, names_of(train_lists))
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
@@ -111,6 +112,8 @@ class Trainer:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        if config.torch_compile:
+            self.model.compile()
         self.trained = TrainedWeights(self.model, config)
         self.weights = self.trained.weights
         self.num_lists = None if isinstance(self.lists, ListStream) else len(self.lists)
@@ -126,7 +129,8 @@ class Trainer:
             num_training_steps=self.num_steps,
         )
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
-        self._backward = Backward(self.model, config, self.scaler.scale)
+        tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, DTYPES[config.precision])
+        self.backward = Backward(self.model, config, self.scaler.scale, max_tokens=tokens)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
@@ -148,7 +152,7 @@ class Trainer:
         totals[2] = float(interrupted)
         for lists in batch.lists.split(config.gradient_accumulation_steps):
             if len(lists):
-                loss, count = self._backward(lists, divisor, rates)
+                loss, count = self.backward(lists, divisor, rates)
                 totals[0] += loss
                 totals[1] += count
         for weight in self.weights.values():

@@ -152,7 +152,7 @@ def test_auto_keeps_the_graphs_while_they_fit(tiny_bert: Path, monkeypatch: pyte
     state = 12 * sum(weight.numel() for weight in model.parameters())
     for free in (state + 2 * needed + 2, state + 2 * needed - 2):
         monkeypatch.setattr("rerank_fast.training.gradient_cache.available_bytes", lambda device, free=free: free)
-        Backward(model, TrainingConfig(precision="fp32"), lambda value: value)(lists, 1.0, Rates())
+        Backward(model, TrainingConfig(precision="fp32"), lambda value: value, 4096)(lists, 1.0, Rates())
     assert used == ["backward_direct", "backward_cached"]
 
 

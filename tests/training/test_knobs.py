@@ -56,7 +56,7 @@ def test_pure_bf16_keeps_what_bf16_weights_would_lose(still_bert: Path, train_li
 def test_an_overflow_leaves_the_step_out_and_is_counted(still_bert: Path, train_lists: Dataset, tmp_path: Path):
     trainer = Trainer(still_bert, train_lists, config=config_for(tmp_path, precision="fp16", max_steps=6))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    trainer._backward.scale = trainer.scaler.scale
+    trainer.backward.scale = trainer.scaler.scale
     before = {name: weight.clone() for name, weight in trainer.weights.items()}
     kept = []
     trainer.callbacks = [
@@ -251,3 +251,26 @@ def test_max_docs_and_a_warm_start(tiny_bert: Path, tmp_path: Path):
     saved = weights(tmp_path / "first")
     assert all(torch.equal(saved[name], weight) for name, weight in second.weights.items())
     assert json.loads((tmp_path / "first" / "metrics.json").read_text())["config"]["max_docs_per_list"] == 3
+
+
+def test_a_compiled_run_is_the_eager_one(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With dropout, and evaluations between the steps; inductor itself is tested in tests/model."""
+    compile_layers = CrossEncoder.compile
+    monkeypatch.setattr(CrossEncoder, "compile", lambda self: compile_layers(self, backend="aot_eager"))
+    for name in ("eager", "compiled"):
+        config = config_for(tmp_path / name, torch_compile=name == "compiled", max_steps=3, eval_steps=2)
+        Trainer(tiny_bert, train_lists, eval_lists=make_lists(4), config=config).train()
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-5)
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    for name, weight in eager.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_compilation_without_a_compiler_is_refused_before_training(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"torch.compile needs a C\+\+ compiler"):
+        Trainer(tiny_bert, train_lists, config=config_for(tmp_path, torch_compile=True))

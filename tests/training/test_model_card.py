@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
+from rerank_fast.data.lists import ListStream, names_of
 from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.model.card import Card, clean, escape, hub_id, validate_card
 from rerank_fast.training import card_results, model_card
@@ -152,6 +154,27 @@ def test_data_settings_and_environment(run: tuple[Path, Any]):
     assert str(output.parent) not in text  # whose machine it was is nobody's business
     if "training.png" in text:
         assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sources_of_streams_and_of_open_datasets_are_named(tmp_path: Path):
+    file = tmp_path / "streamed-lists.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in make_lists(9)))
+    output, _ = train(tmp_path, ListStream(str(file)), "stream", max_steps=1)
+    data = section((output / "README.md").read_text(encoding="utf-8"), "### Training data")
+    assert "`streamed-lists.jsonl`" in data
+    assert "* Size: a stream" in data
+
+    url = "hf://datasets/someone/some-lists@0123abc/data/train.parquet"
+    from_hub = DatasetInfo(download_checksums={url: {"num_bytes": 1, "checksum": None}})
+    lists = make_lists(9)
+    assert names_of(Dataset(lists.data, info=from_hub)) == ["someone/some-lists"]
+    stream = lists.to_iterable_dataset()
+    stream.info.update(DatasetInfo(builder_name="parquet", dataset_name="some-lists"))
+    output, _ = train(tmp_path, stream, "iterable", max_steps=1)
+    assert "`some-lists`" in section((output / "README.md").read_text(encoding="utf-8"), "### Training data")
+    assert names_of(Dataset(lists.data, info=DatasetInfo(builder_name="json", dataset_name="json"))) == []
+    assert names_of([str(file), file]) == [str(file)] * 2
+    assert names_of(list(lists)) == []
 
 
 class Skeleton(HTMLParser):
