@@ -80,6 +80,20 @@ def test_a_resumed_run_keeps_what_was_found(
     assert chosen.backward.max_tokens == 32
 
 
+@pytest.mark.parametrize(("free_now", "kept"), [(0.9, True), (0.3, False)])
+def test_a_resumed_run_keeps_its_memory_where_there_is_so_much(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path, free_now: float, kept: bool
+):
+    """By it gradient_cache "auto" chooses its mode."""
+    config = config_for(tmp_path, max_steps=4, save_steps=2)
+    first = Trainer(tiny_bert, train_lists, config=config, callbacks=[stop_at_3])
+    first.train()
+    resumed = Trainer(tiny_bert, train_lists, config=replace(config, resume="auto"))
+    resumed.backward.memory = own = int(free_now * first.backward.memory)
+    resumed.train()
+    assert resumed.backward.memory == (first.backward.memory if kept else own)
+
+
 def stop_at_3(event) -> None:
     if event.name == "step_end" and event.step == 3:
         event.trainer.stop()
