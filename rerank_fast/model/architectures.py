@@ -9,7 +9,7 @@ from typing import Any, Literal
 import transformers
 from torch import Tensor, nn
 
-from rerank_fast.model.heads import CAUSAL_FAMILIES, Answers, Head, find_answer_head, find_head
+from rerank_fast.model.heads import CAUSAL_FAMILIES, Answers, Head, find_answer_head, find_head, own_class
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def find_architecture(model: nn.Module, answers: Answers | None = None) -> Archi
     if answers is not None:
         head = find_answer_head(model, answers)
         return None if head is None else _decoder_parts(model, head)
-    find = _FAMILIES.get(type(model).__name__)
-    if find is None or not type(model).__module__.startswith("transformers.models."):
+    kind = own_class(model)
+    find = _FAMILIES.get(kind.__name__)
+    if find is None or not kind.__module__.startswith("transformers.models."):
         return None  # remote code may look like BERT and do something else
     try:
         return find(model)
@@ -95,7 +96,7 @@ def find_architecture(model: nn.Module, answers: Answers | None = None) -> Archi
 
 def reason_to_pad(model: nn.Module) -> str:
     """Why find_architecture gave None."""
-    name = type(model).__name__
+    name = own_class(model).__name__
     if name in _FAMILIES:
         try:
             _FAMILIES[name](model)

@@ -15,6 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
+from rerank_fast.model.heads import own_class
+
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
 
@@ -181,7 +183,7 @@ def details(model: CrossEncoder) -> str:
     lines = [
         "- **Model type:** cross-encoder",
         f"- **Base model:** {base_model_link(model.name_or_path)}",
-        f"- **Architecture:** {code(type(model.model).__name__)}{shape}, {parameters} parameters",
+        f"- **Architecture:** {code(own_class(model.model).__name__)}{shape}, {parameters} parameters",
         f"- **Maximum length:** {model.max_length} tokens of query and document together",
         f"- **Output labels:** {model.num_labels}, a score; {code(kind.__name__)} is applied to it",
     ]

@@ -139,12 +139,17 @@ def cut_head(head: Any) -> list[tuple[Tensor, Tensor]]:
     return [*cut(head, "rows"), *cut(head, "bias")] if isinstance(head, AnswerHead) else []
 
 
+def own_class(module: nn.Module) -> type:
+    """The module's class; of a sharded one that which it had before torch's fully_shard put another in front."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
 def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
     """The head of a causal model whose score is the last hidden state times the vocabulary; None for another."""
     vocabulary = model.get_output_embeddings()
-    if type(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
+    if own_class(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
         return None
-    if not type(model).__module__.startswith("transformers.models.") or vocabulary._forward_hooks:
+    if not own_class(model).__module__.startswith("transformers.models.") or vocabulary._forward_hooks:
         return None
     ids = [answers.true_token_id] + ([] if answers.false_token_id is None else [answers.false_token_id])
     rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
@@ -154,7 +159,7 @@ def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
 
 def find_head(model: Any) -> Head | None:
     """The model's own head, applied to first tokens only; None where it is none of the known ones."""
-    name = type(model).__name__
+    name = own_class(model).__name__
     if name == "BertForSequenceClassification":
         pooler = model.bert.pooler
         if pooler is None:

@@ -49,6 +49,10 @@ class TrainingConfig:
         ema_decay: evaluate and save the moving average of the weights that keeps this share a step; 0 is off.
         precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
             is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
+            "auto" takes the mixed precision that `accelerate launch` was told (no is fp32), and bf16 without it.
+        sharding: "fsdp2" cuts weights, gradients and the optimizer's state into parts, one for each process; "none"
+            gives every process all of them; "auto" does what `accelerate launch` was told. A callback that runs a
+            model in parts does so in every process, inside `with trainer.trained.whole()`.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
         torch_compile: run the layers of packed execution through torch.compile; the first steps build the kernels.
         seed: of the order of the lists, the fresh head and dropout.
@@ -99,7 +103,8 @@ class TrainingConfig:
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | None = None
     ema_decay: float = 0.0
-    precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-pure"] = "auto"
+    sharding: Literal["auto", "none", "fsdp2"] = "auto"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     seed: int = 12
@@ -163,7 +168,8 @@ class TrainingConfig:
             raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         choices = {
             "schedule": ("linear", "cosine"),
-            "precision": ("fp32", "bf16", "fp16", "bf16-pure"),
+            "precision": ("auto", "fp32", "bf16", "fp16", "bf16-pure"),
+            "sharding": ("auto", "none", "fsdp2"),
             "gradient_cache": ("auto", "on", "off"),
             "scheme": ("none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"),
             "reduction_log": ("binary", "natural"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import TokenizedPairs
 
-_BUCKET = 32 * 2**20  # elements of one all-reduce
+_MESSAGE = 32 * 2**20  # elements
 
 
 def join_processes(timeout: float) -> PartialState:
@@ -50,18 +50,23 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     and it takes the mean over processes, where the loss of a global batch needs the sum (each process's share is
     divided by the pairs of all).
     """
-    if not _several():
+    if not several():
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        bucket: list[Tensor] = []
-        size = 0
-        for tensor in (one for one in tensors if one.dtype == dtype):
-            if bucket and size + tensor.numel() > _BUCKET:
-                _sum(bucket)
-                bucket, size = [], 0
-            bucket.append(tensor)
-            size += tensor.numel()
-        _sum(bucket)
+        alike = [one for one in tensors if one.dtype == dtype]
+        for part in messages(alike):
+            _sum(alike[part])
+
+
+def messages(tensors: Sequence[Tensor]) -> list[slice]:
+    """Where tensors are cut into messages: of one tensor, or as many as stay below a size."""
+    parts, start, size = [], 0, 0
+    for end, tensor in enumerate(tensors):
+        if end > start and size + tensor.numel() > _MESSAGE:
+            parts.append(slice(start, end))
+            start, size = end, 0
+        size += tensor.numel()
+    return [*parts, slice(start, len(tensors))]
 
 
 def _sum(tensors: list[Tensor]) -> None:
@@ -74,21 +79,22 @@ def _sum(tensors: list[Tensor]) -> None:
 
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Every process gets the first one's values."""
-    if _several():
+    if several():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 def gather(value: Any) -> list[Any]:
     """The value of every process, in every process."""
-    if not _several():
+    if not several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

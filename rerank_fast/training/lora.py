@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def _linear_names(encoder: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model without adapters: each one added to its weight, which itself stays as it is."""
+def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state without adapters: each one added to its weight, which itself stays as it is."""
     from peft.tuners.lora import LoraLayer
 
-    state = model.state_dict()
+    state = dict(state)
     for name, part in model.named_modules():
         if isinstance(part, LoraLayer):
             weight = f"{name}.base_layer.weight"
@@ -77,24 +78,29 @@ def _delta(part: Any) -> Tensor:
     return part.get_delta_weight("default")
 
 
-class _Merged:
-    """What is saved in place of the model."""
+class WithState:
+    """What is saved in place of a model: the same one with other tensors."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, state: Mapping[str, Tensor]) -> None:
+        self._model, self._state = model, state
 
     def save_pretrained(self, directory: Path) -> None:
-        self._model.save_pretrained(directory, state_dict=merged_weights(self._model))
+        self._model.save_pretrained(directory, state_dict=dict(self._state))
 
 
-def save_lora(model: CrossEncoder, config: Any, directory: Path, *, overwrite: bool) -> None:
-    """Write the merged model, which loads everywhere, and in adapter/ what PEFT loads onto the base model."""
+def save_lora(
+    model: CrossEncoder, config: Any, directory: Path, state: Mapping[str, Tensor], *, overwrite: bool
+) -> None:
+    """Write the merged model, which loads everywhere, and in adapter/ what PEFT loads onto the base model.
+
+    The state is that of model.model, adapters and all.
+    """
     from safetensors.torch import save_file
 
-    model.save_as(directory, directory.resolve().name, overwrite=overwrite, model=_Merged(model.model))
+    merged = WithState(model.model, merged_weights(model.model, state))
+    model.save_as(directory, directory.resolve().name, overwrite=overwrite, model=merged)
     adapter = directory / ADAPTER
     adapter.mkdir(exist_ok=True)
-    state = model.model.state_dict()
     # PEFT's own names: base_model.model.<parameter>, without the adapter's.
     kept = {
         f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()

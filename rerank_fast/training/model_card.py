@@ -186,7 +186,8 @@ def _loss(config: TrainingConfig) -> str:
 
 def _hyperparameters(config: TrainingConfig) -> str:
     values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
-    default = asdict(type(config)())
+    # "auto" has become what it is, and is this where no launcher says otherwise.
+    default = asdict(type(config)(precision="bf16", sharding="none"))
     changed = {name: value for name, value in values.items() if value != default[name]}
 
     def listed(some: Mapping[str, Any]) -> str:

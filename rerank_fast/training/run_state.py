@@ -53,12 +53,18 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
         "max_tokens_per_microbatch": trainer.backward.max_tokens,
         "memory": trainer.backward.memory,
     }
-    tensors = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
+    parts = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
     for name, weight in trainer.weights.items():
         for key, value in trainer.optimizer.state.get(weight, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
+            parts[f"optimizer.{name}.{key}"] = value
     if trainer.trained.average is not None:
-        tensors.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
+        parts.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
+    tensors = {}
+    for name, part in parts.items():
+        whole = trainer.trained.gathered(part)
+        if trainer.processes.is_main_process:  # the one that writes
+            # Shards gathered on a GPU would not fit there together.
+            tensors[name] = whole if whole is part else whole.cpu()
     return values, tensors
 
 
@@ -73,17 +79,18 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
     missing = {f"weights.{name}" for name in trainer.weights} - tensors.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} of the weights to train, as {min(missing)}")
-    device = trainer.model.device
+    device, trained = trainer.model.device, trainer.trained
     for name, weight in trainer.weights.items():
-        weight.copy_(tensors[f"weights.{name}"])
+        weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))
         start = f"optimizer.{name}."
         for key in [key for key in tensors if key.startswith(start) and "." not in key[len(start) :]]:
-            trainer.optimizer.state[weight][key[len(start) :]] = tensors[key].to(device, copy=True)
-    if trainer.trained.masters is not None:
-        trainer.trained.masters.write_back()
-    if trainer.trained.average is not None:
-        for name, value in trainer.trained.average.weights.items():
-            value.copy_(tensors[f"average.{name}"])
+            value = trained.part_of(tensors[key].to(device, copy=True), weight)
+            trainer.optimizer.state[weight][key[len(start) :]] = value
+    if trained.masters is not None:
+        trained.masters.write_back()
+    if trained.average is not None:
+        for name, value in trained.average.weights.items():
+            value.copy_(trained.part_of(tensors[f"average.{name}"].to(device), value))
     scheduler = trainer.scheduler
     step = values["scheduler"]["last_epoch"]
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

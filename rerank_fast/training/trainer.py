@@ -25,7 +25,7 @@ from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.training import checkpoints, distributed
+from rerank_fast.training import checkpoints, distributed, launch
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.gradient_cache import DTYPES, Backward
@@ -55,8 +55,8 @@ class TrainingResult:
 class Trainer:
     """Fine-tunes a CrossEncoder on ranking lists with LambdaLoss.
 
-    Launched in several processes (accelerate launch, torchrun) they share every batch and every evaluation; the
-    first one writes.
+    Launched in several processes (accelerate launch, torchrun) they share every batch and every evaluation, with
+    FSDP2 also the weights and the optimizer's state; the first one writes.
 
     Args:
         model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32, or bf16
@@ -83,11 +83,14 @@ class Trainer:
         config: TrainingConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config = config = config or TrainingConfig()
+        config, told = launch.settle(config or TrainingConfig())
+        self.config = config
         self.output = Path(config.output)
         self.callbacks = callbacks
         check_trackers(config.trackers)
         self.processes = distributed.join_processes(config.distributed_timeout)
+        if told:
+            self._say(f"As accelerate launch was told: {', '.join(told)}.")
         self.resumed_from = checkpoints.find_checkpoint(self.output, config.resume)
         self._same_run = (
             self.resumed_from is not None and self.resumed_from.parent.resolve() == self.output.resolve()
@@ -150,16 +153,13 @@ class Trainer:
         divisor = {"pairs": max(batch.num_pairs, 1), "lists": len(batch.indices), "sum": 1}[config.reduction]
         totals = torch.zeros(3, device=device)  # loss, pairs, interrupted processes
         totals[2] = float(interrupted)
-        for lists in batch.lists.split(config.gradient_accumulation_steps):
-            if len(lists):
-                loss, count = self.backward(lists, divisor, rates)
-                totals[0] += loss
-                totals[1] += count
-        for weight in self.weights.values():
-            if weight.grad is None:  # every process sums the same tensors, and decay acts on every weight
-                weight.grad = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        distributed.sum_over_processes([*gradients, totals])
+        with self.trained.whole():
+            for lists in batch.lists.split(config.gradient_accumulation_steps):
+                if len(lists):
+                    loss, count = self.backward(lists, divisor, rates)
+                    totals[0] += loss
+                    totals[1] += count
+            gradients = self.trained.sum_gradients(totals)
         if config.k and config.reduction == "pairs":
             # How many pairs the cut leaves is known only now that all are scored.
             factor = divisor / totals[1].clamp(min=1)
@@ -167,7 +167,7 @@ class Trainer:
             torch._foreach_mul_(gradients, factor)
         self.scaler.unscale_(self.optimizer)
         limit = config.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), limit)
+        norm = self.trained.gathered(nn.utils.clip_grad_norm_(self.weights.values(), limit))
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -251,6 +251,7 @@ class Trainer:
         if not progress.best:
             progress.best_step = progress.step
             self._save_best()
+        self.trained.finish()
         seconds, mean_loss = time.perf_counter() - started, progress.loss_sum / progress.step
         result = TrainingResult(
             str(self.output), progress.step, progress.best_step, progress.best, mean_loss, seconds
@@ -365,11 +366,15 @@ class Trainer:
     def _save_best(self) -> None:
         if self.processes.is_main_process:
             checkpoints.save_best(self.output, self.trained.save)
+        else:
+            self.trained.help_save()
 
     def _checkpoint(self, progress: Progress) -> Path:
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:
             checkpoints.save_checkpoint(path, self.trained.save, values, tensors, keep=self.config.save_total_limit)
+        else:
+            self.trained.help_save()
         self._tell("save", progress.step, {"path": path})
         return path

@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.lora import add_lora, save_lora
+from rerank_fast.training.lora import WithState, add_lora, save_lora
+
+if TYPE_CHECKING:
+    from rerank_fast.training.sharding import ShardedWeights
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
@@ -34,14 +37,21 @@ class TrainedWeights:
 
     def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
         self._model, self._config, inner = model, config, model.model
-        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move.
-        model.to(torch.bfloat16 if config.precision == "bf16-pure" else torch.float32)
+        narrow = config.precision == "bf16-pure"
+        shards = config.sharding == "fsdp2" and distributed.several()
+        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move, or shards.
+        model.to(torch.bfloat16 if narrow and not shards else torch.float32)
         self.lora = add_lora(model, config) if config.lora_rank else None
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
-        distributed.copy_from_first(list(inner.parameters()))
+        distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
+        self.shards: ShardedWeights | None = None
+        if shards:
+            from rerank_fast.training.sharding import ShardedWeights  # a second of imports
+
+            self.shards = ShardedWeights(inner, dtype=torch.bfloat16 if narrow else None)
         self.parameters = {name: one for name, one in inner.named_parameters() if one.requires_grad}
-        self.masters = MasterWeights(self.parameters) if config.precision == "bf16-pure" else None
+        self.masters = MasterWeights(self.parameters) if narrow and not shards else None
         self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
 
@@ -57,24 +67,70 @@ class TrainedWeights:
         )
         return torch.optim.AdamW(groups, fused=True)
 
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Where the model can run: with its weights whole. Every process must enter."""
+        return self.shards.whole() if self.shards else contextlib.nullcontext()
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """All of a weight, or of what the optimizer keeps for one. Every process must call it."""
+        return self.shards.gathered(tensor) if self.shards else tensor
+
+    def part_of(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """What this process keeps of a tensor that is the weight's, or the optimizer's for it."""
+        return self.shards.part_of(tensor, weight) if self.shards else tensor
+
+    def finish(self) -> None:
+        """Leave the model as one that can run. Every process must call it."""
+        if self.shards:
+            self.shards.unshard()
+
+    def sum_gradients(self, totals: Tensor) -> list[Tensor]:
+        """Sum gradients and totals over all processes, inside `whole`; returns this one's part of the gradients."""
+        if self.shards is not None:
+            distributed.sum_over_processes([totals])
+            return self.shards.sum_gradients()
+        for weight in self.weights.values():
+            if weight.grad is None:  # every process sums the same tensors, and decay acts on every weight
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        distributed.sum_over_processes([*gradients, totals])
+        return gradients
+
     def after_step(self) -> None:
         """What follows a step of the optimizer."""
+        if self.shards:
+            self.shards.reshard()
         if self.masters:
             self.masters.write_back()
         if self.average:
             self.average.update(self.weights)
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """The model as it is used: with its running average, where one is kept."""
-        return self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model as it is used: whole, with its running average where one is kept. Every process must enter."""
+        average = self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+        with average, self.whole():
+            yield
 
     def save(self, directory: Path) -> None:
-        """Write the model as it is used: adapters merged, and written beside it too."""
+        """Write the model as it is used: adapters merged, and written beside it too.
+
+        By one process; the others call help_save.
+        """
+        inner: Any = self._model.model
         with self.averaged():
+            state = self.shards.state() if self.shards else inner.state_dict()
             if self.lora is not None:
-                save_lora(self._model, self.lora, directory, overwrite=True)
+                save_lora(self._model, self.lora, directory, state, overwrite=True)
             else:
-                self._model.save_pretrained(directory, overwrite=True)
+                written = WithState(inner, state)
+                self._model.save_as(directory, directory.resolve().name, overwrite=True, model=written)
+
+    def help_save(self) -> None:
+        """What the process that saves needs of the others: their parts of the weights."""
+        if self.shards:
+            with self.averaged():
+                pass
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
@@ -172,10 +228,14 @@ class WeightAverage:
         """With the averages in place of the parameters, to evaluate and to save."""
         chosen = [parameters[name] for name in self.weights]
         kept = [parameter.detach().clone() for parameter in chosen]
-        with torch.no_grad():
-            torch._foreach_copy_(chosen, list(self.weights.values()))
+        _copy(chosen, list(self.weights.values()))
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(chosen, kept)
+            _copy(chosen, kept)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):  # shards have no torch._foreach_copy_
+        target.copy_(source)

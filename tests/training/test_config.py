@@ -11,7 +11,7 @@ from rerank_fast.training.config import TrainingConfig
 def test_the_defaults_are_the_published_recipe():
     config = TrainingConfig()
     assert (config.batch_size, config.num_epochs, config.learning_rate) == (16, 1, 2e-5)
-    assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (0.1, "linear", "bf16", 12)
+    assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (0.1, "linear", "auto", 12)
     assert (config.scheme, config.k, config.sigma, config.mu) == ("ndcg2pp", None, 1.0, 10.0)
     assert (config.weight_decay, config.max_grad_norm, config.mini_batch_size) == (0.0, 1.0, None)
 
@@ -33,6 +33,7 @@ def test_the_defaults_are_the_published_recipe():
         ("schedule", "constant"),
         ("weight_decay", -0.1),
         ("precision", "fp8"),
+        ("sharding", "fsdp"),
         ("gradient_accumulation_steps", 0),
         ("gradient_cache", "yes"),
         ("skip_below", -1.0),

@@ -227,12 +227,43 @@ def test_tensorboard_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path):
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-def test_wandb_writes_offline(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_offline_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = config_for(tmp_path, trackers=["wandb"], max_steps=2)
-    Trainer(tiny_bert, make_lists(16), config=config).train()
-    assert list(tmp_path.rglob("run-*.wandb"))
+    config = config_for(tmp_path, trackers=["wandb"], max_steps=3, eval_steps=3)
+    Trainer(tiny_bert, make_lists(16), eval_lists=make_lists(9), config=config).train()
+    (file,) = tmp_path.rglob("run-*.wandb")
+    records = wandb_records(file.read_bytes())
+    found: dict[int, dict] = {}
+    for record in records:
+        if record.HasField("history"):
+            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            found.setdefault(int(items["_step"]), {}).update({name: json.loads(items[name]) for name in items})
+    for row in log_rows(tmp_path):
+        for name in row.keys() - {"step", "epoch"}:
+            assert found[row["step"]][name] == pytest.approx(row[name], rel=1e-12), name
+    settings = {item.key or "/".join(item.nested_key): item.value_json for r in records for item in r.config.update}
+    settings |= {item.key: item.value_json for record in records for item in record.run.config.update}
+    assert settings["max_steps"] == "3"
+
+
+def wandb_records(content: bytes) -> list:
+    """The records of a run's file: 7 bytes of header, then LevelDB's log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    block, header, place = 32768, 7, 7
+    whole, records = b"", []
+    while place + header <= len(content):
+        if block - place % block < header:  # the rest of a block is padding
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + header : place + header + length]
+        place += header + length
+        if kind in (1, 4):  # full, or the last part
+            records.append(Record.FromString(whole))
+            whole = b""
+    return records
 
 
 def test_a_tracker_that_is_not_there_is_said_before_training(tiny_bert: Path, tmp_path: Path):

@@ -49,7 +49,10 @@ def test_the_published_run_says_what_it_is():
     assert (recipe.model, recipe.ms_marco) == ("microsoft/MiniLM-L12-H384-uncased", "microsoft/ms_marco")
     assert (recipe.held_out, recipe.nano_beir, recipe.rerank_k) == (1000, ["msmarco", "nfcorpus", "nq"], 100)
     default = TrainingConfig(
-        output=recipe.training.output, metric_for_best="NanoBEIR_R100_mean_ndcg@10", eval_steps=500
+        output=recipe.training.output,
+        metric_for_best="NanoBEIR_R100_mean_ndcg@10",
+        eval_steps=500,
+        precision="bf16",  # what "auto" is where no launcher says otherwise
     )
     assert recipe.training == default  # the defaults are the published run's
 

@@ -1,0 +1,46 @@
+"""Runs one after the other in each of several processes: torchrun -m tests.training.sharded_run RUNS.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from rerank_fast import Trainer, TrainingConfig
+
+
+def main(runs: list[dict]) -> None:
+    for run in runs:
+        one_run(**run)
+
+
+def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_at: int = 0) -> None:
+    seen: dict = {}
+
+    def note(event) -> None:
+        trainer = event.trainer
+        if event.name == "step_end" and event.step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event.name == "step_end" and event.step == 1:
+            seen["whole"] = sum(one.numel() for one in trainer.model.model.parameters())
+            seen["weights"] = sum(one.to_local().numel() for one in trainer.model.model.parameters())
+            state = trainer.optimizer.state.values()
+            seen["moments"] = sum(one[key].to_local().numel() for one in state for key in ("exp_avg", "exp_avg_sq"))
+
+    trainer = Trainer(model, lists, eval_lists=eval_lists, config=TrainingConfig(**config), callbacks=[note])
+
+    def before_step(optimizer, *arguments) -> None:
+        gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
+        seen.setdefault("gradients", sum(one.to_local().numel() for one in gradients))
+
+    trainer.optimizer.register_step_pre_hook(before_step)
+    trainer.train()
+    # Whole again when all is done.
+    seen["score"] = float(trainer.model.predict([("what is the panda", "panda rain")])[0])
+    (Path(config["output"]) / f"rank-{trainer.processes.process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
