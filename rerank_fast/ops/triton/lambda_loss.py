@@ -7,6 +7,7 @@ backward's, and the launchers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from rerank_fast.ops.triton import guard
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
+from rerank_fast.ops.triton.variant import Variant
 
 _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger one those of at
@@ -207,3 +209,33 @@ def backward(
                 **FINISH,
             )
     return grad_scores
+
+
+def shipped() -> Iterator[Variant]:
+    scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
+    fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
+    fixed |= dict.fromkeys(["sigma", "mu", "eps", "scale"], "fp64")
+    fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i32"}
+
+    def variant(kernel: Any, scores: str, config: dict[str, Any], anchor: str = "", **constants: Any) -> Variant:
+        wide = scores == "fp64"
+        name = "-".join([kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())])
+        types = dict.fromkeys(kernel.arg_names, "*fp64" if wide else "*fp32") | fixed
+        types |= {"scores": f"*{scores}", "grad_scores": f"*{scores}"}
+        if "dtype" in kernel.arg_names:
+            constants["dtype"] = tl.float64 if wide else tl.float32
+        items = config["BLOCK"] * config.get("TILE", 0)
+        return Variant(name, kernel, types, config, constants, items, "" if wide else anchor)
+
+    for scores in ("fp32", "fp64", "bf16", "fp16"):
+        config = launch_config(scores == "fp64")
+        yield variant(order_kernel, scores, config)
+        # The half precisions differ in one load: one scheme shows it.
+        for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
+            for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
+                options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
+                yield variant(pair_kernel, scores, config, "MUFU.EX2", **options)
+        yield variant(backward_kernel, scores, FINISH, PER_LIST=True)
+        if scores in ("fp32", "fp64"):
+            yield variant(mean_kernel, scores, FINISH, OVER_PAIRS=True)
+            yield variant(list_sum_kernel, scores, FINISH)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import guard
+from rerank_fast.ops.triton.variant import Variant
 
 LAUNCH = {"BLOCK": 32, "num_warps": 4}
 
@@ -85,9 +85,7 @@ def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
     return result
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every kernel as it is launched: name, kernel, argument types, constexprs and compile options."""
+def shipped() -> Iterator[Variant]:
     for dtype in (tl.float32, tl.float64):
         types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}", "k": "i32"}
-        constants = {"dtype": dtype, "BLOCK": LAUNCH["BLOCK"]}
-        yield f"ndcg_{dtype}", ndcg_kernel, types, constants, {"num_warps": LAUNCH["num_warps"]}
+        yield Variant(f"ndcg-ndcg_{dtype}", ndcg_kernel, types, LAUNCH, {"dtype": dtype})

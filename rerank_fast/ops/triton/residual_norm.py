@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton.variant import Variant
 
 MAX_WIDTH = 4096
 ROWS = 16  # a program of backward
@@ -182,29 +183,28 @@ def backward(
     return dx, d_residual, d_weight.sum(0), d_bias.sum(0)
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], list[str]]]:
-    """(name, kernel, argument types, constants, {num_warps}, multiples of 16) of what is launched above."""
+def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
         for width in (384, 1024, 4096):
             for has_dropout in (False, True):
                 for kernel in (forward_kernel, backward_kernel):
                     constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": has_dropout}
-                    config = launch(width)
-                    how = {"num_warps": config.pop("num_warps")}
-                    constants |= config
                     if kernel is backward_kernel:
                         constants |= {"HAS_WIDE": True, "ROWS": ROWS}
-                    types = {argument: _argument_type(argument, name) for argument in kernel.arg_names}
-                    types |= dict.fromkeys(constants, "constexpr")
+                    types = {argument: _type(argument, name) for argument in kernel.arg_names}
                     if name == "fp32":
                         constants["narrow" if kernel is forward_kernel else "grad_narrow"] = None
-                        types["narrow" if kernel is forward_kernel else "grad_narrow"] = "constexpr"
-                    whole = [a for a in types if types[a].startswith("*") or a == "width"]
-                    suffix = "_dropout" if has_dropout else ""
-                    yield f"{kernel.__name__}_{name}_{width}{suffix}", kernel, types, constants, how, whole
+                    yield Variant(
+                        f"residual_norm-{kernel.__name__}_{name}_{width}{'_dropout' * has_dropout}",
+                        kernel,
+                        types,
+                        launch(width),
+                        constants,
+                        multiples=[a for a in types if types[a].startswith("*") or a == "width"],
+                    )
 
 
-def _argument_type(argument: str, dtype: str) -> str:
+def _type(argument: str, dtype: str) -> str:
     if argument in ("x", "narrow", "grad_narrow", "dx"):
         return f"*{dtype}"
     if argument in ("eps", "rescale"):

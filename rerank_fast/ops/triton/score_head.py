@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton.variant import Variant
 
 # Of the dropout after the activation, and of the one before the dense layer.
 STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
@@ -230,40 +231,27 @@ def forward(
     return scores
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every kernel as it is launched, for reports that compile without a GPU.
-
-    Gives name, kernel, types of its arguments, constexprs (None for an argument that is left out) and options.
-    """
-    from rerank_fast.ops.triton import score_head_backward as backward
-
-    kernels = {
-        "forward": (forward_kernel, LAUNCH, LAUNCH_FP32),
-        "dense_grad": (backward.dense_grad_kernel, LAUNCH, LAUNCH_FP32),
-        "grads": (backward.grads_kernel, backward.LAUNCH, backward.LAUNCH_FP32),
-    }
+def variants(name: str, kernel: Any, launch: dict[str, Any], launch_fp32: dict[str, Any]) -> Iterator[Variant]:
+    """Every dtype and activation, with neither gather nor dropout, with both, and, as packed execution trains,
+    with dropout alone."""
     types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"], "i32")
     types |= {"rescale": "fp32", "rescale_in": "fp32"}
     types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
     for dtype in DTYPES.values():
-        for kernel_name, (kernel, launch, launch_fp32) in kernels.items():
-            options = launch_fp32 if dtype == tl.float32 else launch
-            for activation, code in ACTIVATIONS.items():
-                # With neither gather nor dropout, with both, and as packed execution trains: dropout alone.
-                for gathers, drops in ((False, False), (True, True), (False, True)):
-                    if activation != "tanh" and (drops or kernel_name == "grads"):
-                        continue  # the activation shows in one of them
-                    constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
-                    constants |= {} if gathers else {"index": None}
-                    constants |= {name: options[name] for name in ("ROWS", "COLUMNS", "INNER")}
-                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                    name = f"{kernel_name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}"
-                    rest = [name for name in kernel.arg_names if name not in constants]
-                    signature = {name: types.get(name, f"*{dtype}") for name in rest}
-                    yield (
-                        name,
-                        kernel,
-                        signature,
-                        constants,
-                        {key: options[key] for key in ("num_warps", "num_stages")},
-                    )
+        for activation, code in ACTIVATIONS.items():
+            for gathers, drops in ((False, False), (True, True), (False, True)):
+                if activation != "tanh" and (drops or name == "grads"):
+                    continue  # the activation shows in one of them
+                constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
+                constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+                yield Variant(
+                    f"score_head-{name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}",
+                    kernel,
+                    {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names},
+                    launch_fp32 if dtype == tl.float32 else launch,
+                    constants if gathers else constants | {"index": None},
+                )
+
+
+def shipped() -> Iterator[Variant]:
+    return variants("forward", forward_kernel, LAUNCH, LAUNCH_FP32)

@@ -7,6 +7,7 @@ every time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rerank_fast.ops.triton import dropout, guard, score_head
 from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_x
+from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
 LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2}
@@ -350,3 +352,8 @@ def backward(
                 **second,
             )
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
+
+
+def shipped() -> Iterator[Variant]:
+    yield from score_head.variants("dense_grad", dense_grad_kernel, score_head.LAUNCH, score_head.LAUNCH_FP32)
+    yield from score_head.variants("grads", grads_kernel, LAUNCH, LAUNCH_FP32)
