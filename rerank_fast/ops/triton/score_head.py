@@ -60,15 +60,30 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_x(
-    hidden, stride, index, row, in_rows, column, in_columns, seed, threshold, rescale, DROP_IN: tl.constexpr
-):
-    """(rows, columns) of the rows that are read, dropped out, in their own dtype."""
-    source = row.to(tl.int64)
+def span(first, size, BLOCK: tl.constexpr):
+    """BLOCK places from first on, and which of them there are."""
+    place = first + tl.arange(0, BLOCK)
+    return place, place < size
+
+
+@triton.jit
+def load_tile(matrix, stride, row, in_rows, column, in_columns):
+    """(rows, columns) of a matrix; 0 where nothing is."""
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(matrix + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+
+
+@triton.jit
+def load_x(source, row, in_rows, column, in_columns, DROP_IN: tl.constexpr):
+    """(rows, columns) of the rows that are read, dropped out, in their own dtype.
+
+    source: hidden, the stride of its rows, index or None, and the dropout's seed, threshold and rescale.
+    """
+    hidden, stride, index, seed, threshold, rescale = source
+    place = row.to(tl.int64)
     if index is not None:
-        source = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
-    place = source[:, None] * stride + column[None, :]
-    x = tl.load(hidden + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+        place = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
+    x = load_tile(hidden, stride, place, in_rows, column, in_columns)
     if DROP_IN:
         kept = dropout.tile_factors(seed, IN_STREAM, row, column, threshold, rescale)
         x = (x.to(tl.float32) * kept).to(x.dtype)
@@ -77,9 +92,7 @@ def load_x(
 
 @triton.jit
 def dense_tile(
-    hidden,
-    stride,
-    index,
+    source,  # as in load_x
     weight,
     bias,
     row,
@@ -87,23 +100,16 @@ def dense_tile(
     out,
     in_out,
     H,
-    seed,
-    threshold,
-    rescale,
     dot_dtype: tl.constexpr,
     DROP_IN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A (ROWS, COLUMNS) tile of the dense layer's result, fp32."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """A tile of the dense layer's result, fp32."""
+    total = tl.zeros([row.shape[0], out.shape[0]], tl.float32)
     for first in range(0, H, INNER):
-        e = first + tl.arange(0, INNER)
-        in_e = e < H
-        x = load_x(hidden, stride, index, row, in_rows, e, in_e, seed, threshold, rescale, DROP_IN)
-        place = out.to(tl.int64)[None, :] * H + e[:, None]
-        w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
+        e, in_e = span(first, H, INNER)
+        x = load_x(source, row, in_rows, e, in_e, DROP_IN)
+        w = tl.trans(load_tile(weight, H, out, in_out, e, in_e))
         total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
@@ -140,31 +146,13 @@ def forward_kernel(
     INNER: tl.constexpr,
 ):
     """The scores of a block of rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < n
+    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
     score = tl.zeros([ROWS], tl.float32)
     for first in range(0, D, COLUMNS):
-        out = first + tl.arange(0, COLUMNS)
-        in_out = out < D
+        out, in_out = span(first, D, COLUMNS)
         dense = dense_tile(
-            hidden,
-            stride,
-            index,
-            dense_weight,
-            dense_bias,
-            row,
-            in_rows,
-            out,
-            in_out,
-            H,
-            seed,
-            threshold_in,
-            rescale_in,
-            dot_dtype,
-            DROP_IN,
-            ROWS,
-            COLUMNS,
-            INNER,
+            source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER
         )
         active, _ = activate(dense, ACTIVATION)
         if DROP:
