@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    guard,
     lambda_loss,
     ndcg,
     residual_norm,
@@ -162,21 +163,24 @@ def _compile_named(name: str, target: str) -> dict[str, Any]:
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """One row of the report."""
-    blocks = {name: value for name, value in variant.config.items() if name.isupper()}
-    options = {name: value for name, value in variant.config.items() if not name.isupper()}
+    amd = target == "gfx942"
+    config = guard.for_vendor(variant.hip_config if amd and variant.hip_config else variant.config, hip=amd)
+    blocks = {name: value for name, value in config.items() if name.isupper()}
+    options = {name: value for name, value in config.items() if not name.isupper()}
     constants = blocks | variant.constants
     signature = {
         name: "constexpr" if name in constants else variant.types[name] for name in variant.kernel.arg_names
     }
     # As at run time: the allocator aligns tensors, so pointers are specialised on 16 bytes.
     multiples = variant.multiples or [name for name, kind in signature.items() if kind.startswith("*")]
-    attrs = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if name in multiples}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(signature)
+        if name in multiples and name not in constants
+    }
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    if target == "gfx942":
-        options.pop("maxnreg", None)  # CUDA's alone
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     num_warps = options.get("num_warps", 4)
-    amd = target == "gfx942"
     row = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], variant, num_warps)
     shared = compiled.metadata.shared
     return {

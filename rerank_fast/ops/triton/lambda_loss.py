@@ -1,5 +1,9 @@
 """LambdaLoss in Triton: the long lists' order, pairs, and the mean; at most three launches, whatever the lists.
 
+A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses and gradients,
+and one for the mean. A larger batch takes three: the first puts the lists of more than SHORT_LIST documents in order.
+It is launched whether there are any or not, for only the device knows the lists. Backward is one launch, a product.
+
 The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the mean's, the
 backward's, and the launchers.
 """
@@ -15,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import guard
+from rerank_fast.ops.triton import autotune, guard
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 from rerank_fast.ops.triton.variant import Variant
@@ -28,7 +32,10 @@ SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers, half the occupancy.
 PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
 PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
-FINISH = {"BLOCK": 1024, "num_warps": 8}
+PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
+# What tuning tries beside them. BLOCK stays: buffers are of its size.
+PAIRS_AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"TILE": 64}, {"TILE": 64, "num_warps": 8})
+FINISH = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["num_blocks", "n"])
@@ -104,10 +111,7 @@ def backward_kernel(
 
 def launch_config(wide: bool) -> dict[str, Any]:
     """Constants and launch options of order_kernel and pair_kernel; wide for fp64."""
-    launch = dict(PAIRS_FP64 if wide else PAIRS)
-    if torch.version.hip:
-        launch.pop("maxnreg", None)  # CUDA's alone
-    return launch
+    return guard.for_vendor(PAIRS_FP64 if wide else PAIRS)
 
 
 def forward(
@@ -150,12 +154,13 @@ def forward(
     total = torch.empty((num_lists,) if per_list else (), dtype=compute_dtype, device=device)
     list_steps = (num_lists - 1).bit_length()
     scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (num_lists if reduction == "lists" else 1)
+    pairs_kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
     documents = (scores, labels, offsets, slots, stride, ranks, places)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(scores):
         if ordered:
             order_kernel[(num_blocks,)](*documents, longest + 1, num_lists, list_steps, n, dtype=dtype, **launch)
-        pair_kernel[(num_blocks,)](
+        pairs_kernel[(num_blocks,)](
             *documents,
             loss,
             pairs,
@@ -174,7 +179,7 @@ def forward(
             PER_SLOT=per_list,
             ORDERED=ordered,
             dtype=dtype,
-            **launch,
+            **pairs_launch,
         )
         if per_list:
             list_sum_kernel[(num_lists,)](loss, offsets, total, dtype=dtype, **FINISH)
@@ -225,7 +230,7 @@ def shipped() -> Iterator[Variant]:
         if "dtype" in kernel.arg_names:
             constants["dtype"] = tl.float64 if wide else tl.float32
         items = config["BLOCK"] * config.get("TILE", 0)
-        return Variant(name, kernel, types, config, constants, items, "" if wide else anchor)
+        return Variant(name, kernel, types, config, constants, items=items, anchor="" if wide else anchor)
 
     for scores in ("fp32", "fp64", "bf16", "fp16"):
         config = launch_config(scores == "fp64")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard
 from rerank_fast.ops.triton.variant import Variant
 
 # Of the dropout after the activation, and of the one before the dense layer.
@@ -22,8 +22,11 @@ ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
 # fp32 ones are fused multiply-adds in registers.
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}
-LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
+LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+CASE = ("D", "H", "ACTIVATION", "DROP", "DROP_IN")
+# What tuning tries beside them. ROWS stay: backward's buffers are of their size.
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 128}, {"INNER": 64}, {"num_stages": 4})
 
 
 @triton.jit
@@ -197,9 +200,10 @@ def forward(
     seed, after, before, flags = split(hidden, options)
     launch = LAUNCH_FP32 if hidden.dtype == torch.float32 else LAUNCH
     if n:
+        kernel, rest = autotune.choose(forward_kernel, launch, AROUND, CASE)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(hidden):
-            forward_kernel[(triton.cdiv(n, launch["ROWS"]),)](
+            kernel[(triton.cdiv(n, launch["ROWS"]),)](
                 hidden,
                 hidden.stride(0),
                 index,
@@ -214,7 +218,7 @@ def forward(
                 *after,
                 *before,
                 **flags,
-                **launch,
+                **rest,
             )
     return scores
 

@@ -15,13 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout, guard, score_head
+from rerank_fast.ops.triton import autotune, dropout, guard, score_head
 from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_tile, load_x, span
 from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2}
-LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 8, "num_stages": 2}
+LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+LAUNCH_FP32 = LAUNCH | {"INNER": 16, "maxnreg": 64}
+CASE = ("D", "H", "DROP_IN")
+# What tuning tries beside them.
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 64}, {"ROWS": 64}, {"INNER": 64})
 
 
 @triton.jit
@@ -237,18 +240,23 @@ def backward(
     if n and any(wants):
         wide = hidden.dtype == torch.float32
         launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
-        second = LAUNCH_FP32 if wide else LAUNCH
+        second = guard.for_vendor(LAUNCH_FP32 if wide else LAUNCH)
         num_parts = triton.cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
-        across = triton.cdiv(width, second["COLUMNS"])
-        num_programs = (
-            wants[0] * triton.cdiv(n, second["ROWS"]) * across
-            + wants[1] * triton.cdiv(size, second["ROWS"]) * across
-            + any(wants[2:]) * triton.cdiv(size, second["COLUMNS"])
-        )
+        dense_grad, launch = autotune.choose(dense_grad_kernel, launch, score_head.AROUND, score_head.CASE)
+        all_grads, second = autotune.choose(grads_kernel, second, AROUND, CASE)
+
+        def programs(blocks: dict[str, Any]) -> tuple[int]:
+            across = triton.cdiv(width, blocks["COLUMNS"])
+            return (
+                wants[0] * triton.cdiv(n, blocks["ROWS"]) * across
+                + wants[1] * triton.cdiv(size, blocks["ROWS"]) * across
+                + any(wants[2:]) * triton.cdiv(size, blocks["COLUMNS"]),
+            )
+
         with torch.cuda.device_of(hidden):
-            dense_grad_kernel[(num_parts, triton.cdiv(size, launch["COLUMNS"]))](
+            dense_grad[lambda blocks: (num_parts, triton.cdiv(size, blocks["COLUMNS"]))](
                 grad_scores,
                 hidden,
                 hidden.stride(0),
@@ -267,7 +275,7 @@ def backward(
                 **flags,
                 **launch,
             )
-            grads_kernel[(num_programs,)](
+            all_grads[programs](
                 grad_scores,
                 hidden,
                 hidden.stride(0),

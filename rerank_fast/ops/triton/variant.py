@@ -19,6 +19,7 @@ class Variant:
     types: dict[str, str]  # by argument, as in triton.compile: "*fp32", "i32", ...; constexprs are left out
     config: dict[str, Any]  # as the launcher gives it: blocks in capitals, num_warps and the like
     constants: dict[str, Any] = field(default_factory=dict)  # the other constexprs; None: an argument left out
+    hip_config: dict[str, Any] | None = None  # on AMD; None: config
     items: int = 0
     anchor: str = ""
     multiples: list[str] | None = None  # arguments that 16 divides at a launch; None: the pointers

@@ -24,24 +24,33 @@ from rerank_fast.ops.triton.variant import Variant
 MAX_HEAD_SIZE = 256
 
 
-def launch(head_size: int, dtype: torch.dtype, *, few_queries: bool, backward: bool) -> dict[str, Any]:
-    """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80 to gfx942."""
+def launch(
+    head_size: int, dtype: torch.dtype, *, few_queries: bool, backward: bool, hip: bool = guard.HIP
+) -> dict[str, Any]:
+    """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80 to gfx942.
+
+    A program holds its tiles in registers, which is what bounds the occupancy: 12 to 50 %, as flash attention's
+    kernels run. More of it takes smaller tiles, and those read keys and values more often.
+    """
     width = max(16, triton.next_power_of_2(head_size))
-    warps = 4
+    warps, stages = 8 if backward and width > 32 else 4, 2
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
         rows = keys = 32 if width <= 32 else 16
+        warps, stages = 8, 2 if width <= 128 else 1
     elif width <= 32:
-        rows, keys = 64, 64
-    elif width <= 64:
         rows, keys = 64, 32 if backward else 64
+    elif width <= 64:
+        rows, keys = 64, 32
     elif width <= 128:
         rows, keys = 32 if backward else 64, 32
     else:
-        rows, keys = 32, 32
-        warps = 8 if backward else 4
+        rows = keys = 16 if backward or few_queries else 32
     if few_queries:
         rows = 16
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width, "num_warps": warps, "num_stages": 2}
+    if hip:  # a warp has 64 threads, and what a second stage holds would spill
+        warps, stages = 4, 1
+    blocks = {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width}
+    return blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def around(config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -298,7 +307,8 @@ def variants(*kernels: Any, backward: bool) -> Iterator[Variant]:
                     name=f"varlen_attention-{kernel.__name__}_{name}_{size}_{case}",
                     kernel=kernel,
                     types=types,
-                    config=launch(size, dtype, few_queries=few, backward=backward),
+                    config=launch(size, dtype, few_queries=few, backward=backward, hip=False),
+                    hip_config=launch(size, dtype, few_queries=few, backward=backward, hip=True),
                     constants=constants | {"HAS_DROPOUT": options},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of 16.
                     multiples=[a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head"))],
