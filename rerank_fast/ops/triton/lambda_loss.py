@@ -1,8 +1,8 @@
 """LambdaLoss in Triton: the long lists' order, pairs, and the mean; at most three launches, whatever the lists.
 
 A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses and gradients,
-and one for the mean. A larger batch takes three: the first puts the lists of more than SHORT_LIST documents in order.
-It is launched whether there are any or not, for only the device knows the lists. Backward is one launch, a product.
+and one for the mean. A larger batch takes three: the first puts the lists of more than SHORT_LIST documents in
+order, and is launched whether there are any or not, for only the device knows the lists. Backward is one launch.
 
 The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the mean's, the
 backward's, and the launchers.
@@ -31,7 +31,7 @@ _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers, half the occupancy.
 PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
-PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
+PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 16, "enable_fp_fusion": True}
 PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
 # What tuning tries beside them. BLOCK stays: buffers are of its size.
 PAIRS_AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"TILE": 64}, {"TILE": 64, "num_warps": 8})

@@ -35,10 +35,8 @@ def launch(
     width = max(16, triton.next_power_of_2(head_size))
     warps, stages = 8 if backward and width > 32 else 4, 2
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
-        rows = keys = 32 if width <= 32 else 16
-        warps, stages = 8, 2 if width <= 128 else 1
-    elif width <= 32:
-        rows, keys = 64, 32 if backward else 64
+        rows, keys = 32 if width <= 32 else 16, 16
+        warps, stages = 8, 2 if width <= 128 or backward else 1
     elif width <= 64:
         rows, keys = 64, 32
     elif width <= 128:
