@@ -76,7 +76,7 @@ def _assert_limits(row):
         if row["target"] == "gfx942":  # a frame for scalar registers; no vector register is spilled
             stack = 32
     # fp64's logarithm and exponential are software, and for checks alone; a row's sums stay in registers.
-    elif name.startswith(("pair_kernel-fp64", "residual_norm-backward")):
+    elif name.startswith("pair_kernel-fp64") or ("residual_norm-backward" in name and "_4096" in name):
         occupancy = 0.25
     assert row["spills"] <= spills, row
     assert row["stack"] <= stack, row

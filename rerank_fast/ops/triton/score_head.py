@@ -112,7 +112,8 @@ def dense_tile(
     for first in range(0, H, INNER):
         e, in_e = span(first, H, INNER)
         x = load_x(source, row, in_rows, e, in_e, DROP_IN)
-        w = tl.trans(load_tile(weight, H, out, in_out, e, in_e))
+        place = out.to(tl.int64)[None, :] * H + e[:, None]  # a transposed tile would cost 16 registers
+        w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
         total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
