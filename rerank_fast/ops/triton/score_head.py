@@ -224,7 +224,13 @@ def forward(
     return scores
 
 
-def variants(name: str, kernel: Any, launch: dict[str, Any], launch_fp32: dict[str, Any]) -> Iterator[Variant]:
+def variants(
+    name: str,
+    kernel: Any,
+    launch: dict[str, Any],
+    launch_fp32: dict[str, Any],
+    launch_fp32_dropout: dict[str, Any] | None = None,  # None: launch_fp32
+) -> Iterator[Variant]:
     """Every dtype and activation, with neither gather nor dropout, with both, and, as packed execution trains,
     with dropout alone."""
     types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"], "i32")
@@ -241,7 +247,7 @@ def variants(name: str, kernel: Any, launch: dict[str, Any], launch_fp32: dict[s
                     f"score_head-{name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}",
                     kernel,
                     {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names},
-                    launch_fp32 if dtype == tl.float32 else launch,
+                    launch if dtype != tl.float32 else (drops and launch_fp32_dropout) or launch_fp32,
                     constants if gathers else constants | {"index": None},
                 )
 

@@ -21,7 +21,8 @@ from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
 LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
-LAUNCH_FP32 = LAUNCH | {"INNER": 16, "maxnreg": 64}
+LAUNCH_FP32 = LAUNCH | {"INNER": 16}
+LAUNCH_FP32_DROPOUT = LAUNCH_FP32 | {"maxnreg": 64}  # else some more, and half the warps
 CASE = ("D", "H", "DROP_IN")
 # What tuning tries beside them.
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 64}, {"ROWS": 64}, {"INNER": 64})
@@ -240,7 +241,8 @@ def backward(
     if n and any(wants):
         wide = hidden.dtype == torch.float32
         launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
-        second = guard.for_vendor(LAUNCH_FP32 if wide else LAUNCH)
+        wide_launch = LAUNCH_FP32_DROPOUT if flags["DROP_IN"] else LAUNCH_FP32
+        second = guard.for_vendor(wide_launch if wide else LAUNCH)
         num_parts = triton.cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
@@ -299,4 +301,4 @@ def backward(
 
 def shipped() -> Iterator[Variant]:
     yield from score_head.variants("dense_grad", dense_grad_kernel, score_head.LAUNCH, score_head.LAUNCH_FP32)
-    yield from score_head.variants("grads", grads_kernel, LAUNCH, LAUNCH_FP32)
+    yield from score_head.variants("grads", grads_kernel, LAUNCH, LAUNCH_FP32, LAUNCH_FP32_DROPOUT)
