@@ -2,7 +2,6 @@
 
     python benchmarks/kernel_report.py [--kernels pair_kernel-fp32] [--targets 90 gfx942] [--output report.json]
 
-A kernel file takes part through one generator in SOURCES, which yields a Variant for each way it is launched.
 Instructions of a loop are counted in the disassembled body between a backward branch and its target. Times at the
 end are estimates from datasheets, not measurements. Run it without TRITON_INTERPRET.
 """
@@ -10,7 +9,6 @@ end are estimates from datasheets, not measurements. Run it without TRITON_INTER
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import multiprocessing
@@ -20,96 +18,41 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    guard,
     lambda_loss,
-    lambda_loss_order,
-    lambda_loss_pairs,
     ndcg,
     residual_norm,
     score_head,
+    score_head_backward,
     varlen_attention,
+    varlen_attention_backward,
 )
+from rerank_fast.ops.triton.variant import Variant
 
 TARGETS = {str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
-@dataclass
-class Variant:
-    """One kernel as its launcher ships it.
-
-    items: what a program handles in one trip through an inner loop (the pairs of a tile); anchor: an instruction
-    that the source has once an item, by which loops over items are told from others and unrolling is undone.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]  # by argument, as in triton.compile: "*fp32", "i32", ...; constexprs are left out
-    constants: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)  # num_warps and what else the launch gives
-    items: int = 0
-    anchor: str = ""
-    multiples: list[str] | None = None  # arguments that 16 divides at a launch; None: the pointers
-
-
-def lambda_loss_sources() -> Iterator[Variant]:
-    scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
-    fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
-    fixed |= dict.fromkeys(["sigma", "mu", "eps", "scale"], "fp64")
-    fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i32"}
-
-    def variant(kernel: Any, scores: str, launch: dict[str, Any], anchor: str = "", **constants: Any) -> Variant:
-        wide = scores == "fp64"
-        name = "-".join([kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())])
-        constants = {key: value for key, value in launch.items() if key.isupper()} | constants
-        items = constants["BLOCK"] * constants.get("TILE", 0)
-        options = {key: value for key, value in launch.items() if not key.isupper()}
-        if "dtype" in kernel.arg_names:
-            constants["dtype"] = tl.float64 if wide else tl.float32
-        rest = dict.fromkeys(set(kernel.arg_names) - set(constants), "*fp64" if wide else "*fp32")
-        types = {key: fixed.get(key, rest[key]) for key in rest} | {
-            key: f"*{scores}" for key in ("scores", "grad_scores") if key in rest
-        }
-        return Variant(name, kernel, types, constants, options, items, "" if wide else anchor)
-
-    for scores in ("fp32", "fp64", "bf16", "fp16"):
-        launch = lambda_loss.launch_config(scores == "fp64")
-        yield variant(lambda_loss_order.order_kernel, scores, launch)
-        # The half precisions differ in one load: one scheme shows it.
-        for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
-            for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
-                options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
-                yield variant(lambda_loss_pairs.pair_kernel, scores, launch, "MUFU.EX2", **options)
-        yield variant(lambda_loss.backward_kernel, scores, lambda_loss.FINISH, PER_LIST=True)
-        if scores in ("fp32", "fp64"):
-            yield variant(lambda_loss.mean_kernel, scores, lambda_loss.FINISH, OVER_PAIRS=True)
-            yield variant(lambda_loss.list_sum_kernel, scores, lambda_loss.FINISH)
-
-
-def _shipped(module: Any) -> Iterator[Variant]:
-    """What a kernel file says of itself in shipped()."""
-    for name, kernel, types, constants, options, *multiples in module.shipped():
-        prefix = module.__name__.rpartition(".")[2]
-        yield Variant(
-            f"{prefix}-{name}", kernel, types, constants, options, multiples=multiples[0] if multiples else None
-        )
-
-
-SOURCES = [
-    lambda_loss_sources,
-    *(functools.partial(_shipped, module) for module in (score_head, ndcg, varlen_attention, residual_norm)),
-]
+# The files whose shipped() yields a Variant for each way a kernel is launched.
+SOURCES = (
+    lambda_loss,
+    ndcg,
+    residual_norm,
+    score_head,
+    score_head_backward,
+    varlen_attention,
+    varlen_attention_backward,
+)
 
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities).
 _LIMITS = {
@@ -211,7 +154,7 @@ def _amd(assembly: str) -> dict[str, Any]:
 
 
 def _variants() -> dict[str, Variant]:
-    return {variant.name: variant for source in SOURCES for variant in source()}
+    return {variant.name: variant for source in SOURCES for variant in source.shipped()}
 
 
 def _compile_named(name: str, target: str) -> dict[str, Any]:
@@ -220,15 +163,24 @@ def _compile_named(name: str, target: str) -> dict[str, Any]:
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """One row of the report."""
-    signature = {name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names}
+    amd = target == "gfx942"
+    config = guard.for_vendor(variant.hip_config if amd and variant.hip_config else variant.config, hip=amd)
+    blocks = {name: value for name, value in config.items() if name.isupper()}
+    options = {name: value for name, value in config.items() if not name.isupper()}
+    constants = blocks | variant.constants
+    signature = {
+        name: "constexpr" if name in constants else variant.types[name] for name in variant.kernel.arg_names
+    }
     # As at run time: the allocator aligns tensors, so pointers are specialised on 16 bytes.
     multiples = variant.multiples or [name for name, kind in signature.items() if kind.startswith("*")]
-    attrs = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if name in multiples}
-    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attrs)
-    options = {key: value for key, value in variant.options.items() if key != "maxnreg" or target != "gfx942"}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(signature)
+        if name in multiples and name not in constants
+    }
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     num_warps = options.get("num_warps", 4)
-    amd = target == "gfx942"
     row = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], variant, num_warps)
     shared = compiled.metadata.shared
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -59,8 +58,13 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = {"cpu": cpu.varlen_attention_forward, "reference": attention_reference.forward}.get(backend)
-    forward = forward or _triton().forward
+    forward: Any = attention_reference.forward
+    if backend == "cpu":
+        forward = cpu.varlen_attention_forward
+    elif backend == "triton":  # imported when it is first asked for
+        from rerank_fast.ops.triton import varlen_attention as triton_forward
+
+        forward = triton_forward.forward
     q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
     ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     return forward(q, k, v, *ends, scale, window_left, window_right, dropout_p, seed)
@@ -82,8 +86,13 @@ def _backward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = {"cpu": cpu.varlen_attention_backward, "reference": attention_reference.backward}.get(backend)
-    backward = backward or _triton().backward
+    backward: Any = attention_reference.backward
+    if backend == "cpu":
+        backward = cpu.varlen_attention_backward
+    elif backend == "triton":
+        from rerank_fast.ops.triton import varlen_attention_backward as triton_backward
+
+        backward = triton_backward.backward
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     return backward(q, k, v, out, lse, grad_out, *ends, scale, window_left, window_right, dropout_p, seed)
@@ -91,12 +100,6 @@ def _backward(
 
 _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-def _triton() -> ModuleType:
-    from rerank_fast.ops.triton import varlen_attention as kernels
-
-    return kernels
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+HIP = torch.version.hip is not None
+
+
+def for_vendor(config: dict[str, Any], hip: bool = HIP) -> dict[str, Any]:
+    """A launch config without what AMD's compiler does not know."""
+    return {name: value for name, value in config.items() if not (hip and name == "maxnreg")}
 
 
 def interpreted() -> bool:

@@ -1,5 +1,9 @@
 """LambdaLoss in Triton: the long lists' order, pairs, and the mean; at most three launches, whatever the lists.
 
+A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses and gradients,
+and one for the mean. A larger batch takes three: the first puts the lists of more than SHORT_LIST documents in
+order, and is launched whether there are any or not, for only the device knows the lists. Backward is one launch.
+
 The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the mean's, the
 backward's, and the launchers.
 """
@@ -7,6 +11,7 @@ backward's, and the launchers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import guard
+from rerank_fast.ops.triton import autotune, guard
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
+from rerank_fast.ops.triton.variant import Variant
 
 _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger one those of at
@@ -25,8 +31,11 @@ _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers, half the occupancy.
 PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
-PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
-FINISH = {"BLOCK": 1024, "num_warps": 8}
+PAIRS_FP64 = {"BLOCK": 16, "TILE": 32, "num_warps": 16, "enable_fp_fusion": True}
+PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
+# What tuning tries beside them. BLOCK stays: buffers are of its size.
+PAIRS_AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"TILE": 64}, {"TILE": 64, "num_warps": 8})
+FINISH = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["num_blocks", "n"])
@@ -102,10 +111,7 @@ def backward_kernel(
 
 def launch_config(wide: bool) -> dict[str, Any]:
     """Constants and launch options of order_kernel and pair_kernel; wide for fp64."""
-    launch = dict(PAIRS_FP64 if wide else PAIRS)
-    if torch.version.hip:
-        launch.pop("maxnreg", None)  # CUDA's alone
-    return launch
+    return guard.for_vendor(PAIRS_FP64 if wide else PAIRS)
 
 
 def forward(
@@ -148,12 +154,13 @@ def forward(
     total = torch.empty((num_lists,) if per_list else (), dtype=compute_dtype, device=device)
     list_steps = (num_lists - 1).bit_length()
     scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (num_lists if reduction == "lists" else 1)
+    pairs_kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
     documents = (scores, labels, offsets, slots, stride, ranks, places)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(scores):
         if ordered:
             order_kernel[(num_blocks,)](*documents, longest + 1, num_lists, list_steps, n, dtype=dtype, **launch)
-        pair_kernel[(num_blocks,)](
+        pairs_kernel[(num_blocks,)](
             *documents,
             loss,
             pairs,
@@ -172,7 +179,7 @@ def forward(
             PER_SLOT=per_list,
             ORDERED=ordered,
             dtype=dtype,
-            **launch,
+            **pairs_launch,
         )
         if per_list:
             list_sum_kernel[(num_lists,)](loss, offsets, total, dtype=dtype, **FINISH)
@@ -207,3 +214,33 @@ def backward(
                 **FINISH,
             )
     return grad_scores
+
+
+def shipped() -> Iterator[Variant]:
+    scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
+    fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
+    fixed |= dict.fromkeys(["sigma", "mu", "eps", "scale"], "fp64")
+    fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i32"}
+
+    def variant(kernel: Any, scores: str, config: dict[str, Any], anchor: str = "", **constants: Any) -> Variant:
+        wide = scores == "fp64"
+        name = "-".join([kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())])
+        types = dict.fromkeys(kernel.arg_names, "*fp64" if wide else "*fp32") | fixed
+        types |= {"scores": f"*{scores}", "grad_scores": f"*{scores}"}
+        if "dtype" in kernel.arg_names:
+            constants["dtype"] = tl.float64 if wide else tl.float32
+        items = config["BLOCK"] * config.get("TILE", 0)
+        return Variant(name, kernel, types, config, constants, items=items, anchor="" if wide else anchor)
+
+    for scores in ("fp32", "fp64", "bf16", "fp16"):
+        config = launch_config(scores == "fp64")
+        yield variant(order_kernel, scores, config)
+        # The half precisions differ in one load: one scheme shows it.
+        for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
+            for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
+                options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
+                yield variant(pair_kernel, scores, config, "MUFU.EX2", **options)
+        yield variant(backward_kernel, scores, FINISH, PER_LIST=True)
+        if scores in ("fp32", "fp64"):
+            yield variant(mean_kernel, scores, FINISH, OVER_PAIRS=True)
+            yield variant(list_sum_kernel, scores, FINISH)

@@ -10,9 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import guard
+from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH = {"BLOCK": 32, "num_warps": 4}
+LAUNCH = {"BLOCK": 32, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH_FP64 = LAUNCH | {"num_warps": 8}
+# What tuning tries beside them.
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"BLOCK": 64})
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -77,17 +81,16 @@ def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
     result = torch.empty(num_lists, dtype=scores.dtype, device=scores.device)
     if num_lists:
         dtype = tl.float64 if scores.dtype == torch.float64 else tl.float32
+        kernel, config = autotune.choose(
+            ndcg_kernel, LAUNCH_FP64 if dtype == tl.float64 else LAUNCH, AROUND, ("dtype",)
+        )
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(scores):
-            ndcg_kernel[(num_lists,)](
-                scores, labels, offsets, result, min(k, scores.shape[0]), dtype=dtype, **LAUNCH
-            )
+            kernel[(num_lists,)](scores, labels, offsets, result, min(k, scores.shape[0]), dtype=dtype, **config)
     return result
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every kernel as it is launched: name, kernel, argument types, constexprs and compile options."""
-    for dtype in (tl.float32, tl.float64):
+def shipped() -> Iterator[Variant]:
+    for dtype, launch in ((tl.float32, LAUNCH), (tl.float64, LAUNCH_FP64)):
         types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}", "k": "i32"}
-        constants = {"dtype": dtype, "BLOCK": LAUNCH["BLOCK"]}
-        yield f"ndcg_{dtype}", ndcg_kernel, types, constants, {"num_warps": LAUNCH["num_warps"]}
+        yield Variant(f"ndcg-ndcg_{dtype}", ndcg_kernel, types, launch, {"dtype": dtype})

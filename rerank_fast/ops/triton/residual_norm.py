@@ -14,16 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.variant import Variant
 
 MAX_WIDTH = 4096
 ROWS = 16  # a program of backward
+# What makes a case for tuning, and what it tries.
+CASE = ("width", "HAS_NARROW", "HAS_DROPOUT")
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8})
 
 
-def launch(width: int) -> dict[str, int]:
+def launch(width: int) -> dict[str, Any]:
     """A row in the registers of as many warps as hold it without spilling."""
     block = triton.next_power_of_2(width)
-    return {"WIDTH": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"WIDTH": block, "num_warps": min(16, max(4, block // 128)), "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -139,13 +143,14 @@ def forward(
     narrow = torch.empty_like(x) if has_narrow else y.new_empty(0)
     mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
     if x.numel():
+        kernel, config = autotune.choose(forward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
-            forward_kernel[(x.shape[0],)](
+            kernel[(x.shape[0],)](
                 *(x, residual, weight, bias, y, narrow if has_narrow else None, mean, rstd, x.shape[1], eps),
                 *dropout.scalars(dropout_p, seed),
                 HAS_NARROW=has_narrow,
                 HAS_DROPOUT=dropout_p > 0,
-                **launch(x.shape[1]),
+                **config,
             )
     return y, narrow, mean, rstd
 
@@ -168,8 +173,9 @@ def backward(
     programs = triton.cdiv(x.shape[0], ROWS)
     d_weight, d_bias = residual.new_empty(programs, x.shape[1]), residual.new_empty(programs, x.shape[1])
     if x.numel():
+        kernel, config = autotune.choose(backward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):
-            backward_kernel[(programs,)](
+            kernel[(programs,)](
                 *(x, residual, weight, mean, rstd, grad_y, grad_narrow, dx, d_residual, d_weight, d_bias),
                 *x.shape,
                 *dropout.scalars(dropout_p, seed),
@@ -177,34 +183,33 @@ def backward(
                 HAS_NARROW=grad_narrow is not None,
                 HAS_DROPOUT=dropout_p > 0,
                 ROWS=ROWS,
-                **launch(x.shape[1]),
+                **config,
             )
     return dx, d_residual, d_weight.sum(0), d_bias.sum(0)
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], list[str]]]:
-    """(name, kernel, argument types, constants, {num_warps}, multiples of 16) of what is launched above."""
+def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
         for width in (384, 1024, 4096):
             for has_dropout in (False, True):
                 for kernel in (forward_kernel, backward_kernel):
                     constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": has_dropout}
-                    config = launch(width)
-                    how = {"num_warps": config.pop("num_warps")}
-                    constants |= config
                     if kernel is backward_kernel:
                         constants |= {"HAS_WIDE": True, "ROWS": ROWS}
-                    types = {argument: _argument_type(argument, name) for argument in kernel.arg_names}
-                    types |= dict.fromkeys(constants, "constexpr")
+                    types = {argument: _type(argument, name) for argument in kernel.arg_names}
                     if name == "fp32":
                         constants["narrow" if kernel is forward_kernel else "grad_narrow"] = None
-                        types["narrow" if kernel is forward_kernel else "grad_narrow"] = "constexpr"
-                    whole = [a for a in types if types[a].startswith("*") or a == "width"]
-                    suffix = "_dropout" if has_dropout else ""
-                    yield f"{kernel.__name__}_{name}_{width}{suffix}", kernel, types, constants, how, whole
+                    yield Variant(
+                        f"residual_norm-{kernel.__name__}_{name}_{width}{'_dropout' * has_dropout}",
+                        kernel,
+                        types,
+                        launch(width),
+                        constants,
+                        multiples=[a for a in types if types[a].startswith("*") or a == "width"],
+                    )
 
 
-def _argument_type(argument: str, dtype: str) -> str:
+def _type(argument: str, dtype: str) -> str:
     if argument in ("x", "narrow", "grad_narrow", "dx"):
         return f"*{dtype}"
     if argument in ("eps", "rescale"):

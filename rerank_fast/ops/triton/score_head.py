@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.variant import Variant
 
 # Of the dropout after the activation, and of the one before the dense layer.
 STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
@@ -21,8 +22,11 @@ ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
 # fp32 ones are fused multiply-adds in registers.
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}
-LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2}
+LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+CASE = ("D", "H", "ACTIVATION", "DROP", "DROP_IN")
+# What tuning tries beside them. ROWS stay: backward's buffers are of their size.
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 128}, {"INNER": 64}, {"num_stages": 4})
 
 
 @triton.jit
@@ -59,15 +63,30 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_x(
-    hidden, stride, index, row, in_rows, column, in_columns, seed, threshold, rescale, DROP_IN: tl.constexpr
-):
-    """(rows, columns) of the rows that are read, dropped out, in their own dtype."""
-    source = row.to(tl.int64)
+def span(first, size, BLOCK: tl.constexpr):
+    """BLOCK places from first on, and which of them there are."""
+    place = first + tl.arange(0, BLOCK)
+    return place, place < size
+
+
+@triton.jit
+def load_tile(matrix, stride, row, in_rows, column, in_columns):
+    """(rows, columns) of a matrix; 0 where nothing is."""
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(matrix + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+
+
+@triton.jit
+def load_x(source, row, in_rows, column, in_columns, DROP_IN: tl.constexpr):
+    """(rows, columns) of the rows that are read, dropped out, in their own dtype.
+
+    source: hidden, the stride of its rows, index or None, and the dropout's seed, threshold and rescale.
+    """
+    hidden, stride, index, seed, threshold, rescale = source
+    place = row.to(tl.int64)
     if index is not None:
-        source = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
-    place = source[:, None] * stride + column[None, :]
-    x = tl.load(hidden + place, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+        place = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
+    x = load_tile(hidden, stride, place, in_rows, column, in_columns)
     if DROP_IN:
         kept = dropout.tile_factors(seed, IN_STREAM, row, column, threshold, rescale)
         x = (x.to(tl.float32) * kept).to(x.dtype)
@@ -76,9 +95,7 @@ def load_x(
 
 @triton.jit
 def dense_tile(
-    hidden,
-    stride,
-    index,
+    source,  # as in load_x
     weight,
     bias,
     row,
@@ -86,22 +103,16 @@ def dense_tile(
     out,
     in_out,
     H,
-    seed,
-    threshold,
-    rescale,
     dot_dtype: tl.constexpr,
     DROP_IN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A (ROWS, COLUMNS) tile of the dense layer's result, fp32."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """A tile of the dense layer's result, fp32."""
+    total = tl.zeros([row.shape[0], out.shape[0]], tl.float32)
     for first in range(0, H, INNER):
-        e = first + tl.arange(0, INNER)
-        in_e = e < H
-        x = load_x(hidden, stride, index, row, in_rows, e, in_e, seed, threshold, rescale, DROP_IN)
-        place = out.to(tl.int64)[None, :] * H + e[:, None]
+        e, in_e = span(first, H, INNER)
+        x = load_x(source, row, in_rows, e, in_e, DROP_IN)
+        place = out.to(tl.int64)[None, :] * H + e[:, None]  # a transposed tile would cost 16 registers
         w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
         total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if bias is not None:
@@ -139,31 +150,13 @@ def forward_kernel(
     INNER: tl.constexpr,
 ):
     """The scores of a block of rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < n
+    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
     score = tl.zeros([ROWS], tl.float32)
     for first in range(0, D, COLUMNS):
-        out = first + tl.arange(0, COLUMNS)
-        in_out = out < D
+        out, in_out = span(first, D, COLUMNS)
         dense = dense_tile(
-            hidden,
-            stride,
-            index,
-            dense_weight,
-            dense_bias,
-            row,
-            in_rows,
-            out,
-            in_out,
-            H,
-            seed,
-            threshold_in,
-            rescale_in,
-            dot_dtype,
-            DROP_IN,
-            ROWS,
-            COLUMNS,
-            INNER,
+            source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER
         )
         active, _ = activate(dense, ACTIVATION)
         if DROP:
@@ -208,9 +201,10 @@ def forward(
     seed, after, before, flags = split(hidden, options)
     launch = LAUNCH_FP32 if hidden.dtype == torch.float32 else LAUNCH
     if n:
+        kernel, rest = autotune.choose(forward_kernel, launch, AROUND, CASE)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(hidden):
-            forward_kernel[(triton.cdiv(n, launch["ROWS"]),)](
+            kernel[(triton.cdiv(n, launch["ROWS"]),)](
                 hidden,
                 hidden.stride(0),
                 index,
@@ -225,45 +219,38 @@ def forward(
                 *after,
                 *before,
                 **flags,
-                **launch,
+                **rest,
             )
     return scores
 
 
-def shipped() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every kernel as it is launched, for reports that compile without a GPU.
-
-    Gives name, kernel, types of its arguments, constexprs (None for an argument that is left out) and options.
-    """
-    from rerank_fast.ops.triton import score_head_backward as backward
-
-    kernels = {
-        "forward": (forward_kernel, LAUNCH, LAUNCH_FP32),
-        "dense_grad": (backward.dense_grad_kernel, LAUNCH, LAUNCH_FP32),
-        "grads": (backward.grads_kernel, backward.LAUNCH, backward.LAUNCH_FP32),
-    }
+def variants(
+    name: str,
+    kernel: Any,
+    launch: dict[str, Any],
+    launch_fp32: dict[str, Any],
+    launch_fp32_dropout: dict[str, Any] | None = None,  # None: launch_fp32
+) -> Iterator[Variant]:
+    """Every dtype and activation, with neither gather nor dropout, with both, and, as packed execution trains,
+    with dropout alone."""
     types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"], "i32")
     types |= {"rescale": "fp32", "rescale_in": "fp32"}
     types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
     for dtype in DTYPES.values():
-        for kernel_name, (kernel, launch, launch_fp32) in kernels.items():
-            options = launch_fp32 if dtype == tl.float32 else launch
-            for activation, code in ACTIVATIONS.items():
-                # With neither gather nor dropout, with both, and as packed execution trains: dropout alone.
-                for gathers, drops in ((False, False), (True, True), (False, True)):
-                    if activation != "tanh" and (drops or kernel_name == "grads"):
-                        continue  # the activation shows in one of them
-                    constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
-                    constants |= {} if gathers else {"index": None}
-                    constants |= {name: options[name] for name in ("ROWS", "COLUMNS", "INNER")}
-                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                    name = f"{kernel_name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}"
-                    rest = [name for name in kernel.arg_names if name not in constants]
-                    signature = {name: types.get(name, f"*{dtype}") for name in rest}
-                    yield (
-                        name,
-                        kernel,
-                        signature,
-                        constants,
-                        {key: options[key] for key in ("num_warps", "num_stages")},
-                    )
+        for activation, code in ACTIVATIONS.items():
+            for gathers, drops in ((False, False), (True, True), (False, True)):
+                if activation != "tanh" and (drops or name == "grads"):
+                    continue  # the activation shows in one of them
+                constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
+                constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+                yield Variant(
+                    f"score_head-{name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}",
+                    kernel,
+                    {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names},
+                    launch if dtype != tl.float32 else (drops and launch_fp32_dropout) or launch_fp32,
+                    constants if gathers else constants | {"index": None},
+                )
+
+
+def shipped() -> Iterator[Variant]:
+    return variants("forward", forward_kernel, LAUNCH, LAUNCH_FP32)

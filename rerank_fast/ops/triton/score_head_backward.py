@@ -7,6 +7,7 @@ every time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,12 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import dropout, guard, score_head
-from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_x
+from rerank_fast.ops.triton import autotune, dropout, guard, score_head
+from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_tile, load_x, span
+from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2}
-LAUNCH_FP32 = {"ROWS": 32, "COLUMNS": 32, "INNER": 16, "num_warps": 8, "num_stages": 2}
+LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+LAUNCH_FP32 = LAUNCH | {"INNER": 16}
+LAUNCH_FP32_DROPOUT = LAUNCH_FP32 | {"maxnreg": 64}  # else some more, and half the warps
+CASE = ("D", "H", "DROP_IN")
+# What tuning tries beside them.
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 64}, {"ROWS": 64}, {"INNER": 64})
+
+
+@triton.jit
+def _store_tile(matrix, stride, tile, row, in_rows, column, in_columns):
+    place = row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(matrix + place, tile, mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit(do_not_specialize=score_head.NOT_SPECIALIZED)
@@ -51,30 +63,10 @@ def dense_grad_kernel(
     INNER: tl.constexpr,
 ):
     """A tile of d_dense, the product computed again, and its rows' share of the vectors' gradients."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < n
-    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    in_out = out < D
-    dense = dense_tile(
-        hidden,
-        stride,
-        index,
-        dense_weight,
-        dense_bias,
-        row,
-        in_rows,
-        out,
-        in_out,
-        H,
-        seed,
-        threshold_in,
-        rescale_in,
-        dot_dtype,
-        DROP_IN,
-        ROWS,
-        COLUMNS,
-        INNER,
-    )
+    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
+    out, in_out = span(tl.program_id(1) * COLUMNS, D, COLUMNS)
+    dense = dense_tile(source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER)
     active, slope = activate(dense, ACTIVATION)
     upstream = tl.load(grad_scores + row, mask=in_rows, other=0.0)[:, None]
     w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
@@ -82,8 +74,7 @@ def dense_grad_kernel(
     if DROP:
         kept *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
     grad = kept * w * slope
-    place = row.to(tl.int64)[:, None] * D + out[None, :]
-    tl.store(d_dense + place, grad, mask=in_rows[:, None] & in_out[None, :])
+    _store_tile(d_dense, D, grad, row, in_rows, out, in_out)
     part = tl.program_id(0).to(tl.int64) * D + out
     tl.store(bias_parts + part, tl.sum(grad, axis=0), mask=in_out)
     tl.store(out_parts + part, tl.sum(kept * active, axis=0), mask=in_out)
@@ -92,16 +83,13 @@ def dense_grad_kernel(
 @triton.jit
 def _hidden_tile(
     tile,
-    index,
+    source,
     dense_weight,
     d_dense,
     d_hidden,
     n,
     D,
     H,
-    seed,
-    threshold_in,
-    rescale_in,
     dot_dtype: tl.constexpr,
     DROP_IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,42 +97,33 @@ def _hidden_tile(
     INNER: tl.constexpr,
 ):
     """d_dense @ dense_weight, dropped out, to the rows that were read."""
+    _, _, index, seed, threshold, rescale = source
     across = tl.cdiv(H, COLUMNS)
-    row = tile // across * ROWS + tl.arange(0, ROWS)
-    in_rows = row < n
-    e = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-    in_e = e < H
+    row, in_rows = span(tile // across * ROWS, n, ROWS)
+    e, in_e = span(tile % across * COLUMNS, H, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, D, INNER):
-        out = first + tl.arange(0, INNER)
-        in_out = out < D
-        place = row.to(tl.int64)[:, None] * D + out[None, :]
-        grad = tl.load(d_dense + place, mask=in_rows[:, None] & in_out[None, :], other=0.0)
-        place = out.to(tl.int64)[:, None] * H + e[None, :]
-        w = tl.load(dense_weight + place, mask=in_out[:, None] & in_e[None, :], other=0.0)
+        out, in_out = span(first, D, INNER)
+        grad = load_tile(d_dense, D, row, in_rows, out, in_out)
+        w = load_tile(dense_weight, H, out, in_out, e, in_e)
         total = tl.dot(grad.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if DROP_IN:
-        total *= dropout.tile_factors(seed, IN_STREAM, row, e, threshold_in, rescale_in)
-    target = row.to(tl.int64)
+        total *= dropout.tile_factors(seed, IN_STREAM, row, e, threshold, rescale)
+    target = row
     if index is not None:
-        target = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
-    tl.store(d_hidden + target[:, None] * H + e[None, :], total, mask=in_rows[:, None] & in_e[None, :])
+        target = tl.load(index + row, mask=in_rows, other=0)
+    _store_tile(d_hidden, H, total, target, in_rows, e, in_e)
 
 
 @triton.jit
 def _weight_tile(
     tile,
-    hidden,
-    stride,
-    index,
+    source,
     d_dense,
     d_dense_weight,
     n,
     D,
     H,
-    seed,
-    threshold_in,
-    rescale_in,
     dot_dtype: tl.constexpr,
     DROP_IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -153,20 +132,15 @@ def _weight_tile(
 ):
     """d_dense^T @ the rows that were read."""
     across = tl.cdiv(H, COLUMNS)
-    out = tile // across * ROWS + tl.arange(0, ROWS)
-    in_out = out < D
-    e = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-    in_e = e < H
+    out, in_out = span(tile // across * ROWS, D, ROWS)
+    e, in_e = span(tile % across * COLUMNS, H, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, n, INNER):
-        row = first + tl.arange(0, INNER)
-        in_rows = row < n
-        place = row.to(tl.int64)[None, :] * D + out[:, None]
-        grad = tl.load(d_dense + place, mask=in_rows[None, :] & in_out[:, None], other=0.0)
-        x = load_x(hidden, stride, index, row, in_rows, e, in_e, seed, threshold_in, rescale_in, DROP_IN)
+        row, in_rows = span(first, n, INNER)
+        grad = tl.trans(load_tile(d_dense, D, row, in_rows, out, in_out))
+        x = load_x(source, row, in_rows, e, in_e, DROP_IN)
         total = tl.dot(grad.to(dot_dtype), x.to(dot_dtype), total, input_precision="ieee")
-    place = out.to(tl.int64)[:, None] * H + e[None, :]
-    tl.store(d_dense_weight + place, total, mask=in_out[:, None] & in_e[None, :])
+    _store_tile(d_dense_weight, H, total, out, in_out, e, in_e)
 
 
 @triton.jit
@@ -206,6 +180,7 @@ def grads_kernel(
     INNER: tl.constexpr,
 ):
     """First the tiles of d_hidden, then those of d_dense_weight, then blocks of the vectors: a program each."""
+    source = (hidden, stride, index, seed, threshold_in, rescale_in)
     tile = tl.program_id(0)
     across = tl.cdiv(H, COLUMNS)
     hidden_tiles = 0
@@ -213,51 +188,17 @@ def grads_kernel(
         hidden_tiles = tl.cdiv(n, ROWS) * across
         if tile < hidden_tiles:
             _hidden_tile(
-                tile,
-                index,
-                dense_weight,
-                d_dense,
-                d_hidden,
-                n,
-                D,
-                H,
-                seed,
-                threshold_in,
-                rescale_in,
-                dot_dtype,
-                DROP_IN,
-                ROWS,
-                COLUMNS,
-                INNER,
+                tile, source, dense_weight, d_dense, d_hidden, n, D, H, dot_dtype, DROP_IN, ROWS, COLUMNS, INNER
             )
     tile -= hidden_tiles
     weight_tiles = 0
     if d_dense_weight is not None:
         weight_tiles = tl.cdiv(D, ROWS) * across
         if (tile >= 0) & (tile < weight_tiles):
-            _weight_tile(
-                tile,
-                hidden,
-                stride,
-                index,
-                d_dense,
-                d_dense_weight,
-                n,
-                D,
-                H,
-                seed,
-                threshold_in,
-                rescale_in,
-                dot_dtype,
-                DROP_IN,
-                ROWS,
-                COLUMNS,
-                INNER,
-            )
+            _weight_tile(tile, source, d_dense, d_dense_weight, n, D, H, dot_dtype, DROP_IN, ROWS, COLUMNS, INNER)
     tile -= weight_tiles
     if tile >= 0:
-        out = tile * COLUMNS + tl.arange(0, COLUMNS)
-        in_out = out < D
+        out, in_out = span(tile * COLUMNS, D, COLUMNS)
         if d_dense_bias is not None:
             _sum_parts(bias_parts, num_parts, out, in_out, D, d_dense_bias, COLUMNS)
         if d_out_weight is not None:
@@ -300,18 +241,24 @@ def backward(
     if n and any(wants):
         wide = hidden.dtype == torch.float32
         launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
-        second = LAUNCH_FP32 if wide else LAUNCH
+        wide_launch = LAUNCH_FP32_DROPOUT if flags["DROP_IN"] else LAUNCH_FP32
+        second = guard.for_vendor(wide_launch if wide else LAUNCH)
         num_parts = triton.cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
-        across = triton.cdiv(width, second["COLUMNS"])
-        num_programs = (
-            wants[0] * triton.cdiv(n, second["ROWS"]) * across
-            + wants[1] * triton.cdiv(size, second["ROWS"]) * across
-            + any(wants[2:]) * triton.cdiv(size, second["COLUMNS"])
-        )
+        dense_grad, launch = autotune.choose(dense_grad_kernel, launch, score_head.AROUND, score_head.CASE)
+        all_grads, second = autotune.choose(grads_kernel, second, AROUND, CASE)
+
+        def programs(blocks: dict[str, Any]) -> tuple[int]:
+            across = triton.cdiv(width, blocks["COLUMNS"])
+            return (
+                wants[0] * triton.cdiv(n, blocks["ROWS"]) * across
+                + wants[1] * triton.cdiv(size, blocks["ROWS"]) * across
+                + any(wants[2:]) * triton.cdiv(size, blocks["COLUMNS"]),
+            )
+
         with torch.cuda.device_of(hidden):
-            dense_grad_kernel[(num_parts, triton.cdiv(size, launch["COLUMNS"]))](
+            dense_grad[lambda blocks: (num_parts, triton.cdiv(size, blocks["COLUMNS"]))](
                 grad_scores,
                 hidden,
                 hidden.stride(0),
@@ -330,7 +277,7 @@ def backward(
                 **flags,
                 **launch,
             )
-            grads_kernel[(num_programs,)](
+            all_grads[programs](
                 grad_scores,
                 hidden,
                 hidden.stride(0),
@@ -350,3 +297,8 @@ def backward(
                 **second,
             )
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
+
+
+def shipped() -> Iterator[Variant]:
+    yield from score_head.variants("dense_grad", dense_grad_kernel, score_head.LAUNCH, score_head.LAUNCH_FP32)
+    yield from score_head.variants("grads", grads_kernel, LAUNCH, LAUNCH_FP32, LAUNCH_FP32_DROPOUT)

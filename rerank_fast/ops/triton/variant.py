@@ -1,0 +1,25 @@
+"""What a kernel file says of its kernels in shipped(), for reports that compile them without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Variant:
+    """One kernel as its launcher ships it.
+
+    items: what a program handles in one trip through an inner loop (the pairs of a tile); anchor: an instruction
+    that the source has once an item, by which loops over items are told from others and unrolling is undone.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]  # by argument, as in triton.compile: "*fp32", "i32", ...; constexprs are left out
+    config: dict[str, Any]  # as the launcher gives it: blocks in capitals, num_warps and the like
+    constants: dict[str, Any] = field(default_factory=dict)  # the other constexprs; None: an argument left out
+    hip_config: dict[str, Any] | None = None  # on AMD; None: config
+    items: int = 0
+    anchor: str = ""
+    multiples: list[str] | None = None  # arguments that 16 divides at a launch; None: the pointers

@@ -1,0 +1,272 @@
+"""The gradients of varlen_attention in Triton: two launches, the queries' and that of keys and values.
+
+Either computes the weights again from each query's logarithm of its sum. A program sums what it owns in a fixed
+order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.variant import Variant
+from rerank_fast.ops.triton.varlen_attention import (
+    CASE,
+    RUNTIME,
+    around,
+    block_of,
+    constants_of,
+    launch,
+    load_tile,
+    reads,
+    store_tile,
+    strides,
+    variants,
+)
+
+
+@triton.jit
+def _tile_grads(
+    own,  # (BLOCK, WIDTH) queries, or keys
+    other,  # the other of the two, and so below
+    own_upstream,  # of queries the gradients of their results, of keys the values
+    other_upstream,
+    lse,
+    along,
+    allowed,
+    kept,  # the factors of the dropout
+    log2_scale,
+):
+    """Of a tile of (own, other): the weights as they were used, and the gradient of the scores."""
+    scores = tl.dot(own, tl.trans(other), input_precision="ieee") * log2_scale
+    weights = tl.where(allowed, tl.exp2(scores - lse), 0.0)
+    upstream = tl.dot(own_upstream, tl.trans(other_upstream), input_precision="ieee")
+    return weights * kept, weights * (upstream * kept - along)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def query_grad_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    grad_out,
+    dq,  # out (Tq, heads, HEAD_SIZE)
+    along,  # out (heads, Tq) fp32: sum of out * grad_out, which the softmax takes off
+    cu_seqlens_q,
+    cu_seqlens_k,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    out_token,
+    out_head,
+    grad_token,
+    grad_head,
+    dq_token,
+    dq_head,
+    scale,
+    log2_scale,  # scale times log2(e)
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    rescale,
+    num_sequences,
+    num_steps,
+    num_tokens,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradient of a block of queries of one head."""
+    head = tl.program_id(1)
+    first, num_q, first_q, num_k, first_k, begin, end = block_of(
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps,
+        HAS_LEFT, HAS_RIGHT, BLOCK_M,
+    )  # fmt: skip
+    if first >= num_q:
+        return
+    i = first + tl.arange(0, BLOCK_M)
+    place = i[:, None] + num_k - num_q
+    in_q = i < num_q
+    q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    out_tile = load_tile(out, out_token, out_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    along_i = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), axis=1)
+    flat = head.to(tl.int64) * num_tokens + first_q + i
+    tl.store(along + flat, along_i, mask=in_q)
+    lse_i = tl.load(lse + flat, mask=in_q, other=float("inf"))
+    if HAS_DROPOUT:
+        streams = dropout.row_streams(seed, head, first_q + i)[:, None]
+    result = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        in_k = j < num_k
+        k_tile = load_tile(k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        v_tile = load_tile(v, v_token, v_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        kept = 1.0
+        if HAS_DROPOUT:
+            kept = dropout.factors(streams, j[None, :], threshold, rescale)
+        allowed = reads(place, j[None, :], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        _, d_scores = _tile_grads(
+            q_tile, k_tile, grad_tile, v_tile, lse_i[:, None], along_i[:, None], allowed, kept, log2_scale
+        )
+        result += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
+    store_tile(dq, result * scale, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def key_value_grad_kernel(
+    q,
+    k,
+    v,
+    lse,
+    along,
+    grad_out,
+    dk,  # out (Tk, kv_heads, HEAD_SIZE)
+    dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    grad_token,
+    grad_head,
+    dk_token,
+    dk_head,
+    dv_token,
+    dv_head,
+    scale,
+    log2_scale,
+    window_left,
+    window_right,
+    seed,
+    threshold,
+    rescale,
+    num_sequences,
+    num_steps,
+    num_tokens,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of a block of keys and values, from all heads that share them. Tiles are (keys, queries)."""
+    kv_head = tl.program_id(1)
+    first, num_k, first_k, num_q, first_q, begin, end = block_of(
+        cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps,
+        HAS_RIGHT, HAS_LEFT, BLOCK_N,
+    )  # fmt: skip
+    if first >= num_k:
+        return
+    j = first + tl.arange(0, BLOCK_N)
+    in_k = j < num_k
+    k_tile = load_tile(k, k_token, k_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+    v_tile = load_tile(v, v_token, v_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+    d_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    d_value = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        for start in range(begin, end, BLOCK_M):
+            i = start + tl.arange(0, BLOCK_M)
+            in_q = i < num_q
+            q_tile = load_tile(q, q_token, q_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
+            grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
+            flat = head.to(tl.int64) * num_tokens + first_q + i
+            lse_i = tl.load(lse + flat, mask=in_q, other=float("inf"))[None, :]
+            along_i = tl.load(along + flat, mask=in_q, other=0.0)[None, :]
+            kept = 1.0
+            if HAS_DROPOUT:
+                streams = dropout.row_streams(seed, head, first_q + i)[None, :]
+                kept = dropout.factors(streams, j[:, None], threshold, rescale)
+            place = i[None, :] + num_k - num_q
+            allowed = reads(place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            weights, d_scores = _tile_grads(
+                k_tile, q_tile, v_tile, grad_tile, lse_i, along_i, allowed, kept, log2_scale
+            )
+            d_value += tl.dot(weights.to(grad_tile.dtype), grad_tile, input_precision="ieee")
+            d_key += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision="ieee")
+    store_tile(dk, d_key * scale, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+    store_tile(dv, d_value, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: the gradients of q, k and v."""
+    guard.require_gpu(q)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    along = torch.empty_like(lse)
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    if num_sequences == 0:
+        return dq, dk, dv
+    config = launch(q.shape[2], q.dtype, few_queries=q.shape[0] <= 16 * num_sequences, backward=True)
+    ends = (cu_seqlens_q, cu_seqlens_k)
+    options = (
+        scale,
+        scale * 1.4426950408889634,
+        window_left,
+        window_right,
+        *dropout.scalars(dropout_p, seed),
+        num_sequences,
+        (num_sequences - 1).bit_length(),
+        q.shape[0],
+    )
+    constants = constants_of(q, k, window_left, window_right, dropout_p)
+    with torch.cuda.device_of(q):
+        if dq.numel():
+            kernel, rest = autotune.choose(query_grad_kernel, config, around(config), CASE)
+            kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
+                *(q, k, v, out, lse, grad_out, dq, along, *ends),
+                *strides(q, k, v, out, grad_out, dq),
+                *options,
+                **constants,
+                **rest,
+            )
+        if dk.numel():
+            kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config), CASE)
+            kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
+                *(q, k, v, lse, along, grad_out, dk, dv, *ends),
+                *strides(q, k, v, grad_out, dk, dv),
+                *options,
+                **constants,
+                **rest,
+            )
+    return dq, dk, dv
+
+
+def shipped() -> Iterator[Variant]:
+    return variants(query_grad_kernel, key_value_grad_kernel, backward=True)
