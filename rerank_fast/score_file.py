@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from rerank_fast.data.pairs import PairBlock, PairFile
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.training.distributed import join_processes
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class FileScores:
 
 
 def process_state() -> PartialState:
-    """This process among those of accelerate launch (torchrun on CPUs), with a device of its own."""
-    # A process waits for the slowest one at the end, however long that takes.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
+    """See join_processes: a process waits for the slowest one at the end, however long that takes."""
+    return join_processes(timedelta(days=30).total_seconds())
 
 
 def score_file(

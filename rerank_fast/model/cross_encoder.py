@@ -142,7 +142,11 @@ class CrossEncoder(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        inner: Any = self.model
+        if hasattr(inner, "activation_checkpointing_enable"):  # transformers' newer name; the older one warns
+            inner.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
         return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)

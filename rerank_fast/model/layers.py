@@ -60,7 +60,7 @@ class PostNormStep:
         else:
             self.query_key_value = StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens)
         self.attention_out = StepLinear([layer.attention_out], dtype, 0 if one_token else num_tokens)
-        self.up = StepLinear([layer.up], dtype, 0 if one_token else num_tokens)
+        self.up = StepLinear([layer.up], dtype, 0 if one_token else num_tokens, layer.activation)
         self.down = StepLinear([layer.down], dtype, 0 if one_token else num_tokens)
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
@@ -89,7 +89,7 @@ class PostNormStep:
         )
         projected = self.attention_out(attended.flatten(1))
         wide, x = _add_norm(projected, wide, layer.attention_norm, layer.attention_out_dropout, batch.seeds[1])
-        widened = self.down(layer.activation(self.up(x)))
+        widened = self.down(self.up(x))
         return _add_norm(widened, wide, layer.output_norm, layer.down_dropout, batch.seeds[2])
 
 

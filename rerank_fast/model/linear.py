@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import GELUActivation
 
 from rerank_fast.model.int8 import Int8Linear
 from rerank_fast.model.packing import MAX_TOKENS
+
+Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class _NarrowLinear(torch.autograd.Function):
@@ -49,11 +52,32 @@ class _NarrowLinear(torch.autograd.Function):
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class StepLinear:
-    """One or more linear modules that read the same rows, as one product; weights are cast once."""
+def _pointwise(activation: Activation | None) -> tuple[str, list[float], str] | None:
+    """What oneDNN calls an activation that it can apply to a product before it is written."""
+    if isinstance(activation, nn.Module) and has_hooks(activation):
+        return None
+    exact = type(activation) is nn.GELU and activation.approximate == "none"
+    if exact or (type(activation) is GELUActivation and activation.act is F.gelu):
+        return "gelu", [], "none"
+    return ("none", [], "") if activation is None else None
 
-    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype, num_tokens: int) -> None:
+
+class StepLinear:
+    """One or more linear modules that read the same rows, as one product; weights are cast once.
+
+    The activation, if there is one, is applied to the product.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        dtype: torch.dtype,
+        num_tokens: int,
+        activation: Activation | None = None,
+    ) -> None:
+        self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
+        self.inference: tuple[Tensor, Tensor | None] | None = None
         quantized = [module for module in modules if type(module) is Int8Linear and not has_hooks(module)]
         if len(quantized) == len(modules):
             self.modules = [Int8Linear.joined(quantized)]
@@ -73,15 +97,21 @@ class StepLinear:
                 self.weight.detach().to(dtype),
                 None if self.bias is None else self.bias.detach().to(dtype),
             )
-        self.inference: tuple[Tensor, Tensor | None] | None = None
         on_cpu = self.weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
         if _ONEDNN and on_cpu and not torch.is_grad_enabled():
             weight, bias = self.narrow or (self.weight, self.bias)
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
             self.inference = weight, bias
+            self.pointwise = _pointwise(activation)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.inference is not None and self.pointwise is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, *self.inference, *self.pointwise)
+        product = self._product(x)
+        return product if self.activation is None else self.activation(product)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.modules is not None:
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
                 outputs = [module(x) for module in self.modules]

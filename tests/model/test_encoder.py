@@ -1,10 +1,12 @@
 """Packed execution against the padded Hugging Face model it stands for."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -32,7 +34,7 @@ from rerank_fast.model import layers
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.scoring import make_packed_step
+from rerank_fast.model.scoring import make_packed_step, make_step, run
 
 VOCABULARY, POSITIONS = 97, 70
 SIZES = dict(
@@ -347,15 +349,36 @@ def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "transformers 5" in caplog.text
 
 
-def test_models_that_are_not_known_have_no_architecture() -> None:
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
-
-    config = DebertaV2Config(**SIZES, relative_attention=True)
-    model = DebertaV2ForSequenceClassification(config)
+@pytest.mark.parametrize(("kind", "options"), [("DebertaV2", {"relative_attention": True}), ("MPNet", {})])
+def test_models_that_are_not_known_are_padded(kind: str, options: dict) -> None:
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
     assert find_architecture(model) is None
-    assert "DebertaV2ForSequenceClassification" in reason_to_pad(model)
+    assert f"{kind}ForSequenceClassification" in reason_to_pad(model)
+    tokens = make_tokens(LENGTHS, types=False)
+    tokenizer = SimpleNamespace(pad_token_id=config.pad_token_id, padding_side="right", pad_token_type_id=0)
+    step = make_step(model, tokenizer, tokens)
+    assert step.padded
+    with torch.no_grad():
+        together, alone = (run(step, max_pairs=pairs) for pairs in (4, 1))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
+
+def test_a_familiar_name_is_not_enough() -> None:
     class BertForSequenceClassification(torch.nn.Module):
         """Remote code with a familiar name."""
 
     assert find_architecture(BertForSequenceClassification()) is None
+
+
+def test_an_activation_joins_its_product_only_where_nobody_listens() -> None:
+    model = make_model("bert", **NO_DROPOUT).eval()
+    tokens = make_tokens(LENGTHS)
+    with torch.inference_mode():
+        expected = run(make_packed_step(model, tokens))
+    called = []
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn.register_forward_hook(lambda *_: called.append(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(run(make_packed_step(model, tokens)), expected, rtol=1e-5, atol=1e-5)
+    assert len(called) == 3  # one a layer
