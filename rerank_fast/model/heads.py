@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
-from rerank_fast.model.linear import has_hooks
+from rerank_fast.model.linear import has_hooks, is_gelu
 from rerank_fast.ops.score_head import Activation, score_head
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -77,8 +76,7 @@ def _activation(module: nn.Module) -> Activation | None:
         return "tanh"
     if type(module) is nn.ReLU:
         return "relu"
-    exact = type(module) is nn.GELU and module.approximate == "none"
-    return "gelu" if exact or type(module) is GELUActivation else None
+    return "gelu" if is_gelu(module) else None
 
 
 # Whose forward is dropout -> dense -> tanh (ELECTRA: `activation`) -> dropout -> out_proj.

@@ -52,14 +52,17 @@ class _NarrowLinear(torch.autograd.Function):
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _pointwise(activation: Activation | None) -> tuple[str, list[float], str] | None:
-    """What oneDNN calls an activation that it can apply to a product before it is written."""
-    if isinstance(activation, nn.Module) and has_hooks(activation):
-        return None
+def is_gelu(activation: object) -> bool:
+    """Whether it is the exact GELU, by the error function."""
     exact = type(activation) is nn.GELU and activation.approximate == "none"
-    if exact or (type(activation) is GELUActivation and activation.act is F.gelu):
-        return "gelu", [], "none"
-    return ("none", [], "") if activation is None else None
+    return exact or type(activation) is GELUActivation
+
+
+def _joins_product(activation: Activation | None) -> bool:
+    """Whether oneDNN can apply it to a product before that is written."""
+    if not isinstance(activation, nn.Module) or has_hooks(activation) or not is_gelu(activation):
+        return False
+    return getattr(activation, "act", F.gelu) is F.gelu
 
 
 class StepLinear:
@@ -77,7 +80,7 @@ class StepLinear:
     ) -> None:
         self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
-        self.inference: tuple[Tensor, Tensor | None] | None = None
+        self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
         quantized = [module for module in modules if type(module) is Int8Linear and not has_hooks(module)]
         if len(quantized) == len(modules):
             self.modules = [Int8Linear.joined(quantized)]
@@ -102,12 +105,11 @@ class StepLinear:
             weight, bias = self.narrow or (self.weight, self.bias)
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
-            self.inference = weight, bias
-            self.pointwise = _pointwise(activation)
+            self.inference = weight, bias, "none", [], ""
+            if _joins_product(activation):
+                self.inference, self.activation = (weight, bias, "gelu", [], "none"), None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.inference is not None and self.pointwise is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, *self.inference, *self.pointwise)
         product = self._product(x)
         return product if self.activation is None else self.activation(product)
 
@@ -117,7 +119,7 @@ class StepLinear:
                 outputs = [module(x) for module in self.modules]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self.inference is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, *self.inference, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
         if self.narrow is None:
             return F.linear(x, self.weight, self.bias)
         return _NarrowLinear.apply(x, self.weight, self.bias, *self.narrow)
