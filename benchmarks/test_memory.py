@@ -8,8 +8,8 @@ import tempfile
 
 import pytest
 
-from benchmarks.test_training_step import make_steps, marco_like_lists
 from benchmarks.training_memory import _resident
+from benchmarks.workload import make_steps, marco_like_lists
 
 
 def measure(name: str, mini_batch_size: int) -> int:

@@ -18,7 +18,7 @@ from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.test_training_step import encoder, marco_like_lists
+from benchmarks.workload import encoder, marco_like_lists
 from rerank_fast import CrossEncoder
 
 NUM_PAIRS = int(os.environ.get("RERANK_FAST_BENCH_PAIRS", "1000"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.test_training_step import marco_like_lists
+from benchmarks.workload import marco_like_lists
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 HEADS, HEAD_SIZE = 12, 32

@@ -45,7 +45,7 @@ def _resident(key: str) -> int:
 
 
 def _lists(num_lists: int, documents: int) -> list[dict]:
-    from benchmarks.test_training_step import words_like_marco
+    from benchmarks.workload import words_like_marco
 
     generator = np.random.default_rng(0)
     return [
@@ -60,7 +60,7 @@ def _lists(num_lists: int, documents: int) -> list[dict]:
 
 def _measure(case: dict[str, Any]) -> dict[str, float]:
     """In the process of a row."""
-    from benchmarks.test_training_step import encoder, make_peer_step
+    from benchmarks.workload import encoder, make_peer_step
     from rerank_fast import Trainer, TrainingConfig
     from rerank_fast.data import tokenize_lists
 
@@ -112,7 +112,7 @@ def _rows(cases: list[dict[str, Any]]) -> None:
 
 def _loop(steps: int) -> None:
     """The share of a run that is neither forward, backward nor optimizer: logging, data, progress, checks."""
-    from benchmarks.test_training_step import encoder, marco_like_lists
+    from benchmarks.workload import encoder, marco_like_lists
     from rerank_fast import Trainer, TrainingConfig
 
     with tempfile.TemporaryDirectory() as output:

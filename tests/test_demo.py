@@ -26,7 +26,7 @@ def _lists(number: int) -> Dataset:
 def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo with a tiny encoder and task; returns where to put the model."""
     encoder = make_tiny_bert(tmp_path / "encoder", head=False, max_positions=96)
-    monkeypatch.setattr(demo, "_encoder", lambda: str(encoder))
+    monkeypatch.setattr(demo, "encoder_directory", lambda: str(encoder))
     monkeypatch.setattr(demo, "build_docstring_lists", lambda **options: (_lists(8), _lists(4)))
     return tmp_path / "demo"
 
