@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.linear import has_hooks, is_gelu
+from rerank_fast.model.linear import is_gelu, must_be_called
 from rerank_fast.ops.score_head import Activation, score_head
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -60,15 +60,11 @@ class DenseHead:
         if type(dense) is not nn.Linear or type(out) is not nn.Linear or type(dropout) is not nn.Dropout:
             return False
         modules = (self.container, dense, self.activation, dropout, out)
-        if any(isinstance(module, nn.Module) and _is_listened_to(module) for module in modules):
+        if any(isinstance(module, nn.Module) and must_be_called(module) for module in modules):
             return False
         weights = (dense.weight, dense.bias, out.weight, out.bias)
         one_dtype = all(weight is None or weight.dtype == first.dtype for weight in weights)
         return one_dtype and out.out_features == 1 and dropout.p < 1
-
-
-def _is_listened_to(module: nn.Module) -> bool:
-    return has_hooks(module) or "forward" in vars(module)
 
 
 def _activation(module: nn.Module) -> Activation | None:

@@ -60,7 +60,7 @@ def is_gelu(activation: object) -> bool:
 
 def _joins_product(activation: Activation | None) -> bool:
     """Whether oneDNN can apply it to a product before that is written."""
-    if not isinstance(activation, nn.Module) or has_hooks(activation) or not is_gelu(activation):
+    if not isinstance(activation, nn.Module) or must_be_called(activation) or not is_gelu(activation):
         return False
     return getattr(activation, "act", F.gelu) is F.gelu
 
@@ -81,11 +81,11 @@ class StepLinear:
         self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
         self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
-        quantized = [module for module in modules if type(module) is Int8Linear and not has_hooks(module)]
+        quantized = [module for module in modules if type(module) is Int8Linear and not must_be_called(module)]
         if len(quantized) == len(modules):
             self.modules = [Int8Linear.joined(quantized)]
             return
-        if not all(type(module) is nn.Linear and not has_hooks(module) for module in modules):
+        if not all(type(module) is nn.Linear and not must_be_called(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return
         weights: list[Any] = [module.weight for module in modules]
@@ -125,7 +125,12 @@ class StepLinear:
         return _NarrowLinear.apply(x, self.weight, self.bias, *self.narrow)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody changed what a call does: by hooks, or a forward of its own, as Accelerate puts on one."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
+    return any(hooks) or "forward" in vars(module)

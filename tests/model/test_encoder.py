@@ -322,7 +322,7 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
 
 
 def test_adapters_and_hooked_layers_are_called() -> None:
-    """What stands in for a linear layer, or listens to it, is not passed by."""
+    """What stands in for a linear layer, listens to it or has a forward put on it is not passed by."""
     model = make_model("bert").eval()
     tokens = make_tokens(LENGTHS)
 
@@ -335,6 +335,8 @@ def test_adapters_and_hooked_layers_are_called() -> None:
     adapter.load_state_dict(query.state_dict())
     model.bert.encoder.layer[1].attention.self.query = adapter
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    up = model.bert.encoder.layer[1].intermediate.dense
+    up.forward = lambda x: 0.5 * torch.nn.Linear.forward(up, x)
     expected = padded_scores(model, tokens)
     actual = packed_scores(model, tokens, PLANS["several"])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
