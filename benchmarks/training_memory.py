@@ -1,7 +1,7 @@
 """What a training step takes: peak memory and time of direct, checkpointing, cached and both; the loop's own share.
 
     python -m benchmarks.training_memory batches     # 16 lists of 12 documents, beside sentence-transformers
-    python -m benchmarks.training_memory long        # 16 of 128
+    python -m benchmarks.training_memory long        # 16 of 128; without checkpointing the peer needs some 100 GiB
     python -m benchmarks.training_memory documents   # cached and direct, 1 list of 8, 32, 128 or 512
     python -m benchmarks.training_memory micro       # tokens a micro-batch
     python -m benchmarks.training_memory loop        # time outside forward, backward and optimizer
