@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,14 @@ MODES: dict[str, dict[str, Any]] = {
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
+def _bytes(file: str, key: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
 def _resident(key: str) -> int:
     """Bytes that are resident now (VmRSS), or were at most since the last reset (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return _bytes("/proc/self/status", key)
 
 
 def _lists(num_lists: int, documents: int) -> list[dict]:
@@ -64,6 +69,9 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
     from rerank_fast import Trainer, TrainingConfig
     from rerank_fast.data import tokenize_lists
 
+    # More than there is raises an error: without the limit the system would kill a process of its choice.
+    available = _bytes("/proc/meminfo", "MemAvailable")
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     lists, small = _lists(case["lists"], case["documents"]), _lists(1, 2)
     with tempfile.TemporaryDirectory() as output:
         if case["mode"].startswith("sentence-transformers"):
@@ -100,14 +108,16 @@ def _rows(cases: list[dict[str, Any]]) -> None:
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-        pairs = case["lists"] * case["documents"]
         name = case["mode"] + "".join(f", {value} tokens" for value in case.get("settings", {}).values())
-        rate = pairs / row["seconds"]
-        shape = f"{case['lists']:>5} {case['documents']:>5}"
-        print(f"{name:<40} {shape} {row['mib']:>9.0f} {row['seconds']:>8.2f} {rate:>8.1f}", flush=True)
+        start = f"{name:<40} {case['lists']:>5} {case['documents']:>5}"
+        if done.returncode:
+            if "can't allocate memory" not in done.stderr:
+                raise SystemExit(done.stderr)
+            print(f"{start} does not fit in the {_bytes('/proc/meminfo', 'MemAvailable') / 2**30:.0f} GiB free")
+            continue
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        rate = case["lists"] * case["documents"] / row["seconds"]
+        print(f"{start} {row['mib']:>9.0f} {row['seconds']:>8.2f} {rate:>8.1f}", flush=True)
 
 
 def _loop(steps: int) -> None:
