@@ -160,7 +160,7 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
     try:
         return step(indices)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         tokens = int(step.tokens.lengths[indices].sum())
         size = f"{len(indices)} pairs with {tokens} tokens"
@@ -172,14 +172,19 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
         try:
             return torch.cat([step(half) for half in np.array_split(indices, 2)])
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             size += ", in halves too,"
     raise MemoryError(f"a batch of {size} does not fit memory: expected a smaller batch_size or max_length")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+# As PyTorch's allocator, C++'s and oneDNN say it on a CPU.
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in str(error) for one in _NO_MEMORY)
 
 
 def _say_once(reason: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import MAX_TOKENS
 from rerank_fast.training import distributed
-from rerank_fast.training.gradient_cache import activation_bytes, available_bytes
+from rerank_fast.training.memory import activation_bytes, available_bytes
 
 logger = logging.getLogger(__name__)
 

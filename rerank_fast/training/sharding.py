@@ -96,6 +96,10 @@ class ShardedWeights:
 
         return move
 
+    def forget_gradients(self) -> None:
+        """Of narrow weights: those kept here in fp32."""
+        self._gradients.clear()
+
     def sum_gradients(self) -> list[Tensor]:
         """Give every weight its part of the gradient, summed over all processes; inside `whole`.
 

@@ -26,9 +26,9 @@ from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import checkpoints, distributed, launch
+from rerank_fast.training.backward import DTYPES, Backward
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
-from rerank_fast.training.gradient_cache import DTYPES, Backward
 from rerank_fast.training.micro_batches import probe_max_tokens
 from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
@@ -133,7 +133,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
         tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, DTYPES[config.precision])
-        self.backward = Backward(self.model, config, self.scaler.scale, max_tokens=tokens)
+        self.backward = Backward(self.model, config, self.scaler.scale, self.trained.forget_gradients, tokens)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
@@ -154,11 +154,8 @@ class Trainer:
         totals = torch.zeros(3, device=device)  # loss, pairs, interrupted processes
         totals[2] = float(interrupted)
         with self.trained.whole():
-            for lists in batch.lists.split(config.gradient_accumulation_steps):
-                if len(lists):
-                    loss, count = self.backward(lists, divisor, rates)
-                    totals[0] += loss
-                    totals[1] += count
+            parts = batch.lists.split(config.gradient_accumulation_steps)
+            totals[0], totals[1] = self.backward(parts, divisor, rates)
             gradients = self.trained.sum_gradients(totals)
         if config.k and config.reduction == "pairs":
             # How many pairs the cut leaves is known only now that all are scored.

@@ -96,6 +96,13 @@ class TrainedWeights:
         distributed.sum_over_processes([*gradients, totals])
         return gradients
 
+    def forget_gradients(self) -> None:
+        """As if nothing had gone back yet; before the processes sum."""
+        for weight in (*self._model.parameters(), *self.weights.values()):
+            weight.grad = None
+        if self.shards:
+            self.shards.forget_gradients()
+
     def after_step(self) -> None:
         """What follows a step of the optimizer."""
         if self.shards:

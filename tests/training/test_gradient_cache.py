@@ -12,9 +12,7 @@ from rerank_fast import CrossEncoder, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import make_step
-from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.gradient_cache import Backward, activation_bytes, backward_cached, backward_direct
-from rerank_fast.training.run_log import Rates
+from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from tests.training.conftest import make_lists
 
 CPU = torch.device("cpu")
@@ -136,45 +134,6 @@ def test_skip_below_leaves_out_small_gradients_and_counts_them(still_bert: Path)
     assert cached.num_skipped == int((scores.grad.abs() <= limit).sum())
     name = "model.classifier.weight"
     assert not torch.allclose(found[name], expected[name], rtol=0, atol=1e-6)
-
-
-def test_auto_keeps_the_graphs_while_they_fit(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
-    model, lists = opened(tiny_bert)
-    used: list[str] = []
-    for name, function in (("backward_cached", backward_cached), ("backward_direct", backward_direct)):
-
-        def note(*arguments, name=name, function=function, **options):
-            used.append(name)
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(f"rerank_fast.training.gradient_cache.{name}", note)
-    needed = activation_bytes(model.model, len(lists.pairs.input_ids), torch.float32, gradient_checkpointing=False)
-    state = 12 * sum(weight.numel() for weight in model.parameters())
-    for free in (state + 2 * needed + 2, state + 2 * needed - 2):
-        monkeypatch.setattr("rerank_fast.training.gradient_cache.available_bytes", lambda device, free=free: free)
-        Backward(model, TrainingConfig(precision="fp32"), lambda value: value, 4096)(lists, 1.0, Rates())
-    assert used == ["backward_direct", "backward_cached"]
-
-
-def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path):
-    """What autograd saves for backward, each storage once, beside the estimate: within a factor of two."""
-    model, lists = opened(tiny_bert)
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    step = model.step(lists.pairs)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        scores = step(np.arange(len(lists.pairs)))
-    assert scores.requires_grad
-    found = sum(size for pointer, size in kept.items() if pointer not in weights)
-    tokens = len(lists.pairs.input_ids)
-    estimate = activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=False)
-    assert 0.5 < found / estimate < 2
-    assert activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=True) < estimate / 8
 
 
 class Held:

@@ -1,0 +1,159 @@
+"""Lists to gradients, as a run's settings and its memory say."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_fast.data.tokenized import TokenizedLists
+from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.scoring import is_out_of_memory
+from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.gradient_cache import (
+    Loss,
+    backward_cached,
+    backward_direct,
+    random_state,
+    set_random_state,
+)
+from rerank_fast.training.memory import activation_bytes, available_bytes
+from rerank_fast.training.run_log import Rates
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-pure": torch.bfloat16}
+
+
+class Backward:
+    """Adds the gradients of lists to a model's weights.
+
+    Args:
+        model: whose weights get the gradients.
+        config: loss, micro-batches, precision; gradient_cache "auto" keeps all graphs while they are estimated to
+            fit half of the memory that is free now (see activation_bytes).
+        scale: multiplies the loss before it goes back.
+        forget: takes back what has been added.
+        max_tokens: of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        config: TrainingConfig,
+        scale: Loss,
+        forget: Callable[[], None],
+        max_tokens: int,
+    ) -> None:
+        self.model, self.config, self.scale, self.forget = model, config, scale, forget
+        self.max_tokens = max_tokens
+        self.dtype = DTYPES[config.precision]
+        # Gradients and both of AdamW's moments are still to come, 4 bytes each.
+        state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        self.memory = (available_bytes(model.device) - state) // 2
+        self._most_tokens = 0  # of a micro-batch so far in this step
+
+    def __call__(self, parts: Sequence[TokenizedLists], divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the summed loss of all parts over the divisor; one that does not fit memory is begun
+        anew, once, with half the tokens in a micro-batch, which from then on hold.
+
+        Returns:
+            The loss, and the pairs under k, both () on the device.
+
+        Raises:
+            MemoryError: it does not fit either.
+        """
+        device = self.model.device
+        state, before = random_state(device), replace(rates)
+        try:
+            return self._add(parts, divisor, rates)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the except clause: its traceback would keep the failed graphs.
+        self._begin_anew(rates, before)
+        set_random_state(state, device)
+        cached = ", and one micro-batch's graph at a time" if self.config.gradient_cache == "auto" else ""
+        tokens, self.max_tokens, self.memory = self._most_tokens, max(self._most_tokens // 2, 1), -1
+        logger.warning(
+            "A step with micro-batches of %d tokens does not fit memory: from here on with %d%s.",
+            tokens,
+            self.max_tokens,
+            cached,
+        )
+        try:
+            return self._add(parts, divisor, rates)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._begin_anew(rates, before)
+        advice = {"off": "gradient_cache on", "auto": "a smaller max_length", "on": "a smaller max_length"}
+        also = "" if self.config.gradient_checkpointing else "gradient_checkpointing, "
+        raise MemoryError(
+            f"a step does not fit memory, nor with micro-batches of {self.max_tokens} tokens: expected "
+            f"{also}{advice[self.config.gradient_cache]} or a smaller model"
+        )
+
+    def _begin_anew(self, rates: Rates, before: Rates) -> None:
+        self.forget()
+        vars(rates).update(vars(before))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _add(self, parts: Sequence[TokenizedLists], divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
+        self._most_tokens = 0
+        totals = torch.zeros(2, device=self.model.device)
+        for lists in parts:
+            if len(lists):
+                totals += torch.stack(self._add_part(lists, divisor, rates))
+        return totals[0], totals[1]
+
+    def _add_part(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
+        config, device = self.config, self.model.device
+        labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
+        loss: Any = functools.partial(
+            lambda_loss,
+            labels=labels,
+            offsets=offsets,
+            scheme=config.scheme,
+            k=config.k,
+            sigma=config.sigma,
+            mu=config.mu,
+            eps=config.eps,
+            reduction_log=config.reduction_log,
+            reduction="sum",
+        )
+        step = self.model.step(lists.pairs, dtype=self.dtype)
+        lengths = step.tokens.lengths
+        plan = plan_micro_batches(
+            lengths,
+            max_pairs=config.mini_batch_size,
+            max_tokens=self.max_tokens,
+            padded=step.padded,
+        )
+        # The first pair of a micro-batch is its longest.
+        sizes = [len(part) * int(lengths[part[0]]) if step.padded else int(lengths[part].sum()) for part in plan]
+        self._most_tokens = max([self._most_tokens, *sizes])
+        cached = config.gradient_cache == "on"
+        if config.gradient_cache == "auto":
+            cached = self.memory < activation_bytes(
+                self.model.model, sum(sizes), self.dtype, gradient_checkpointing=config.gradient_checkpointing
+            )
+        options = {"device": device, "skip_below": config.skip_below} if cached else {}
+        push: Any = backward_cached if cached else backward_direct
+        pushed = push(step, plan, lambda scores: loss(scores) / divisor, scale=self.scale, **options)
+        rates.scored += len(lists.pairs)
+        rates.skipped += pushed.num_skipped
+        rates.tokens += int(lengths.sum())
+        rates.padded_tokens += sum(sizes)
+        if not config.k:  # then the labels alone say how many, and the divisor holds them already
+            return pushed.loss, torch.zeros((), device=device)
+        count = count_pairs(pushed.scores, labels, offsets, scheme=config.scheme, k=config.k)
+        return pushed.loss, count.to(pushed.loss.dtype)

@@ -1,0 +1,108 @@
+"""Lists to gradients: all graphs or one at a time by the memory, and what happens when it runs out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rerank_fast import CrossEncoder
+from rerank_fast.model.encoder import PackedStep
+from rerank_fast.training.backward import Backward
+from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.gradient_cache import backward_cached, backward_direct
+from rerank_fast.training.memory import activation_bytes
+from rerank_fast.training.run_log import Rates
+from tests.training.test_gradient_cache import opened
+
+FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+def backward(model: CrossEncoder, gradient_cache: str, max_tokens: int = 4096) -> Backward:
+    config = TrainingConfig(precision="fp32", gradient_cache=gradient_cache)
+    return Backward(
+        model, config, lambda value: value, lambda: model.zero_grad(set_to_none=True), max_tokens=max_tokens
+    )
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """No micro-batch of more tokens fits memory."""
+    real = PackedStep.__call__
+
+    def call(self: PackedStep, indices: np.ndarray) -> torch.Tensor:
+        if self.tokens.lengths[indices].sum() > most:
+            raise FULL
+        return real(self, indices)
+
+    monkeypatch.setattr(PackedStep, "__call__", call)
+
+
+def gradients(run: Backward, parts: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor, Rates]:
+    torch.manual_seed(7)
+    run.model.zero_grad(set_to_none=True)
+    rates = Rates()
+    loss, _ = run(parts, 3.0, rates)
+    return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}, loss, rates
+
+
+def test_auto_keeps_the_graphs_while_they_fit(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model, lists = opened(tiny_bert)
+    used: list[str] = []
+    for name, function in (("backward_cached", backward_cached), ("backward_direct", backward_direct)):
+
+        def note(*arguments, name=name, function=function, **options):
+            used.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(f"rerank_fast.training.backward.{name}", note)
+    needed = activation_bytes(model.model, len(lists.pairs.input_ids), torch.float32, gradient_checkpointing=False)
+    state = 12 * sum(weight.numel() for weight in model.parameters())
+    for free in (state + 2 * needed + 2, state + 2 * needed - 2):
+        monkeypatch.setattr("rerank_fast.training.backward.available_bytes", lambda device, free=free: free)
+        backward(model, "auto")([lists], 1.0, Rates())
+    assert used == ["backward_direct", "backward_cached"]
+
+
+@pytest.mark.parametrize("gradient_cache", ["on", "auto", "off"])
+def test_a_step_that_does_not_fit_is_begun_anew_with_half_the_tokens(
+    tiny_bert: Path, gradient_cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Two parts, of which the second one runs out of memory: the first one's gradient must not count twice."""
+    model, lists = opened(tiny_bert)
+    parts = sorted(lists.split(2), key=lambda part: part.pairs.lengths.sum())
+    first, second = (int(part.pairs.lengths.sum()) for part in parts)
+    assert second // 2 <= first < second
+    expected, loss, counted = gradients(
+        backward(model, "on" if gradient_cache == "auto" else gradient_cache, second // 2), parts
+    )
+    limit(monkeypatch, second - 1)
+    run = backward(model, gradient_cache)
+    with caplog.at_level(logging.WARNING):
+        found, found_loss, rates = gradients(run, parts)
+    assert run.max_tokens == second // 2
+    assert torch.equal(found_loss, loss)  # the dropout masks too are those of a run that began so
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert (rates.scored, rates.tokens) == (counted.scored, counted.tokens) == (len(lists.pairs), first + second)
+    also = ", and one micro-batch's graph at a time" if gradient_cache == "auto" else ""
+    assert [record.getMessage() for record in caplog.records] == [
+        f"A step with micro-batches of {second} tokens does not fit memory: from here on with {second // 2}{also}."
+    ]
+
+
+def test_what_does_not_fit_either_says_what_helps(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model, lists = opened(tiny_bert)
+    limit(monkeypatch, 10)
+    with pytest.raises(MemoryError, match=r"nor with micro-batches of \d+ tokens: expected grad"):
+        backward(model, "on")([lists], 1.0, Rates())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_other_errors_pass(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    model, lists = opened(tiny_bert)
+    monkeypatch.setattr(PackedStep, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        backward(model, "on")([lists], 1.0, Rates())
