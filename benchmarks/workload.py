@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.losses import LambdaLoss
 
@@ -97,6 +98,8 @@ def make_peer_step(
     if gradient_checkpointing:
         peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()
+    # What their trainer does about bf16: an autocast on the model's forward.
+    peer_model = Accelerator(mixed_precision="bf16", cpu=device == "cpu").prepare(peer_model)
     loss = loss_class(peer_model, mini_batch_size=mini_batch_size)
     optimizer = torch.optim.AdamW(peer_model.parameters(), lr=2e-5, fused=True)
     prepared = [
@@ -108,9 +111,7 @@ def make_peer_step(
     ]
 
     def peer(which: int = 0) -> None:
-        with torch.autocast(device, torch.bfloat16):
-            value = loss(*prepared[which])
-        value.backward()
+        loss(*prepared[which]).backward()
         torch.nn.utils.clip_grad_norm_(peer_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.scoring import make_packed_step, run
+from rerank_fast.model.scoring import make_packed_step, run, say_once
+from rerank_fast.model.wrappers import find_cross_encoder
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
 from rerank_fast.ops.reference import discounts, normalized_gains, pair_mask, pair_weights, ranks
 
@@ -241,12 +242,16 @@ class LambdaLoss(nn.Module):
             ]
             return torch.cat(parts)
         assert mask is not None
-        if self.packed and (text_model := _plain_text_model(self.model)) is not None:
-            tokens = TokenizedPairs.from_padded(features)
-            answers = getattr(self.model, "answers", None)  # of a causal model; sentence-transformers has a module
-            step = make_packed_step(text_model, tokens, dtype=_autocast_dtype(device), answers=answers)
+        found = find_cross_encoder(self.model) if self.packed else ""
+        if isinstance(found, str):
+            if found:
+                say_once(found)
+        else:
+            inner, dtype = found.inner, found.dtype or _autocast_dtype(device)
+            answers = getattr(inner, "answers", None)  # of a causal model; sentence-transformers has a module
+            step = make_packed_step(inner.model, TokenizedPairs.from_padded(features), dtype=dtype, answers=answers)
             if step is not None:
-                return run(step, max_pairs=mini_batch_size)
+                return found.call(lambda: run(step, max_pairs=mini_batch_size))
         # Tokens come from the tokenizer on the host, so the lengths are read without waiting for a device.
         lengths = mask.sum(dim=1)
         order = torch.argsort(lengths, descending=True, stable=True)
@@ -326,23 +331,6 @@ class LambdaLoss(nn.Module):
   year={2018}
 }
 """
-
-
-def _plain_text_model(model: Any) -> Any:
-    """The Hugging Face model of a CrossEncoder that does nothing but call it; None where more is done.
-
-    A wrapper (DistributedDataParallel, torch.compile) has its own business in forward, and so may a subclass, a
-    hook, a replaced forward or a further module of a sentence-transformers model.
-    """
-    if type(model).__name__ != "CrossEncoder" or "forward" in vars(model):
-        return None
-    if model._forward_hooks or model._forward_pre_hooks:
-        return None
-    if type(model).__module__.startswith("sentence_transformers."):
-        parts = list(model)
-        if len(parts) != 1 or type(parts[0]).__name__ != "Transformer":
-            return None
-    return model.model
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
@@ -153,6 +157,20 @@ def test_a_model_with_a_forward_of_its_own_is_called(model, monkeypatch):
     handle.remove()
     plain, _ = loss_and_gradients(losses.LambdaLoss(model, sigma=2.0, packed=False))
     torch.testing.assert_close(doubled, plain)
+    model.forward = lambda features: {"scores": 2 * type(model).forward(model, features)["scores"]}
+    torch.testing.assert_close(loss_and_gradients(loss)[0], plain)
+
+
+def test_a_model_that_must_be_called_is_said_once(model, monkeypatch, caplog):
+    monkeypatch.setattr("rerank_fast.model.scoring._said", set())
+    loss = losses.LambdaLoss(model)
+    loss.model = torch.compile(model, backend="eager")
+    loss.model.preprocess = model.preprocess
+    for _ in range(2):
+        loss([["q"], [["a", "b"]]], [torch.tensor([1.0, 0.0])])
+    assert [record.getMessage() for record in caplog.records if "padded" in record.getMessage()] == [
+        "Pairs are padded and sorted by length: the model is a OptimizedModule, whose own forward must run."
+    ]
 
 
 def test_config_and_citation(model):
@@ -207,7 +225,7 @@ class _Curve(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def _train(directory, output, loss_class, scheme):
+def _train(directory, output, loss_class, scheme, **settings):
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
@@ -230,6 +248,7 @@ def _train(directory, output, loss_class, scheme):
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
+            **settings,
         ),
         train_dataset=dataset,
         loss=loss_class(model, weighting_scheme=scheme, mini_batch_size=8),
@@ -244,3 +263,70 @@ def test_changing_the_import_in_their_trainer_keeps_the_loss_curve(directory, tm
     assert len(ours) == 10
     assert len(set(peer)) == 10  # it moves
     assert ours == pytest.approx(peer, rel=1e-5, abs=1e-5)
+
+
+def test_in_bf16_their_trainer_runs_it_packed(directory, tmp_path, monkeypatch):
+    """Accelerate puts an autocast on the model's forward, which packed execution does without."""
+    dtypes = []
+    call = PackedStep.__call__
+    monkeypatch.setattr(
+        PackedStep, "__call__", lambda step, indices: (dtypes.append(step.dtype), call(step, indices))[1]
+    )
+    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme(), bf16=True)
+    assert not dtypes
+    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme(), bf16=True)
+    assert set(dtypes) == {torch.bfloat16}
+    assert ours == pytest.approx(peer, rel=0.02)
+
+
+_IN_TWO_PROCESSES = """
+import sys
+import torch
+from datasets import Dataset
+from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from rerank_fast.losses import LambdaLoss
+from rerank_fast.model.encoder import PackedStep
+from tests.test_losses import DOCUMENTS, LABELS, QUERIES
+
+calls, call = [], PackedStep.__call__
+PackedStep.__call__ = lambda step, indices: (calls.append(1), call(step, indices))[1]
+weights = []
+for packed in (False, True):
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = CrossEncoder(sys.argv[1], num_labels=1, device="cpu", config_kwargs=dropout)
+    dataset = Dataset.from_dict({"query": QUERIES * 4, "docs": DOCUMENTS * 4, "labels": LABELS * 4})
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
+        optim="sgd", ddp_backend="gloo", save_strategy="no", report_to=[], disable_tqdm=True,
+        gradient_accumulation_steps=2,
+    )
+    loss = LambdaLoss(model, mini_batch_size=2, packed=packed)
+    CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    assert type(loss.model).__name__ == "DistributedDataParallel"
+    assert "forward" not in vars(model)
+    assert bool(calls) == packed
+    weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+start = torch.cat([w.detach().flatten() for w in CrossEncoder(sys.argv[1], device="cpu").parameters()])
+torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+assert (weights[1] - start).abs().max() > 1e-3
+others = [torch.empty_like(weights[1]) for _ in range(2)]
+torch.distributed.all_gather(others, weights[1])
+assert torch.equal(*others)
+"""
+
+
+def test_their_trainer_in_two_processes_runs_it_packed(directory, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(_IN_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*command, str(script), directory, str(tmp_path / "output")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

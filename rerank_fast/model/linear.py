@@ -127,10 +127,10 @@ class StepLinear:
 
 def must_be_called(module: nn.Module) -> bool:
     """Whether somebody changed what a call does: by hooks, or a forward of its own, as Accelerate puts on one."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-    return any(hooks) or "forward" in vars(module)

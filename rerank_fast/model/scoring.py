@@ -112,11 +112,11 @@ def make_packed_step(
     dtype = dtype or weights_dtype
     served = {"cpu": {torch.float32, torch.bfloat16}, "cuda": {torch.float32, torch.bfloat16, torch.float16}}
     if not {dtype, weights_dtype} <= served.get(model.device.type, set()):
-        _say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
+        say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
         return None
     architecture = find_architecture(model, answers)
     if architecture is None:
-        _say_once(reason_to_pad(model))
+        say_once(reason_to_pad(model))
         return None
     recompute = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute, compiler=compiler)
@@ -187,7 +187,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in str(error) for one in _NO_MEMORY)
 
 
-def _say_once(reason: str) -> None:
+def say_once(reason: str) -> None:
+    """One line in the log for a reason to pad, however often it holds."""
     if reason not in _said:
         _said.add(reason)
         logger.warning("Pairs are padded and sorted by length: %s.", reason)

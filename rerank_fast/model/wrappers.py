@@ -1,0 +1,81 @@
+"""What trainers put around a CrossEncoder: Accelerate's mixed precision, DistributedDataParallel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, is_initialized
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rerank_fast.model.linear import has_hooks
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A CrossEncoder and what is around it.
+
+    Attributes:
+        outer: what a trainer calls; the CrossEncoder itself where nothing is around it.
+        inner: the CrossEncoder, ours or that of sentence-transformers.
+        dtype: of Accelerate's autocast around its forward; None without one.
+    """
+
+    outer: Any
+    inner: Any
+    dtype: torch.dtype | None
+
+    def call(self, score: Callable[[], Tensor]) -> Tensor:
+        """The scores, computed where the CrossEncoder's forward would be.
+
+        DistributedDataParallel sums the gradients of what its own forward has seen, once.
+        """
+        if self.outer is self.inner:
+            return score()
+        before = vars(self.inner).get("forward")
+        self.inner.forward = lambda features: {"scores": score()}
+        try:
+            return self.outer({})["scores"]
+        finally:
+            if before is None:
+                del self.inner.forward
+            else:
+                self.inner.forward = before
+
+
+def find_cross_encoder(model: Any) -> Wrapped | str:
+    """The CrossEncoder in a model, where all it does is call its Hugging Face model; else why it must be called."""
+    inner = model
+    if type(model) is DistributedDataParallel and model.mixed_precision is None and not has_hooks(model):
+        inner = model.module
+    kind = type(inner)
+    if kind.__name__ != "CrossEncoder":
+        return f"the model is a {kind.__name__}, whose own forward must run"
+    if kind.__module__.startswith("sentence_transformers."):
+        parts = [type(part).__name__ for part in inner]
+        if parts != ["Transformer"]:
+            return f"the CrossEncoder consists of {', '.join(parts)}, not of one Transformer"
+    dtype = None
+    if "forward" in vars(inner):
+        dtype = _autocast_of_accelerate(inner)
+        if dtype is None:
+            return "the CrossEncoder has a forward of its own, which must run"
+    if has_hooks(inner):
+        return "the CrossEncoder has hooks, which must run"
+    return Wrapped(model, inner, dtype)
+
+
+def _autocast_of_accelerate(model: nn.Module) -> torch.dtype | None:
+    """The dtype, where Accelerator.prepare has put an autocast, and no more, around the forward of the class."""
+    if "_original_forward" not in vars(model) or not is_initialized():
+        return None
+    forward: Any = vars(model)["forward"]
+    if inspect.unwrap(getattr(forward, "__func__", forward)) is not inspect.unwrap(type(model).forward):
+        return None
+    return _DTYPES.get(AcceleratorState().mixed_precision)
