@@ -55,8 +55,9 @@ def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(work: P
                      "--output", str(work / "metrics.json")])  # fmt: skip
     assert code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["metric", "base", "reranked", "change"]
-    assert [line.split()[0] for line in lines[1:]] == ["map", "mrr@10", "ndcg@10"]
+    assert lines[0] == f"{work / 'trained'}, float32"
+    assert lines[1].split() == ["metric", "base", "reranked", "change"]
+    assert [line.split()[0] for line in lines[2:]] == ["map", "mrr@10", "ndcg@10"]
     metrics = json.loads((work / "metrics.json").read_text())
     assert metrics["ndcg@10"] == pytest.approx(written["metrics"]["ndcg@10"], abs=1e-9)
 
@@ -158,6 +159,15 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
     found = {str(file.relative_to(tmp_path / "details")) for file in (tmp_path / "details").rglob("*.run")}
     assert found == {f"{letter}/Nano{name}_R100.run" for letter in "ab" for name in ("NQ", "MSMARCO")}
 
+    arguments = ["evaluate", *models[:2], *arguments[5:], "--dtype", "float32", "--dtype", "int8"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"A {models[1]}, float32\nB {models[1]}, int8\n")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["a"], written["b"], written["dtypes"]) == (models[1], models[1], ["float32", "int8"])
+    quantized = evaluator(CrossEncoder(models[1], device="cpu", dtype="int8"))
+    row = written["metrics"]["NanoBEIR_R100_mean_ndcg@10"]
+    assert row["b"] == pytest.approx(quantized["NanoBEIR_R100_mean_ndcg@10"], abs=1e-9)
+
     single = ["evaluate", *models[:2], "--nano_beir", "nq", "--nano_beir_id", str(nano)]
     assert cli.main(single) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
@@ -171,7 +181,7 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
         (["--model", "m", "--nano_beir", "nq", "--nano_beir_id", "some/nano"], "offline"),
         (["--model", "m"], "either --data or --nano_beir"),
         (["--model", "m", "--nano_beir", "marco"], "'marco' is no NanoBEIR set"),
-        (["--model", "m", "--model", "n", "--model", "o", "--nano_beir"], "one or two models, got 3"),
+        (["--model", "m", "--model", "n", "--model", "o", "--nano_beir"], "--model is given once or twice, got 3"),
     ],
 )
 def test_evaluate_with_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,24 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
-    parser.add_argument("--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...")
+    parser.add_argument(
+        "--dtype",
+        type=str,
+        action="append",
+        default=None,
+        help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another one",
+    )
     parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     return parser
 
 
 def run(options: dict[str, Any]) -> None:
-    models = options["model"]
-    if len(models) > 2:
-        raise ValueError(f"--model takes one or two models, got {len(models)}")
+    models, dtypes = options["model"], options["dtype"] or [None]
+    for name, values in (("model", models), ("dtype", dtypes)):
+        if len(values) > 2:
+            raise ValueError(f"--{name} is given once or twice, got {len(values)}")
+    count = max(len(models), len(dtypes))
+    models, dtypes = (values * (count // len(values)) for values in (models, dtypes))
     output = Path(options["output"]) if options["output"] else None
     if output and not output.parent.is_dir():
         raise ValueError(f"--output {output}: directory {output.parent} does not exist")
@@ -60,19 +69,23 @@ def run(options: dict[str, Any]) -> None:
 
     details = Path(options["details"]) if options["details"] else None
 
-    def loaded(path: str) -> CrossEncoder:
-        return CrossEncoder(path, max_length=options["max_length"], dtype=options["dtype"])
+    def loaded(path: str, dtype: str | None) -> CrossEncoder:
+        return CrossEncoder(path, max_length=options["max_length"], dtype=dtype)
 
     result: dict[str, Any]
-    if len(models) == 1:
-        result = evaluator(loaded(models[0]), output_path=details and str(details))
+    if count == 1:
+        model = loaded(models[0], dtypes[0])
+        result = evaluator(model, output_path=details and str(details))
+        print(f"{models[0]}, {model.dtype_name}")
         print_metrics(result)
     else:
-        directories = [details and str(details / letter) for letter in "ab"]
-        values = [
-            evaluator.evaluate_per_query(loaded(path), to) for path, to in zip(models, directories, strict=True)
-        ]
-        result = _compare(models, *values)
+        used, values = [], []
+        for letter, path, dtype in zip("ab", models, dtypes, strict=True):
+            model = loaded(path, dtype)
+            values.append(evaluator.evaluate_per_query(model, details and str(details / letter)))
+            used.append(model.dtype_name)
+        print(f"A {models[0]}, {used[0]}\nB {models[1]}, {used[1]}")
+        result = {"a": models[0], "b": models[1], "dtypes": used, "metrics": _compare(*values)}
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -98,19 +111,18 @@ def _evaluator(options: dict[str, Any]) -> Any:
     )
 
 
-def _compare(models: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+def _compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Print, and return, how two models' per-query values differ."""
     from rerank_fast.evaluation import compare
 
     rows = {name: compare(a[name], b[name]) for name in a if not _is_base(name, a)}
     width = max(map(len, rows))
-    print(f"A {models[0]}\nB {models[1]}")
     print(f"{'metric':<{width}} {'A':>8} {'B':>8} {'B - A':>8} {'95% interval':>20} {'p':>8}")
     for name, row in rows.items():
         interval = f"[{row.low:+.4f}, {row.high:+.4f}]"
         means = f"{row.a:>8.4f} {row.b:>8.4f} {row.difference:>+8.4f}"
         print(f"{name:<{width}} {means} {interval:>20} {row.p_value:>8.4f}")
-    return {"a": models[0], "b": models[1], "metrics": {name: asdict(row) for name, row in rows.items()}}
+    return {name: asdict(row) for name, row in rows.items()}
 
 
 def _is_base(name: str, metrics: Mapping[str, Any]) -> bool:

@@ -57,4 +57,5 @@ def run(options: dict[str, Any]) -> None:
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
     model.warn_of_truncation(result.truncated, result.scored)
     if state.is_main_process:
-        print(f"{result.rows} rows in {output}; {result.scored} pairs scored now by this process")
+        now = f"{result.scored} pairs scored now by this process, in {model.dtype_name}"
+        print(f"{result.rows} rows in {output}; {now}")
