@@ -114,7 +114,7 @@ class PackedStep:
             .grad is what the shared tensor must still pass on.
         """
         linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
-        places = [(part, name) for part in linears if part.modules is None for name in ("weight", "bias")]
+        places = [(part, name) for part in linears if part.has_weight for name in ("weight", "bias")]
         cuts = [pair for owner, name in [(self, "_rows"), *places] for pair in cut(owner, name)]
         return cuts + cut_head(self.architecture.head)
 
