@@ -106,11 +106,11 @@ RERANK_FAST_BF16_INLINE void pair_rows(const Bf16Rows& rows, std::int64_t size, 
 }
 
 // Rows of whole kLanes elements as words of neighbouring elements, transposed in blocks: (blocks of kBlockRows rows,
-// size / 2, kBlockRows). It is the right side of a product that sums over elements. Whole blocks are written.
+// size / 2, kBlockRows). It is either side of a product that sums over elements. Whole blocks are written.
 template <int kBlockRows>
 RERANK_FAST_BF16_INLINE void pair_columns(const Bf16Rows& rows, std::int64_t size, Word* to) {
+  static_assert(kBlockRows % kLanes == 0 || kBlockRows == kLanes / 2);
   for (std::int64_t i = 0; i < rows.count || i % kBlockRows != 0; i += kLanes) {
-    Word* block = to + i / kBlockRows * kBlockRows * size / 2 + i % kBlockRows;
     const std::uint16_t* from[kLanes];
     for (std::int64_t r = 0; r < kLanes; ++r) from[r] = rows[i + r];
     for (std::int64_t w = 0; w < size / 2; w += 4) {
@@ -125,20 +125,23 @@ RERANK_FAST_BF16_INLINE void pair_columns(const Bf16Rows& rows, std::int64_t siz
       }
       const __m512i low[2] = {_mm512_unpacklo_epi32(part[0], part[1]), _mm512_unpacklo_epi32(part[2], part[3])};
       const __m512i high[2] = {_mm512_unpackhi_epi32(part[0], part[1]), _mm512_unpackhi_epi32(part[2], part[3])};
-      _mm512_storeu_si512(block + w * kBlockRows, _mm512_unpacklo_epi64(low[0], low[1]));
-      _mm512_storeu_si512(block + (w + 1) * kBlockRows, _mm512_unpackhi_epi64(low[0], low[1]));
-      _mm512_storeu_si512(block + (w + 2) * kBlockRows, _mm512_unpacklo_epi64(high[0], high[1]));
-      _mm512_storeu_si512(block + (w + 3) * kBlockRows, _mm512_unpackhi_epi64(high[0], high[1]));
+      const __m512i columns[4] = {_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+                                  _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
+      Word* const block = to + i / kBlockRows * kBlockRows * size / 2 + i % kBlockRows + w * kBlockRows;
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        if constexpr (kBlockRows % kLanes == 0) {
+          _mm512_storeu_si512(block + p * kBlockRows, columns[p]);
+        } else {
+          const auto half = [&](std::int64_t which) {
+            return reinterpret_cast<__m256i*>(block + (which * size / 2 + p) * kBlockRows);
+          };
+          _mm256_storeu_si256(half(0), _mm512_castsi512_si256(columns[p]));
+          _mm256_storeu_si256(half(1), _mm512_extracti64x4_epi64(columns[p], 1));
+        }
+      }
     }
   }
-}
-
-// kRows rows as (kRows, kMaxSize / 2): the left side of a product that sums over elements. Those beyond are zeros.
-template <int kRows>
-RERANK_FAST_BF16_INLINE void copy_rows(const Bf16Rows& rows, std::int64_t size, Word* to) {
-  for (std::int64_t r = 0; r < kRows; ++r)
-    for (std::int64_t e = 0; e < size; e += kLanes)
-      std::memcpy(to + r * (kMaxSize / 2) + e / 2, rows[r] + e, kLanes * sizeof(std::uint16_t));
 }
 
 }  // namespace rerank_fast

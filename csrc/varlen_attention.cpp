@@ -335,35 +335,20 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
   write_rows(dv, shape.bf16, task.first_k, task.num_k, kv_head, size, width, task.dv);
 }
 
-// Calls task(sequence, heads): neighbouring heads, whose rows share cache lines, go to one thread, but every thread
-// gets some tens of tasks if there are so many heads.
-template <typename Task>
-void for_heads(const AttentionShape& shape, Task&& task) {
-  const std::int64_t wanted = 32 * shape.num_threads, sequences = std::max<std::int64_t>(shape.num_sequences, 1);
-  const std::int64_t parts = std::min(shape.num_kv_heads, (wanted + sequences - 1) / sequences);
-  parallel_for(shape.num_threads, shape.num_sequences * parts, [&](std::int64_t index) {
-    const std::int64_t part = index % parts;
-    task(index / parts, HeadRange{part * shape.num_kv_heads / parts, (part + 1) * shape.num_kv_heads / parts});
-  });
-}
-
 }  // namespace
 
 void varlen_attention_forward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, float* lse) {
-  for_heads(shape, [&](std::int64_t sequence, const HeadRange& heads) {
-    if (has_bf16_attention(shape)) return bf16_forward_task(shape, sequence, heads, q, k, v, out, lse);
-    for (std::int64_t head = heads.from; head < heads.to; ++head)
-      forward_task(shape, sequence, head, q, k, v, out, lse);
+  const auto task = has_bf16_attention(shape) ? bf16_forward_task : forward_task;
+  parallel_for(shape.num_threads, shape.num_sequences * shape.num_kv_heads, [&](std::int64_t index) {
+    task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse);
   });
 }
 
 void varlen_attention_backward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, const float* lse,
                                Rows grad_out, Rows dq, Rows dk, Rows dv) {
-  for_heads(shape, [&](std::int64_t sequence, const HeadRange& heads) {
-    if (has_bf16_attention(shape))
-      return bf16_backward_task(shape, sequence, heads, q, k, v, out, lse, grad_out, dq, dk, dv);
-    for (std::int64_t head = heads.from; head < heads.to; ++head)
-      backward_task(shape, sequence, head, q, k, v, out, lse, grad_out, dq, dk, dv);
+  const auto task = has_bf16_attention(shape) ? bf16_backward_task : backward_task;
+  parallel_for(shape.num_threads, shape.num_sequences * shape.num_kv_heads, [&](std::int64_t index) {
+    task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse, grad_out, dq, dk, dv);
   });
 }
 

@@ -14,12 +14,14 @@ namespace {
 
 constexpr std::int64_t kRows = 8, kKeys = 2 * kLanes;  // queries and keys of a tile
 constexpr std::int64_t kPairs = kRows;                 // of queries, in a block of backward: two tiles
-constexpr std::int64_t kRowWords = kMaxSize / 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+RERANK_FAST_INLINE std::uint16_t* place(const Rows& rows, std::int64_t head, std::int64_t token) {
+  return static_cast<std::uint16_t*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
+}
+
 RERANK_FAST_INLINE Bf16Rows rows_of(const Rows& rows, std::int64_t head, std::int64_t first, std::int64_t count) {
-  return {static_cast<const std::uint16_t*>(rows.data) + first * rows.token_stride + head * rows.head_stride,
-          rows.token_stride, count};
+  return {place(rows, head, first), rows.token_stride, count};
 }
 
 // 2^x for x <= 0 to 3e-6 of it; 0 from about -150 on.
@@ -43,12 +45,12 @@ RERANK_FAST_BF16_INLINE __mmask16 lanes_in(const KeyRange& range, std::int64_t f
   return static_cast<__mmask16>(below(range.to) & ~below(range.from));
 }
 
-// to (kRows, kKeys) = left (kRows, words) x columns (words, kKeys) * factor, as far as kVectors reach.
+// to (kRows, kKeys) = left^T (words, kRows) x columns (words, kKeys) * factor, as far as kVectors reach.
 template <int kVectors>
 RERANK_FAST_BF16_INLINE void store_product(const Word* left, const Word* columns, std::int64_t words, float factor,
                                            float* to) {
   __m512 sum[kRows][2] = {};
-  add_product<kVectors>(left, kRowWords, 1, columns, kKeys, words, sum);
+  add_product<kVectors>(left, 1, kRows, columns, kKeys, words, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -72,10 +74,9 @@ RERANK_FAST_BF16_INLINE void mask(const AttentionShape& shape, const Sequence& s
 // The columns e and on, kKeys or the kLanes that are left, of one row of a head.
 RERANK_FAST_BF16_INLINE void write(const Rows& rows, std::int64_t head, std::int64_t token, std::int64_t size,
                                    std::int64_t e, const __m512 (&sum)[2], float factor) {
-  auto* to = static_cast<std::uint16_t*>(rows.data) + token * rows.token_stride + head * rows.head_stride + e;
   const __m512 scale = _mm512_set1_ps(factor);
   const __m512i both = narrow(_mm512_mul_ps(sum[0], scale), _mm512_mul_ps(sum[1], scale));
-  _mm512_mask_storeu_epi16(to, size - e > kLanes ? ~0u : 0xffffu, both);
+  _mm512_mask_storeu_epi16(place(rows, head, token) + e, size - e > kLanes ? ~0u : 0xffffu, both);
 }
 
 // result (kRows, columns from e on) = weights (tiles, kRows, kKeys / 2 words) x values (pairs of keys, size).
@@ -89,63 +90,47 @@ RERANK_FAST_BF16_INLINE void weigh(const Word* weights, std::int64_t tile_words,
   }
 }
 
-// Rows [first, first + count) of a head, soon to be read or written: they lie too far apart for the processor to see
-// them coming.
-RERANK_FAST_BF16_INLINE void prefetch(const Rows& rows, std::int64_t head, std::int64_t first, std::int64_t count,
-                                      std::int64_t size) {
-  const Bf16Rows from = rows_of(rows, head, first, count);
-  for (std::int64_t i = 0; i < count; ++i)
-    for (std::int64_t e = 0; e < size; e += kKeys) _mm_prefetch(from[i] + e, _MM_HINT_T0);
-}
-
 struct ForwardMemory {
-  Scratch<Word> columns, values, weights;
+  Scratch<Word> queries, keys, values, weights;
   Scratch<float> scores;
 };
 
 RERANK_FAST_BF16 void bf16_forward(const AttentionShape& shape, const Sequence& sequence, std::int64_t kv_head,
-                              const Rows& q, const Rows& k, const Rows& v, const Rows& out, float* lse) {
+                                   const Rows& q, const Rows& k, const Rows& v, const Rows& out, float* lse) {
   const std::int64_t size = shape.head_size, stride = whole(sequence.num_k, kKeys);
   const std::int64_t num_queries = shape.cu_seqlens_q[shape.num_sequences];
   const std::int64_t group = shape.num_heads / shape.num_kv_heads;
   static thread_local ForwardMemory memory;
-  Word* const columns = memory.columns.room(stride * size / 2);
+  Word* const keys = memory.keys.room(stride * size / 2);
   Word* const values = memory.values.room(stride * size / 2 + kLanes);  // a row of odd kLanes is read beyond its end
-  Word* const weights = memory.weights.room(kRows * stride / 2);        // (tiles, kRows, kKeys / 2)
-  float* const scores = memory.scores.room(kRows * stride);             // (tiles, kRows, kKeys)
-  alignas(64) Word queries[kRows * kRowWords];
-  pair_columns<kKeys>(rows_of(k, kv_head, sequence.first_k, sequence.num_k), size, columns);
-  pair_rows(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, values);
+  Word* const queries = memory.queries.room(whole(sequence.num_q, kLanes) * size / 2);
+  Word* const weights = memory.weights.room(kRows * stride / 2);  // (tiles, kRows, kKeys / 2)
+  float* const scores = memory.scores.room(kRows * stride);       // (tiles, kRows, kKeys)
   const auto factor = static_cast<float>(shape.scale * kLog2E);
   const Dropout dropout(shape.dropout_p, shape.seed);
+  pair_columns<kKeys>(rows_of(k, kv_head, sequence.first_k, sequence.num_k), size, keys);
+  pair_rows(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, values);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    pair_columns<kRows>(rows_of(q, head, sequence.first_q, sequence.num_q), size, queries);
     for (std::int64_t first = 0; first < sequence.num_q; first += kRows) {
       const std::int64_t count = std::min(kRows, sequence.num_q - first), token = sequence.first_q + first;
-      const KeyRange keys = sequence.readable(shape, first, first + count, kKeys);
+      for (std::int64_t r = 0; r < count; ++r)
+        for (std::int64_t e = 0; e < size; e += kKeys) __builtin_prefetch(place(out, head, token + r) + e, 1);
+      const KeyRange range = sequence.readable(shape, first, first + count, kKeys);
       const KeyRange every = sequence.readable_by_all(shape, first, first + count);
-      if (head + 1 < shape.num_heads) {
-        const std::int64_t next = (head + 1) / group, some = std::min(kRows, sequence.num_k - first);
-        prefetch(q, head + 1, token, count, size);
-        prefetch(out, head + 1, token, count, size);
-        if (next != kv_head) {
-          prefetch(k, next, sequence.first_k + first, some, size);
-          prefetch(v, next, sequence.first_k + first, some, size);
-        }
-      }
-      copy_rows<kRows>(rows_of(q, head, token, count), size, queries);
-      for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
-        const Word* const right = columns + j * size / 2;
-        if (keys.to - j > kLanes) {
-          store_product<2>(queries, right, size / 2, factor, scores + j * kRows);
+      for (std::int64_t j = range.from; j < range.to; j += kKeys) {
+        const Word *left = queries + first * size / 2, *right = keys + j * size / 2;
+        if (range.to - j > kLanes) {
+          store_product<2>(left, right, size / 2, factor, scores + j * kRows);
         } else {
-          store_product<1>(queries, right, size / 2, factor, scores + j * kRows);
+          store_product<1>(left, right, size / 2, factor, scores + j * kRows);
         }
         if (j < every.from || j + kKeys > every.to) mask(shape, sequence, first, count, j, scores + j * kRows);
       }
       float rescale[kRows];
       for (std::int64_t r = 0; r < count; ++r) {
         __m512 highest = _mm512_set1_ps(-kInfinity);
-        for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
+        for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           const float* from = scores + j * kRows + r * kKeys;
           highest = _mm512_max_ps(highest, _mm512_max_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)));
         }
@@ -155,10 +140,10 @@ RERANK_FAST_BF16 void bf16_forward(const AttentionShape& shape, const Sequence& 
         const auto stream = static_cast<std::uint32_t>(head);
         const std::uint32_t drawn = dropout.row(stream, static_cast<std::uint32_t>(token + r));
         __m512 sums = _mm512_setzero_ps();
-        for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
+        for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           const float* from = scores + j * kRows + r * kKeys;
           __m512 left = exp2_vector(_mm512_sub_ps(_mm512_loadu_ps(from), off)), right = _mm512_setzero_ps();
-          if (keys.to - j > kLanes) right = exp2_vector(_mm512_sub_ps(_mm512_loadu_ps(from + kLanes), off));
+          if (range.to - j > kLanes) right = exp2_vector(_mm512_sub_ps(_mm512_loadu_ps(from + kLanes), off));
           sums = _mm512_add_ps(sums, _mm512_add_ps(left, right));
           if (dropout.threshold != 0) {
             left = _mm512_mul_ps(left, (__m512)dropout_factors(dropout, drawn, j));
@@ -172,7 +157,7 @@ RERANK_FAST_BF16 void bf16_forward(const AttentionShape& shape, const Sequence& 
       }
       for (std::int64_t e = 0; e < size; e += kKeys) {
         __m512 result[kRows][2] = {};
-        weigh(weights, kRows * kLanes, values, size, keys, e, result);
+        weigh(weights, kRows * kLanes, values, size, range, e, result);
         for (std::int64_t r = 0; r < count; ++r) write(out, head, token + r, size, e, result[r], rescale[r]);
       }
     }
@@ -180,8 +165,8 @@ RERANK_FAST_BF16 void bf16_forward(const AttentionShape& shape, const Sequence& 
 }
 
 struct BackwardMemory {
-  Scratch<Word> key_columns, value_columns, keys, slopes, weight_pairs, slope_pairs;
-  Scratch<float> scores, grads, dk, dv;
+  Scratch<Word> queries, query_pairs, grads, grad_pairs, keys, key_pairs, values, slopes, weight_pairs, slope_pairs;
+  Scratch<float> scores, weight_grads, dk, dv;
 };
 
 // What backward knows of a query.
@@ -240,84 +225,87 @@ RERANK_FAST_BF16_INLINE void add_outer(const Word* pairs, std::int64_t stride, c
 }
 
 RERANK_FAST_BF16 void bf16_backward(const AttentionShape& shape, const Sequence& sequence, std::int64_t kv_head,
-                               const Rows& q, const Rows& k, const Rows& v, const Rows& out, const float* lse,
-                               const Rows& grad_out, const Rows& dq, const Rows& dk, const Rows& dv) {
-  constexpr std::int64_t kQueries = 2 * kPairs, kTile = kQueries * kLanes;
-  const std::int64_t size = shape.head_size, stride = whole(sequence.num_k, kKeys), words = stride * size / 2;
+                                    const Rows& q, const Rows& k, const Rows& v, const Rows& out, const float* lse,
+                                    const Rows& grad_out, const Rows& dq, const Rows& dk, const Rows& dv) {
+  constexpr std::int64_t kQueries = 2 * kPairs;
+  const std::int64_t size = shape.head_size, stride = whole(sequence.num_k, kKeys);
   const std::int64_t num_queries = shape.cu_seqlens_q[shape.num_sequences];
   const std::int64_t group = shape.num_heads / shape.num_kv_heads;
   static thread_local BackwardMemory memory;
-  Word* const key_columns = memory.key_columns.room(words);
-  Word* const value_columns = memory.value_columns.room(words);
-  Word* const key_pairs = memory.keys.room(words + kLanes);
+  const std::int64_t q_words = whole(sequence.num_q, kLanes) * size / 2, kv_words = stride * size / 2;
+  Word* const keys = memory.keys.room(kv_words);
+  Word* const key_pairs = memory.key_pairs.room(kv_words + kLanes);
+  Word* const values = memory.values.room(kv_words);
+  Word* const queries = memory.queries.room(q_words);
+  Word* const query_pairs = memory.query_pairs.room(q_words);
+  Word* const grads = memory.grads.room(q_words);
+  Word* const grad_pairs = memory.grad_pairs.room(q_words);
   Word* const slopes = memory.slopes.room(kQueries * stride / 2);        // (tiles, kQueries, kKeys / 2)
   Word* const weight_pairs = memory.weight_pairs.room(kPairs * stride);  // (kPairs, stride)
   Word* const slope_pairs = memory.slope_pairs.room(kPairs * stride);
   float* const scores = memory.scores.room(kQueries * stride);  // (tiles, kQueries, kKeys)
-  float* const grads = memory.grads.room(kQueries * stride);
+  float* const weight_grads = memory.weight_grads.room(kQueries * stride);
   float* const key_grads = memory.dk.room(stride * size + kLanes);
   float* const value_grads = memory.dv.room(stride * size + kLanes);
-  alignas(64) Word queries[kQueries * kRowWords], grad_rows[kQueries * kRowWords];
-  alignas(64) Word query_pairs[kPairs * kMaxSize], grad_pairs[kPairs * kMaxSize];
-  const Bf16Rows key_rows = rows_of(k, kv_head, sequence.first_k, sequence.num_k);
-  pair_columns<kKeys>(key_rows, size, key_columns);
-  pair_columns<kKeys>(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, value_columns);
-  pair_rows(key_rows, size, key_pairs);
-  std::fill_n(key_grads, stride * size, 0.0f);
-  std::fill_n(value_grads, stride * size, 0.0f);
   const auto scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
   const Dropout dropout(shape.dropout_p, shape.seed);
+  const Bf16Rows key_rows = rows_of(k, kv_head, sequence.first_k, sequence.num_k);
+  pair_columns<kKeys>(key_rows, size, keys);
+  pair_rows(key_rows, size, key_pairs);
+  pair_columns<kKeys>(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, values);
+  std::fill_n(key_grads, stride * size, 0.0f);
+  std::fill_n(value_grads, stride * size, 0.0f);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const Bf16Rows from_q = rows_of(q, head, sequence.first_q, sequence.num_q);
+    const Bf16Rows from_grad = rows_of(grad_out, head, sequence.first_q, sequence.num_q);
+    const Bf16Rows from_out = rows_of(out, head, sequence.first_q, sequence.num_q);
+    pair_columns<kRows>(from_q, size, queries);
+    pair_rows(from_q, size, query_pairs);
+    pair_columns<kRows>(from_grad, size, grads);
+    pair_rows(from_grad, size, grad_pairs);
     for (std::int64_t first = 0; first < sequence.num_q; first += kQueries) {
       const std::int64_t count = std::min(kQueries, sequence.num_q - first), token = sequence.first_q + first;
-      const std::int64_t pairs = (count + 1) / 2;
-      const KeyRange keys = sequence.readable(shape, first, first + count, kKeys);
+      const std::int64_t pairs = (count + 1) / 2, at = first * size / 2;
+      const KeyRange range = sequence.readable(shape, first, first + count, kKeys);
       const KeyRange every = sequence.readable_by_all(shape, first, first + count);
-      const Bf16Rows from_q = rows_of(q, head, token, count), from_grad = rows_of(grad_out, head, token, count);
-      copy_rows<kQueries>(from_q, size, queries);
-      copy_rows<kQueries>(from_grad, size, grad_rows);
-      pair_rows(from_q, size, query_pairs);
-      pair_rows(from_grad, size, grad_pairs);
-      for (std::int64_t row = 0; row < count; row += kRows) {
-        const Word *query = queries + row * kRowWords, *grad = grad_rows + row * kRowWords;
-        for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
-          const std::int64_t at = j * kQueries + row * kKeys, column = j * size / 2;
-          store_product<2>(query, key_columns + column, size / 2, factor, scores + at);
-          store_product<2>(grad, value_columns + column, size / 2, 1.0f, grads + at);
+      for (std::int64_t row = 0; row < count; row += kRows)
+        for (std::int64_t j = range.from; j < range.to; j += kKeys) {
+          const std::int64_t left = at + row * size / 2, right = j * size / 2;
+          float* const to = scores + j * kQueries + row * kKeys;
+          store_product<2>(queries + left, keys + right, size / 2, factor, to);
+          store_product<2>(grads + left, values + right, size / 2, 1.0f, weight_grads + (to - scores));
           if (j < every.from || j + kKeys > every.to)
-            mask(shape, sequence, first + row, std::min(kRows, count - row), j, scores + at);
+            mask(shape, sequence, first + row, std::min(kRows, count - row), j, to);
         }
-      }
       Query known[kQueries];
       for (std::int64_t r = 0; r < count; ++r) {
         const auto stream = static_cast<std::uint32_t>(head);
-        known[r] = {lse[head * num_queries + token + r],
-                    dot_rows(rows_of(out, head, token, count)[r], from_grad[r], size),
+        known[r] = {lse[head * num_queries + token + r], dot_rows(from_out[first + r], from_grad[first + r], size),
                     dropout.row(stream, static_cast<std::uint32_t>(token + r))};
       }
       for (std::int64_t r = 0; r < count; r += 2) {
-        for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
+        for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           __m512 weight[2][2] = {}, slope[2][2] = {};
           for (std::int64_t row = 0; row < std::min<std::int64_t>(2, count - r); ++row)
             for (std::int64_t n = 0; n < 2; ++n) {
-              const std::int64_t at = j * kQueries + (r + row) * kKeys + n * kLanes;
-              known[r + row].differentiate(scores + at, grads + at, dropout, j + n * kLanes, &weight[row][n],
+              const std::int64_t from = j * kQueries + (r + row) * kKeys + n * kLanes;
+              known[r + row].differentiate(scores + from, weight_grads + from, dropout, j + n * kLanes, &weight[row][n],
                                            &slope[row][n]);
             }
           for (std::int64_t n = 0; n < 2; ++n) {
-            const std::int64_t at = r / 2 * stride + j + n * kLanes;
-            _mm512_storeu_si512(weight_pairs + at, interleave(narrow(weight[0][n], weight[1][n])));
-            _mm512_storeu_si512(slope_pairs + at, interleave(narrow(slope[0][n], slope[1][n])));
-            _mm512_storeu_si512(slopes + j / kKeys * kTile + (r + n) * kLanes, narrow(slope[n][0], slope[n][1]));
+            const std::int64_t to = r / 2 * stride + j + n * kLanes;
+            _mm512_storeu_si512(weight_pairs + to, interleave(narrow(weight[0][n], weight[1][n])));
+            _mm512_storeu_si512(slope_pairs + to, interleave(narrow(slope[0][n], slope[1][n])));
+            _mm512_storeu_si512(slopes + j * kQueries / 2 + (r + n) * kLanes, narrow(slope[n][0], slope[n][1]));
           }
         }
       }
-      add_outer(weight_pairs, stride, grad_pairs, pairs, keys, size, value_grads);
-      add_outer(slope_pairs, stride, query_pairs, pairs, keys, size, key_grads);
+      add_outer(weight_pairs, stride, grad_pairs + at, pairs, range, size, value_grads);
+      add_outer(slope_pairs, stride, query_pairs + at, pairs, range, size, key_grads);
       for (std::int64_t row = 0; row < count; row += kRows)
         for (std::int64_t e = 0; e < size; e += kKeys) {
           __m512 result[kRows][2] = {};
-          weigh(slopes + row * kLanes, kTile, key_pairs, size, keys, e, result);
+          weigh(slopes + row * kLanes, kQueries * kLanes, key_pairs, size, range, e, result);
           for (std::int64_t r = 0; r < std::min(kRows, count - row); ++r)
             write(dq, head, token + row + r, size, e, result[r], scale);
         }
@@ -326,9 +314,9 @@ RERANK_FAST_BF16 void bf16_backward(const AttentionShape& shape, const Sequence&
   for (std::int64_t i = 0; i < sequence.num_k; ++i)
     for (std::int64_t e = 0; e < size; e += kKeys) {
       const float *key = key_grads + i * size + e, *value = value_grads + i * size + e;
-      write(dk, kv_head, sequence.first_k + i, size, e, {_mm512_loadu_ps(key), _mm512_loadu_ps(key + kLanes)}, scale);
-      write(dv, kv_head, sequence.first_k + i, size, e, {_mm512_loadu_ps(value), _mm512_loadu_ps(value + kLanes)},
-            1.0f);
+      const std::int64_t token = sequence.first_k + i;
+      write(dk, kv_head, token, size, e, {_mm512_loadu_ps(key), _mm512_loadu_ps(key + kLanes)}, scale);
+      write(dv, kv_head, token, size, e, {_mm512_loadu_ps(value), _mm512_loadu_ps(value + kLanes)}, 1.0f);
     }
 }
 
@@ -338,17 +326,15 @@ bool has_bf16_attention(const AttentionShape& shape) {
   return shape.bf16 && shape.head_size % kLanes == 0 && shape.head_size <= kMaxSize && has_avx512_bf16();
 }
 
-void bf16_forward_task(const AttentionShape& shape, std::int64_t sequence, const HeadRange& heads, const Rows& q,
+void bf16_forward_task(const AttentionShape& shape, std::int64_t sequence, std::int64_t kv_head, const Rows& q,
                        const Rows& k, const Rows& v, const Rows& out, float* lse) {
-  for (std::int64_t head = heads.from; head < heads.to; ++head)
-    bf16_forward(shape, Sequence(shape, sequence), head, q, k, v, out, lse);
+  bf16_forward(shape, Sequence(shape, sequence), kv_head, q, k, v, out, lse);
 }
 
-void bf16_backward_task(const AttentionShape& shape, std::int64_t sequence, const HeadRange& heads, const Rows& q,
+void bf16_backward_task(const AttentionShape& shape, std::int64_t sequence, std::int64_t kv_head, const Rows& q,
                         const Rows& k, const Rows& v, const Rows& out, const float* lse, const Rows& grad_out,
                         const Rows& dq, const Rows& dk, const Rows& dv) {
-  for (std::int64_t head = heads.from; head < heads.to; ++head)
-    bf16_backward(shape, Sequence(shape, sequence), head, q, k, v, out, lse, grad_out, dq, dk, dv);
+  bf16_backward(shape, Sequence(shape, sequence), kv_head, q, k, v, out, lse, grad_out, dq, dk, dv);
 }
 
 }  // namespace rerank_fast
@@ -358,9 +344,9 @@ void bf16_backward_task(const AttentionShape& shape, std::int64_t sequence, cons
 namespace rerank_fast {
 
 bool has_bf16_attention(const AttentionShape&) { return false; }
-void bf16_forward_task(const AttentionShape&, std::int64_t, const HeadRange&, const Rows&, const Rows&, const Rows&,
+void bf16_forward_task(const AttentionShape&, std::int64_t, std::int64_t, const Rows&, const Rows&, const Rows&,
                        const Rows&, float*) {}
-void bf16_backward_task(const AttentionShape&, std::int64_t, const HeadRange&, const Rows&, const Rows&, const Rows&,
+void bf16_backward_task(const AttentionShape&, std::int64_t, std::int64_t, const Rows&, const Rows&, const Rows&,
                         const Rows&, const float*, const Rows&, const Rows&, const Rows&, const Rows&) {}
 
 }  // namespace rerank_fast

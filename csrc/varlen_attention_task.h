@@ -15,10 +15,6 @@ struct KeyRange {
   std::int64_t from, to;  // nothing where to <= from
 };
 
-struct HeadRange {
-  std::int64_t from, to;  // of keys and values
-};
-
 // Where a sequence's queries and keys lie.
 struct Sequence {
   std::int64_t first_q, num_q, first_k, num_k;

@@ -73,6 +73,7 @@ class PostNormStep:
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         layer, heads = self.layer, self.layer.num_heads
         if self.one_token:
+            assert batch.read is not None
             key, value = self.key_value(x).view(len(wide), 2, heads, -1).unbind(1)
             wide, x = wide[batch.read], x[batch.read]
             query = self.query(x).view(len(wide), heads, -1)

@@ -194,6 +194,7 @@ def int8_norm(
     if not compiled:
         y = F.layer_norm(residual + _reference(rows, weight), (width,), norm_weight, norm_bias, eps)
         return y, replace(quantize_rows(y), dtype=rows.dtype)
-    norm = (tensor.contiguous() for tensor in (residual, norm_weight, norm_bias))
-    y, *values = cpu.norm_rows(_product(rows, weight), rows.scale, weight.added, *norm, eps, activation_levels())
-    return y, Int8Rows(*values, rows.dtype)
+    residual, norm_weight, norm_bias = residual.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    before = _product(rows, weight), rows.scale, weight.added
+    y, values, scale = cpu.norm_rows(*before, residual, norm_weight, norm_bias, eps, activation_levels())
+    return y, Int8Rows(values, scale, rows.dtype)

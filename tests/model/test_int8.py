@@ -151,8 +151,9 @@ def test_packed_models_in_int8(name: str):
         assert all("pooler" in part for part in left)
         scores, padded = packed_scores(model, tokens, PLANS["several"]), padded_scores(model, tokens)
     assert all(torch.equal(p, head[part]) for part, p in model.named_parameters() if part in head)
-    # ModernBERT's rotations round differently when packed, which may turn a level of an activation.
-    bound = 0.02 if name == "modernbert" else 1e-4
+    # Packed, ModernBERT's rotations and the others' GELU and norms round differently, which may turn a level of an
+    # activation.
+    bound = 1e-4 if name in ("llama", "qwen3") else 0.02
     torch.testing.assert_close(scores, padded, rtol=bound, atol=bound * float(exact.abs().max()))
     assert not torch.equal(scores, exact)
 
