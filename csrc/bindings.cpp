@@ -175,16 +175,41 @@ rerank_fast::Int8RowsShape int8_rows_shape(const Int8RowsTuple& tuple) {
   return std::apply([](auto... values) { return rerank_fast::Int8RowsShape{values...}; }, tuple);
 }
 
-void quantize_rows(const Int8RowsTuple& shape, Address x, int levels, Address quantized, Address scale) {
+// (values, scale, levels)
+using Int8RowsOut = std::tuple<Address, Address, int>;
+
+rerank_fast::Int8Rows int8_rows(const Int8RowsOut& tuple) {
+  return {reinterpret_cast<std::uint8_t*>(std::get<0>(tuple)), reinterpret_cast<float*>(std::get<1>(tuple)),
+          std::get<2>(tuple)};
+}
+
+void quantize_rows(const Int8RowsTuple& shape, Address x, const Int8RowsOut& to) {
   py::gil_scoped_release release;
-  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), levels,
-                             reinterpret_cast<std::uint8_t*>(quantized), reinterpret_cast<float*>(scale));
+  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), int8_rows(to));
 }
 
 void scale_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias) {
   py::gil_scoped_release release;
   rerank_fast::scale_rows(int8_rows_shape(shape), reinterpret_cast<void*>(x),
                           reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias));
+}
+
+void gelu_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, const Int8RowsOut& to) {
+  py::gil_scoped_release release;
+  rerank_fast::gelu_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
+                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias),
+                         int8_rows(to));
+}
+
+void norm_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, Address residual,
+               Address norm_weight, Address norm_bias, double eps, Address y, const Int8RowsOut& to) {
+  const rerank_fast::Int8Norm norm{reinterpret_cast<const float*>(residual),
+                                   reinterpret_cast<const float*>(norm_weight),
+                                   reinterpret_cast<const float*>(norm_bias), eps};
+  py::gil_scoped_release release;
+  rerank_fast::norm_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
+                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias), norm,
+                         reinterpret_cast<float*>(y), int8_rows(to));
 }
 
 }  // namespace
@@ -205,4 +230,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("ndcg_double", &ndcg<double>);
   module.def("quantize_rows", &quantize_rows);
   module.def("scale_rows", &scale_rows);
+  module.def("gelu_rows", &gelu_rows);
+  module.def("norm_rows", &norm_rows);
 }

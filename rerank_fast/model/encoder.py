@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
-from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm, run_layer
+from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
 from rerank_fast.model.linear import StepLinear
 from rerank_fast.model.packing import TokenizedPairs
 
@@ -80,7 +80,7 @@ class PackedStep:
         # A view in one layer and none in the next would be two graphs.
         wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
         # Norms before the sublayers read the stream itself.
-        x = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
+        x: Rows = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
         cu_seqlens = _upload(starts.astype(np.int32), device)
         lengths = np.diff(starts)
         batch = MicroBatch(
@@ -114,7 +114,7 @@ class PackedStep:
             .grad is what the shared tensor must still pass on.
         """
         linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
-        places = [(part, name) for part in linears if part.modules is None for name in ("weight", "bias")]
+        places = [(part, name) for part in linears if part.has_weight for name in ("weight", "bias")]
         cuts = [pair for owner, name in [(self, "_rows"), *places] for pair in cut(owner, name)]
         return cuts + cut_head(self.architecture.head)
 

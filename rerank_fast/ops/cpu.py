@@ -268,15 +268,44 @@ def _int8_rows_shape(x: Tensor) -> tuple[Any, ...]:
     return *x.shape, x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
+def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+
+
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,) fp32 a row."""
-    quantized, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
-    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), levels, quantized.data_ptr(), scale.data_ptr())
-    return quantized, scale
+    values, scale = _int8_rows(x)
+    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), (values.data_ptr(), scale.data_ptr(), levels))
+    return values, scale
 
 
-def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor) -> Tensor:
     """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both fp32."""
-    address = 0 if bias is None else bias.data_ptr()
-    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), address)
+    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
     return x
+
+
+def gelu_rows(x: Tensor, row_scale: Tensor, bias: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The backend contract: GELU(x * row_scale + bias) as quantize_rows gives it."""
+    values, scale = _int8_rows(x)
+    product = (x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
+    _C.gelu_rows(_int8_rows_shape(x), *product, (values.data_ptr(), scale.data_ptr(), levels))
+    return values, scale
+
+
+def norm_rows(
+    x: Tensor,
+    row_scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,  # (T, N) fp32
+    norm_weight: Tensor,  # (N,) fp32
+    norm_bias: Tensor,  # (N,) fp32
+    eps: float,
+    levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: LayerNorm(residual + x * row_scale + bias) in fp32, and as quantize_rows gives it."""
+    y, (values, scale) = torch.empty_like(residual), _int8_rows(x)
+    tensors = (x, row_scale, bias, residual, norm_weight, norm_bias)
+    to = (values.data_ptr(), scale.data_ptr(), levels)
+    _C.norm_rows(_int8_rows_shape(x), *(tensor.data_ptr() for tensor in tensors), eps, y.data_ptr(), to)
+    return y, values, scale
