@@ -42,7 +42,7 @@ def launch(
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
         own = 32 if width <= 32 else 16
         rows, keys = (16, own) if part == "keys" else (own, 16)
-        warps, stages = 8, 2 if width <= 128 or part != "forward" else 1
+        warps, stages = 8, 2 if width <= 128 or part == "queries" else 1
     elif width <= 64:
         rows, keys = (32, 64) if part == "keys" and width <= 32 else (64, 32)
     elif width <= 128:
