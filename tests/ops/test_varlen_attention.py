@@ -81,7 +81,14 @@ def test_head_sizes(backend, size):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True}, {"window": (3, 2)}, {"window": (8, -1)}, {"causal": True, "window": (4, -1)}],
+    [
+        {},
+        {"causal": True},
+        {"window": (3, 2)},
+        {"window": (8, -1)},
+        {"causal": True, "window": (4, -1)},
+        {"window": (2**31 - 1, 2**31 - 1)},
+    ],
     ids=str,
 )
 def test_lengths_and_masks(backend, lengths, options):

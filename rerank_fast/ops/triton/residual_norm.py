@@ -24,10 +24,11 @@ CASE = ("width", "HAS_NARROW", "HAS_DROPOUT")
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8})
 
 
-def launch(width: int) -> dict[str, Any]:
-    """A row in the registers of as many warps as hold it without spilling."""
+def launch(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
+    """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the widest."""
     block = triton.next_power_of_2(width)
-    return {"WIDTH": block, "num_warps": min(16, max(4, block // 128)), "enable_fp_fusion": True}
+    most = 16 if hip else 32  # of 64 or of 32 threads
+    return {"WIDTH": block, "num_warps": min(most, max(4, block // 128)), "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -203,8 +204,9 @@ def shipped() -> Iterator[Variant]:
                         f"residual_norm-{kernel.__name__}_{name}_{width}{'_dropout' * has_dropout}",
                         kernel,
                         types,
-                        launch(width),
+                        launch(width, hip=False),
                         constants,
+                        launch(width, hip=True),
                         multiples=[a for a in types if types[a].startswith("*") or a == "width"],
                     )
 

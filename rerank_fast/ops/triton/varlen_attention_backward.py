@@ -27,6 +27,7 @@ from rerank_fast.ops.triton.varlen_attention import (
     store_tile,
     strides,
     variants,
+    windows,
 )
 
 
@@ -233,13 +234,12 @@ def backward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0:
         return dq, dk, dv
-    config = launch(q.shape[2], q.dtype, few_queries=q.shape[0] <= 16 * num_sequences, backward=True)
+    few = q.shape[0] <= 16 * num_sequences
     ends = (cu_seqlens_q, cu_seqlens_k)
     options = (
         scale,
         scale * 1.4426950408889634,
-        window_left,
-        window_right,
+        *windows(q, k, window_left, window_right),
         *dropout.scalars(dropout_p, seed),
         num_sequences,
         (num_sequences - 1).bit_length(),
@@ -248,6 +248,7 @@ def backward(
     constants = constants_of(q, k, window_left, window_right, dropout_p)
     with torch.cuda.device_of(q):
         if dq.numel():
+            config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
             kernel, rest = autotune.choose(query_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
                 *(q, k, v, out, lse, grad_out, dq, along, *ends),
@@ -257,6 +258,7 @@ def backward(
                 **rest,
             )
         if dk.numel():
+            config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
             kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
                 *(q, k, v, lse, along, grad_out, dk, dv, *ends),
@@ -269,4 +271,4 @@ def backward(
 
 
 def shipped() -> Iterator[Variant]:
-    return variants(query_grad_kernel, key_value_grad_kernel, backward=True)
+    return variants({"queries": query_grad_kernel, "keys": key_value_grad_kernel})
