@@ -60,10 +60,10 @@ double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::in
 
 // Address, token stride and head stride of a tensor (tokens, heads, head_size).
 using RowsTuple = std::tuple<Address, std::int64_t, std::int64_t>;
-// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, bf16, scale, window_left, window_right,
-// dropout_p, seed, threads)
-using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, bool,
-                                  double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
+// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, dropout_rows, bf16, scale, window_left,
+// window_right, dropout_p, seed, threads)
+using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address,
+                                  bool, double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
 
 rerank_fast::Rows rows(const RowsTuple& tuple) {
   return {reinterpret_cast<void*>(std::get<0>(tuple)), std::get<1>(tuple), std::get<2>(tuple)};
@@ -71,10 +71,12 @@ rerank_fast::Rows rows(const RowsTuple& tuple) {
 
 rerank_fast::AttentionShape attention_shape(const AttentionTuple& tuple) {
   return std::apply(
-      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto... rest) {
+      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto dropout_rows,
+         auto... rest) {
         return rerank_fast::AttentionShape{sequences, heads, kv_heads, size,
                                            reinterpret_cast<const std::int32_t*>(cu_q),
-                                           reinterpret_cast<const std::int32_t*>(cu_k), rest...};
+                                           reinterpret_cast<const std::int32_t*>(cu_k),
+                                           reinterpret_cast<const std::int32_t*>(dropout_rows), rest...};
       },
       tuple);
 }
@@ -95,11 +97,16 @@ void varlen_attention_backward(const AttentionTuple& shape, const RowsTuple& q, 
                                          rows(dv));
 }
 
-// (rows, width, bf16, eps, dropout_p, seed, threads)
-using NormTuple = std::tuple<std::int64_t, std::int64_t, bool, double, double, std::uint64_t, int>;
+// (rows, width, dropout_rows, bf16, eps, dropout_p, seed, threads)
+using NormTuple = std::tuple<std::int64_t, std::int64_t, Address, bool, double, double, std::uint64_t, int>;
 
 rerank_fast::ResidualNormShape norm_shape(const NormTuple& tuple) {
-  return std::apply([](auto... values) { return rerank_fast::ResidualNormShape{values...}; }, tuple);
+  return std::apply(
+      [](auto rows, auto width, auto dropout_rows, auto... rest) {
+        return rerank_fast::ResidualNormShape{rows, width, reinterpret_cast<const std::int32_t*>(dropout_rows),
+                                              rest...};
+      },
+      tuple);
 }
 
 void residual_norm_forward(const NormTuple& shape, Address x, Address residual, Address weight, Address bias,

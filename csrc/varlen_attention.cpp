@@ -223,7 +223,7 @@ RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t s
   read_rows(v, shape.bf16, task.first_k, task.num_k, kv_head, size, width, stride, 1.0f, task.values);
   transpose(task.keys, stride, width, task.keys_t);
   const auto factor = static_cast<float>(shape.scale * kLog2E);  // scores in powers of 2
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kRows) {
       const std::int64_t count = std::min(kRows, task.num_q - first);
@@ -284,7 +284,7 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
   std::fill_n(task.dv, stride * width, 0.0f);
   const auto factor = static_cast<float>(shape.scale * kLog2E);
   const auto scale = static_cast<float>(shape.scale);
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kRows) {
       const std::int64_t count = std::min(kRows, task.num_q - first), token = task.first_q + first;

@@ -107,7 +107,7 @@ RERANK_FAST_BF16 void bf16_forward(const AttentionShape& shape, const Sequence& 
   Word* const weights = memory.weights.room(kRows * stride / 2);  // (tiles, kRows, kKeys / 2)
   float* const scores = memory.scores.room(kRows * stride);       // (tiles, kRows, kKeys)
   const auto factor = static_cast<float>(shape.scale * kLog2E);
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   pair_columns<kKeys>(rows_of(k, kv_head, sequence.first_k, sequence.num_k), size, keys);
   pair_rows(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, values);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -248,7 +248,7 @@ RERANK_FAST_BF16 void bf16_backward(const AttentionShape& shape, const Sequence&
   float* const key_grads = memory.dk.room(stride * size + kLanes);
   float* const value_grads = memory.dv.room(stride * size + kLanes);
   const auto scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   const Bf16Rows key_rows = rows_of(k, kv_head, sequence.first_k, sequence.num_k);
   pair_columns<kKeys>(key_rows, size, keys);
   pair_rows(key_rows, size, key_pairs);

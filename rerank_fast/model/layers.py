@@ -28,6 +28,9 @@ class MicroBatch:
     read: Tensor  # (N,) int64
     rotary: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (T, head size), by the name that layers give
     lengths: np.ndarray  # (N,) tokens of each, on the host: shapes there follow without asking the device
+    # Where it is part of a larger one whose dropout it has: the places of its tokens and its sequences there.
+    token_rows: Tensor | None = None  # (T,) int32
+    sequence_rows: Tensor | None = None  # (N,) int32
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class LayerBatch:
     read: Tensor | None = None  # (N,) int64: the tokens that go on; None: all
     kept: Tensor | None = None  # int64: the tokens that they may attend to; None: all
     rotary: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None  # int32: the numbers in the dropout of the tokens that go on; None: their places
 
 
 def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
@@ -88,19 +92,22 @@ class PostNormStep:
             scale=layer.scale,
             dropout_p=_p(layer.attention_dropout),
             seed=batch.seeds[0],
+            rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
         attention = self.attention_out, attended.flatten(1), layer.attention_norm, layer.attention_out_dropout
-        wide, x = _add_norm(wide, *attention, batch.seeds[1])
+        wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
         widened = self.up.before(self.down, x)
-        return _add_norm(wide, self.down, widened, layer.output_norm, layer.down_dropout, batch.seeds[2])
+        return _add_norm(
+            wide, self.down, widened, layer.output_norm, layer.down_dropout, batch.seeds[2], batch.rows
+        )
 
 
 def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
     if one_token:
-        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read)
-    return LayerBatch(ends, ends, (longest, longest), tuple(seeds))
+        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows)
+    return LayerBatch(ends, ends, (longest, longest), tuple(seeds), rows=batch.token_rows)
 
 
 def _p(module: nn.Module | None, p: float | None = None) -> float:
@@ -116,13 +123,19 @@ def _seed(module: nn.Module | None, p: float | None = None) -> int:
 
 
 def _add_norm(
-    wide: Tensor, linear: StepLinear, x: Rows, norm: nn.LayerNorm, dropout: nn.Dropout | None, seed: int
+    wide: Tensor,
+    linear: StepLinear,
+    x: Rows,
+    norm: nn.LayerNorm,
+    dropout: nn.Dropout | None,
+    seed: int,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Rows]:
     """norm(wide + dropout(linear(x))) in wide's dtype and in what products read."""
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
     if linear.int8 is not None and _p(dropout) == 0:
         return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
-    return residual_norm(linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed)
+    return residual_norm(linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows)
 
 
 class PreNormStep:
@@ -171,6 +184,7 @@ class PreNormStep:
             window=window,
             dropout_p=_p(layer.attention, layer.attention_dropout),
             seed=batch.seeds[0],
+            rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)

@@ -113,6 +113,28 @@ def test_dropout_drops_the_same_everywhere(backend, lengths, seed):
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("reference", torch.float64)],
+)
+@pytest.mark.parametrize(
+    ("lengths", "chosen"), [("same", [2, 3]), ("one query", [1, 3]), ("fewer queries", [0, 2])]
+)
+def test_some_sequences_alone_lose_what_they_lost_among_all(backend, dtype, lengths, chosen):
+    require(backend if backend != "reference" else "cpu", dtype)
+    tensors, grad, ends = make(LENGTHS[lengths], heads=2, kv_heads=1, dtype=dtype)
+    whole = run(backend, tensors, grad, ends, dropout_p=0.4, seed=SEED)
+    of_q, of_k = (torch.cat([torch.arange(end[n], end[n + 1]) for n in chosen]) for end in ends)
+    few = [[part[n] for n in chosen] for part in LENGTHS[lengths]]
+    cut = tuple(torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32) for part in few)
+    case = (tensors[0][of_q], tensors[1][of_k], tensors[2][of_k]), grad[of_q], cut
+    rows = of_q.int().to("cuda" if backend == "triton" and HAS_GPU else "cpu")
+    alone = run(backend, *case, dropout_p=0.4, seed=SEED, rows=rows)
+    for ours, theirs, kept in zip(alone, whole, (of_q, of_q, of_k, of_k), strict=True):
+        assert torch.equal(ours, theirs[kept])
+    assert not torch.equal(run(backend, *case, dropout_p=0.4, seed=SEED)[0], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
     [("cpu", torch.bfloat16), ("triton", torch.float16), ("triton", torch.bfloat16)],
 )
 @pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2, "seed": SEED}], ids=str)
@@ -299,11 +321,12 @@ def test_differentiating_twice_raises():
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend):
     (q, k, v), grad, ends = make(([3, 5], [3, 5]), size=16)
-    options = (0.25, -1, 0, 0.1, 3, backend)
-    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
-    out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
-    arguments = (q, k, v, out, lse, grad, *ends, *options)
-    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
+    for rows in (None, torch.arange(8, 16, dtype=torch.int32)):
+        options = (rows, 0.25, -1, 0, 0.1, 3, backend)
+        torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
+        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
+        arguments = (q, k, v, out, lse, grad, *ends, *options)
+        torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
 
 
 def test_compiles_as_one_graph():
@@ -330,6 +353,7 @@ def test_errors_say_what_was_expected_and_what_came():
         (lambda: varlen_attention(q, k, v, cu_q[[0, 2]], cu_k), "same sequences, got 1 and 2"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, window=(-2, 0)), "window"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, dropout_p=1.0), "dropout_p"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, rows=cu_q), r"rows must be int32 of shape \(8,\)"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="cuda"), "backend must be one of"),
         (lambda: varlen_attention(q.half(), k.half(), v.half(), cu_q, cu_k, backend="cpu"), "fp32 or bf16 CPU"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="flash"), "flash.*NVIDIA GPU"),

@@ -180,6 +180,7 @@ def forward_kernel(
     lse,  # out (heads, Tq) fp32, to base 2
     cu_seqlens_q,  # (N + 1,) int32
     cu_seqlens_k,
+    rows,  # (Tq,) int32, or None
     q_token,
     q_head,
     k_token,
@@ -219,7 +220,7 @@ def forward_kernel(
     in_q = i < num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     if HAS_DROPOUT:
-        streams = dropout.row_streams(seed, head, first_q + i)[:, None]
+        streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[:, None]
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -274,6 +275,7 @@ def forward(
     v: Tensor,
     cu_seqlens_q: Tensor,  # (N + 1,) int32
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,  # (Tq,) int32
     scale: float,
     window_left: int,
     window_right: int,
@@ -291,7 +293,7 @@ def forward(
     kernel, config = autotune.choose(forward_kernel, config, around(config), CASE)
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
         kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-            *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k),
+            *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
             *strides(q, k, v, out),
             scale * 1.4426950408889634,
             *windows(q, k, window_left, window_right),
@@ -306,14 +308,17 @@ def forward(
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
-    """Every head size class and dtype, plain, with dropout and a window, and for a single query a sequence."""
+    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, and for a single
+    query a sequence."""
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        for few, options in ((False, False), (False, True), (True, False)):
-            constants = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": options, "HAS_RIGHT": options}
-            case = "dropout_window" if options else "one_query" if few else "plain"
+        for case in ("plain", "dropout_window", "dropout_window_rows", "one_query"):
+            few, options = case == "one_query", case.startswith("dropout")
+            constants: dict[str, Any] = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": options, "HAS_RIGHT": options}
+            if not case.endswith("rows"):
+                constants["rows"] = None
             for part, kernel in kernels.items():
                 types = {argument: _type(argument, name) for argument in kernel.arg_names}
                 yield Variant(
@@ -337,6 +342,6 @@ def _type(argument: str, dtype: str) -> str:
         return f"*{dtype}"
     if argument in ("lse", "along"):
         return "*fp32"
-    if argument.startswith("cu_seqlens"):
+    if argument.startswith("cu_seqlens") or argument == "rows":
         return "*i32"
     return "fp32" if argument in ("scale", "log2_scale", "rescale") else "i32"

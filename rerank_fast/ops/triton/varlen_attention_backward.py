@@ -62,6 +62,7 @@ def query_grad_kernel(
     along,  # out (heads, Tq) fp32: sum of out * grad_out, which the softmax takes off
     cu_seqlens_q,
     cu_seqlens_k,
+    rows,
     q_token,
     q_head,
     k_token,
@@ -112,7 +113,7 @@ def query_grad_kernel(
     tl.store(along + flat, along_i, mask=in_q)
     lse_i = tl.load(lse + flat, mask=in_q, other=float("inf"))
     if HAS_DROPOUT:
-        streams = dropout.row_streams(seed, head, first_q + i)[:, None]
+        streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[:, None]
     result = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -142,6 +143,7 @@ def key_value_grad_kernel(
     dv,
     cu_seqlens_q,
     cu_seqlens_k,
+    rows,
     q_token,
     q_head,
     k_token,
@@ -199,7 +201,7 @@ def key_value_grad_kernel(
             along_i = tl.load(along + flat, mask=in_q, other=0.0)[None, :]
             kept = 1.0
             if HAS_DROPOUT:
-                streams = dropout.row_streams(seed, head, first_q + i)[None, :]
+                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[None, :]
                 kept = dropout.factors(streams, j[:, None], threshold, rescale)
             place = i[None, :] + num_k - num_q
             allowed = reads(place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
@@ -221,6 +223,7 @@ def backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -235,7 +238,7 @@ def backward(
     if num_sequences == 0:
         return dq, dk, dv
     few = q.shape[0] <= 16 * num_sequences
-    ends = (cu_seqlens_q, cu_seqlens_k)
+    places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
         scale * 1.4426950408889634,
@@ -251,7 +254,7 @@ def backward(
             config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
             kernel, rest = autotune.choose(query_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-                *(q, k, v, out, lse, grad_out, dq, along, *ends),
+                *(q, k, v, out, lse, grad_out, dq, along, *places),
                 *strides(q, k, v, out, grad_out, dq),
                 *options,
                 **constants,
@@ -261,7 +264,7 @@ def backward(
             config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
             kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
-                *(q, k, v, lse, along, grad_out, dk, dv, *ends),
+                *(q, k, v, lse, along, grad_out, dk, dv, *places),
                 *strides(q, k, v, grad_out, dk, dv),
                 *options,
                 **constants,
