@@ -194,6 +194,8 @@ def key_value_grad_kernel(
         for start in range(begin, end, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             in_q = i < num_q
+            if HAS_DROPOUT:
+                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[None, :]
             q_tile = load_tile(q, q_token, q_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
             grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
             flat = head.to(tl.int64) * num_tokens + first_q + i
@@ -201,7 +203,6 @@ def key_value_grad_kernel(
             along_i = tl.load(along + flat, mask=in_q, other=0.0)[None, :]
             kept = 1.0
             if HAS_DROPOUT:
-                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[None, :]
                 kept = dropout.factors(streams, j[:, None], threshold, rescale)
             place = i[None, :] + num_k - num_q
             allowed = reads(place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
