@@ -193,8 +193,12 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     }
 
 
-# Datasheets: multiprocessors, boost clock in GHz, bytes a second. A cycle issues 4 warp instructions on each.
-_CARDS = {"H100 SXM": ("90", 132, 1.98, 3.35e12), "RTX 3090": ("86", 82, 1.695, 0.936e12)}
+# Datasheets: multiprocessors, boost clock in GHz, bytes a second, bf16 operations a second of the tensor cores. A
+# cycle issues 4 warp instructions on each multiprocessor, and 16 special functions.
+_CARDS = {
+    "H100 SXM": ("90", 132, 1.98, 3.35e12, 989e12),
+    "RTX 3090": ("86", 82, 1.695, 0.936e12, 71e12),
+}
 _SHAPES = {  # lists, documents, share of visited (row, column) pairs: 2 P (D - P) / D^2, or 2 x pairs of 5 grades
     "16 x 10 binary": (16, 10, 0.255),
     "64 x 32 binary": (64, 32, 0.255),
@@ -210,7 +214,7 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Bytes: scores, labels and gradient from and to memory, once. Operations: counted instructions of the pair loops.
     """
     estimates = []
-    for card, (target, processors, clock, bandwidth) in _CARDS.items():
+    for card, (target, processors, clock, bandwidth, _) in _CARDS.items():
         loops = next(
             (
                 row["loops"]
@@ -238,6 +242,33 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "special_us": special / 16 / (processors * clock * 1e3),
                 }
             )
+    return estimates
+
+
+_LENGTHS = (32, 92, 300, 512, 2048)  # tokens of each of 10,000 // length sequences, 12 heads
+
+
+def attention_roofline() -> list[dict[str, Any]]:
+    """Estimated floors in microseconds of varlen_attention's forward in bf16, launch and latency left out.
+
+    Bytes: queries, keys, values and results, once. Operations: two products, and an exponential a score.
+    """
+    estimates = []
+    for (card, (_, processors, clock, bandwidth, tensor)), size, length in itertools.product(
+        _CARDS.items(), (32, 64), _LENGTHS
+    ):
+        rows = 10_000 // length * length * 12
+        moved = 4 * rows * size * 2
+        estimates.append(
+            {
+                "attention_estimate": card,
+                "head_size": size,
+                "length": length,
+                "memory_us": moved / bandwidth * 1e6,
+                "tensor_us": 4 * rows * length * size / tensor * 1e6,
+                "special_us": rows * length / 16 / (processors * clock * 1e3),
+            }
+        )
     return estimates
 
 
@@ -282,8 +313,22 @@ def main() -> None:
             f"{row['bytes']:>8} bytes: memory {row['memory_us']:.2f}, issue {row['issue_us']:.2f}, "
             f"special functions {row['special_us']:.2f}"
         )
+    attention = (
+        attention_roofline() if any(row["kernel_name"].startswith("varlen_attention") for row in rows) else []
+    )
+    if attention:
+        print(
+            "\nEstimates from datasheets, not measurements: floors in microseconds, varlen_attention bf16, forward"
+        )
+    for row in attention:
+        print(
+            f"{row['attention_estimate']:<10} 12 heads of {row['head_size']}, 10,000 tokens in sequences of "
+            f"{row['length']:>4}: memory {row['memory_us']:.1f}, tensor cores {row['tensor_us']:.1f}, "
+            f"special functions {row['special_us']:.1f}"
+        )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"kernels": rows, "estimates": estimates}, indent=1) + "\n")
+        report = {"kernels": rows, "estimates": estimates, "attention_estimates": attention}
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::in
 
 // Address, token stride and head stride of a tensor (tokens, heads, head_size).
 using RowsTuple = std::tuple<Address, std::int64_t, std::int64_t>;
-// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, bf16, scale, window_left, window_right,
-// dropout_p, seed, threads)
-using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, bool,
-                                  double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
+// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, dropout_rows, bf16, scale, window_left,
+// window_right, dropout_p, seed, threads)
+using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address,
+                                  bool, double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
 
 rerank_fast::Rows rows(const RowsTuple& tuple) {
   return {reinterpret_cast<void*>(std::get<0>(tuple)), std::get<1>(tuple), std::get<2>(tuple)};
@@ -71,10 +71,12 @@ rerank_fast::Rows rows(const RowsTuple& tuple) {
 
 rerank_fast::AttentionShape attention_shape(const AttentionTuple& tuple) {
   return std::apply(
-      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto... rest) {
+      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto dropout_rows,
+         auto... rest) {
         return rerank_fast::AttentionShape{sequences, heads, kv_heads, size,
                                            reinterpret_cast<const std::int32_t*>(cu_q),
-                                           reinterpret_cast<const std::int32_t*>(cu_k), rest...};
+                                           reinterpret_cast<const std::int32_t*>(cu_k),
+                                           reinterpret_cast<const std::int32_t*>(dropout_rows), rest...};
       },
       tuple);
 }
@@ -95,11 +97,16 @@ void varlen_attention_backward(const AttentionTuple& shape, const RowsTuple& q, 
                                          rows(dv));
 }
 
-// (rows, width, bf16, eps, dropout_p, seed, threads)
-using NormTuple = std::tuple<std::int64_t, std::int64_t, bool, double, double, std::uint64_t, int>;
+// (rows, width, dropout_rows, bf16, eps, dropout_p, seed, threads)
+using NormTuple = std::tuple<std::int64_t, std::int64_t, Address, bool, double, double, std::uint64_t, int>;
 
 rerank_fast::ResidualNormShape norm_shape(const NormTuple& tuple) {
-  return std::apply([](auto... values) { return rerank_fast::ResidualNormShape{values...}; }, tuple);
+  return std::apply(
+      [](auto rows, auto width, auto dropout_rows, auto... rest) {
+        return rerank_fast::ResidualNormShape{rows, width, reinterpret_cast<const std::int32_t*>(dropout_rows),
+                                              rest...};
+      },
+      tuple);
 }
 
 void residual_norm_forward(const NormTuple& shape, Address x, Address residual, Address weight, Address bias,
@@ -175,16 +182,41 @@ rerank_fast::Int8RowsShape int8_rows_shape(const Int8RowsTuple& tuple) {
   return std::apply([](auto... values) { return rerank_fast::Int8RowsShape{values...}; }, tuple);
 }
 
-void quantize_rows(const Int8RowsTuple& shape, Address x, int levels, Address quantized, Address scale) {
+// (values, scale, levels)
+using Int8RowsOut = std::tuple<Address, Address, int>;
+
+rerank_fast::Int8Rows int8_rows(const Int8RowsOut& tuple) {
+  return {reinterpret_cast<std::uint8_t*>(std::get<0>(tuple)), reinterpret_cast<float*>(std::get<1>(tuple)),
+          std::get<2>(tuple)};
+}
+
+void quantize_rows(const Int8RowsTuple& shape, Address x, const Int8RowsOut& to) {
   py::gil_scoped_release release;
-  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), levels,
-                             reinterpret_cast<std::uint8_t*>(quantized), reinterpret_cast<float*>(scale));
+  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), int8_rows(to));
 }
 
 void scale_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias) {
   py::gil_scoped_release release;
   rerank_fast::scale_rows(int8_rows_shape(shape), reinterpret_cast<void*>(x),
                           reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias));
+}
+
+void gelu_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, const Int8RowsOut& to) {
+  py::gil_scoped_release release;
+  rerank_fast::gelu_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
+                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias),
+                         int8_rows(to));
+}
+
+void norm_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, Address residual,
+               Address norm_weight, Address norm_bias, double eps, Address y, const Int8RowsOut& to) {
+  const rerank_fast::Int8Norm norm{reinterpret_cast<const float*>(residual),
+                                   reinterpret_cast<const float*>(norm_weight),
+                                   reinterpret_cast<const float*>(norm_bias), eps};
+  py::gil_scoped_release release;
+  rerank_fast::norm_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
+                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias), norm,
+                         reinterpret_cast<float*>(y), int8_rows(to));
 }
 
 }  // namespace
@@ -205,4 +237,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("ndcg_double", &ndcg<double>);
   module.def("quantize_rows", &quantize_rows);
   module.def("scale_rows", &scale_rows);
+  module.def("gelu_rows", &gelu_rows);
+  module.def("norm_rows", &norm_rows);
 }

@@ -11,11 +11,31 @@ struct Int8RowsShape {
   int num_threads;
 };
 
-// Each row of x (rows, width) to (levels + 1) + round(levels * x / max|x|) with the scale max|x| / levels of its own;
-// levels is at most 127. A row of zeros has the scale 0.
-void quantize_rows(const Int8RowsShape& shape, const void* x, int levels, std::uint8_t* quantized, float* scale);
+// Each row as (levels + 1) + round(levels * row / max|row|) with the scale max|row| / levels of its own; levels is at
+// most 127. A row of zeros has the scale 0.
+struct Int8Rows {
+  std::uint8_t* values;  // (rows, width)
+  float* scale;          // (rows,)
+  int levels;
+};
 
-// x = x * row_scale + bias in place; bias may be null.
+struct Int8Norm {
+  const float *residual, *weight, *bias;  // (rows, width), (width,), (width,)
+  double eps;
+};
+
+void quantize_rows(const Int8RowsShape& shape, const void* x, const Int8Rows& to);
+
+// What follows a product x of rows with the scales row_scale and weights with the bias:
+// x = x * row_scale + bias in place;
 void scale_rows(const Int8RowsShape& shape, void* x, const float* row_scale, const float* bias);
+
+// GELU of that, as int8;
+void gelu_rows(const Int8RowsShape& shape, const void* x, const float* row_scale, const float* bias,
+               const Int8Rows& to);
+
+// y = LayerNorm(residual + that), and y as int8.
+void norm_rows(const Int8RowsShape& shape, const void* x, const float* row_scale, const float* bias,
+               const Int8Norm& norm, float* y, const Int8Rows& to);
 
 }  // namespace rerank_fast

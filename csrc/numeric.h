@@ -46,19 +46,22 @@ RERANK_FAST_INLINE Bits mix(Bits x) {
 }
 
 // Whether a value is kept follows from the seed and its place alone: backward draws what forward drew. A place is a
-// row, which names a stream of its own, and a column in it.
+// row, which names a stream of its own, and a column in it. Where rows are given, rows[i] stands for row i.
 struct Dropout {
   std::uint32_t threshold;  // of 2^32 values those below it are dropped
   float rescale;            // 1 / (1 - p)
   std::uint32_t seed;
+  const std::int32_t* rows;
 
-  Dropout(double p, std::uint64_t seed_value)
+  Dropout(double p, std::uint64_t seed_value, const std::int32_t* rows_given = nullptr)
       : threshold(static_cast<std::uint32_t>(std::min(p * 4294967296.0, 4294967295.0))),
         rescale(static_cast<float>(1.0 / (1.0 - p))),
-        seed(mix(static_cast<std::uint32_t>(seed_value) ^ mix(static_cast<std::uint32_t>(seed_value >> 32)))) {}
+        seed(mix(static_cast<std::uint32_t>(seed_value) ^ mix(static_cast<std::uint32_t>(seed_value >> 32)))),
+        rows(rows_given) {}
 
   RERANK_FAST_INLINE std::uint32_t row(std::uint32_t stream, std::uint32_t index) const {
-    return mix(mix(seed + stream * 0x9e3779b9u) + index);
+    return mix(mix(seed + stream * 0x9e3779b9u) +
+               (rows == nullptr ? index : static_cast<std::uint32_t>(rows[index])));
   }
   template <typename Bits>
   static RERANK_FAST_INLINE Bits draw(std::uint32_t row, Bits column) {

@@ -38,7 +38,7 @@ template <bool kBf16>
 RERANK_FAST_INLINE void forward_rows(const ResidualNormShape& shape, const void* x, const float* residual,
                                      const float* weight, const float* bias, float* y, void* y_narrow, float* mean,
                                      float* rstd, std::int64_t begin, std::int64_t end) {
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   const auto width = static_cast<std::int32_t>(shape.width);
   for (std::int64_t row = begin; row < end; ++row) {
     float* to = y + row * width;
@@ -69,7 +69,7 @@ RERANK_FAST_INLINE void backward_rows(const ResidualNormShape& shape, const void
                                       const void* grad_y_narrow, void* grad_x, float* grad_residual,
                                       float* grad_weight, float* grad_bias, float* normalized, std::int64_t begin,
                                       std::int64_t end) {
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   const auto width = static_cast<std::int32_t>(shape.width);
   for (std::int64_t row = begin; row < end; ++row) {
     add<kBf16>(shape, dropout, x, residual, row, normalized);

@@ -7,6 +7,7 @@ namespace rerank_fast {
 
 struct ResidualNormShape {
   std::int64_t rows, width;
+  const std::int32_t* dropout_rows;  // (rows): what stands for each of them in the dropout, or null: its place
   bool bf16;  // of x and of the narrow output and their gradients; else fp32 and there is no narrow output
   double eps;
   double dropout_p;  // of x

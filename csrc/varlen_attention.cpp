@@ -5,29 +5,22 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
-#include <vector>
+#include <numeric>
 
-#include "numeric.h"
 #include "threads.h"
+#include "varlen_attention_bf16.h"
+#include "varlen_attention_task.h"
 
 namespace rerank_fast {
 namespace {
 
-constexpr std::int64_t kLanes = 16, kRows = 8;  // floats in a vector; queries taken at once
-using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Bits = std::uint32_t __attribute__((vector_size(kLanes * sizeof(float))));
-
-RERANK_FAST_INLINE Vector load(const float* from) {
-  Vector result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-RERANK_FAST_INLINE void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
-RERANK_FAST_INLINE Vector all(float value) { return value - Vector{}; }
+constexpr std::int64_t kLanes = kBlock, kRows = 8;  // floats in a vector; queries taken at once
+using Vector = Lanes<float>;
+using Bits = Lanes<std::uint32_t>;
 
 // 2^x for x <= 0; below -126 it gives the smallest normal number, which no sum sees.
 RERANK_FAST_INLINE Vector exp2_vector(Vector x) {
-  x = x < -126.0f ? all(-126.0f) : x;
+  x = x < -126.0f ? every_lane(-126.0f) : x;
   const Vector shifted = x + 12582912.0f;  // rounds to the nearest whole number, in the low bits
   const Vector f = x - (shifted - 12582912.0f);
   Bits bits;
@@ -35,7 +28,7 @@ RERANK_FAST_INLINE Vector exp2_vector(Vector x) {
   bits = (bits - 0x4b400000u + 127u) << 23;
   Vector power;
   std::memcpy(&power, &bits, sizeof power);
-  Vector p = all(0.000153458118f);
+  Vector p = every_lane(0.000153458118f);
   p = p * f + 0.00133999312f;
   p = p * f + 0.00961848896f;
   p = p * f + 0.0555032878f;
@@ -43,14 +36,6 @@ RERANK_FAST_INLINE Vector exp2_vector(Vector x) {
   p = p * f + 0.693147206f;
   p = p * f + 1.0f;
   return p * power;
-}
-
-// The factors of 16 probabilities from first_key on: 0 or 1 / (1 - p).
-RERANK_FAST_INLINE Vector dropout_factors(const Dropout& dropout, std::uint32_t row, std::int64_t first_key) {
-  Bits key;
-  for (std::uint32_t lane = 0; lane < kLanes; ++lane) key[lane] = lane;
-  key += static_cast<std::uint32_t>(first_key);
-  return Dropout::draw(row, key) < dropout.threshold ? Vector{} : all(dropout.rescale);
 }
 
 // Copies count rows of one head into fp32 rows of `width` floats, times factor; what is beyond them becomes 0.
@@ -113,8 +98,8 @@ RERANK_FAST_INLINE void rows_by_columns(const float* rows, std::int64_t width, s
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      store(result + r * stride + j, sum[r][0]);
-      store(result + r * stride + j + kLanes, sum[r][1]);
+      store(sum[r][0], result + r * stride + j);
+      store(sum[r][1], result + r * stride + j + kLanes);
     }
   }
   for (; j < end; j += kLanes) {
@@ -125,7 +110,7 @@ RERANK_FAST_INLINE void rows_by_columns(const float* rows, std::int64_t width, s
       for (int r = 0; r < kRows; ++r) sum[r] += rows[r * width + e] * column;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) store(result + r * stride + j, sum[r]);
+    for (int r = 0; r < kRows; ++r) store(sum[r], result + r * stride + j);
   }
 }
 
@@ -145,8 +130,8 @@ RERANK_FAST_INLINE void weighted_sum(const float* weights, std::int64_t stride, 
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      store(result + r * width + e, sum[r][0]);
-      store(result + r * width + e + kLanes, sum[r][1]);
+      store(sum[r][0], result + r * width + e);
+      store(sum[r][1], result + r * width + e + kLanes);
     }
   }
   for (; e < width; e += kLanes) {
@@ -157,7 +142,7 @@ RERANK_FAST_INLINE void weighted_sum(const float* weights, std::int64_t stride, 
       for (int r = 0; r < kRows; ++r) sum[r] += weights[r * stride + j] * value;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) store(result + r * width + e, sum[r]);
+    for (int r = 0; r < kRows; ++r) store(sum[r], result + r * width + e);
   }
 }
 
@@ -179,42 +164,32 @@ RERANK_FAST_INLINE void add_outer(const float* weights, std::int64_t stride, con
 #pragma GCC unroll 4
         for (int key = 0; key < kKeys; ++key) sum[key] += weights[r * stride + j + key] * row[r];
 #pragma GCC unroll 4
-      for (int key = 0; key < kKeys; ++key) store(values + (j + key) * width + e, sum[key]);
+      for (int key = 0; key < kKeys; ++key) store(sum[key], values + (j + key) * width + e);
     }
     for (; j < end; ++j) {
       Vector sum = load(values + j * width + e);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum += weights[r * stride + j] * row[r];
-      store(values + j * width + e, sum);
+      store(sum, values + j * width + e);
     }
   }
 }
 
-std::int64_t whole(std::int64_t count, std::int64_t step) { return (count + step - 1) / step * step; }
-
-// One sequence and head, and what it needs in fp32. Key rows are `width` floats, query columns `stride`.
-struct Task {
-  std::int64_t first_q, num_q, first_k, num_k, width, stride;
+// A sequence and what it needs in fp32. Key rows are `width` floats, query columns `stride`.
+struct Task : Sequence {
+  std::int64_t width, stride;
   float *keys, *keys_t, *values, *values_t, *scores, *grads, *rows, *grad_rows, *out_rows, *dk, *dv;
 
-  Task(const AttentionShape& shape, std::int64_t sequence, bool backward, std::vector<float>& memory) {
-    first_q = shape.cu_seqlens_q[sequence];
-    num_q = shape.cu_seqlens_q[sequence + 1] - first_q;
-    first_k = shape.cu_seqlens_k[sequence];
-    num_k = shape.cu_seqlens_k[sequence + 1] - first_k;
-    width = whole(shape.head_size, kLanes);
-    stride = whole(num_k, kLanes);
+  Task(const AttentionShape& shape, std::int64_t index, bool backward)
+      : Sequence(shape, index), width(whole(shape.head_size, kLanes)), stride(whole(num_k, kLanes)) {
     const std::int64_t all_keys = stride * width, block = kRows * stride, row_block = kRows * width;
     const std::int64_t sizes[] = {all_keys,  all_keys,  all_keys,  backward ? all_keys : 0,
                                   block,     backward ? block : 0, row_block, row_block,
                                   row_block, backward ? all_keys : 0, backward ? all_keys : 0};
     float** const parts[] = {&keys, &keys_t, &values, &values_t, &scores, &grads, &rows, &grad_rows, &out_rows,
                              &dk,   &dv};
-    std::int64_t total = kLanes;
-    for (const std::int64_t size : sizes) total += size;
-    if (static_cast<std::int64_t>(memory.size()) < total) memory.resize(static_cast<std::size_t>(total + total / 2));
-    auto at = reinterpret_cast<std::uintptr_t>(memory.data());
-    auto* next = memory.data() + (64 - at % 64) % 64 / sizeof(float);
+    static thread_local Scratch<float> memory;
+    float* next = memory.room(std::accumulate(std::begin(sizes), std::end(sizes), std::int64_t{0}));
     for (std::size_t part = 0; part < std::size(sizes); ++part) {
       *parts[part] = next;
       next += sizes[part];
@@ -222,31 +197,24 @@ struct Task {
   }
 
   // The keys that any of the queries [first, last) may read: a range, whole vectors.
-  void bounds(const AttentionShape& shape, std::int64_t first, std::int64_t last, std::int64_t* begin,
-              std::int64_t* end) const {
-    const std::int64_t shift = num_k - num_q;
-    *begin = shape.window_left < 0 ? 0 : std::max<std::int64_t>(0, first + shift - shape.window_left);
-    *end = shape.window_right < 0 ? num_k : std::min(num_k, last + shift + shape.window_right);
-    *begin = std::min(*begin / kLanes * kLanes, stride);
-    *end = std::max(whole(std::max<std::int64_t>(*end, 0), kLanes), *begin);
+  KeyRange bounds(const AttentionShape& shape, std::int64_t first, std::int64_t last) const {
+    const KeyRange keys = readable(shape, first, last, kLanes);
+    return {keys.from, std::max(keys.from, whole(keys.to, kLanes))};
   }
 
   // Minus infinity where query i may not read.
   RERANK_FAST_INLINE void mask(const AttentionShape& shape, std::int64_t i, std::int64_t begin, std::int64_t end,
                                float* row) const {
-    const std::int64_t place = i + num_k - num_q;
-    const std::int64_t from = shape.window_left < 0 ? 0 : std::max<std::int64_t>(0, place - shape.window_left);
-    const std::int64_t to = shape.window_right < 0 ? num_k : std::min(num_k, place + shape.window_right + 1);
+    const KeyRange keys = readable(shape, i);
     const float nothing = -std::numeric_limits<float>::infinity();
-    for (std::int64_t j = begin; j < std::min(from, end); ++j) row[j] = nothing;
-    for (std::int64_t j = std::max(to, begin); j < end; ++j) row[j] = nothing;
+    for (std::int64_t j = begin; j < std::min(keys.from, end); ++j) row[j] = nothing;
+    for (std::int64_t j = std::max(keys.to, begin); j < end; ++j) row[j] = nothing;
   }
 };
 
 RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t sequence, std::int64_t kv_head,
-                                     const Rows& q, const Rows& k, const Rows& v, const Rows& out, float* lse,
-                                     std::vector<float>& memory) {
-  const Task task(shape, sequence, false, memory);
+                                     const Rows& q, const Rows& k, const Rows& v, const Rows& out, float* lse) {
+  const Task task(shape, sequence, false);
   if (task.num_q == 0) return;
   const std::int64_t size = shape.head_size, width = task.width, stride = task.stride;
   const std::int64_t num_queries = shape.cu_seqlens_q[shape.num_sequences];
@@ -254,20 +222,19 @@ RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t s
   read_rows(k, shape.bf16, task.first_k, task.num_k, kv_head, size, width, stride, 1.0f, task.keys);
   read_rows(v, shape.bf16, task.first_k, task.num_k, kv_head, size, width, stride, 1.0f, task.values);
   transpose(task.keys, stride, width, task.keys_t);
-  const auto factor = static_cast<float>(shape.scale * 1.4426950408889634);  // scores in powers of 2
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const auto factor = static_cast<float>(shape.scale * kLog2E);  // scores in powers of 2
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kRows) {
       const std::int64_t count = std::min(kRows, task.num_q - first);
-      std::int64_t begin, end;
-      task.bounds(shape, first, first + count, &begin, &end);
+      const auto [begin, end] = task.bounds(shape, first, first + count);
       read_rows(q, shape.bf16, task.first_q + first, count, head, size, width, kRows, factor, task.rows);
       rows_by_columns(task.rows, width, size, task.keys_t, stride, begin, end, task.scores);
       float rescale[kRows];
       for (std::int64_t r = 0; r < count; ++r) {
         float* row = task.scores + r * stride;
         task.mask(shape, first + r, begin, end, row);
-        Vector highest = all(-std::numeric_limits<float>::infinity());
+        Vector highest = every_lane(-std::numeric_limits<float>::infinity());
         for (std::int64_t j = begin; j < end; j += kLanes) {
           const Vector score = load(row + j);
           highest = score > highest ? score : highest;
@@ -284,7 +251,7 @@ RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t s
           weight = score == -std::numeric_limits<float>::infinity() ? Vector{} : weight;
           sums += weight;
           if (dropout.threshold != 0) weight *= dropout_factors(dropout, drawn, j);
-          store(row + j, weight);
+          store(weight, row + j);
         }
         float sum = 0;
         for (std::int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
@@ -304,8 +271,8 @@ RERANK_FAST_CLONES void forward_task(const AttentionShape& shape, std::int64_t s
 RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t sequence, std::int64_t kv_head,
                                       const Rows& q, const Rows& k, const Rows& v, const Rows& out,
                                       const float* lse, const Rows& grad_out, const Rows& dq, const Rows& dk,
-                                      const Rows& dv, std::vector<float>& memory) {
-  const Task task(shape, sequence, true, memory);
+                                      const Rows& dv) {
+  const Task task(shape, sequence, true);
   const std::int64_t size = shape.head_size, width = task.width, stride = task.stride;
   const std::int64_t num_queries = shape.cu_seqlens_q[shape.num_sequences];
   const std::int64_t group = shape.num_heads / shape.num_kv_heads;
@@ -315,14 +282,13 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
   transpose(task.values, stride, width, task.values_t);
   std::fill_n(task.dk, stride * width, 0.0f);
   std::fill_n(task.dv, stride * width, 0.0f);
-  const auto factor = static_cast<float>(shape.scale * 1.4426950408889634);
+  const auto factor = static_cast<float>(shape.scale * kLog2E);
   const auto scale = static_cast<float>(shape.scale);
-  const Dropout dropout(shape.dropout_p, shape.seed);
+  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kRows) {
       const std::int64_t count = std::min(kRows, task.num_q - first), token = task.first_q + first;
-      std::int64_t begin, end;
-      task.bounds(shape, first, first + count, &begin, &end);
+      const auto [begin, end] = task.bounds(shape, first, first + count);
       read_rows(q, shape.bf16, token, count, head, size, width, kRows, factor, task.rows);
       read_rows(grad_out, shape.bf16, token, count, head, size, width, kRows, 1.0f, task.grad_rows);
       read_rows(out, shape.bf16, token, count, head, size, width, kRows, 1.0f, task.out_rows);
@@ -352,8 +318,8 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
             upstream *= factors;
             dropped *= factors;
           }
-          store(row + j, dropped);
-          store(grad + j, weight * (upstream - along));
+          store(dropped, row + j);
+          store(weight * (upstream - along), grad + j);
         }
       }
       add_outer(task.scores, stride, task.grad_rows, width, begin, end, task.dv);
@@ -369,24 +335,20 @@ RERANK_FAST_CLONES void backward_task(const AttentionShape& shape, std::int64_t 
   write_rows(dv, shape.bf16, task.first_k, task.num_k, kv_head, size, width, task.dv);
 }
 
-std::vector<float>& memory() {
-  static thread_local std::vector<float> kept;
-  return kept;
-}
-
 }  // namespace
 
 void varlen_attention_forward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, float* lse) {
+  const auto task = has_bf16_attention(shape) ? bf16_forward_task : forward_task;
   parallel_for(shape.num_threads, shape.num_sequences * shape.num_kv_heads, [&](std::int64_t index) {
-    forward_task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse, memory());
+    task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse);
   });
 }
 
 void varlen_attention_backward(const AttentionShape& shape, Rows q, Rows k, Rows v, Rows out, const float* lse,
                                Rows grad_out, Rows dq, Rows dk, Rows dv) {
+  const auto task = has_bf16_attention(shape) ? bf16_backward_task : backward_task;
   parallel_for(shape.num_threads, shape.num_sequences * shape.num_kv_heads, [&](std::int64_t index) {
-    backward_task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse, grad_out, dq, dk,
-                  dv, memory());
+    task(shape, index / shape.num_kv_heads, index % shape.num_kv_heads, q, k, v, out, lse, grad_out, dq, dk, dv);
   });
 }
 

@@ -13,6 +13,7 @@ struct AttentionShape {
   std::int64_t head_size;     // at most 256
   const std::int32_t* cu_seqlens_q;  // (num_sequences + 1), from 0
   const std::int32_t* cu_seqlens_k;
+  const std::int32_t* dropout_rows;  // (queries): what stands for each of them in the dropout, or null: its place
   bool bf16;  // of every tensor but lse; else fp32
   double scale;
   // Query i of Lq may read the keys from i + Lk - Lq - window_left to i + Lk - Lq + window_right; below 0 is unlimited.

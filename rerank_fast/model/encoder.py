@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
-from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, norm, run_layer
+from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
 from rerank_fast.model.linear import StepLinear
 from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.random_state import nothing_drawn, random_state
 
 
 class PackedStep:
@@ -31,6 +32,11 @@ class PackedStep:
         gradient_checkpointing: compute the inside of every layer again in backward.
         compiler: torch.compile's backend for the layers; None runs them eagerly. On a CPU without gradients they
             are eager all the same: oneDNN's own products are faster there than what is compiled.
+
+    Attributes:
+        draws_by_row: whether all that was dropped inside the layers so far follows from a seed and a row, as the
+            ops' dropout does. False once a module there has drawn from torch's generators, as an adapter's dropout
+            does. Looked at where the step is made with gradients on.
     """
 
     padded = False
@@ -46,6 +52,7 @@ class PackedStep:
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
+        self.draws_by_row, self._looks_at_draws = True, torch.is_grad_enabled()
         compiles = torch.is_grad_enabled() or architecture.word_embeddings.weight.device.type != "cpu"
         self.compiled = compiled_layer(compiler) if compiler is not None and compiles else None
         # A caller's autocast would narrow the score head; what is to be narrow is cast here.
@@ -64,9 +71,14 @@ class PackedStep:
             padding = architecture.word_embeddings.padding_idx
             self._rows = F.embedding(_upload(used, weight.device), weight, padding)
 
-    def __call__(self, indices: np.ndarray) -> Tensor:
-        """(M,) fp32 scores of the pairs at the (M,) indices, in their order."""
+    def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
+        """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
+
+        With keep, an (M,) mask, those of the pairs under it alone, and with the dropout that they have among all M:
+        from the same random state, and where the step draws_by_row, they are the same scores.
+        """
         flat, starts = self.tokens.flat_index(indices)
+        lengths = np.diff(starts)
         device = self._rows.device
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
@@ -76,35 +88,51 @@ class PackedStep:
             F.embedding(_upload(self._rows_of_tokens[flat], device), self._rows)[None],
             _upload(type_ids, device)[None],
             positions,
-        )
+        )[0]
+        tokens = pairs = None
+        if keep is not None and not keep.all():
+            # The embeddings' dropout, as the head's below, is drawn for all.
+            tokens = _upload(np.flatnonzero(np.repeat(keep, lengths)), device)
+            pairs = _upload(np.flatnonzero(keep), device)
+            lengths = lengths[keep]
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+            embedded, positions = embedded.index_select(0, tokens), positions.index_select(1, tokens)
         # A view in one layer and none in the next would be two graphs.
-        wide = embedded[0].to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
+        wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
         # Norms before the sublayers read the stream itself.
-        x = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
+        x: Rows = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
         cu_seqlens = _upload(starts.astype(np.int32), device)
-        lengths = np.diff(starts)
         batch = MicroBatch(
             cu_seqlens,
-            torch.arange(len(indices) + 1, dtype=torch.int32, device=device),
+            torch.arange(len(starts), dtype=torch.int32, device=device),
             _upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
             {} if architecture.rotary is None else architecture.rotary(wide, positions),
             lengths,
+            None if tokens is None else tokens.int(),
+            None if pairs is None else pairs.int(),
         )
-        for layer in self.layers:
+        prepared = [layer.prepare(batch) for layer in self.layers]
+        before = random_state(device) if self._looks_at_draws else None
+        for layer, layer_batch in zip(self.layers, prepared, strict=True):
             # One row to compute is no dynamic number of them: it would be a graph of its own.
-            run = run_layer if self.compiled is None or (layer.one_token and len(indices) == 1) else self.compiled
-            prepared = layer.prepare(batch)
+            run = run_layer if self.compiled is None or (layer.one_token and len(lengths) == 1) else self.compiled
             if self.gradient_checkpointing:
-                wide, x = checkpoint(run, layer, wide, x, prepared, use_reentrant=False)
+                wide, x = checkpoint(run, layer, wide, x, layer_batch, use_reentrant=False)
             else:
-                wide, x = run(layer, wide, x, prepared)
+                wide, x = run(layer, wide, x, layer_batch)
+        if before is not None and not nothing_drawn(before, random_state(device)):
+            self.draws_by_row = False
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
         if architecture.reads == "mean":
-            sums = wide.new_zeros(len(indices), wide.shape[1])
-            owner = _upload(np.repeat(np.arange(len(indices)), lengths), device)
+            sums = wide.new_zeros(len(lengths), wide.shape[1])
+            owner = _upload(np.repeat(np.arange(len(lengths)), lengths), device)
             wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
-        return architecture.head(wide.to(self._rows.dtype)).to(wide.dtype)
+        read = wide.to(self._rows.dtype)
+        if pairs is None:
+            return architecture.head(read).to(wide.dtype)
+        among_all = read.new_zeros(len(indices), read.shape[1]).index_copy(0, pairs, read)
+        return architecture.head(among_all).to(wide.dtype).index_select(0, pairs)
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """Cut what the micro-batches share off from the weights, so that each can have a backward of its own.
@@ -114,7 +142,7 @@ class PackedStep:
             .grad is what the shared tensor must still pass on.
         """
         linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
-        places = [(part, name) for part in linears if part.modules is None for name in ("weight", "bias")]
+        places = [(part, name) for part in linears if part.has_weight for name in ("weight", "bias")]
         cuts = [pair for owner, name in [(self, "_rows"), *places] for pair in cut(owner, name)]
         return cuts + cut_head(self.architecture.head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
 from rerank_fast.model.linear import StepLinear
+from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.varlen_attention import varlen_attention
+
+Rows: TypeAlias = Tensor | Int8Rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class MicroBatch:
     read: Tensor  # (N,) int64
     rotary: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (T, head size), by the name that layers give
     lengths: np.ndarray  # (N,) tokens of each, on the host: shapes there follow without asking the device
+    # Where it is part of a larger one whose dropout it has: the places of its tokens and its sequences there.
+    token_rows: Tensor | None = None  # (T,) int32
+    sequence_rows: Tensor | None = None  # (N,) int32
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,11 @@ class LayerBatch:
     read: Tensor | None = None  # (N,) int64: the tokens that go on; None: all
     kept: Tensor | None = None  # int64: the tokens that they may attend to; None: all
     rotary: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None  # int32: the numbers in the dropout of the tokens that go on; None: their places
 
 
-def run_layer(
-    layer: PostNormStep | PreNormStep, wide: Tensor, x: Tensor, batch: LayerBatch
-) -> tuple[Tensor, Tensor]:
-    """(T, H) results of a layer, in the residual stream's dtype and in that of products."""
+def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
+    """(T, H) results of a layer, in the residual stream's dtype and in what products read."""
     return layer(wide, x, batch)
 
 
@@ -68,14 +74,15 @@ class PostNormStep:
         seeds = [_seed(one) for one in (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)]
         return _layer_batch(batch, seeds, one_token=self.one_token)
 
-    def __call__(self, wide: Tensor, x: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         layer, heads = self.layer, self.layer.num_heads
         if self.one_token:
-            key, value = self.key_value(x).view(x.shape[0], 2, heads, -1).unbind(1)
+            assert batch.read is not None
+            key, value = self.key_value(x).view(len(wide), 2, heads, -1).unbind(1)
             wide, x = wide[batch.read], x[batch.read]
-            query = self.query(x).view(x.shape[0], heads, -1)
+            query = self.query(x).view(len(wide), heads, -1)
         else:
-            query, key, value = self.query_key_value(x).view(x.shape[0], 3, heads, -1).unbind(1)
+            query, key, value = self.query_key_value(x).view(len(wide), 3, heads, -1).unbind(1)
         attended = varlen_attention(
             query,
             key,
@@ -85,19 +92,22 @@ class PostNormStep:
             scale=layer.scale,
             dropout_p=_p(layer.attention_dropout),
             seed=batch.seeds[0],
+            rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
-        projected = self.attention_out(attended.flatten(1))
-        wide, x = _add_norm(projected, wide, layer.attention_norm, layer.attention_out_dropout, batch.seeds[1])
-        widened = self.down(self.up(x))
-        return _add_norm(widened, wide, layer.output_norm, layer.down_dropout, batch.seeds[2])
+        attention = self.attention_out, attended.flatten(1), layer.attention_norm, layer.attention_out_dropout
+        wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
+        widened = self.up.before(self.down, x)
+        return _add_norm(
+            wide, self.down, widened, layer.output_norm, layer.down_dropout, batch.seeds[2], batch.rows
+        )
 
 
 def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
     if one_token:
-        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read)
-    return LayerBatch(ends, ends, (longest, longest), tuple(seeds))
+        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows)
+    return LayerBatch(ends, ends, (longest, longest), tuple(seeds), rows=batch.token_rows)
 
 
 def _p(module: nn.Module | None, p: float | None = None) -> float:
@@ -113,11 +123,19 @@ def _seed(module: nn.Module | None, p: float | None = None) -> int:
 
 
 def _add_norm(
-    x: Tensor, wide: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None, seed: int
-) -> tuple[Tensor, Tensor]:
-    """norm(wide + dropout(x)) in wide's dtype and in x's."""
+    wide: Tensor,
+    linear: StepLinear,
+    x: Rows,
+    norm: nn.LayerNorm,
+    dropout: nn.Dropout | None,
+    seed: int,
+    rows: Tensor | None,
+) -> tuple[Tensor, Rows]:
+    """norm(wide + dropout(linear(x))) in wide's dtype and in what products read."""
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-    return residual_norm(x, wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed)
+    if linear.int8 is not None and _p(dropout) == 0:
+        return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
+    return residual_norm(linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows)
 
 
 class PreNormStep:
@@ -141,7 +159,7 @@ class PreNormStep:
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
         return prepared
 
-    def __call__(self, wide: Tensor, x: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         layer = self.layer
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
@@ -166,6 +184,7 @@ class PreNormStep:
             window=window,
             dropout_p=_p(layer.attention, layer.attention_dropout),
             seed=batch.seeds[0],
+            rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)

@@ -13,6 +13,7 @@ from transformers.activations import GELUActivation
 
 from rerank_fast.model.int8 import Int8Linear
 from rerank_fast.model.packing import MAX_TOKENS
+from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -81,9 +82,10 @@ class StepLinear:
         self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
         self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
+        self.int8: Int8Weight | None = None
         quantized = [module for module in modules if type(module) is Int8Linear and not must_be_called(module)]
         if len(quantized) == len(modules):
-            self.modules = [Int8Linear.joined(quantized)]
+            self.int8 = Int8Linear.joined(quantized).weight
             return
         if not all(type(module) is nn.Linear and not must_be_called(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
@@ -109,11 +111,26 @@ class StepLinear:
             if _joins_product(activation):
                 self.inference, self.activation = (weight, bias, "gelu", [], "none"), None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def has_weight(self) -> bool:
+        """Whether it multiplies by a weight of its own making, rather than calling modules or int8's product."""
+        return self.modules is None and self.int8 is None
+
+    def __call__(self, x: Tensor | Int8Rows) -> Tensor:
         product = self._product(x)
         return product if self.activation is None else self.activation(product)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def before(self, following: StepLinear, x: Tensor | Int8Rows) -> Tensor | Int8Rows:
+        """What the following layer reads: rows of int8 where both are int8 and a GELU is between them."""
+        if self.int8 is not None and following.int8 is not None and _joins_product(self.activation):
+            return int8_gelu(x, self.int8)
+        return self(x)
+
+    def _product(self, x: Tensor | Int8Rows) -> Tensor:
+        if self.int8 is not None:
+            return int8_linear(x, self.int8)
+        if isinstance(x, Int8Rows):
+            x = x.dequantize()
         if self.modules is not None:
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
                 outputs = [module(x) for module in self.modules]

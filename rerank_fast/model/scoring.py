@@ -25,6 +25,7 @@ class PaddedStep:
     """What PackedStep does, through the model's own forward on padded micro-batches."""
 
     padded = True
+    draws_by_row = False  # dropout masks are drawn for a micro-batch as a whole
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class PaddedStep:
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
 
-    def __call__(self, indices: np.ndarray) -> Tensor:
+    def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
+        """As PackedStep's; with keep all pairs are computed nevertheless."""
         inputs = self.tokens.pad(
             indices,
             pad_token_id=self.tokenizer.pad_token_id or 0,
@@ -50,7 +52,8 @@ class PaddedStep:
             pad_token_type_id=self.tokenizer.pad_token_type_id,
             device=self.model.device,
         )
-        return padded_scores(self.model, inputs, self.answers, self.head)
+        scores = padded_scores(self.model, inputs, self.answers, self.head)
+        return scores if keep is None else scores[torch.from_numpy(keep).to(scores.device)]
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """As PackedStep.separate."""

@@ -22,11 +22,22 @@ def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: f
     """
     low, high = (torch.tensor(part, dtype=torch.int64, device=rows.device) for part in (seed, seed >> 32))
     start = _mix((low & 0xFFFFFFFF) ^ _mix(high & 0xFFFFFFFF))
-    row = _mix((_mix((start + stream * 0x9E3779B9) & 0xFFFFFFFF) + rows) & 0xFFFFFFFF)
+    row = _mix((_mix((start + stream * 0x9E3779B9) & 0xFFFFFFFF) + rows.long()) & 0xFFFFFFFF)
     column = (torch.arange(num_columns, device=rows.device) * 0x9E3779B9) & 0xFFFFFFFF
     drawn = _mix((column[None, :] + row[:, None]) & 0xFFFFFFFF)
     threshold = int(min(p * 2**32, 2**32 - 1))
     return (drawn >= threshold).double() / (1 - p)
+
+
+def check_rows(rows: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError unless rows, where given, can stand for those of x in its dropout."""
+    if rows is None:
+        return
+    if rows.dtype != torch.int32 or rows.shape != x.shape[:1] or rows.device != x.device:
+        raise ValueError(
+            f"rows must be int32 of shape ({x.shape[0]},) on {x.device}, "
+            f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+        )
 
 
 def _allowed(num_q: int, num_k: int, window_left: int, window_right: int, device: torch.device) -> Tensor:
@@ -41,12 +52,12 @@ def _allowed(num_q: int, num_k: int, window_left: int, window_right: int, device
     return allowed
 
 
-def _factors(seed: int, first_q: int, num_heads: int, like: Tensor, p: float) -> Tensor:
+def _factors(seed: int, rows: Tensor | None, own: slice, like: Tensor, p: float) -> Tensor:
     """(heads, num_q, num_k) dropout of the probabilities of one sequence; a row is a query of all, counted flat."""
     if p == 0:
         return torch.ones_like(like)
-    rows = torch.arange(first_q, first_q + like.shape[1], device=like.device)
-    factors = [dropout_factors(seed, head, rows, like.shape[2], p) for head in range(num_heads)]
+    drawn = torch.arange(own.start, own.stop, device=like.device) if rows is None else rows[own]
+    factors = [dropout_factors(seed, head, drawn, like.shape[2], p) for head in range(like.shape[0])]
     return torch.stack(factors).to(like.dtype)
 
 
@@ -56,6 +67,7 @@ def forward(
     v: Tensor,  # (Tk, kv_heads, head_size)
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -76,7 +88,7 @@ def forward(
         scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
         # A query that may read nothing gives 0, not NaN.
         probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
-        dropped = probabilities * _factors(seed, ends_q[n], q.shape[1], scores, dropout_p)
+        dropped = probabilities * _factors(seed, rows, own, scores, dropout_p)
         out[own] = (dropped @ values).transpose(0, 1).to(q.dtype)
         lse[:, own] = scores.logsumexp(dim=-1) / math.log(2)
     return out, lse
@@ -91,6 +103,7 @@ def backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -109,7 +122,7 @@ def backward(
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
         scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
         probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
-        factors = _factors(seed, ends_q[n], q.shape[1], scores, dropout_p)
+        factors = _factors(seed, rows, own, scores, dropout_p)
         d_probabilities = factors * (upstream @ values.transpose(1, 2))
         along = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)
         d_scores = scale * probabilities * (d_probabilities - along)

@@ -82,18 +82,22 @@ def forward(
     return loss, grad
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _rows(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
 def _attention_shape(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: tuple[Any, ...]
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     scale, window_left, window_right, dropout_p, seed = options
     sizes = (cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2])
-    ends = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr())
+    places = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(rows))
     bf16 = q.dtype == torch.bfloat16
-    return *sizes, *ends, bf16, scale, window_left, window_right, dropout_p, seed, torch.get_num_threads()
+    return *sizes, *places, bf16, scale, window_left, window_right, dropout_p, seed, torch.get_num_threads()
 
 
 def varlen_attention_forward(
@@ -102,12 +106,13 @@ def varlen_attention_forward(
     v: Tensor,  # (Tk, kv_heads, head_size)
     cu_seqlens_q: Tensor,  # (N + 1,) int32
     cu_seqlens_k: Tensor,  # (N + 1,) int32
+    rows: Tensor | None,  # (Tq,) int32
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, options)
+    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     _C.varlen_attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     return out, lse
 
@@ -121,18 +126,19 @@ def varlen_attention_backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v."""
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
-    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, options)
+    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     _C.varlen_attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv))
     return dq, dk, dv
 
 
-def _norm_shape(x: Tensor, eps: float, dropout_p: float, seed: int) -> tuple[Any, ...]:
-    return *x.shape, x.dtype == torch.bfloat16, eps, dropout_p, seed, torch.get_num_threads()
+def _norm_shape(x: Tensor, rows: Tensor | None, eps: float, dropout_p: float, seed: int) -> tuple[Any, ...]:
+    return *x.shape, _address(rows), x.dtype == torch.bfloat16, eps, dropout_p, seed, torch.get_num_threads()
 
 
 def residual_norm_forward(
@@ -140,6 +146,7 @@ def residual_norm_forward(
     residual: Tensor,  # (T, H) fp32
     weight: Tensor,  # (H,) fp32
     bias: Tensor,  # (H,) fp32
+    rows: Tensor | None,  # (T,) int32
     eps: float,
     dropout_p: float,
     seed: int,
@@ -149,7 +156,8 @@ def residual_norm_forward(
     narrow = torch.empty_like(x) if x.dtype == torch.bfloat16 else y.new_empty(0)
     mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
     tensors = (x, residual, weight, bias, y, narrow, mean, rstd)
-    _C.residual_norm_forward(_norm_shape(x, eps, dropout_p, seed), *(tensor.data_ptr() for tensor in tensors))
+    shape = _norm_shape(x, rows, eps, dropout_p, seed)
+    _C.residual_norm_forward(shape, *(tensor.data_ptr() for tensor in tensors))
     return y, narrow, mean, rstd
 
 
@@ -161,16 +169,18 @@ def residual_norm_backward(
     rstd: Tensor,
     grad_y: Tensor | None,
     grad_narrow: Tensor | None,
+    rows: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of x, residual, weight and bias."""
     grads = (torch.empty_like(x), torch.empty_like(residual), torch.empty_like(weight), torch.empty_like(weight))
-    incoming = [0 if grad is None else grad.data_ptr() for grad in (grad_y, grad_narrow)]
+    incoming = (_address(grad) for grad in (grad_y, grad_narrow))
     forward = (tensor.data_ptr() for tensor in (x, residual, weight, mean, rstd))
     outgoing = (tensor.data_ptr() for tensor in grads)
-    _C.residual_norm_backward(_norm_shape(x, eps, dropout_p, seed), *forward, *incoming, *outgoing)
+    shape = _norm_shape(x, rows, eps, dropout_p, seed)
+    _C.residual_norm_backward(shape, *forward, *incoming, *outgoing)
     return grads
 
 
@@ -191,8 +201,7 @@ def _head_rows(
         return shape, hidden
     index = None if index is None else index.long().contiguous()
     x = hidden.new_empty(num_rows, hidden.shape[1])
-    address = 0 if index is None else index.data_ptr()
-    _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), address, x.data_ptr())
+    _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), _address(index), x.data_ptr())
     return shape, x
 
 
@@ -214,8 +223,7 @@ def score_head_forward(
     dense = torch.nn.functional.linear(x, dense_weight.to(x.dtype), bias)
     scores = torch.empty(dense.shape[0], dtype=torch.float32)
     weight, last = out_weight.float(), None if out_bias is None else out_bias.float()
-    address = 0 if last is None else last.data_ptr()
-    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), address, scores.data_ptr())
+    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), _address(last), scores.data_ptr())
     return scores, dense
 
 
@@ -268,15 +276,44 @@ def _int8_rows_shape(x: Tensor) -> tuple[Any, ...]:
     return *x.shape, x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
+def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+
+
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,) fp32 a row."""
-    quantized, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
-    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), levels, quantized.data_ptr(), scale.data_ptr())
-    return quantized, scale
+    values, scale = _int8_rows(x)
+    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), (values.data_ptr(), scale.data_ptr(), levels))
+    return values, scale
 
 
-def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor) -> Tensor:
     """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both fp32."""
-    address = 0 if bias is None else bias.data_ptr()
-    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), address)
+    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
     return x
+
+
+def gelu_rows(x: Tensor, row_scale: Tensor, bias: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The backend contract: GELU(x * row_scale + bias) as quantize_rows gives it."""
+    values, scale = _int8_rows(x)
+    product = (x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
+    _C.gelu_rows(_int8_rows_shape(x), *product, (values.data_ptr(), scale.data_ptr(), levels))
+    return values, scale
+
+
+def norm_rows(
+    x: Tensor,
+    row_scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,  # (T, N) fp32
+    norm_weight: Tensor,  # (N,) fp32
+    norm_bias: Tensor,  # (N,) fp32
+    eps: float,
+    levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: LayerNorm(residual + x * row_scale + bias) in fp32, and as quantize_rows gives it."""
+    y, (values, scale) = torch.empty_like(residual), _int8_rows(x)
+    tensors = (x, row_scale, bias, residual, norm_weight, norm_bias)
+    to = (values.data_ptr(), scale.data_ptr(), levels)
+    _C.norm_rows(_int8_rows_shape(x), *(tensor.data_ptr() for tensor in tensors), eps, y.data_ptr(), to)
+    return y, values, scale

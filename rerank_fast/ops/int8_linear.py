@@ -1,13 +1,14 @@
-"""A linear layer with int8 weights and activations: quantize_weight() once, int8_linear() on rows. Inference only.
+"""Linear layers with int8 weights and activations, and what follows them, fused. Inference only.
 
-Weights have a scale for each output, activations one for each row (a token), found when it is there: a row's result
-does not depend on the others. The product is oneDNN's. There is no schema: neither a gradient nor torch.compile
-passes through here.
+quantize_weight() once; then int8_linear() on rows, int8_gelu() where the next layer takes int8 too, and int8_norm()
+where a residual and a LayerNorm come first. Weights have a scale for each output, activations one for each row (a
+token), found when it is there: a row's result does not depend on the others. The product is oneDNN's. There is no
+schema: neither a gradient nor torch.compile passes through here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from rerank_fast.ops import backends, cpu
 
 Backend = Literal["reference", "cpu"]
 _BACKENDS = get_args(Backend)
+_WIDE = torch.float32
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,24 @@ class Int8Weight:
     scale: Tensor  # (N,) fp32
     bias: Tensor | None  # (N,) fp32
     packed: Any = field(repr=False)  # None where only the reference runs
+    added: Tensor = field(repr=False)  # (N,) fp32: the bias, or zeros
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Rows of activations: (values - levels - 1) * scale, as activation_levels() has it."""
+
+    values: Tensor  # (T, K) uint8
+    scale: Tensor  # (T,) fp32
+    dtype: torch.dtype  # that products of them come in
+
+    def __getitem__(self, index: Tensor) -> Int8Rows:
+        """The rows at the (M,) index."""
+        return Int8Rows(self.values[index], self.scale[index], self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """(T, K) in the rows' dtype."""
+        return (_centred(self) * self.scale[:, None]).to(self.dtype)
 
 
 def quantize_weight(weight: Tensor, bias: Tensor | None) -> Int8Weight:
@@ -53,7 +73,7 @@ def join(weights: list[Int8Weight]) -> Int8Weight:
 
 def _pack(values: Tensor, scale: Tensor, bias: Tensor | None) -> Int8Weight:
     packed = torch.ops.onednn.qlinear_prepack(values, None) if onednn_available() else None
-    return Int8Weight(values, scale, bias, packed)
+    return Int8Weight(values, scale, bias, packed, torch.zeros_like(scale) if bias is None else bias)
 
 
 @lru_cache
@@ -69,41 +89,63 @@ def activation_levels() -> int:
     return 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
 
 
-def _reference(x: Tensor, weight: Int8Weight, levels: int) -> Tensor:
-    """The specification: rows rounded to their levels, then the product of the rounded numbers."""
-    scale = x.float().abs().amax(dim=1, keepdim=True) / levels
-    rounded = (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny) + 0.5).floor()
-    out = F.linear(rounded, weight.values.float()) * weight.scale * scale
-    return (out if weight.bias is None else out + weight.bias).to(x.dtype)
+def quantize_rows(x: Tensor) -> Int8Rows:
+    """(T, K) fp32 or bf16 as rows of int8."""
+    levels = activation_levels()
+    if x.device.type == "cpu" and cpu.available():
+        return Int8Rows(*cpu.quantize_rows(x.contiguous(), levels), x.dtype)
+    scale = x.float().abs().amax(dim=1) / levels
+    rounded = (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None] + 0.5).floor()
+    return Int8Rows((rounded + (levels + 1)).to(torch.uint8), scale, x.dtype)
 
 
-def _cpu(x: Tensor, weight: Int8Weight, levels: int) -> Tensor:
-    x = x.contiguous()
-    quantized, scale = cpu.quantize_rows(x, levels)
-    out = torch.ops.onednn.qlinear_pointwise(
-        quantized,
-        1.0,  # rows have scales of their own, applied below
-        levels + 1,
+def _centred(rows: Int8Rows) -> Tensor:
+    return rows.values.float() - (activation_levels() + 1)
+
+
+def _reference(rows: Int8Rows, weight: Int8Weight) -> Tensor:
+    """The specification, in fp32: the product of the rounded numbers."""
+    return F.linear(_centred(rows), weight.values.float()) * weight.scale * rows.scale[:, None] + weight.added
+
+
+def _product(rows: Int8Rows, weight: Int8Weight) -> Tensor:
+    """What lacks the rows' scales and the bias."""
+    return torch.ops.onednn.qlinear_pointwise(
+        rows.values,
+        1.0,
+        activation_levels() + 1,
         weight.packed,
         weight.scale,
         torch.zeros(len(weight.scale), dtype=torch.int32),
         None,
         1.0,
         0,
-        x.dtype,
+        rows.dtype,
         "none",
         [],
         "",
     )
-    return cpu.scale_rows_(out, scale, weight.bias)
 
 
-def int8_linear(x: Tensor, weight: Int8Weight, *, backend: Backend | None = None) -> Tensor:
+def _prepare(x: Tensor | Int8Rows, weight: Int8Weight, backend: str | None) -> tuple[Int8Rows, bool]:
+    """The rows, quantised if they are not yet, and whether the kernels run."""
+    values = x.values if isinstance(x, Int8Rows) else x
+    if values.dim() != 2 or values.shape[1] != weight.values.shape[1] or x.dtype not in (_WIDE, torch.bfloat16):
+        width = weight.values.shape[1]
+        raise ValueError(f"x must be fp32 or bf16 of shape (T, {width}), got {x.dtype} {tuple(values.shape)}")
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError("int8 weights are for inference: expected an x without a gradient; train in fp32 or bf16")
+    missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
+    resolved = backends.resolve("int8_linear", backend, values.device, _BACKENDS, lambda name: missing)
+    return x if isinstance(x, Int8Rows) else quantize_rows(x), resolved == "cpu"
+
+
+def int8_linear(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None) -> Tensor:
     """x @ weight.T + bias in int8.
 
     Args:
-        x: (T, K) fp32 or bf16 on the CPU, without a gradient.
-        weight: from quantize_weight.
+        x: (T, K) fp32 or bf16 on the CPU, without a gradient, or such rows in int8.
+        weight: (N, K), from quantize_weight.
         backend: "cpu" (oneDNN's product between C++ passes) or "reference"; None takes the best that can run.
 
     Returns:
@@ -112,11 +154,47 @@ def int8_linear(x: Tensor, weight: Int8Weight, *, backend: Backend | None = None
     Raises:
         ValueError: a wrong shape or dtype, a gradient is wanted, or a backend that can't run here.
     """
-    if x.dim() != 2 or x.shape[1] != weight.values.shape[1] or x.dtype not in (torch.float32, torch.bfloat16):
-        width = weight.values.shape[1]
-        raise ValueError(f"x must be fp32 or bf16 of shape (T, {width}), got {x.dtype} {tuple(x.shape)}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("int8 weights are for inference: expected an x without a gradient; train in fp32 or bf16")
-    missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
-    resolved = backends.resolve("int8_linear", backend, x.device, _BACKENDS, lambda name: missing)
-    return (_cpu if resolved == "cpu" else _reference)(x, weight, activation_levels())
+    rows, compiled = _prepare(x, weight, backend)
+    if not compiled:
+        return _reference(rows, weight).to(rows.dtype)
+    return cpu.scale_rows_(_product(rows, weight), rows.scale, weight.added)
+
+
+def int8_gelu(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None) -> Int8Rows:
+    """GELU(x @ weight.T + bias) as rows of int8, in one pass over the product. See int8_linear."""
+    rows, compiled = _prepare(x, weight, backend)
+    if not compiled:
+        return replace(quantize_rows(F.gelu(_reference(rows, weight))), dtype=rows.dtype)
+    values = cpu.gelu_rows(_product(rows, weight), rows.scale, weight.added, activation_levels())
+    return Int8Rows(*values, rows.dtype)
+
+
+def int8_norm(
+    x: Tensor | Int8Rows,
+    weight: Int8Weight,
+    residual: Tensor,  # (T, N) fp32
+    norm_weight: Tensor,  # (N,) fp32
+    norm_bias: Tensor,  # (N,) fp32
+    *,
+    eps: float,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Int8Rows]:
+    """LayerNorm(residual + x @ weight.T + bias) in fp32 and as rows of int8, in one pass over the product.
+
+    See int8_linear; ValueError too where the residual or the norm's parameters are of another shape, or not fp32.
+    """
+    width = weight.values.shape[0]
+    shapes = {"residual": (len(residual), width), "norm_weight": (width,), "norm_bias": (width,)}
+    for (name, shape), tensor in zip(shapes.items(), (residual, norm_weight, norm_bias), strict=True):
+        if tensor.shape != shape or tensor.dtype != _WIDE:
+            raise ValueError(f"{name} must be fp32 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    rows, compiled = _prepare(x, weight, backend)
+    if len(rows.scale) != len(residual):
+        raise ValueError(f"expected as many rows in x as in residual, got {len(rows.scale)} and {len(residual)}")
+    if not compiled:
+        y = F.layer_norm(residual + _reference(rows, weight), (width,), norm_weight, norm_bias, eps)
+        return y, replace(quantize_rows(y), dtype=rows.dtype)
+    residual, norm_weight, norm_bias = residual.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    before = _product(rows, weight), rows.scale, weight.added
+    y, values, scale = cpu.norm_rows(*before, residual, norm_weight, norm_bias, eps, activation_levels())
+    return y, Int8Rows(values, scale, rows.dtype)

@@ -28,6 +28,8 @@ def check_lists(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
 def check_bounds(offsets: Tensor, num_documents: int) -> None:
     """Raises ValueError for wrong values of offsets on the CPU: reading a GPU's would wait for it."""
     if not offsets.is_cpu or torch.compiler.is_compiling():
+        if offsets.shape[0] == 1 and num_documents:  # told by the shapes alone
+            raise ValueError(f"offsets must rise from 0 to N = {num_documents}, got a single one")
         return
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != num_documents or bounds != sorted(bounds):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rerank_fast.ops import backends, cpu
-from rerank_fast.ops.attention_reference import dropout_factors
+from rerank_fast.ops.attention_reference import check_rows, dropout_factors
 from rerank_fast.ops.backends import Backend
 
 _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
@@ -19,13 +19,14 @@ _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "float eps, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
-    f"residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, {_OPTIONS}) "
+    f"residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? rows, {_OPTIONS}) "
     "-> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "residual_norm_backward(Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd, Tensor? grad_y, "
-    f"Tensor? grad_narrow, {_OPTIONS}) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    f"Tensor? grad_narrow, Tensor? rows, {_OPTIONS}) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,20 +47,29 @@ def _fake_backward(
     return x.new_empty(x.shape), residual.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _dropped(x: Tensor, residual: Tensor, dropout_p: float, seed: int) -> tuple[Tensor, Tensor | None]:
+def _dropped(
+    x: Tensor, residual: Tensor, rows: Tensor | None, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor | None]:
     """residual + dropout(x), and the factors of the dropout."""
     if dropout_p == 0:
         return residual + x.to(residual.dtype), None
-    rows = torch.arange(x.shape[0], device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
     factors = dropout_factors(seed, 0, rows, x.shape[1], dropout_p).to(residual.dtype)
     return residual + factors * x.to(residual.dtype), factors
 
 
 def _reference_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The specification, any dtype."""
-    total, _ = _dropped(x, residual, dropout_p, seed)
+    total, _ = _dropped(x, residual, rows, dropout_p, seed)
     mean = total.mean(dim=1)
     rstd = (total.var(dim=1, unbiased=False) + eps).rsqrt()
     y = (total - mean[:, None]) * rstd[:, None] * weight + bias
@@ -74,11 +84,12 @@ def _reference_backward(
     rstd: Tensor,
     grad_y: Tensor | None,
     grad_narrow: Tensor | None,
+    rows: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, factors = _dropped(x, residual, dropout_p, seed)
+    total, factors = _dropped(x, residual, rows, dropout_p, seed)
     unit = (total - mean[:, None]) * rstd[:, None]
     grads = [grad.to(residual.dtype) for grad in (grad_y, grad_narrow) if grad is not None]
     grad = torch.stack(grads).sum(dim=0) if grads else torch.zeros_like(residual)
@@ -94,6 +105,7 @@ def _forward(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
+    rows: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: int,
@@ -102,7 +114,7 @@ def _forward(
     forward = {"cpu": cpu.residual_norm_forward, "reference": _reference_forward}.get(backend)
     forward = forward or _triton().forward
     tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
-    return forward(*tensors, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
+    return forward(*tensors, _contiguous(rows), eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
 
 
 def _backward(
@@ -113,6 +125,7 @@ def _backward(
     rstd: Tensor,
     grad_y: Tensor | None,
     grad_narrow: Tensor | None,
+    rows: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: int,
@@ -121,8 +134,12 @@ def _backward(
     backward = {"cpu": cpu.residual_norm_backward, "reference": _reference_backward}.get(backend)
     backward = backward or _triton().backward
     x, residual, weight = (tensor.contiguous() for tensor in (x, residual, weight))
-    grads = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_narrow))
-    return backward(x, residual, weight, mean, rstd, *grads, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
+    optional = (_contiguous(tensor) for tensor in (grad_y, grad_narrow, rows))
+    return backward(x, residual, weight, mean, rstd, *optional, eps, dropout_p, seed)  # type: ignore[call-arg, arg-type]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 _LIBRARY.impl("residual_norm", _forward, "CompositeExplicitAutograd")
@@ -138,11 +155,19 @@ def _triton() -> ModuleType:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rows: Tensor | None,
+        options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        y, narrow, mean, rstd = torch.ops.rerank_fast.residual_norm.default(x, residual, weight, bias, *options)
+        y, narrow, mean, rstd = torch.ops.rerank_fast.residual_norm.default(
+            x, residual, weight, bias, rows, *options
+        )
         # x and residual are alive anyway: the sum and the normalised rows are computed again.
-        ctx.save_for_backward(x, residual, weight, mean, rstd)
+        ctx.save_for_backward(x, residual, weight, mean, rstd, rows)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return y, narrow
@@ -150,11 +175,13 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, *saved, rows = ctx.saved_tensors
         if x.dtype not in _HALVES:
             grad_narrow = None
-        grads = torch.ops.rerank_fast.residual_norm_backward.default(x, *saved, grad_y, grad_narrow, *ctx.options)
-        return *grads, None
+        grads = torch.ops.rerank_fast.residual_norm_backward.default(
+            x, *saved, grad_y, grad_narrow, rows, *ctx.options
+        )
+        return *grads, None, None
 
 
 def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
@@ -178,6 +205,7 @@ def residual_norm(
     eps: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    rows: Tensor | None = None,  # (T,) int32
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x)) over the last dimension, in one pass over memory.
@@ -190,6 +218,8 @@ def residual_norm(
         eps: of the LayerNorm.
         dropout_p: share of x that is dropped.
         seed: chooses which; the same seed drops the same elements, on every backend and in backward.
+        rows: (T,) int32 numbers that stand for the rows in that choice: some rows of a larger x, computed alone,
+            lose what they lost there. None takes 0 to T - 1.
         backend: "cpu" (C++), "triton" (GPUs) or "reference"; None takes the best that can run.
 
     Returns:
@@ -214,7 +244,10 @@ def residual_norm(
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    check_rows(rows, x)
+    rows = rows if dropout_p > 0 else None
     unserved = partial(_unserved, x=x, residual=residual)
     resolved = backends.resolve("residual_norm", backend, x.device, unserved=unserved)
-    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, (float(eps), float(dropout_p), seed, resolved))
+    options = (float(eps), float(dropout_p), seed, resolved)
+    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, rows, options)
     return y, narrow if x.dtype in _HALVES else y

@@ -19,13 +19,13 @@ _BACKENDS = get_args(Backend)
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "float scale, int window_left, int window_right, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
-    f"varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) "
-    "-> (Tensor out, Tensor lse)",
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, "
+    f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -51,6 +51,7 @@ def _forward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -66,8 +67,8 @@ def _forward(
 
         forward = triton_forward.forward
     q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
-    ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    return forward(q, k, v, *ends, scale, window_left, window_right, dropout_p, seed)
+    places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
+    return forward(q, k, v, *places, scale, window_left, window_right, dropout_p, seed)
 
 
 def _backward(
@@ -79,6 +80,7 @@ def _backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -94,12 +96,16 @@ def _backward(
 
         backward = triton_backward.backward
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
-    ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    return backward(q, k, v, out, lse, grad_out, *ends, scale, window_left, window_right, dropout_p, seed)
+    places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
+    return backward(q, k, v, out, lse, grad_out, *places, scale, window_left, window_right, dropout_p, seed)
 
 
 _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -116,22 +122,23 @@ class _VarlenAttention(torch.autograd.Function):
         v: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor | None,  # None: as cu_seqlens_q; torch.compile refuses one tensor in two places
+        rows: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
         ends = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
-        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *ends)
+        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, rows, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *ends, rows)
         ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *ends = ctx.saved_tensors
+        q, k, v, out, lse, *places = ctx.saved_tensors
         grads = torch.ops.rerank_fast.varlen_attention_backward.default(
-            q, k, v, out, lse, grad_out, *ends, *ctx.options
+            q, k, v, out, lse, grad_out, *places, *ctx.options
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 @cache
@@ -223,6 +230,7 @@ def varlen_attention(
     window: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    rows: Tensor | None = None,  # (Tq,) int32
     max_seqlens: tuple[int, int] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -241,6 +249,8 @@ def varlen_attention(
             -1 is unlimited.
         dropout_p: share of the attention probabilities that is dropped.
         seed: chooses which; the same seed drops the same ones, on every backend and in backward.
+        rows: (Tq,) int32 numbers that stand for the queries in that choice: some sequences of many, computed alone,
+            lose what they lost there. None takes 0 to Tq - 1.
         max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs them, and
             nothing here reads them from a device.
         backend: "cpu" (C++), "flash" (torch.nn.attention.varlen, on NVIDIA GPUs: fp16 or bf16, no dropout),
@@ -259,6 +269,7 @@ def varlen_attention(
         raise ValueError(f"window must be two whole numbers of at least -1, got {window}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    attention_reference.check_rows(rows, q)
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
@@ -277,4 +288,4 @@ def varlen_attention(
         )
     options = (scale, left, right, float(dropout_p), seed, backend_name)
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, options)
+    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, rows if dropout_p > 0 else None, options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.random_state import nothing_drawn, random_state, set_random_state
 from rerank_fast.model.scoring import PaddedStep
 
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
@@ -54,9 +55,9 @@ def backward_cached(
     numbers of its first run, and its share of dL/dscores is pushed through its graph (Gao et al. 2021, "Scaling
     deep contrastive learning batch size under memory limited setup").
 
-    A pair whose |dL/dscore| is at most skip_below is not run again. Dropout masks depend on a micro-batch's
-    composition: one that drew random numbers is left out as a whole or run again as a whole, so that the gradient
-    is that of the scores the loss has seen.
+    A pair whose |dL/dscore| is at most skip_below is not run again. The others get the dropout of their first run,
+    so that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is drawn as a whole
+    (padded ones, and where modules of the model draw inside a layer) is left out as a whole or run as a whole.
     """
     # The step was made with gradients on: its products are those of the second run, and so the scores to the bit.
     shared = step.separate()
@@ -74,14 +75,18 @@ def backward_cached(
     # A new region: autocast's copies of weights, made without a graph, must not be used again.
     with step.region:
         for indices, before, after in zip(plan, states[:-1], states[1:], strict=True):
-            if not needed[indices].any():
+            keep = needed[indices]
+            if not keep.any():
                 continue
-            if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-                indices = indices[needed[indices]]
+            if nothing_drawn(before, after):
+                indices, keep = indices[keep], keep[keep]
+            elif not step.draws_by_row:
+                keep[:] = True
             set_random_state(before, device)
-            again = step(indices)
-            again.backward(gradient[torch.from_numpy(indices).to(device)])
-            num_run += len(indices)
+            again = step(indices, keep)
+            run = indices[keep]
+            again.backward(gradient[torch.from_numpy(run).to(device)])
+            num_run += len(run)
     set_random_state(states[-1], device)
     shared = [(tensor, leaf) for tensor, leaf in shared if leaf.grad is not None]
     if shared:
@@ -92,15 +97,3 @@ def backward_cached(
 def _in_order(parts: list[Tensor], plan: Sequence[np.ndarray]) -> Tensor:
     """(N,) scores of all micro-batches in the order of the pairs."""
     return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators that a forward pass may draw from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -273,6 +273,63 @@ def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str)
         assert not torch.equal(run(2)[0], scores)
 
 
+DROPOUTS = {
+    "bert": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.3},
+    "modernbert": {"embedding_dropout": 0.3, "classifier_dropout": 0.3},
+    "llama": {"attention_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("bert", "bert"),
+        ("bert-1-layer", "bert"),
+        ("roberta", "bert"),
+        ("electra", "bert"),
+        ("distilbert", "bert"),
+        ("modernbert-last-layer-slides", "modernbert"),
+        ("modernbert-mean", "modernbert"),
+        ("qwen3-sliding", "llama"),
+    ],
+)
+def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
+    name: str, of: str, dtype: torch.dtype
+) -> None:
+    """In the embeddings, the layers and the head, be it fused or the model's own."""
+    model = make_model(name, **DROPOUTS[of]).train()
+    architecture = find_architecture(model)
+    assert architecture is not None
+    step = PackedStep(architecture, make_tokens(LENGTHS), dtype=dtype)
+    indices = np.array([2, 7, 0, 1, 5])
+    state = torch.get_rng_state()
+    whole = step(indices)
+    after = torch.get_rng_state()
+    assert not torch.equal(step(indices), whole)
+    assert step.draws_by_row
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for keep in ([1, 3, 4], [3], [0, 1, 2, 3, 4]):
+        torch.set_rng_state(state)
+        kept = step(indices, np.isin(np.arange(5), keep))
+        torch.testing.assert_close(kept, whole[keep], rtol=bound, atol=bound)
+        assert torch.equal(torch.get_rng_state(), after)
+    # Without it they would have another.
+    torch.set_rng_state(state)
+    assert not torch.allclose(step(indices[[1, 3, 4]]), whole[[1, 3, 4]], rtol=bound, atol=bound)
+
+
+def test_dropout_of_the_models_own_inside_layers_is_noticed() -> None:
+    model = make_model("modernbert", mlp_dropout=0.1).train()
+    architecture = find_architecture(model)
+    assert architecture is not None
+    step = PackedStep(architecture, make_tokens(LENGTHS), dtype=torch.float32)
+    assert step.draws_by_row
+    with torch.no_grad():
+        step(np.arange(3))
+    assert not step.draws_by_row
+
+
 def test_dropout_has_the_padded_models_mean_and_spread() -> None:
     """Different draws, the same distribution: rates and places of dropout are the model's."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from rerank_fast import CrossEncoder
 from rerank_fast.model.int8 import Int8Linear, quantize_linears
 from rerank_fast.model.linear import StepLinear
 from rerank_fast.ops import int8_linear as op
-from rerank_fast.ops.int8_linear import int8_linear, join, quantize_weight
+from rerank_fast.ops.int8_linear import int8_gelu, int8_linear, int8_norm, join, quantize_rows, quantize_weight
 from tests.model.test_encoder import LENGTHS, PLANS, make_model, make_tokens, packed_scores, padded_scores
 from tests.model_factory import make_tiny_bert
 
@@ -45,6 +45,54 @@ def test_the_kernel_equals_the_reference(shape: tuple[int, int, int], bias: bool
     magnitude = expected.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6)
     error = ((actual.float() - expected.float()).abs() / magnitude).max()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def assert_rows_close(rows: op.Int8Rows, exact: torch.Tensor, tolerance: float):
+    """Every value within half a level of the exact one, the scale that of the largest."""
+    levels = op.activation_levels()
+    largest = exact.abs().amax(dim=1)
+    torch.testing.assert_close(rows.scale * levels, largest, rtol=tolerance, atol=tolerance)
+    values = (rows.values.float() - levels - 1) * rows.scale[:, None]
+    bound = (0.5 * rows.scale[:, None] + tolerance * largest.clamp(min=1)[:, None]) * 1.0001
+    assert ((values - exact).abs() <= bound).all(), ((values - exact).abs() / bound).max()
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 8, 4), (3, 33, 17), (77, 384, 130)])
+def test_what_follows_a_product(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype):
+    """GELU, or a residual and a norm, to int8 again: as PyTorch's of the reference's product."""
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    x = (torch.randn(rows, inputs) * torch.logspace(-2, 1, rows)[:, None]).to(dtype)
+    weight = quantize_weight(torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) if bias else None)
+    quantized = quantize_rows(x)
+    assert_rows_close(quantized, x.float(), 1e-6)
+    product = int8_linear(x.float(), weight, backend="reference")
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # the product comes in bf16
+    residual, norm_weight, norm_bias = torch.randn(rows, outputs), torch.randn(outputs), torch.randn(outputs)
+    normed = nn.functional.layer_norm(residual + product, (outputs,), norm_weight, norm_bias, 1e-5)
+    for backend in ("cpu", "reference"):
+        for given in (x, quantized):
+            activated = int8_gelu(given, weight, backend=backend)
+            assert activated.dtype == dtype
+            assert_rows_close(activated, nn.functional.gelu(product), tolerance)
+            y, again = int8_norm(given, weight, residual, norm_weight, norm_bias, eps=1e-5, backend=backend)
+            torch.testing.assert_close(y, normed, rtol=tolerance, atol=4 * tolerance)
+            assert_rows_close(again, y, 1e-6)
+    few = torch.tensor([rows - 1, 0])
+    torch.testing.assert_close(activated[few].dequantize(), activated.dequantize()[few])
+
+
+@needs_cpu
+def test_a_gelu_of_large_values():
+    """Where the kernel's polynomial ends."""
+    x = torch.linspace(-40, 40, 4001)[:, None]
+    weight = quantize_weight(torch.ones(1, 1), None)
+    actual = int8_gelu(x, weight)
+    exact = nn.functional.gelu(int8_linear(x, weight))
+    assert ((actual.values.float() - op.activation_levels() - 1) * actual.scale[:, None] - exact).abs().max() < 2e-3
 
 
 @needs_cpu
@@ -84,6 +132,10 @@ def test_what_the_op_refuses():
         int8_linear(torch.randn(2, 4, requires_grad=True), weight)
     with pytest.raises(ValueError, match="backend must be one of"):
         int8_linear(torch.randn(2, 4), weight, backend="mkl")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"residual must be fp32 of shape \(2, 3\), got torch.float32 \(2, 4\)"):
+        int8_norm(torch.randn(2, 4), weight, torch.randn(2, 4), torch.ones(3), torch.ones(3), eps=1e-5)
+    with pytest.raises(ValueError, match="as many rows in x as in residual, got 1 and 2"):
+        int8_norm(torch.randn(1, 4), weight, torch.randn(2, 3), torch.ones(3), torch.ones(3), eps=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"])
@@ -99,8 +151,9 @@ def test_packed_models_in_int8(name: str):
         assert all("pooler" in part for part in left)
         scores, padded = packed_scores(model, tokens, PLANS["several"]), padded_scores(model, tokens)
     assert all(torch.equal(p, head[part]) for part, p in model.named_parameters() if part in head)
-    # ModernBERT's rotations round differently when packed, which may turn a level of an activation.
-    bound = 0.02 if name == "modernbert" else 1e-4
+    # Packed, ModernBERT's rotations and the others' GELU and norms round differently, which may turn a level of an
+    # activation.
+    bound = 1e-4 if name in ("llama", "qwen3") else 0.02
     torch.testing.assert_close(scores, padded, rtol=bound, atol=bound * float(exact.abs().max()))
     assert not torch.equal(scores, exact)
 
@@ -108,9 +161,8 @@ def test_packed_models_in_int8(name: str):
 def test_a_joined_product_is_kept():
     modules = [Int8Linear(quantize_weight(torch.randn(n, 6), None)) for n in (4, 2, 2)]
     first, again = (StepLinear(modules, torch.float32, 100) for _ in range(2))
-    assert first.modules is not None
-    assert again.modules is not None
-    assert first.modules[0] is again.modules[0]
+    assert first.int8 is not None
+    assert first.int8 is again.int8
     x = torch.randn(5, 6)
     torch.testing.assert_close(first(x), torch.cat([module(x) for module in modules], dim=1))
 

@@ -29,11 +29,16 @@ LOOPS = (
     "dot_backward_task",
     "quantize_task",
     "scale_task",
+    "gelu_task",
+    "norm_task",
 )
 # Arithmetic on the packed floats, doubles, or integers of a whole register; moves alone prove nothing.
 ARITHMETIC = re.compile(
     r"v(?:(?:add|sub|mul|fn?m(?:add|sub)\d+|div|max|min|cmp\w*)p[sd]|p(?:add|sub|cmp\w*|cmpgt)[dq])"
 )
+
+
+PAIRS = "vdpbf16ps"  # products of bf16 pairs
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,8 @@ def packed():
                 found = re.search(r"\t(v\w+)\s.*%([xyz]mm)\d+\b", line)
                 if found and ARITHMETIC.fullmatch(found.group(1)):
                     current[found.group(2)] += 1
+                elif found and found.group(1) == PAIRS:
+                    current[f"{PAIRS} {found.group(2)}"] += 1
     assert process.returncode == 0
     if not any(clone in name for clone in CLONES for name in counts):
         pytest.skip("a build for one processor, or under a sanitizer, has no clones")
@@ -68,3 +75,13 @@ def test_clones_are_vectorised(packed, clone, loop):
     assert found, f"no clone {clone} of {loop}: was it renamed?"
     for name, count in found.items():
         assert count[CLONES[clone]] >= 8, (name, dict(count))
+
+
+@pytest.mark.parametrize("function", ["bf16_forward", "bf16_backward"])
+def test_attention_multiplies_pairs(packed, function):
+    found = [count for name, count in packed.items() if f"{len(function)}{function}E" in name]
+    if not found:
+        pytest.skip("built by a compiler that does not know AVX512-BF16")
+    # A tile of 8 queries by one or two registers, in each product.
+    assert found[0][f"{PAIRS} zmm"] >= 8 * 5, dict(found[0])
+    assert found[0]["zmm"] >= 16, dict(found[0])

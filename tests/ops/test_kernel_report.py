@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,12 +49,6 @@ def test_lambda_loss_stays_within_its_limits(tmp_path):
         return
     for row in rows:
         _assert_limits(row)
-        if row["kernel_name"].startswith("pair_kernel-fp32") and row["target"] != "gfx942":
-            # NDCGLoss1 visits all documents in one loop, the others the better and the worse in two.
-            assert len(row["loops"]) == (1 if "SCHEME=1" in row["kernel_name"] else 2), row
-            for loop in row["loops"]:
-                assert 0 < loop["MUFU"] <= 3, row
-                assert loop["BAR"] == loop["SHFL"] == 0, row
     assert "Estimates from datasheets, not measurements" in text
     assert {row["estimate"] for row in report["estimates"]} == {"H100 SXM", "RTX 3090"}
 
@@ -64,24 +59,36 @@ def _is_current() -> bool:
 
 
 def _assert_limits(row):
-    """No spill, and half of the warps on sm_90, with the exceptions that are named here and can't grow."""
-    name = row["kernel_name"]
-    spills = stack = 0
-    occupancy = 0.5
-    if name.startswith("varlen_attention"):
-        # Tiles of scores and of results stay in registers between two products: flash attention's kernels run so.
-        occupancy = 0.25 if "_64_" in name else 0.125
-        if "fp32" in name:  # ptxas keeps a few loop invariants in local memory rather than have fewer warps
-            spills, stack = 8, 16
-        if row["target"] == "gfx942":  # a frame for scalar registers; no vector register is spilled
-            stack = 32
-    # fp64's logarithm and exponential are software, and for checks alone; a row's sums stay in registers.
-    elif name.startswith("pair_kernel-fp64") or ("residual_norm-backward" in name and "_4096" in name):
-        occupancy = 0.25
-    assert row["spills"] <= spills, row
-    assert row["stack"] <= stack, row
-    assert row["local"] == 0, row
-    assert row["target"] != "90" or row["occupancy"] >= occupancy, row
+    """Nothing spilled, no stack, half of the warps on sm_90, and three special functions a pair."""
+    assert row["spills"] == row["stack"] == row["local"] == 0, row
+    assert row["occupancy"] > 0, row  # else it takes more than the target has, and can't be launched
+    if row["target"] == "90":
+        assert row["occupancy"] >= _least_occupancy(row["kernel_name"]), row
+    # An fp64 logarithm or exponential takes none: it is software.
+    if row["kernel_name"].startswith("pair_kernel") and "fp64" not in row["kernel_name"]:
+        # NDCGLoss1 visits all documents in one loop, the others the better and the worse in two.
+        expected = 0 if row["target"] == "gfx942" else 1 if "SCHEME=1" in row["kernel_name"] else 2
+        assert len(row["loops"]) == expected, row
+        for loop in row["loops"]:
+            assert 0 < loop["MUFU"] <= 3, row
+            assert loop["BAR"] == loop["SHFL"] == 0, row
+
+
+def _least_occupancy(name):
+    """Half, but for attention's kernels that hold tiles in registers from one product to the next.
+
+    Smaller tiles would be more warps and more instructions: 16 keys for 32 cost 1.6 times as many a score. With a
+    quarter of the warps some 96 KB are on their way to a multiprocessor, 18 are enough for the memory's bandwidth.
+    """
+    if not name.startswith("varlen_attention"):
+        return 0.5
+    pattern = r"varlen_attention-(\w+)_kernel_(bf16|fp16|fp32)_(\d+)_(\w+)"
+    kernel, dtype, size, case = re.fullmatch(pattern, name).groups()
+    if dtype == "fp32":
+        return 0.5 if kernel == "forward" and int(size) <= 64 else 0.375 if int(size) <= 128 else 0.25
+    if int(size) > 64:
+        return 0.125
+    return 0.5 if case == "one_query" and kernel != "key_value_grad" else 0.25
 
 
 def test_the_other_ops_kernels_stay_within_their_limits(tmp_path):
@@ -97,7 +104,7 @@ def test_the_other_ops_kernels_stay_within_their_limits(tmp_path):
 def test_attention_stays_within_its_limits(tmp_path):
     kernels = ["bf16_64_plain", "key_value_grad_kernel_bf16_64_dropout_window", "forward_kernel_fp32_32_plain"]
     report, _ = _report(tmp_path, "--kernels", *kernels, "--targets", "90", "120", "gfx942")
-    assert len(report["kernels"]) == 3 * 5
+    assert len(report["kernels"]) == 3 * 6  # with dropout and a window: of all rows, and of some
     for row in report["kernels"] if _is_current() else ():
         _assert_limits(row)
 

@@ -97,6 +97,24 @@ def test_the_same_bits_every_time_and_strided_input(backend, dtype):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [*CASES, ("reference", torch.float64)])
+def test_some_rows_alone_lose_what_they_lost_among_all(backend, dtype):
+    require(backend)
+    tensors, grads = make(70, 48, dtype if dtype != torch.float64 else torch.float32)
+    grads = [grad * (torch.arange(70) % 3 == 0)[:, None] for grad in grads]
+    kept = torch.arange(0, 70, 3)
+    whole = run(backend, tensors, grads, dropout_p=0.4, seed=7)
+    few = [t[kept] if t.dim() == 2 else t for t in tensors]
+    rows = kept.int().to("cuda" if backend == "triton" and HAS_GPU else "cpu")
+    alone = run(backend, few, [g[kept] for g in grads], dropout_p=0.4, seed=7, rows=rows)
+    for ours, theirs in zip(alone[:4], whole[:4], strict=True):
+        assert torch.equal(ours, theirs[kept])
+    for ours, theirs in zip(alone[4:], whole[4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    without = run(backend, few, [g[kept] for g in grads], dropout_p=0.4, seed=7)
+    assert not torch.equal(without[0], alone[0])
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck(dropout_p):
     tensors, _ = make(3, 5)
@@ -110,11 +128,12 @@ def test_gradcheck(dropout_p):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend, dtype):
     tensors, grads = make(5, 24, dtype)
-    options = (EPS, 0.1, 3, backend)
-    torch.library.opcheck(torch.ops.rerank_fast.residual_norm.default, (*tensors, *options))
-    _, _, mean, rstd = torch.ops.rerank_fast.residual_norm.default(*tensors, *options)
-    arguments = (*tensors[:3], mean, rstd, grads[0], None, *options)
-    torch.library.opcheck(torch.ops.rerank_fast.residual_norm_backward.default, arguments)
+    for rows in (None, torch.tensor([1, 4, 5, 9, 12], dtype=torch.int32)):
+        options = (rows, EPS, 0.1, 3, backend)
+        torch.library.opcheck(torch.ops.rerank_fast.residual_norm.default, (*tensors, *options))
+        _, _, mean, rstd = torch.ops.rerank_fast.residual_norm.default(*tensors, *options)
+        arguments = (*tensors[:3], mean, rstd, grads[0], None, *options)
+        torch.library.opcheck(torch.ops.rerank_fast.residual_norm_backward.default, arguments)
 
 
 def test_compiles_as_one_graph():
@@ -138,6 +157,10 @@ def test_errors_say_what_was_expected_and_what_came():
         (lambda: residual_norm(x, residual.half(), weight, bias, eps=EPS), "all be fp32 or all fp64"),
         (lambda: residual_norm(x, residual, weight, bias, eps=EPS, dropout_p=-0.1), "dropout_p"),
         (lambda: residual_norm(x, residual, weight, bias, eps=EPS, backend="x"), "backend must be one of"),
+        (
+            lambda: residual_norm(x, residual, weight, bias, eps=EPS, rows=torch.arange(3)),
+            r"rows must be int32 of shape \(3,\) on cpu, got torch.int64 \(3,\)",
+        ),
         (
             lambda: residual_norm(x.half(), residual, weight, bias, eps=EPS, backend="cpu"),
             "bf16 or fp32 on the CPU",

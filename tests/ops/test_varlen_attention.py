@@ -81,7 +81,14 @@ def test_head_sizes(backend, size):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True}, {"window": (3, 2)}, {"window": (8, -1)}, {"causal": True, "window": (4, -1)}],
+    [
+        {},
+        {"causal": True},
+        {"window": (3, 2)},
+        {"window": (8, -1)},
+        {"causal": True, "window": (4, -1)},
+        {"window": (2**31 - 1, 2**31 - 1)},
+    ],
     ids=str,
 )
 def test_lengths_and_masks(backend, lengths, options):
@@ -106,11 +113,73 @@ def test_dropout_drops_the_same_everywhere(backend, lengths, seed):
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("reference", torch.float64)],
+)
+@pytest.mark.parametrize(
+    ("lengths", "chosen"), [("same", [2, 3]), ("one query", [1, 3]), ("fewer queries", [0, 2])]
+)
+def test_some_sequences_alone_lose_what_they_lost_among_all(backend, dtype, lengths, chosen):
+    require(backend if backend != "reference" else "cpu", dtype)
+    tensors, grad, ends = make(LENGTHS[lengths], heads=2, kv_heads=1, dtype=dtype)
+    whole = run(backend, tensors, grad, ends, dropout_p=0.4, seed=SEED)
+    of_q, of_k = (torch.cat([torch.arange(end[n], end[n + 1]) for n in chosen]) for end in ends)
+    few = [[part[n] for n in chosen] for part in LENGTHS[lengths]]
+    cut = tuple(torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32) for part in few)
+    case = (tensors[0][of_q], tensors[1][of_k], tensors[2][of_k]), grad[of_q], cut
+    rows = of_q.int().to("cuda" if backend == "triton" and HAS_GPU else "cpu")
+    alone = run(backend, *case, dropout_p=0.4, seed=SEED, rows=rows)
+    for ours, theirs, kept in zip(alone, whole, (of_q, of_q, of_k, of_k), strict=True):
+        assert torch.equal(ours, theirs[kept])
+    assert not torch.equal(run(backend, *case, dropout_p=0.4, seed=SEED)[0], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
     [("cpu", torch.bfloat16), ("triton", torch.float16), ("triton", torch.bfloat16)],
 )
 @pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2, "seed": SEED}], ids=str)
 def test_half_precision(backend, dtype, options):
     assert_close(backend, LENGTHS["same"], dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("size", [12, 16, 32, 40, 48, 64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_bf16_head_sizes(size, lengths):
+    """12 and 40 are computed in fp32 everywhere, the others in products of pairs where a processor has them."""
+    assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, size=size)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (3, 2)},
+        {"window": (8, -1)},
+        {"window": (40, 2)},
+        {"dropout_p": 0.3, "seed": SEED},
+    ],
+    ids=str,
+)
+def test_bf16_masks(lengths, options):
+    assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, heads=4, kv_heads=2, size=32, **options)
+
+
+def test_bf16_of_every_length():
+    """Tiles that are full, and that lack one query or one key."""
+    lengths = [*range(1, 36), 63, 64, 65, 97]
+    assert_close("cpu", (lengths, lengths), dtype=torch.bfloat16, size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_query_may_not_read_is_as_if_it_were_not_there(dtype):
+    """Bit for bit: a key that is masked weighs exactly nothing."""
+    (q, k, v), grad, ends = make(([40], [40]), size=32, dtype=dtype)
+    full = run("cpu", (q, k, v), grad, ends, causal=True)
+    few = torch.tensor([0, 23], dtype=torch.int32)
+    cut = run("cpu", (q[:23], k[:23], v[:23]), grad[:23], (few, few), causal=True)
+    assert torch.equal(full[0][:23], cut[0])
+    assert torch.equal(full[1][:23], cut[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,25 +210,30 @@ def test_views_of_one_projection_and_strided_gradients(backend):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_output_is_written(backend, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_every_output_is_written(backend, dtype, monkeypatch):
     """Fresh buffers hold NaN: what a kernel leaves out shows."""
     require(backend)
-    tensors, grad, ends = make(LENGTHS["more queries"], size=16)
+    tensors, grad, ends = make(LENGTHS["more queries"], size=16, dtype=dtype)
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")) if "dtype" in o else empty(*a, **o)
     )
     actual = run(backend, tensors, grad, ends, causal=True)
     monkeypatch.undo()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     for ours, theirs in zip(actual, run("reference", tensors, grad, ends, causal=True), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_lies_beyond_a_sequence_is_not_read(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_what_lies_beyond_a_sequence_is_not_read(backend, dtype):
     require(backend)
-    tensors, grad, ends = make(([6, 7], [6, 7]), size=16)
+    tensors, grad, ends = make(([6, 7], [6, 7]), size=16, dtype=dtype)
     both = run(backend, tensors, grad, ends)
     poisoned = [t.clone() for t in tensors]
     for t in poisoned:
@@ -169,17 +243,20 @@ def test_what_lies_beyond_a_sequence_is_not_read(backend):
         assert torch.equal(ours[:6], theirs[:6])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_bits_every_time(backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_the_same_bits_every_time(backend, dtype):
     require(backend)
-    case = make(LENGTHS["same"], heads=2, kv_heads=1, size=16)
+    case = make(LENGTHS["same"], heads=2, kv_heads=1, size=16, dtype=dtype)
     first, second = (run(backend, *case, dropout_p=0.1, seed=5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_threads_change_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_nothing(dtype):
     require("cpu")
-    case = make(LENGTHS["same"])
+    case = make(LENGTHS["same"], dtype=dtype)
     before = torch.get_num_threads()
     results = []
     try:
@@ -244,11 +321,12 @@ def test_differentiating_twice_raises():
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend):
     (q, k, v), grad, ends = make(([3, 5], [3, 5]), size=16)
-    options = (0.25, -1, 0, 0.1, 3, backend)
-    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
-    out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
-    arguments = (q, k, v, out, lse, grad, *ends, *options)
-    torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
+    for rows in (None, torch.arange(8, 16, dtype=torch.int32)):
+        options = (rows, 0.25, -1, 0, 0.1, 3, backend)
+        torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
+        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
+        arguments = (q, k, v, out, lse, grad, *ends, *options)
+        torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
 
 
 def test_compiles_as_one_graph():
@@ -275,6 +353,7 @@ def test_errors_say_what_was_expected_and_what_came():
         (lambda: varlen_attention(q, k, v, cu_q[[0, 2]], cu_k), "same sequences, got 1 and 2"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, window=(-2, 0)), "window"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, dropout_p=1.0), "dropout_p"),
+        (lambda: varlen_attention(q, k, v, cu_q, cu_k, rows=cu_q), r"rows must be int32 of shape \(8,\)"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="cuda"), "backend must be one of"),
         (lambda: varlen_attention(q.half(), k.half(), v.half(), cu_q, cu_k, backend="cpu"), "fp32 or bf16 CPU"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="flash"), "flash.*NVIDIA GPU"),

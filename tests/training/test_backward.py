@@ -33,10 +33,10 @@ def limit(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """No micro-batch of more tokens fits memory."""
     real = PackedStep.__call__
 
-    def call(self: PackedStep, indices: np.ndarray) -> torch.Tensor:
+    def call(self: PackedStep, indices: np.ndarray, *keep: np.ndarray) -> torch.Tensor:
         if self.tokens.lengths[indices].sum() > most:
             raise FULL
-        return real(self, indices)
+        return real(self, indices, *keep)
 
     monkeypatch.setattr(PackedStep, "__call__", call)
 

@@ -78,9 +78,9 @@ class Counted:
     def __getattr__(self, name: str):
         return getattr(self.step, name)
 
-    def __call__(self, indices: np.ndarray) -> torch.Tensor:
+    def __call__(self, indices: np.ndarray, *keep: np.ndarray) -> torch.Tensor:
         self.runs.append(sorted(indices.tolist()))
-        return self.step(indices)
+        return self.step(indices, *keep)
 
 
 def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch: pytest.MonkeyPatch):
@@ -107,18 +107,67 @@ def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
-def test_with_dropout_micro_batches_are_left_out_whole(tiny_bert: Path):
-    model, _ = opened(tiny_bert)
-    # Long lists whose relevant documents come first: with a cut at 1 most micro-batches hold no pair that counts.
-    rows = [{"query": "panda", "docs": ["bear " * n for n in range(1, 41)], "labels": [1.0] + [0.0] * 39}]
-    lists = tokenize_lists(rows, model)
-    expected, direct, _ = push(model, lists, cached=False, k=1)
-    scores = direct.scores.clone().requires_grad_()
-    lambda_loss(scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets), k=1).backward()
+# Lists of which, with a cut at 1, few pairs count: some of these share a micro-batch with pairs that do not.
+LONG = [
+    {"query": query, "docs": ["bear " * n for n in range(1, 41)], "labels": [1.0] + [0.0] * 39}
+    for query in ("panda", "rain sea")
+]
+
+
+def upstream_of(lists: TokenizedLists, scores: torch.Tensor, k: int | None = None) -> torch.Tensor:
+    """dL/dscores."""
+    leaf = scores.clone().requires_grad_()
+    lambda_loss(leaf, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets), k=k).backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pairs_that_are_run_again_keep_their_dropout(tiny_bert: Path, checkpointing: bool):
+    model, _ = opened(tiny_bert, checkpointing=checkpointing)
+    lists = tokenize_lists(LONG, model)
+    expected, direct, drawn = push(model, lists, cached=False, k=1)
+    found, cached, also_drawn = push(model, lists, cached=True, k=1)
+    without = upstream_of(lists, direct.scores, k=1) == 0
+    assert cached.num_skipped == int(without.sum()) > 0.5 * len(without)
     plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
-    whole = sum(len(part) for part in plan if not scores.grad[torch.from_numpy(part)].any())
-    assert whole < int((scores.grad == 0).sum())
-    found, cached, _ = push(model, lists, cached=True, k=1)
+    assert any(without[part].any() and not without[part].all() for part in plan)
+    assert torch.equal(drawn, also_drawn)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_skip_below_with_dropout_is_the_gradient_of_the_rest(
+    tiny_bert: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model, lists = opened(tiny_bert, checkpointing=checkpointing)
+    _, direct, _ = push(model, lists, cached=False)
+    upstream = upstream_of(lists, direct.scores)
+    limit = float(upstream.abs().median())
+    found, cached, _ = push(model, lists, cached=True, skip_below=limit)
+    assert cached.num_skipped == int((upstream.abs() <= limit).sum())
+    upstream = upstream.where(upstream.abs() > limit, 0.0)
+    monkeypatch.setitem(globals(), "lambda_loss", lambda scores, *_, **__: scores @ upstream)
+    expected, _, _ = push(model, lists, cached=False)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["padded", "a module of its own draws"])
+def test_where_dropout_is_drawn_for_a_micro_batch_it_is_left_out_whole(tiny_bert: Path, why: str):
+    model, _ = opened(tiny_bert)
+    lists = tokenize_lists(LONG, model)
+    if why != "padded":  # as an adapter's dropout does
+        dense = model.model.bert.encoder.layer[0].output.dense
+        dense.register_forward_hook(lambda module, inputs, out: torch.nn.functional.dropout(out, 0.2))
+    packed = why != "padded"
+    expected, direct, _ = push(model, lists, cached=False, packed=packed, k=1)
+    upstream = upstream_of(lists, direct.scores, k=1)
+    plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
+    whole = sum(len(part) for part in plan if not upstream[torch.from_numpy(part)].any())
+    assert whole < int((upstream == 0).sum())
+    found, cached, _ = push(model, lists, cached=True, packed=packed, k=1)
     assert cached.num_skipped == whole > 0
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)

@@ -15,6 +15,14 @@ def mix(x):
 
 
 @triton.jit
+def numbers(rows, place, there):
+    """What stands for the rows at some places: what `rows` holds there, or, where it is None, the place itself."""
+    if rows is not None:
+        place = tl.load(rows + place, mask=there, other=0)
+    return place
+
+
+@triton.jit
 def row_streams(seed, stream, rows):
     """What the rows of one stream draw from; seed is mixed_seed()'s, rows are counted over the whole tensor."""
     start = mix(seed.to(tl.uint32) + stream.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32))

@@ -12,12 +12,34 @@ import triton.language as tl
 
 
 @triton.jit
-def log2_1p(t, dtype: tl.constexpr):
-    """log2(1 + t) for t in [0, 1]: in fp32 t times a polynomial in t - 1/2, without the special function unit."""
+def reciprocal(x, dtype: tl.constexpr):
+    """1 / x; in fp64 of an x within fp32's range: a division is a call, which takes registers."""
     if dtype == tl.float64:
-        u = 1.0 + t
-        # The rounding of 1 + t, put back: small t keep their relative accuracy.
-        result = tl.log2(u) + (t - (u - 1.0)) / u * 1.4426950408889634
+        result = (1.0 / x.to(tl.float32)).to(tl.float64)
+        result += result * (1.0 - x * result)
+        result += result * (1.0 - x * result)
+    else:
+        result = 1.0 / x
+    return result
+
+
+@triton.jit
+def log2_1p(t, dtype: tl.constexpr):
+    """log2(1 + t) for t in [0, 1]: t or, in fp64, t / (2 + t) times a polynomial, without a special function."""
+    if dtype == tl.float64:
+        z = t * reciprocal(2.0 + t, dtype)
+        w = z * z
+        p = w * 0.24589530248125088 + 0.12009724262509489
+        p = p * w + 0.17471280368314066
+        p = p * w + 0.19188383658908023
+        p = p * w + 0.2219819177490448
+        p = p * w + 0.26230707333783054
+        p = p * w + 0.3205989247881797
+        p = p * w + 0.4121985827364002
+        p = p * w + 0.5770780163582652
+        p = p * w + 0.9617966939259681
+        p = p * w + 2.8853900817779268
+        result = z * p
     else:
         v = t - 0.5
         p = v * 0.00523269146 - 0.0085744617
@@ -37,8 +59,8 @@ def store_deltas(delta, d, in_d, dtype: tl.constexpr):
     """delta(d) = 1/D(d) - 1/D(d + 1) = log2(1 + x) / (D(d) D(d + 1)), x = 1 / (1 + d): no cancellation."""
     distance = 1.0 + tl.maximum(d, 1).to(dtype)
     log = tl.log2(distance)
-    step = log2_1p(1.0 / distance, dtype)
-    tl.store(delta + d, tl.where(d > 0, step / (log * (log + step)), 0.0), mask=in_d)
+    step = log2_1p(reciprocal(distance, dtype), dtype)
+    tl.store(delta + d, tl.where(d > 0, step * reciprocal(log * (log + step), dtype), 0.0), mask=in_d)
 
 
 @triton.jit
@@ -117,9 +139,9 @@ def order_rows(
     # Gains are divided by 2^max label: large labels stay finite.
     gain = tl.exp2(tl.maximum(y_i, 0.0) - top) - tl.exp2(-top)
     tl.store(slots + 2 * stride + slot, tl.where(y_i != y_i, y_i, gain), mask=in_i)
-    tl.store(slots + 3 * stride + slot, 1.0 / tl.log2(1.0 + rank.to(dtype)), mask=in_i)
+    tl.store(slots + 3 * stride + slot, reciprocal(tl.log2(1.0 + rank.to(dtype)), dtype), mask=in_i)
     tl.store(ranks + slot, rank, mask=in_i)
-    tl.store(places + slot, (i - start_i).to(tl.int32), mask=in_i)
+    tl.store(places + slot, i, mask=in_i)
 
 
 @triton.jit(do_not_specialize=["stride", "shortest", "num_lists", "num_steps", "n"])
@@ -130,7 +152,7 @@ def order_kernel(
     slots,  # out (5, stride) compute dtype, by slot: score, label, gain / 2^max label, 1 / D(rank); then delta(d)
     stride,
     ranks,  # out (N,) int32, by slot: 1-based rank
-    places,  # out (N,) int32, by slot: where in its list the document is
+    places,  # out (N,) int64, by slot: which document is there
     shortest,
     num_lists,
     num_steps,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rerank_fast.ops.triton.lambda_loss_order import lists_of, log2_1p, order_rows, store_deltas
+from rerank_fast.ops.triton.lambda_loss_order import lists_of, log2_1p, order_rows, reciprocal, store_deltas
 
 
 @triton.jit
@@ -67,14 +67,14 @@ def _visit(
                     weight = mu * delta + weight
             weight = weight * (g_j - g_i if COLUMNS == "better" else g_i - g_j)
         if COLUMNS == "better":
-            # sigmoid of minus the margin; where 2^x overflows it is 0.
             x = slope * (s_j - s_i)
-            lost = 1.0 / (1.0 + tl.exp2(x))
+            t = tl.exp2(-tl.abs(x))
+            lost = tl.where(x >= 0, t, 1.0) * reciprocal(1.0 + t, dtype)
             pull += tl.where(counts, -lost if SCHEME == 0 else -weight * lost, 0.0)
         else:
             x = slope * (s_i - s_j)
             t = tl.exp2(-tl.abs(x))
-            inverse = 1.0 / (1.0 + t)
+            inverse = reciprocal(1.0 + t, dtype)
             term = tl.where(x < 0, -x, 0.0) + log2_1p(t, dtype)
             lost = tl.where(x >= 0, t, 1.0) * inverse
             if SCHEME == 1:
@@ -119,7 +119,7 @@ def _ideal_dcg(gains, from_i, to_i, k, dtype: tl.constexpr, BLOCK: tl.constexpr,
         for tile in range(low, tl.minimum(high, low + k), WIDE):
             j = tile + tl.arange(0, WIDE)
             gain = tl.load(gains + j, mask=(j < high) & (j - low < k), other=0.0)
-            total += gain / tl.log2(2.0 + (j - low).to(dtype))
+            total += gain * reciprocal(tl.log2(2.0 + (j - low).to(dtype)), dtype)
         ideal = tl.zeros([BLOCK], dtype) + tl.sum(total, axis=0)
     else:
         sums = tl.zeros([BLOCK, TILE], dtype)
@@ -128,7 +128,8 @@ def _ideal_dcg(gains, from_i, to_i, k, dtype: tl.constexpr, BLOCK: tl.constexpr,
             gain = tl.load(gains + j, mask=j < high, other=0.0)[None, :]
             place = j[None, :] - from_i[:, None]
             counts = (place >= 0) & (j[None, :] < to_i[:, None]) & (place < k)
-            sums += tl.where(counts, gain / tl.log2(2.0 + tl.maximum(place, 0).to(dtype)), 0.0)
+            discount = reciprocal(tl.log2(2.0 + tl.maximum(place, 0).to(dtype)), dtype)
+            sums += tl.where(counts, gain * discount, 0.0)
         ideal = tl.sum(sums, axis=1)
     return ideal
 
@@ -141,15 +142,16 @@ def pair_kernel(
     slots,  # (5, stride) compute dtype: see order_kernel; written here for the lists sorted here
     stride,
     ranks,  # (N,) int32, by slot
-    places,  # (N,) int32, by slot
+    places,  # (N,) int64, by slot
     loss,  # out: each block's sum, or each slot's (N,) with PER_SLOT; compute dtype
     pairs,  # out: each block's preference pairs, int64
     grad,  # out (N,) compute dtype: dL/dscore of the list's own sum
     k,
-    sigma: tl.float64,
+    slope: tl.float64,  # sigma / ln 2
     mu: tl.float64,
     eps: tl.float64,
-    scale: tl.float64,
+    loss_scale: tl.float64,
+    pull_scale: tl.float64,
     longest,
     num_lists,
     list_steps,
@@ -164,7 +166,7 @@ def pair_kernel(
 ):
     """A block of slots against the rest of their lists: each document the better or the worse one of its pairs."""
     # Scalars arrive in fp64, or fp64 scores would be computed with fp32 settings.
-    slope = tl.full([], sigma * 1.4426950408889634, dtype)
+    slope = tl.full([], slope, dtype)
     mu = tl.full([], mu, dtype)
     stride = tl.cast(stride, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -176,6 +178,10 @@ def pair_kernel(
     is_short = in_i & (end_i - start_i <= longest)
     row = tl.min(tl.where(is_short, start_i, n), axis=0)
     short_end = tl.max(tl.where(is_short, end_i, 0), axis=0)
+    # Slots are counted from `first`: 32 bits suffice. Rows past the end have an empty list.
+    own = tl.where(in_i, i - first, 0).to(tl.int32)
+    from_i = tl.where(in_i, start_i - first, 0).to(tl.int32)
+    to_i = tl.where(in_i, end_i - first, 0).to(tl.int32)
     while row < short_end:
         order_rows(
             scores, labels, offsets, slots, stride, ranks, places, row + tl.arange(0, BLOCK), 0, longest,
@@ -187,13 +193,9 @@ def pair_kernel(
             d = tile + tl.arange(0, BLOCK * TILE)
             store_deltas(slots + 4 * stride, d, d < last_end - first, dtype)
     tl.debug_barrier()
-    # From here on slots are counted from `first`: 32 bits suffice. Rows past the end have an empty list.
     deltas = slots + 4 * stride
     slots += first
     ranks += first
-    own = tl.where(in_i, i - first, 0).to(tl.int32)
-    from_i = tl.where(in_i, start_i - first, 0).to(tl.int32)
-    to_i = tl.where(in_i, end_i - first, 0).to(tl.int32)
     s_i = tl.load(slots + own)[:, None]
     y_i = tl.load(slots + stride + own)
     g_i = tl.load(slots + 2 * stride + own)[:, None]
@@ -207,7 +209,7 @@ def pair_kernel(
         )  # fmt: skip
     else:
         begin_i, finish_i = _label_run(slots + stride, own, from_i, to_i, y_i, slot_steps)
-        finish_i = tl.where(in_i, finish_i, last)
+        finish_i = tl.where(to_i > from_i, finish_i, last)
         _, pull_i, _ = _visit(
             slots, stride, ranks, deltas, 0, tl.max(tl.where(begin_i > from_i, begin_i, 0), axis=0),
             from_i[:, None], begin_i[:, None], s_i, g_i, inverse_i, r_i,
@@ -219,19 +221,22 @@ def pair_kernel(
             k, slope, mu, "worse", SCHEME, dtype, BLOCK, TILE,
         )  # fmt: skip
         pull_i += won_i
-    loss_i *= tl.full([], 0.6931471805599453 * scale, dtype)
-    pull_i *= tl.full([], -sigma * scale, dtype)
+    if not PER_SLOT:
+        tl.store(pairs + tl.program_id(0), tl.sum(count_i.to(tl.int64), axis=0))
+    in_i = to_i > from_i
+    loss_i *= tl.full([], loss_scale, dtype)
+    pull_i *= tl.full([], pull_scale, dtype)
     if SCHEME != 0:
         ideal_i = _ideal_dcg(slots + 2 * stride, from_i, to_i, k, dtype, BLOCK, TILE)
-        largest_i = tl.maximum(tl.load(slots + stride + from_i), 0.0)
-        normalizer = tl.maximum(ideal_i, tl.full([], eps, dtype) * tl.exp2(-largest_i), tl.PropagateNan.ALL)
+        # Of the first slot the gain is 1 - 2^-max label: what eps is over.
+        unit_i = 1.0 - tl.load(slots + 2 * stride + from_i)
+        normalizer = tl.maximum(ideal_i, tl.full([], eps, dtype) * unit_i, tl.PropagateNan.ALL)
         loss_i = loss_i / normalizer
         pull_i = pull_i / normalizer
-    tl.store(grad + start_i + tl.load(places + first + own), pull_i, mask=in_i)
+    tl.store(grad + tl.load(places + first + own), pull_i, mask=in_i)
     # Rows past the end have no pair, and a normaliser that may be 0.
     loss_i = tl.where(in_i, loss_i, 0.0)
     if PER_SLOT:
-        tl.store(loss + i, loss_i, mask=in_i)
+        tl.store(loss + first + own, loss_i, mask=in_i)
     else:
         tl.store(loss + tl.program_id(0), tl.sum(loss_i, axis=0))
-        tl.store(pairs + tl.program_id(0), tl.sum(tl.where(in_i, count_i, 0).to(tl.int64), axis=0))

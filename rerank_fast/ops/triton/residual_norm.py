@@ -24,19 +24,21 @@ CASE = ("width", "HAS_NARROW", "HAS_DROPOUT")
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8})
 
 
-def launch(width: int) -> dict[str, Any]:
-    """A row in the registers of as many warps as hold it without spilling."""
+def launch(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
+    """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the widest."""
     block = triton.next_power_of_2(width)
-    return {"WIDTH": block, "num_warps": min(16, max(4, block // 128)), "enable_fp_fusion": True}
+    most = 16 if hip else 32  # of 64 or of 32 threads
+    return {"WIDTH": block, "num_warps": min(most, max(4, block // 128)), "enable_fp_fusion": True}
 
 
 @triton.jit
-def _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT: tl.constexpr):
+def _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT: tl.constexpr):
     """residual + dropout(x) of one row, and the factors of the dropout."""
     kept = tl.full(e.shape, 1.0, tl.float32)
     row = tl.full([], 0, tl.int64) + row
     if HAS_DROPOUT:
-        stream = dropout.row_streams(seed, tl.full([], 0, tl.uint32), row)
+        number = dropout.numbers(rows, row, True)
+        stream = dropout.row_streams(seed, tl.full([], 0, tl.uint32), number)
         kept = dropout.factors(stream, e, threshold, rescale)
     added = tl.load(x + row * width + e, mask=there, other=0.0).to(tl.float32)
     return tl.load(residual + row * width + e, mask=there, other=0.0) + kept * added, kept
@@ -48,6 +50,7 @@ def forward_kernel(
     residual,  # (T, width) fp32
     weight,  # (width,) fp32
     bias,
+    rows,  # (T,) int32, or None
     y,  # out (T, width) fp32
     narrow,  # out (T, width) in x's dtype, or None
     mean,  # out (T,) fp32
@@ -64,7 +67,7 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, WIDTH)
     there = e < width
-    total, _ = _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+    total, _ = _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
     middle = tl.sum(total, axis=0) / width
     centered = tl.where(there, total - middle, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
@@ -86,6 +89,7 @@ def backward_kernel(
     rstd,
     grad_y,  # (T, width) fp32, or None
     grad_narrow,  # (T, width) in x's dtype, or None
+    rows,
     dx,  # out (T, width) in x's dtype
     d_residual,  # out (T, width) fp32
     d_weight,  # out (programs, width) fp32: each program's sum
@@ -108,7 +112,7 @@ def backward_kernel(
     weight_sum = tl.zeros([WIDTH], tl.float32)
     bias_sum = tl.zeros([WIDTH], tl.float32)
     for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
-        total, kept = _total(x, residual, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+        total, kept = _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
         scale = tl.load(rstd + row)
         unit = tl.where(there, (total - tl.load(mean + row)) * scale, 0.0)
         grad = tl.zeros([WIDTH], tl.float32)
@@ -132,6 +136,7 @@ def forward(
     residual: Tensor,  # (T, H) fp32
     weight: Tensor,  # (H,) fp32
     bias: Tensor,  # (H,) fp32
+    rows: Tensor | None,  # (T,) int32
     eps: float,
     dropout_p: float,
     seed: int,
@@ -146,7 +151,7 @@ def forward(
         kernel, config = autotune.choose(forward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
             kernel[(x.shape[0],)](
-                *(x, residual, weight, bias, y, narrow if has_narrow else None, mean, rstd, x.shape[1], eps),
+                *(x, residual, weight, bias, rows, y, narrow if has_narrow else None, mean, rstd, x.shape[1], eps),
                 *dropout.scalars(dropout_p, seed),
                 HAS_NARROW=has_narrow,
                 HAS_DROPOUT=dropout_p > 0,
@@ -163,6 +168,7 @@ def backward(
     rstd: Tensor,
     grad_y: Tensor | None,
     grad_narrow: Tensor | None,
+    rows: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: int,
@@ -176,7 +182,7 @@ def backward(
         kernel, config = autotune.choose(backward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):
             kernel[(programs,)](
-                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, dx, d_residual, d_weight, d_bias),
+                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, d_weight, d_bias),
                 *x.shape,
                 *dropout.scalars(dropout_p, seed),
                 HAS_WIDE=grad_y is not None,
@@ -191,20 +197,23 @@ def backward(
 def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
         for width in (384, 1024, 4096):
-            for has_dropout in (False, True):
+            for case in ("", "_dropout", "_dropout_rows"):
                 for kernel in (forward_kernel, backward_kernel):
-                    constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": has_dropout}
+                    constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": case != ""}
+                    if not case.endswith("rows"):
+                        constants["rows"] = None
                     if kernel is backward_kernel:
                         constants |= {"HAS_WIDE": True, "ROWS": ROWS}
                     types = {argument: _type(argument, name) for argument in kernel.arg_names}
                     if name == "fp32":
                         constants["narrow" if kernel is forward_kernel else "grad_narrow"] = None
                     yield Variant(
-                        f"residual_norm-{kernel.__name__}_{name}_{width}{'_dropout' * has_dropout}",
+                        f"residual_norm-{kernel.__name__}_{name}_{width}{case}",
                         kernel,
                         types,
-                        launch(width),
+                        launch(width, hip=False),
                         constants,
+                        launch(width, hip=True),
                         multiples=[a for a in types if types[a].startswith("*") or a == "width"],
                     )
 
@@ -214,4 +223,6 @@ def _type(argument: str, dtype: str) -> str:
         return f"*{dtype}"
     if argument in ("eps", "rescale"):
         return "fp32"
+    if argument == "rows":
+        return "*i32"
     return "i32" if argument in ("width", "num_rows", "seed", "threshold") else "*fp32"

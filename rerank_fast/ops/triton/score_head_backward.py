@@ -144,11 +144,13 @@ def _weight_tile(
 
 
 @triton.jit
-def _sum_parts(parts, num_parts, out, in_out, D, to, COLUMNS: tl.constexpr):
-    total = tl.zeros([COLUMNS], tl.float32)
-    for part in range(num_parts):
-        total += tl.load(parts + part * D + out, mask=in_out, other=0.0)
-    tl.store(to + out, total, mask=in_out)
+def _sum_parts(parts, num_parts, out, in_out, D, to, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some rows at a time: one after the other each would wait for memory."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, num_parts, ROWS):
+        part, in_parts = span(first, num_parts, ROWS)
+        total += load_tile(parts, D, part, in_parts, out, in_out)
+    tl.store(to + out, tl.sum(total, axis=0), mask=in_out)
 
 
 @triton.jit(do_not_specialize=[*score_head.NOT_SPECIALIZED, "num_parts"])
@@ -200,9 +202,9 @@ def grads_kernel(
     if tile >= 0:
         out, in_out = span(tile * COLUMNS, D, COLUMNS)
         if d_dense_bias is not None:
-            _sum_parts(bias_parts, num_parts, out, in_out, D, d_dense_bias, COLUMNS)
+            _sum_parts(bias_parts, num_parts, out, in_out, D, d_dense_bias, ROWS, COLUMNS)
         if d_out_weight is not None:
-            _sum_parts(out_parts, num_parts, out, in_out, D, d_out_weight, COLUMNS)
+            _sum_parts(out_parts, num_parts, out, in_out, D, d_out_weight, ROWS, COLUMNS)
         if d_out_bias is not None and tile == 0:
             total = tl.zeros([COLUMNS], tl.float32)
             for first in range(0, n, COLUMNS):

@@ -11,7 +11,7 @@ its blocks from place cu_seqlens[n] // BLOCK + n on, so that tokens // BLOCK + N
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -24,31 +24,42 @@ from rerank_fast.ops.triton.variant import Variant
 MAX_HEAD_SIZE = 256
 
 
+# The results, and the gradients of queries, and of keys and values.
+Part = Literal["forward", "queries", "keys"]
+
+
 def launch(
-    head_size: int, dtype: torch.dtype, *, few_queries: bool, backward: bool, hip: bool = guard.HIP
+    head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
 ) -> dict[str, Any]:
     """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80 to gfx942.
 
     A program holds its tiles in registers, which is what bounds the occupancy: 12 to 50 %, as flash attention's
-    kernels run. More of it takes smaller tiles, and those read keys and values more often.
+    kernels run. More of it takes smaller tiles, and those more instructions: with 16 keys for 32, 1.6 times as many
+    a score. More warps on the same rows, 8 on 64, compute every score twice.
     """
     width = max(16, triton.next_power_of_2(head_size))
-    warps, stages = 8 if backward and width > 32 else 4, 2
+    warps, stages = 8 if width > {"forward": MAX_HEAD_SIZE, "queries": 64, "keys": 32}[part] else 4, 2
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
-        rows, keys = 32 if width <= 32 else 16, 16
-        warps, stages = 8, 2 if width <= 128 or backward else 1
+        own = 32 if width <= 32 else 16
+        rows, keys = (16, own) if part == "keys" else (own, 16)
+        warps, stages = 8, 2 if width <= 128 or part == "queries" else 1
     elif width <= 64:
-        rows, keys = 64, 32
+        rows, keys = (32, 64) if part == "keys" and width <= 32 else (64, 32)
     elif width <= 128:
-        rows, keys = 32 if backward else 64, 32
+        rows, keys = 64 if part == "forward" else 32, 32
     else:
-        rows = keys = 16 if backward or few_queries else 32
+        rows = keys = 32 if part == "forward" and not few_queries else 16
     if few_queries:
         rows = 16
     if hip:  # a warp has 64 threads, and what a second stage holds would spill
         warps, stages = 4, 1
     blocks = {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width}
-    return blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if (
+        dtype == torch.float32 and part == "forward" and width == 64
+    ):  # for sm_120 ptxas spills rather than take these
+        config["maxnreg"] = 64
+    return guard.for_vendor(config, hip)
 
 
 def around(config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -56,7 +67,7 @@ def around(config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return (
         {"num_stages": 1},
         {"num_stages": 3},
-        {"num_warps": 8},
+        {"num_warps": 4 if config["num_warps"] == 8 else 8},
         {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8},
     )
 
@@ -169,6 +180,7 @@ def forward_kernel(
     lse,  # out (heads, Tq) fp32, to base 2
     cu_seqlens_q,  # (N + 1,) int32
     cu_seqlens_k,
+    rows,  # (Tq,) int32, or None
     q_token,
     q_head,
     k_token,
@@ -208,7 +220,7 @@ def forward_kernel(
     in_q = i < num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     if HAS_DROPOUT:
-        streams = dropout.row_streams(seed, head, first_q + i)[:, None]
+        streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[:, None]
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -248,6 +260,11 @@ def constants_of(q: Tensor, k: Tensor, window_left: int, window_right: int, drop
     }
 
 
+def windows(q: Tensor, k: Tensor, *sides: int) -> list[int]:
+    """No window wider than all there is: places are added to it in 32 bits."""
+    return [min(side, q.shape[0] + k.shape[0]) for side in sides]
+
+
 def strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
@@ -258,6 +275,7 @@ def forward(
     v: Tensor,
     cu_seqlens_q: Tensor,  # (N + 1,) int32
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,  # (Tq,) int32
     scale: float,
     window_left: int,
     window_right: int,
@@ -271,15 +289,14 @@ def forward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
-    config = launch(q.shape[2], q.dtype, few_queries=q.shape[0] <= 16 * num_sequences, backward=False)
+    config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
     kernel, config = autotune.choose(forward_kernel, config, around(config), CASE)
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
         kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-            *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k),
+            *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
             *strides(q, k, v, out),
             scale * 1.4426950408889634,
-            window_left,
-            window_right,
+            *windows(q, k, window_left, window_right),
             *dropout.scalars(dropout_p, seed),
             num_sequences,
             (num_sequences - 1).bit_length(),
@@ -290,23 +307,26 @@ def forward(
     return out, lse
 
 
-def variants(*kernels: Any, backward: bool) -> Iterator[Variant]:
-    """Every head size class and dtype, plain, with dropout and a window, and for a single query a sequence."""
+def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
+    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, and for a single
+    query a sequence."""
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        for few, options in ((False, False), (False, True), (True, False)):
-            constants = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": options, "HAS_RIGHT": options}
-            case = "dropout_window" if options else "one_query" if few else "plain"
-            for kernel in kernels:
+        for case in ("plain", "dropout_window", "dropout_window_rows", "one_query"):
+            few, options = case == "one_query", case.startswith("dropout")
+            constants: dict[str, Any] = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": options, "HAS_RIGHT": options}
+            if not case.endswith("rows"):
+                constants["rows"] = None
+            for part, kernel in kernels.items():
                 types = {argument: _type(argument, name) for argument in kernel.arg_names}
                 yield Variant(
                     name=f"varlen_attention-{kernel.__name__}_{name}_{size}_{case}",
                     kernel=kernel,
                     types=types,
-                    config=launch(size, dtype, few_queries=few, backward=backward, hip=False),
-                    hip_config=launch(size, dtype, few_queries=few, backward=backward, hip=True),
+                    config=launch(size, dtype, part, few_queries=few, hip=False),
+                    hip_config=launch(size, dtype, part, few_queries=few, hip=True),
                     constants=constants | {"HAS_DROPOUT": options},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of 16.
                     multiples=[a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head"))],
@@ -314,7 +334,7 @@ def variants(*kernels: Any, backward: bool) -> Iterator[Variant]:
 
 
 def shipped() -> Iterator[Variant]:
-    return variants(forward_kernel, backward=False)
+    return variants({"forward": forward_kernel})
 
 
 def _type(argument: str, dtype: str) -> str:
@@ -322,6 +342,6 @@ def _type(argument: str, dtype: str) -> str:
         return f"*{dtype}"
     if argument in ("lse", "along"):
         return "*fp32"
-    if argument.startswith("cu_seqlens"):
+    if argument.startswith("cu_seqlens") or argument == "rows":
         return "*i32"
     return "fp32" if argument in ("scale", "log2_scale", "rescale") else "i32"

@@ -27,6 +27,7 @@ from rerank_fast.ops.triton.varlen_attention import (
     store_tile,
     strides,
     variants,
+    windows,
 )
 
 
@@ -61,6 +62,7 @@ def query_grad_kernel(
     along,  # out (heads, Tq) fp32: sum of out * grad_out, which the softmax takes off
     cu_seqlens_q,
     cu_seqlens_k,
+    rows,
     q_token,
     q_head,
     k_token,
@@ -111,7 +113,7 @@ def query_grad_kernel(
     tl.store(along + flat, along_i, mask=in_q)
     lse_i = tl.load(lse + flat, mask=in_q, other=float("inf"))
     if HAS_DROPOUT:
-        streams = dropout.row_streams(seed, head, first_q + i)[:, None]
+        streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[:, None]
     result = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -141,6 +143,7 @@ def key_value_grad_kernel(
     dv,
     cu_seqlens_q,
     cu_seqlens_k,
+    rows,
     q_token,
     q_head,
     k_token,
@@ -191,6 +194,8 @@ def key_value_grad_kernel(
         for start in range(begin, end, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             in_q = i < num_q
+            if HAS_DROPOUT:
+                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[None, :]
             q_tile = load_tile(q, q_token, q_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
             grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
             flat = head.to(tl.int64) * num_tokens + first_q + i
@@ -198,7 +203,6 @@ def key_value_grad_kernel(
             along_i = tl.load(along + flat, mask=in_q, other=0.0)[None, :]
             kept = 1.0
             if HAS_DROPOUT:
-                streams = dropout.row_streams(seed, head, first_q + i)[None, :]
                 kept = dropout.factors(streams, j[:, None], threshold, rescale)
             place = i[None, :] + num_k - num_q
             allowed = reads(place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
@@ -220,6 +224,7 @@ def backward(
     grad_out: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    rows: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -233,13 +238,12 @@ def backward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0:
         return dq, dk, dv
-    config = launch(q.shape[2], q.dtype, few_queries=q.shape[0] <= 16 * num_sequences, backward=True)
-    ends = (cu_seqlens_q, cu_seqlens_k)
+    few = q.shape[0] <= 16 * num_sequences
+    places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
         scale * 1.4426950408889634,
-        window_left,
-        window_right,
+        *windows(q, k, window_left, window_right),
         *dropout.scalars(dropout_p, seed),
         num_sequences,
         (num_sequences - 1).bit_length(),
@@ -248,18 +252,20 @@ def backward(
     constants = constants_of(q, k, window_left, window_right, dropout_p)
     with torch.cuda.device_of(q):
         if dq.numel():
+            config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
             kernel, rest = autotune.choose(query_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-                *(q, k, v, out, lse, grad_out, dq, along, *ends),
+                *(q, k, v, out, lse, grad_out, dq, along, *places),
                 *strides(q, k, v, out, grad_out, dq),
                 *options,
                 **constants,
                 **rest,
             )
         if dk.numel():
+            config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
             kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config), CASE)
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
-                *(q, k, v, lse, along, grad_out, dk, dv, *ends),
+                *(q, k, v, lse, along, grad_out, dk, dv, *places),
                 *strides(q, k, v, grad_out, dk, dv),
                 *options,
                 **constants,
@@ -269,4 +275,4 @@ def backward(
 
 
 def shipped() -> Iterator[Variant]:
-    return variants(query_grad_kernel, key_value_grad_kernel, backward=True)
+    return variants({"queries": query_grad_kernel, "keys": key_value_grad_kernel})
