@@ -69,8 +69,9 @@ RERANK_FAST_INLINE void quantize_each(const Int8RowsShape& shape, const void* x,
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (std::int32_t e = 0; e < width; ++e) {
-      values[e] = from[e];
-      largest = std::max(largest, std::fabs(values[e]));
+      const float value = from[e];
+      values[e] = value;
+      largest = std::max(largest, std::fabs(value));
     }
     quantize(values, width, largest, to, row);
   }
@@ -99,6 +100,7 @@ RERANK_FAST_INLINE void norm_each(const Int8RowsShape& shape, const void* x, con
                                   const float* bias, const Int8Norm& norm, float* y, const Int8Rows& to,
                                   std::int64_t begin, std::int64_t end) {
   const auto width = static_cast<std::int32_t>(shape.width);
+  const float *weight = norm.weight, *shift = norm.bias;
   for (std::int64_t row = begin; row < end; ++row) {
     const RowOf<kBf16> from(x, row, width);
     const float factor = row_scale[row], *residual = norm.residual + row * width;
@@ -106,8 +108,9 @@ RERANK_FAST_INLINE void norm_each(const Int8RowsShape& shape, const void* x, con
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (std::int32_t e = 0; e < width; ++e) {
-      values[e] = residual[e] + (from[e] * factor + bias[e]);
-      sum += values[e];
+      const float value = residual[e] + (from[e] * factor + bias[e]);
+      values[e] = value;
+      sum += value;
     }
     const float mean = sum / static_cast<float>(width);
     float squares = 0;
@@ -117,8 +120,9 @@ RERANK_FAST_INLINE void norm_each(const Int8RowsShape& shape, const void* x, con
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (std::int32_t e = 0; e < width; ++e) {
-      values[e] = (values[e] - mean) * rstd * norm.weight[e] + norm.bias[e];
-      largest = std::max(largest, std::fabs(values[e]));
+      const float value = (values[e] - mean) * rstd * weight[e] + shift[e];
+      values[e] = value;
+      largest = std::max(largest, std::fabs(value));
     }
     quantize(values, width, largest, to, row);
   }
