@@ -124,14 +124,12 @@ def _nvidia(cubin: bytes, variant: Variant, num_warps: int) -> dict[str, Any]:
     row["loops"] = []
     if variant.anchor:
         for body in _inner_loops(instructions):
-            anchors = sum(operation.startswith(variant.anchor) for operation in body)
-            if anchors:
+            if any(operation.startswith(variant.anchor) for operation in body):
+                units = sum(operation.startswith(variant.unit) for operation in body)
                 per_thread = variant.items / (num_warps * 32)
-                if anchors % per_thread:
-                    raise RuntimeError(
-                        f"{variant.name}: {anchors} {variant.anchor} in a loop of {per_thread} items"
-                    )
-                row["loops"].append({kind: count / anchors for kind, count in _count(body).items()})
+                if not units or units % per_thread:
+                    raise RuntimeError(f"{variant.name}: {units} {variant.unit} in a loop of {per_thread} items")
+                row["loops"].append({kind: count / units for kind, count in _count(body).items()})
     return row
 
 

@@ -70,7 +70,7 @@ def _assert_limits(row):
         expected = 0 if row["target"] == "gfx942" else 1 if "SCHEME=1" in row["kernel_name"] else 2
         assert len(row["loops"]) == expected, row
         for loop in row["loops"]:
-            assert 0 < loop["MUFU"] <= 3, row
+            assert 2 <= loop["MUFU"] <= 3, row
             assert loop["BAR"] == loop["SHFL"] == 0, row
 
 

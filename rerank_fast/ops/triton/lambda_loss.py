@@ -225,15 +225,19 @@ def shipped() -> Iterator[Variant]:
     fixed |= dict.fromkeys(["slope", "mu", "eps", "loss_scale", "pull_scale"], "fp64")
     fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i64"}
 
-    def variant(kernel: Any, scores: str, config: dict[str, Any], anchor: str = "", **constants: Any) -> Variant:
+    def variant(kernel: Any, scores: str, config: dict[str, Any], **constants: Any) -> Variant:
         wide = scores == "fp64"
         name = "-".join([kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())])
         types = dict.fromkeys(kernel.arg_names, "*fp64" if wide else "*fp32") | fixed
         types |= {"scores": f"*{scores}", "grad_scores": f"*{scores}"}
         if "dtype" in kernel.arg_names:
             constants["dtype"] = tl.float64 if wide else tl.float32
-        items = config["BLOCK"] * config.get("TILE", 0)
-        return Variant(name, kernel, types, config, constants, items=items, anchor="" if wide else anchor)
+        visits = {}
+        if (
+            kernel is pair_kernel and not wide
+        ):  # an exponential a pair, which ptxas may take twice, and a reciprocal
+            visits = {"items": config["BLOCK"] * config["TILE"], "anchor": "MUFU.EX2", "unit": "MUFU.RCP"}
+        return Variant(name, kernel, types, config, constants, **visits)
 
     for scores in ("fp32", "fp64", "bf16", "fp16"):
         config = launch_config(scores == "fp64")
@@ -242,7 +246,7 @@ def shipped() -> Iterator[Variant]:
         for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
             for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
                 options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
-                yield variant(pair_kernel, scores, config, "MUFU.EX2", **options)
+                yield variant(pair_kernel, scores, config, **options)
         yield variant(backward_kernel, scores, FINISH, PER_LIST=True)
         if scores in ("fp32", "fp64"):
             yield variant(mean_kernel, scores, FINISH, OVER_PAIRS=True)

@@ -68,8 +68,12 @@ def _visit(
             weight = weight * (g_j - g_i if COLUMNS == "better" else g_i - g_j)
         if COLUMNS == "better":
             x = slope * (s_j - s_i)
-            t = tl.exp2(-tl.abs(x))
-            lost = tl.where(x >= 0, t, 1.0) * reciprocal(1.0 + t, dtype)
+            # sigmoid of minus the margin
+            if dtype == tl.float64:
+                t = tl.exp2(-tl.abs(x))
+                lost = tl.where(x >= 0, t, 1.0) * reciprocal(1.0 + t, dtype)
+            else:  # where 2^x overflows it is 0
+                lost = 1.0 / (1.0 + tl.exp2(x))
             pull += tl.where(counts, -lost if SCHEME == 0 else -weight * lost, 0.0)
         else:
             x = slope * (s_i - s_j)

@@ -11,7 +11,7 @@ class Variant:
     """One kernel as its launcher ships it.
 
     items: what a program handles in one trip through an inner loop (the pairs of a tile); anchor: an instruction
-    that the source has once an item, by which loops over items are told from others and unrolling is undone.
+    that tells loops over items from others; unit: one that they have once an item, which undoes unrolling.
     """
 
     name: str
@@ -22,4 +22,5 @@ class Variant:
     hip_config: dict[str, Any] | None = None  # on AMD; None: config
     items: int = 0
     anchor: str = ""
+    unit: str = ""
     multiples: list[str] | None = None  # arguments that 16 divides at a launch; None: the pointers

@@ -22,10 +22,10 @@ from rerank_fast.ops.triton import autotune, dropout, guard
 from rerank_fast.ops.triton.variant import Variant
 
 MAX_HEAD_SIZE = 256
-
-
 # The results, and the gradients of queries, and of keys and values.
 Part = Literal["forward", "queries", "keys"]
+# Of fp32 parts and widths for which ptxas would, on sm_80, 86 or 120, rather spill than take what there is.
+_REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 128}
 
 
 def launch(
@@ -42,7 +42,8 @@ def launch(
     if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
         own = 32 if width <= 32 else 16
         rows, keys = (16, own) if part == "keys" else (own, 16)
-        warps, stages = 8, 2 if width <= 128 or part == "queries" else 1
+        warps = 16 if part == "queries" and width > 128 else 8
+        stages = 2 if part == "queries" or width <= 128 else 1
     elif width <= 64:
         rows, keys = (32, 64) if part == "keys" and width <= 32 else (64, 32)
     elif width <= 128:
@@ -55,10 +56,8 @@ def launch(
         warps, stages = 4, 1
     blocks = {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width}
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if (
-        dtype == torch.float32 and part == "forward" and width == 64
-    ):  # for sm_120 ptxas spills rather than take these
-        config["maxnreg"] = 64
+    if dtype == torch.float32 and (part, width) in _REGISTERS:
+        config["maxnreg"] = _REGISTERS[part, width]
     return guard.for_vendor(config, hip)
 
 
