@@ -73,12 +73,16 @@ def _check_targets(model: nn.Module, targets: list[str], heads: list[str]) -> No
     for target in targets:
         found = {name: part for name, part in encoder.items() if f".{name}".endswith(f".{target}")}
         if not found:
-            linear = sorted({one.rpartition(".")[2] for one, part in encoder.items() if isinstance(part, nn.Linear)})
+            linear = sorted(
+                {one.rpartition(".")[2] for one, part in encoder.items() if isinstance(part, nn.Linear)}
+            )
             raise ValueError(
-                f"lora_target_modules: the encoder has no module {target!r}; its linear ones are {', '.join(linear)}"
+                f"lora_target_modules: the encoder has no module {target!r}; its nn.Linear are {', '.join(linear)}"
             )
         # Packed execution reads the weights of the others past an adapter.
-        other = [f"{name} ({type(part).__name__})" for name, part in found.items() if not isinstance(part, nn.Linear)]
+        other = [
+            f"{name} ({type(part).__name__})" for name, part in found.items() if not isinstance(part, nn.Linear)
+        ]
         if other:
             raise ValueError(
                 f"lora_target_modules must name nn.Linear modules, got {target!r}, which is {', '.join(other[:3])}"

@@ -84,8 +84,8 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
     device, trained = trainer.model.device, trainer.trained
     if values.get("sample_of_base") != trained.sample_of_base():
         raise ValueError(
-            "the checkpoint's adapters are of another base model; a model that was trained in this process has them "
-            f"merged already: open it anew, got {trainer.model.name_or_path}"
+            f"the checkpoint's adapters are of another base model than {trainer.model.name_or_path} as it is now; "
+            "after a run in this process they are merged already: open the base model anew"
         )
     for name, weight in trainer.weights.items():
         weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))

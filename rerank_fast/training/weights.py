@@ -92,13 +92,13 @@ class TrainedWeights:
         return self.shards.part_of(tensor, weight) if self.shards else tensor
 
     def finish(self, *, together: bool = True) -> None:
-        """Leave an ordinary model of the last weights: whole, adapters merged, the same parameters trainable as before.
+        """Leave an ordinary model of the last weights: whole, adapters merged, requires_grad as it was found.
 
-        Every process must call it, unless together is False: shards then stay shards. A second call changes nothing.
+        Every process must call it, unless together is False: shards then stay shards. A second call does nothing.
         """
         self._model.eval()
         if self.shards and together:
-            self.shards.unshard()
+            self.shards.dissolve()
         if self.masters:
             self.masters.release()
         for weight in self.parameters.values():

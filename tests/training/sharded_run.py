@@ -37,9 +37,15 @@ def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_a
 
     trainer.optimizer.register_step_pre_hook(before_step)
     trainer.train()
-    # Whole again when all is done.
+    # An ordinary model again when all is done.
+    output, rank = Path(config["output"]), trainer.processes.process_index
+    if rank == 0:
+        trainer.model.save_pretrained(output / "memory")
     seen["score"] = float(trainer.model.predict([("what is the panda", "panda rain")])[0])
-    (Path(config["output"]) / f"rank-{trainer.processes.process_index}.json").write_text(json.dumps(seen))
+    seen["class"] = type(trainer.model.model).__name__
+    (output / f"rank-{rank}.json").write_text(json.dumps(seen))
+    again = {"output": str(output / "again"), "resume": "never", "lora_rank": 0, "max_steps": 1}
+    Trainer(trainer.model, lists, config=TrainingConfig(**{**config, **again})).train()
 
 
 if __name__ == "__main__":

@@ -156,6 +156,15 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
         assert max(shares) < 0.51, kind  # a vector of odd length has no halves
 
     assert parts[0]["score"] == parts[1]["score"]
+    # What is left in memory is an ordinary model: it can be saved, and trained again.
+    for name in ("unbroken", "stopped", *others):
+        in_memory = CrossEncoder(tmp_path / name / "memory", device="cpu")
+        score = in_memory.predict([("what is the panda", "panda rain")])[0]
+        for rank in range(2):
+            part = json.loads((tmp_path / name / f"rank-{rank}.json").read_text())
+            assert score == pytest.approx(part["score"], rel=1e-5), name
+            assert part["class"] == type(in_memory.model).__name__
+        assert (tmp_path / name / "again" / "model.safetensors").exists()
 
     for name, (model_path, settings) in others.items():
         config = config_for(tmp_path / f"{name}-alone", max_steps=8, save_steps=3, eval_steps=4, **settings)
