@@ -23,13 +23,16 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     and runs packed. Returns PEFT's tuner.
 
     Raises:
-        ValueError: PEFT is not installed, no module has one of the names, or one that has it is no nn.Linear.
+        ValueError: PEFT is not installed, the model has adapters, no module has one of the names, or one that does
+            is no nn.Linear.
     """
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise ValueError("LoRA needs PEFT: pip install 'rerank-fast[lora]'") from error
     inner = model.model
+    if any(".lora_" in name for name, _ in inner.named_modules()):
+        raise ValueError("the model has LoRA adapters already; a Trainer's are merged at the end of its train()")
     above = [(name, part) for name, part in inner.named_children() if name != inner.base_model_prefix]
     heads = [name for name, part in above if next(part.parameters(), None) is not None]
     # A causal model's is the vocabulary, which may be the word embeddings too: it stays as it is.
@@ -63,7 +66,7 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
 def remove_lora(tuner: Any) -> None:
     """Add the adapters to their weights and take them out, in place."""
     tuner.merge_and_unload()
-    vars(tuner.model).pop("peft_config", None)  # PEFT leaves it there before 0.19
+    vars(tuner.model).pop("peft_config", None)  # an older PEFT leaves it there
 
 
 def _check_targets(model: nn.Module, targets: list[str], heads: list[str]) -> None:

@@ -97,9 +97,7 @@ class ShardedWeights:
         if self._dissolved:
             return
         self.unshard()
-        owned: dict[
-            Tensor, nn.Parameter
-        ] = {}  # by what is gathered, which FSDP2 lets go of; one where weights are tied
+        owned: dict[Tensor, nn.Parameter] = {}  # by what is gathered, which FSDP2 lets go of; tied weights are one
         places = []
         for module in self._model.modules():
             for name, one in module._parameters.items():
@@ -186,7 +184,7 @@ class _Before:
         _module_state_mapping.pop(self._module, None)  # or fully_shard refuses the module for good
         self._module.__class__ = self._kind
         for name in self._added:
-            del vars(self._module)[name]
+            vars(self._module).pop(name, None)
         for name, kept in self._hooks.items():
             hooks = vars(self._module)[name]
             for key in hooks.keys() - kept:

@@ -110,6 +110,13 @@ def test_targets_that_are_no_linear_modules_are_refused(
     assert all(one.requires_grad for one in model.parameters())
 
 
+def test_a_model_that_has_adapters_is_refused(tiny_bert: Path, tmp_path: Path):
+    model = CrossEncoder(tiny_bert, device="cpu")
+    Trainer(model, make_lists(4), config=config_for(tmp_path / "never-trained", **SETTINGS))
+    with pytest.raises(ValueError, match="has LoRA adapters already"):
+        Trainer(model, make_lists(4), config=config_for(tmp_path, **SETTINGS))
+
+
 def test_named_targets_alone_get_adapters(tmp_path: Path):
     roberta = make_tiny_roberta(tmp_path / "roberta")  # with a dense in its head too
     config = config_for(tmp_path / "run", **SETTINGS, max_steps=1, lora_target_modules=["query", "output.dense"])
