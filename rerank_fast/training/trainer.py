@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -84,7 +85,7 @@ class Trainer:
         config: TrainingConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if not isinstance(model, CrossEncoder | str | Path):
+        if not isinstance(model, CrossEncoder | str | os.PathLike):
             raise ValueError(
                 "model must be a rerank_fast.CrossEncoder, a model's directory or a hub id, "
                 f"got a {type(model).__module__}.{type(model).__qualname__}"

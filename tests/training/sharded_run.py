@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from rerank_fast import Trainer, TrainingConfig
+from rerank_fast.training.events import Event, TrainingInterrupted
+
+PAIR = [("what is the panda", "panda rain")]
 
 
 def main(runs: list[dict]) -> None:
@@ -41,11 +44,20 @@ def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_a
     output, rank = Path(config["output"]), trainer.processes.process_index
     if rank == 0:
         trainer.model.save_pretrained(output / "memory")
-    seen["score"] = float(trainer.model.predict([("what is the panda", "panda rain")])[0])
+    seen["score"] = float(trainer.model.predict(PAIR)[0])
     seen["class"] = type(trainer.model.model).__name__
+    # It can be trained again, also in parts, and is one too when that is interrupted.
+    again = {"output": str(output / "again"), "resume": "never", "ema_decay": 0.0, "max_steps": 4}
+    try:
+        Trainer(trainer.model, lists, config=TrainingConfig(**{**config, **again}), callbacks=[interrupt]).train()
+    except TrainingInterrupted:
+        seen["interrupted_score"] = float(trainer.model.predict(PAIR)[0])
     (output / f"rank-{rank}.json").write_text(json.dumps(seen))
-    again = {"output": str(output / "again"), "resume": "never", "lora_rank": 0, "max_steps": 1}
-    Trainer(trainer.model, lists, config=TrainingConfig(**{**config, **again})).train()
+
+
+def interrupt(event: Event) -> None:
+    if event.name == "step_end" and event.step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

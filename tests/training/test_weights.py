@@ -27,7 +27,6 @@ def train(model: CrossEncoder, directory: Path, end: str = "done", **settings: o
                 os.kill(os.getpid(), signal.SIGTERM)
             if end == "failed":
                 raise ZeroDivisionError
-            assert end == "done"
 
     trainer = Trainer(
         model, make_lists(24), config=config_for(directory, max_steps=3, **settings), callbacks=[note]
