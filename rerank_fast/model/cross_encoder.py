@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class CrossEncoder(nn.Module):
         super().__init__()
         if num_labels != 1:
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
+        if not isinstance(path_or_hub_id, str | os.PathLike):
+            raise ValueError(f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._precision = choose_precision(dtype, device)

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: adapters put into a model in place, saved merged and on their own."""
+"""LoRA through PEFT: adapters put into a model in place, saved merged and on their own, and taken out again."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training.config import TrainingConfig
 
 ADAPTER = "adapter"  # directory of the adapter beside the merged model
+_NAME = "default"  # PEFT's, of the one adapter
 
 
 def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     """Put adapters into the linear layers of the encoder; they and the score head are what remains to train.
 
-    In place, so that the model keeps its class and runs packed. Returns PEFT's configuration.
+    Of a causal model, whose head is its vocabulary, the adapters alone. In place, so that the model keeps its class
+    and runs packed. Returns PEFT's tuner.
 
     Raises:
-        ValueError: PEFT is not installed, or no module has one of the names.
+        ValueError: PEFT is not installed, the model has adapters, no module has one of the names, or one that does
+            is no nn.Linear.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise ValueError("LoRA needs PEFT: pip install 'rerank-fast[lora]'") from error
     inner = model.model
+    if any(".lora_" in name for name, _ in inner.named_modules()):
+        raise ValueError("the model has LoRA adapters already; a Trainer's are merged at the end of its train()")
     above = [(name, part) for name, part in inner.named_children() if name != inner.base_model_prefix]
     heads = [name for name, part in above if next(part.parameters(), None) is not None]
+    # A causal model's is the vocabulary, which may be the word embeddings too: it stays as it is.
+    trained_whole = None if model.answers is not None else heads
+    targets = settings.lora_target_modules or _linear_names(inner.base_model)
+    _check_targets(inner, targets, heads)
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type="SEQ_CLS" if model.answers is None else "CAUSAL_LM",
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules or _linear_names(inner.base_model),
+        target_modules=targets,
         # The head's own layers may bear the names of the encoder's.
         exclude_modules=[
             f"{head}.{name}".rstrip(".")
@@ -43,17 +52,44 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
             for name, part in getattr(inner, head).named_modules()
             if type(part) is nn.Linear
         ],
-        modules_to_save=heads,
         base_model_name_or_path=model.name_or_path,
     )
-    trained_whole = config.modules_to_save
-    # The head is trained itself: a second copy of it, as PEFT makes, would not be the head that is run packed.
-    config.modules_to_save = None
-    inject_adapter_in_model(config, inner)
+    tuner = LoraModel(inner, config, _NAME)
+    # Only now: the head is trained itself. A second copy of it, as PEFT makes, would not be the head that is run
+    # packed.
     config.modules_to_save = trained_whole
-    for name in heads:
+    for name in trained_whole or []:
         getattr(inner, name).requires_grad_(True)
-    return config
+    return tuner
+
+
+def remove_lora(tuner: Any) -> None:
+    """Add the adapters to their weights and take them out, in place."""
+    tuner.merge_and_unload()
+    vars(tuner.model).pop("peft_config", None)  # an older PEFT leaves it there
+
+
+def _check_targets(model: nn.Module, targets: list[str], heads: list[str]) -> None:
+    if not targets:
+        raise ValueError(f"LoRA needs nn.Linear modules, and the encoder of this {type(model).__name__} has none")
+    encoder = {name: part for name, part in model.named_modules() if name.partition(".")[0] not in heads}
+    for target in targets:
+        found = {name: part for name, part in encoder.items() if f".{name}".endswith(f".{target}")}
+        if not found:
+            linear = sorted(
+                {one.rpartition(".")[2] for one, part in encoder.items() if isinstance(part, nn.Linear)}
+            )
+            raise ValueError(
+                f"lora_target_modules: the encoder has no module {target!r}; its nn.Linear are {', '.join(linear)}"
+            )
+        # Packed execution reads the weights of the others past an adapter.
+        other = [
+            f"{name} ({type(part).__name__})" for name, part in found.items() if not isinstance(part, nn.Linear)
+        ]
+        if other:
+            raise ValueError(
+                f"lora_target_modules must name nn.Linear modules, got {target!r}, which is {', '.join(other[:3])}"
+            )
 
 
 def _linear_names(encoder: nn.Module) -> list[str]:
@@ -75,7 +111,7 @@ def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _delta(part: Any) -> Tensor:
-    return part.get_delta_weight("default")
+    return part.get_delta_weight(_NAME)
 
 
 class WithState:
@@ -89,7 +125,7 @@ class WithState:
 
 
 def save_lora(
-    model: CrossEncoder, config: Any, directory: Path, state: Mapping[str, Tensor], *, overwrite: bool
+    model: CrossEncoder, tuner: Any, directory: Path, state: Mapping[str, Tensor], *, overwrite: bool
 ) -> None:
     """Write the merged model, which loads everywhere, and in adapter/ what PEFT loads onto the base model.
 
@@ -97,15 +133,16 @@ def save_lora(
     """
     from safetensors.torch import save_file
 
+    config = tuner.peft_config[_NAME]
     merged = WithState(model.model, merged_weights(model.model, state))
     model.save_as(directory, directory.resolve().name, overwrite=overwrite, model=merged)
     adapter = directory / ADAPTER
     adapter.mkdir(exist_ok=True)
     # PEFT's own names: base_model.model.<parameter>, without the adapter's.
     kept = {
-        f"base_model.model.{name.replace('.default.', '.')}": value.contiguous()
+        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": value.contiguous()
         for name, value in state.items()
-        if ".lora_" in name or name.split(".")[0] in config.modules_to_save
+        if ".lora_" in name or name.split(".")[0] in (config.modules_to_save or [])
     }
     save_file(kept, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(adapter))

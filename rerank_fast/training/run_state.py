@@ -52,6 +52,7 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
         "config": asdict(trainer.config),
         "max_tokens_per_microbatch": trainer.backward.max_tokens,
         "memory": trainer.backward.memory,
+        "sample_of_base": trainer.trained.sample_of_base(),
     }
     parts = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
     for name, weight in trainer.weights.items():
@@ -73,13 +74,19 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
     """Put a run back to where it was.
 
     Raises:
-        ValueError: a setting or the number of lists is another, so that the run would not be the same.
+        ValueError: a setting, the base model of adapters or the number of lists is another, so that the run would
+            not be the same.
     """
     _check_settings(trainer, values)
     missing = {f"weights.{name}" for name in trainer.weights} - tensors.keys()
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} of the weights to train, as {min(missing)}")
     device, trained = trainer.model.device, trainer.trained
+    if values.get("sample_of_base") != trained.sample_of_base():
+        raise ValueError(
+            f"the checkpoint's adapters are of another base model than {trainer.model.name_or_path} as it is now; "
+            "after a run in this process they are merged already: open the base model anew"
+        )
     for name, weight in trainer.weights.items():
         weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))
         start = f"optimizer.{name}."

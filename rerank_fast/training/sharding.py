@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -42,6 +43,7 @@ class ShardedWeights:
             "reshard_after_forward": False,
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False),
         }
+        self._before = {module: _Before(module) for module in model.modules()}
         self._groups: list[FSDPModule] = [fully_shard(layer, **options) for layer in _layers(model)]
         self._groups.append(fully_shard(model, **options))
         # The hooks of a padded model's forward find the weights whole, and leave weights and gradients alone.
@@ -49,7 +51,9 @@ class ShardedWeights:
         model.set_reshard_after_backward(False)
         self.weights: dict[str, Tensor] = {name: one for name, one in self._parameters() if one.requires_grad}
         self._gradients: dict[str, Tensor] = {}  # of narrow weights, in fp32
-        self._is_whole = False
+        self._is_whole = self._dissolved = False
+        for before in self._before.values():
+            before.note_added()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self._model.named_parameters()
@@ -84,6 +88,29 @@ class ShardedWeights:
             for hook in hooks:
                 hook.remove()
             self.reshard()
+
+    def dissolve(self) -> None:
+        """Make it an ordinary model of the whole weights again; every process must call it.
+
+        One that FSDP2 holds would fall back to its shards as soon as its state_dict is asked for.
+        """
+        if self._dissolved:
+            return
+        self.unshard()
+        owned: dict[Tensor, nn.Parameter] = {}  # by what is gathered, which FSDP2 lets go of; tied weights are one
+        places = []
+        for module in self._model.modules():
+            for name, one in module._parameters.items():
+                if one is not None:
+                    if one not in owned:
+                        owned[one] = nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad)
+                    places.append((module, name, owned[one]))
+        self.reshard()
+        for before in self._before.values():
+            before.put_back()
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+        self._is_whole = self._dissolved = True
 
     def _widen(self, name: str) -> Any:
         """Narrow gradients of several backward passes are added up in fp32."""
@@ -143,6 +170,33 @@ class ShardedWeights:
             return tensor
         assert isinstance(weight, DTensor)
         return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+class _Before:
+    """A module's class, attributes and hooks before fully_shard, which has no way back of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._kind, self._names = module, type(module), set(vars(module))
+        self._added: set[str] = set()
+        self._hooks = {name: set(value) for name, value in vars(module).items() if _holds_hooks(name, value)}
+
+    def note_added(self) -> None:
+        """Which attributes fully_shard has set, before others set more."""
+        self._added = vars(self._module).keys() - self._names
+
+    def put_back(self) -> None:
+        _module_state_mapping.pop(self._module, None)  # or fully_shard refuses the module for good
+        self._module.__class__ = self._kind
+        for name in self._added:
+            vars(self._module).pop(name, None)
+        for name, kept in self._hooks.items():
+            hooks = vars(self._module)[name]
+            for key in hooks.keys() - kept:
+                del hooks[key]
+
+
+def _holds_hooks(name: str, value: object) -> bool:
+    return isinstance(value, dict) and "_hooks" in name
 
 
 def _reduce_scatter(tensors: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:

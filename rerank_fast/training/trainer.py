@@ -1,10 +1,11 @@
-"""The training loop: lists in, best model out. Read `Trainer._step` and `Trainer.train` first."""
+"""The training loop: lists in, best model out. Read `Trainer._step` and `Trainer._run` first."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -60,7 +61,8 @@ class Trainer:
 
     Args:
         model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32, or bf16
-            with precision "bf16-pure".
+            with precision "bf16-pure". After train(), interrupted or not, it is an ordinary model of the last
+            weights: adapters are merged, and the same parameters require gradients as before.
         train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
         eval_lists: the same; without them and an evaluator the last model is saved instead of the best.
         evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
@@ -83,6 +85,11 @@ class Trainer:
         config: TrainingConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not isinstance(model, CrossEncoder | str | os.PathLike):
+            raise ValueError(
+                "model must be a rerank_fast.CrossEncoder, a model's directory or a hub id, "
+                f"got a {type(model).__module__}.{type(model).__qualname__}"
+            )
         config, told = launch.settle(config or TrainingConfig())
         self.config = config
         self.output = Path(config.output)
@@ -137,7 +144,7 @@ class Trainer:
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
-        self._stops = False
+        self._stops = self._ran = False
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -184,7 +191,19 @@ class Trainer:
             FloatingPointError: the loss is not finite.
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the process with code 0.
             CheckpointError: a checkpoint could not be written; the one before is whole.
+            RuntimeError: this Trainer has run before.
         """
+        if self._ran:
+            raise RuntimeError("a Trainer runs once, and this one has: make a new one to train again or to resume")
+        self._ran = True
+        try:
+            return self._run()
+        except BaseException as error:
+            # Of the rest nobody knows that every process is here.
+            self.trained.finish(together=isinstance(error, TrainingInterrupted))
+            raise
+
+    def _run(self) -> TrainingResult:
         config, model, started = self.config, self.model, time.perf_counter()
         # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
         model.activation_fn = nn.Identity()

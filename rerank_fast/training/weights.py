@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.lora import WithState, add_lora, save_lora
+from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
 
 if TYPE_CHECKING:
     from rerank_fast.training.sharding import ShardedWeights
@@ -28,7 +28,7 @@ class TrainedWeights:
     """The weights that a run trains, by name, as the optimizer moves them.
 
     Args:
-        model: gets adapters, frozen parameters and a dtype as the settings say.
+        model: gets adapters, frozen parameters and a dtype as the settings say; only the dtype is left by finish.
         config: the run's.
 
     Raises:
@@ -41,6 +41,7 @@ class TrainedWeights:
         shards = config.sharding == "fsdp2" and distributed.several()
         # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move, or shards.
         model.to(torch.bfloat16 if narrow and not shards else torch.float32)
+        self._trainable = {name: one.requires_grad for name, one in inner.named_parameters()}  # as it was found
         self.lora = add_lora(model, config) if config.lora_rank else None
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
@@ -54,6 +55,17 @@ class TrainedWeights:
         self.masters = MasterWeights(self.parameters) if narrow and not shards else None
         self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
+
+    def sample_of_base(self) -> list[float] | None:
+        """Some weights that adapters are added to, which tell one base model from another; None without adapters.
+
+        Every process must call it.
+        """
+        if self.lora is None:
+            return None
+        named = self._model.model.named_parameters()
+        base = next(one for name, one in named if name.endswith(".base_layer.weight"))
+        return self.gathered(base.detach()).flatten()[:64].tolist()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the weights, in groups; see parameter_groups."""
@@ -79,10 +91,24 @@ class TrainedWeights:
         """What this process keeps of a tensor that is the weight's, or the optimizer's for it."""
         return self.shards.part_of(tensor, weight) if self.shards else tensor
 
-    def finish(self) -> None:
-        """Leave the model as one that can run. Every process must call it."""
-        if self.shards:
-            self.shards.unshard()
+    def finish(self, *, together: bool = True) -> None:
+        """Leave an ordinary model of the last weights: whole, adapters merged, requires_grad as it was found.
+
+        Every process must call it, unless together is False: shards then stay shards. A second call does nothing.
+        """
+        self._model.eval()
+        if self.shards and together:
+            self.shards.dissolve()
+        if self.masters:
+            self.masters.release()
+        for weight in self.parameters.values():
+            weight.grad = None  # of a step that did not come to its end
+        if self.lora is not None and (together or not self.shards):
+            remove_lora(self.lora)
+            self.lora = None
+        for name, parameter in self._model.model.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(self._trainable[name])
 
     def sum_gradients(self, totals: Tensor) -> list[Tensor]:
         """Sum gradients and totals over all processes, inside `whole`; returns this one's part of the gradients."""
@@ -165,11 +191,16 @@ def freeze(model: nn.Module, *, num_layers: int, patterns: list[str]) -> None:
         if not fnmatch.filter(depths, pattern):
             some = ", ".join(list(depths)[:: max(len(depths) // 5, 1)])
             raise ValueError(f"freeze: no parameter's name matches {pattern!r}; there are {some} and others")
-    for name, parameter in model.named_parameters():
-        if (depths[name] <= num_layers and num_layers > 0) or any(fnmatch.fnmatch(name, one) for one in patterns):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    frozen = {
+        name
+        for name, depth in depths.items()
+        if (depth <= num_layers and num_layers > 0) or any(fnmatch.fnmatch(name, one) for one in patterns)
+    }
+    parameters = dict(model.named_parameters())
+    if not any(one.requires_grad and name not in frozen for name, one in parameters.items()):
         raise ValueError("freeze leaves no parameter to train")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
 
 
 class MasterWeights:
@@ -182,12 +213,19 @@ class MasterWeights:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = list(parameters.values())
         self.weights = {name: parameter.detach().float() for name, parameter in parameters.items()}
-        for parameter, master in zip(self._parameters, self.weights.values(), strict=True):
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(_mover(master))
+            for parameter, master in zip(self._parameters, self.weights.values(), strict=True)
+        ]
 
     @torch.no_grad()
     def write_back(self) -> None:
         torch._foreach_copy_(self._parameters, list(self.weights.values()))
+
+    def release(self) -> None:
+        """From now on gradients stay in the bf16 weights."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _mover(master: Tensor) -> Any:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from rerank_fast import Trainer, TrainingConfig
+from rerank_fast.training.events import Event, TrainingInterrupted
+
+PAIR = [("what is the panda", "panda rain")]
 
 
 def main(runs: list[dict]) -> None:
@@ -37,9 +40,24 @@ def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_a
 
     trainer.optimizer.register_step_pre_hook(before_step)
     trainer.train()
-    # Whole again when all is done.
-    seen["score"] = float(trainer.model.predict([("what is the panda", "panda rain")])[0])
-    (Path(config["output"]) / f"rank-{trainer.processes.process_index}.json").write_text(json.dumps(seen))
+    # An ordinary model again when all is done.
+    output, rank = Path(config["output"]), trainer.processes.process_index
+    if rank == 0:
+        trainer.model.save_pretrained(output / "memory")
+    seen["score"] = float(trainer.model.predict(PAIR)[0])
+    seen["class"] = type(trainer.model.model).__name__
+    # It can be trained again, also in parts, and is one too when that is interrupted.
+    again = {"output": str(output / "again"), "resume": "never", "ema_decay": 0.0, "max_steps": 4}
+    try:
+        Trainer(trainer.model, lists, config=TrainingConfig(**{**config, **again}), callbacks=[interrupt]).train()
+    except TrainingInterrupted:
+        seen["interrupted_score"] = float(trainer.model.predict(PAIR)[0])
+    (output / f"rank-{rank}.json").write_text(json.dumps(seen))
+
+
+def interrupt(event: Event) -> None:
+    if event.name == "step_end" and event.step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

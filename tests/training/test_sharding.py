@@ -17,6 +17,7 @@ from datasets import Dataset
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.training.checkpoints import checkpoints, load_checkpoint
 from tests.training.conftest import config_for, log_rows, make_lists, weights
+from tests.training.sharded_run import PAIR
 from tests.training.test_distributed import (
     SETTINGS,
     TORCHRUN,
@@ -156,6 +157,16 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
         assert max(shares) < 0.51, kind  # a vector of odd length has no halves
 
     assert parts[0]["score"] == parts[1]["score"]
+    # What is left in memory is an ordinary model: it can be saved, and trained again.
+    for name in ("unbroken", "stopped", *others):
+        in_memory = CrossEncoder(tmp_path / name / "memory", device="cpu")
+        (checkpoint,) = checkpoints(tmp_path / name / "again")
+        for rank in range(2):
+            part = json.loads((tmp_path / name / f"rank-{rank}.json").read_text())
+            assert part["score"] == pytest.approx(in_memory.predict(PAIR)[0], rel=1e-5), name
+            assert part["class"] == type(in_memory.model).__name__
+            score = CrossEncoder(checkpoint, device="cpu").predict(PAIR)[0]
+            assert part["interrupted_score"] == pytest.approx(score, rel=1e-4), name
 
     for name, (model_path, settings) in others.items():
         config = config_for(tmp_path / f"{name}-alone", max_steps=8, save_steps=3, eval_steps=4, **settings)
@@ -173,5 +184,6 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     Trainer(deberta, str(lists), eval_lists=str(held_out), config=config).train()
     a, b = (log_rows(tmp_path / name)[-1] for name in ("alone", "padded"))
     assert (a["step"], a["map"]) == (b["step"], pytest.approx(b["map"], abs=1e-6))
-    files = sorted(path.name for path in (tmp_path / "lora").rglob("*.safetensors"))
-    assert files.count("adapter_model.safetensors") == 3  # beside the model, and in both of its checkpoints
+    places = [path.parent.parent for path in (tmp_path / "lora").rglob("adapter_model.safetensors")]
+    # Beside the model, in both of its checkpoints, and in that of the second run.
+    assert len(places) == 4
