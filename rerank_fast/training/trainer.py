@@ -327,7 +327,8 @@ class Trainer:
             what = f"gradient's norm became {norms[at]}" if np.isfinite(losses[at]) else f"loss became {losses[at]}"
             raise FloatingPointError(
                 f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the indices of its "
-                "lists. The newest checkpoint there is from before. A lower learning rate or precision fp32 may help."
+                "lists. The newest checkpoint there is from before. A lower learning rate or precision fp32 may "
+                "help."
             )
         progress.loss_sum += float(losses.sum())
         progress.overflows += int(overflows.sum())

@@ -169,9 +169,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
-    tiny_bert: Path, tmp_path: Path, value: str
-):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Path, tmp_path: Path, value: str):
     config = config_for(tmp_path, logging_steps=99, save_steps=2, eval_steps=4, save_total_limit=1)
     trainer = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(4), config=config)
     fourth = list(islice(trainer.batches(), 4))[-1]
