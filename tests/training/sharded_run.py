@@ -23,8 +23,11 @@ def main(runs: list[dict]) -> None:
 def one_run(
     model: str, lists: str, eval_lists: str | None, config: dict, kill_at: int = 0, terminate_at: int = 0
 ) -> None:
-    """Each process kills itself after the step kill_at; the first one sends SIGTERM to the launcher at terminate_at,
-    and from there on steps are slow: those that follow until it comes back are few."""
+    """Each process kills itself after the step kill_at.
+
+    At terminate_at the first one sends SIGTERM to the launcher; from there on steps are slow, and few follow until
+    it comes back.
+    """
     seen: dict = {}
 
     def note(event) -> None:

@@ -137,7 +137,7 @@ def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Datase
             os.killpg(run.pid, signal.SIGKILL)
 
 
-def test_sigterm_to_the_launcher_leaves_a_checkpoint_to_go_on_from_to_the_same_bits(
+def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_it_goes_on_to_the_same_bits(
     tiny_bert: Path, tmp_path: Path
 ):
     lists, held_out = tmp_path / "lists.parquet", tmp_path / "eval.parquet"
