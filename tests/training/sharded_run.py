@@ -37,7 +37,7 @@ def one_run(
         if event.name == "step_end" and 0 < terminate_at <= event.step:
             if event.step == terminate_at and trainer.processes.is_main_process:
                 os.kill(os.getppid(), signal.SIGTERM)
-            time.sleep(0.3)
+            time.sleep(0.5)
         if event.name == "step_end" and event.step == 1:
             seen["whole"] = sum(one.numel() for one in trainer.model.model.parameters())
             seen["weights"] = sum(local(one).numel() for one in trainer.model.model.parameters())

@@ -105,12 +105,18 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     assert_the_same_run(unbroken, tmp_path / "run")
 
 
-def test_a_best_model_saved_beside_the_first_checkpoint_does_not_block_the_next_start(
-    tiny_bert: Path, tmp_path: Path
+def test_a_best_model_saved_just_before_the_first_checkpoint_does_not_block_the_next_start(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same steps for both, as the defaults have it: killed inside the checkpoint, after the best model."""
-    arguments = {"at": 5, "inside_save": True, "save_steps": 5, "resume": "auto"}
-    assert killed(tiny_bert, tmp_path, **arguments) == -signal.SIGKILL
+    """The same steps for both, as the defaults have it."""
+
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(tiny_bert, tmp_path, save_steps=5, max_steps=6)
     assert storage.holds_model(tmp_path / "run")
     assert go_on(tiny_bert, tmp_path, save_steps=5, max_steps=6).resumed_from is None
     assert [path.name for path in tmp_path.glob("run/*checkpoint-*")] == ["checkpoint-5"]
