@@ -41,7 +41,22 @@ def make_parser() -> ArgumentParser:
         default=None,
         help="hub repository (user/name) for the trained model and its card; made private where it is not there",
     )
-    parser.add_class_arguments(TrainingConfig, skip={"overwrite"})
+    parser.add_argument(
+        "--resume",
+        type=str,
+        nargs="?",
+        const="auto",
+        default="never",
+        help="go on from the newest checkpoint in output, if there is one (auto, or nothing after it), or from a "
+        "checkpoint's path",
+    )
+    parser.add_argument(
+        "--trackers",
+        type=list[str] | str,
+        default=[],
+        help="where the log goes beside train_log.jsonl: tensorboard, or several as in tensorboard,wandb",
+    )
+    parser.add_class_arguments(TrainingConfig, skip={"overwrite", "resume", "trackers"})
     return parser
 
 
@@ -87,6 +102,8 @@ def _trainer(options: dict[str, Any]) -> Any:
         raise ValueError("--set overrides a recipe: it needs --recipe")
     model, train, evaluation, columns = (options[name] for name in ("model", "train", "eval", "columns"))
     names = {field.name for field in fields(TrainingConfig)}
+    if isinstance(options["trackers"], str):
+        options = {**options, "trackers": options["trackers"].split(",")}
     # A wrong value is said before torch is imported.
     config = TrainingConfig(**{name: value for name, value in options.items() if name in names})
 

@@ -34,6 +34,7 @@ class Batch:
     number: int  # of the batch in its epoch, from 0
     num_documents: int  # that all processes score
     num_pairs: int  # preference pairs of the global batch, without a cut by rank
+    lists_without_pairs: int = 0  # of the global batch
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class BatchMaker:
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
-        said = False
+        said = said_none = False
         while True:
             order = self._stream_order if isinstance(self.lists, ListStream) else self._order
             at = -1
@@ -81,6 +82,15 @@ class BatchMaker:
                         self.model.max_length,
                         batch.lists.truncated,
                         len(batch.lists.pairs),
+                    )
+                if batch.lists_without_pairs and not said_none:
+                    said_none = True
+                    log = logger.warning if self.rank == 0 else logger.debug  # all ranks know the same
+                    log(
+                        "Lists without a preference pair (all labels equal) train nothing, %d of %d in the first "
+                        "batch that has one; lists_without_pairs in the log counts them.",
+                        batch.lists_without_pairs,
+                        len(indices),
                     )
                 yield batch
             if at < 0 and number == 0:
@@ -118,10 +128,11 @@ class BatchMaker:
         num_pairs = int(count_pairs(torch.zeros_like(labels), labels, offsets, scheme=self.scheme))
         if self.scheme != "ndcg1":
             rows = [row for row in rows if max(row["labels"]) > min(row["labels"])]
+        without = len(indices) - sum(len(row["docs"]) > 1 for row in rows)
         loads = np.array([token_load(row, self.model.max_length) for row in rows])
         mine = [rows[i] for i in share_out(loads, self.num_ranks)[self.rank]]
         num_documents = sum(len(row["docs"]) for row in rows)
-        return Batch(tokenize_lists(mine, self.model), indices, epoch, number, num_documents, num_pairs)
+        return Batch(tokenize_lists(mine, self.model), indices, epoch, number, num_documents, num_pairs, without)
 
 
 def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) -> Iterator[T]:

@@ -20,32 +20,76 @@ from rerank_fast.training.run_log import LOG_FILE
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE, _TENSORS = "trainer_state.json", "trainer_state.safetensors"
-NON_FINITE_FILE = "non_finite_loss.json"
+METRICS_FILE, NON_FINITE_FILE = "metrics.json", "non_finite_loss.json"
+UNFINISHED_FILE = "unfinished_run.json"
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; earlier ones are as they were."""
 
 
-def check_output(directory: Path, *, overwrite: bool) -> None:
+def open_output(directory: Path, *, resume: str, overwrite: bool) -> Path | None:
     """Make the directory and make sure that a model can be written to it.
 
+    Args:
+        directory: of the run.
+        resume: "never"; "auto" goes on from the newest checkpoint in the directory, and begins anew where a run was
+            killed before its first one; or a checkpoint's path.
+        overwrite: replace a model that the directory already holds.
+
+    Returns:
+        The checkpoint to go on from, None for a fresh start.
+
     Raises:
-        ValueError: it holds a model or checkpoints and overwrite is False, or it can't be written.
+        ValueError: it holds a model or checkpoints that may not be replaced, it can't be written, or the path is no
+            checkpoint of this package.
     """
+    checkpoint = _find_checkpoint(directory, resume)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output {directory} is a file; expected a directory")
-    if directory.is_dir() and (holds_model(directory) or checkpoints(directory)) and not overwrite:
-        raise ValueError(
-            f"output {directory} already holds a model; pass overwrite=True (--overwrite) to replace it"
-            + (", or resume='auto' (--resume auto) to go on from its checkpoint" if checkpoints(directory) else "")
-        )
+    goes_on = is_of(checkpoint, directory) or (resume == "auto" and is_unfinished(directory))
+    if directory.is_dir() and (holds_model(directory) or checkpoints(directory)) and not (overwrite or goes_on):
+        message = f"output {directory} already holds a model; pass overwrite=True (--overwrite) to replace it"
+        if checkpoints(directory):
+            message += ", or resume='auto' (--resume auto) to go on from its checkpoint"
+        elif is_unfinished(directory):
+            message += ", or resume='auto' (--resume auto) to begin its unfinished run anew"
+        raise ValueError(message)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise ValueError(f"output {directory} can't be written: {error}") from error
+    return checkpoint
+
+
+def is_of(checkpoint: Path | None, directory: Path) -> bool:
+    """Whether there is a checkpoint and it is one of the directory's own."""
+    return checkpoint is not None and checkpoint.parent.resolve() == directory.resolve()
+
+
+def mark_unfinished(directory: Path, *, best_step: int) -> None:
+    """Note that a run has begun here, and of which step the model beside is; 0 where it is none of the run's."""
+    write_json(directory / UNFINISHED_FILE, {"best_step": best_step})
+
+
+def mark_finished(directory: Path) -> None:
+    (directory / UNFINISHED_FILE).unlink(missing_ok=True)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a run has begun here and not come to its end."""
+    return (directory / UNFINISHED_FILE).is_file()
+
+
+def saved_best_step(directory: Path) -> int:
+    """Of which step of the directory's run its model is; 0 where that is not known."""
+    file = directory / (UNFINISHED_FILE if is_unfinished(directory) else METRICS_FILE)
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["best_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def clear_output(directory: Path, *, beyond: int = 0) -> None:
@@ -56,12 +100,14 @@ def clear_output(directory: Path, *, beyond: int = 0) -> None:
     for old in checkpoints(directory):
         if _step(old) > beyond:
             shutil.rmtree(old)
-    for name in ("metrics.json", NON_FINITE_FILE, *([] if beyond else [LOG_FILE])):
+    for name in (METRICS_FILE, NON_FINITE_FILE, *([] if beyond else [LOG_FILE])):
         (directory / name).unlink(missing_ok=True)
     # What a save that was killed left behind.
     for pattern in (".checkpoint-*", ".saving-*", ".old-*"):
         for left in directory.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
+    for left in directory.glob(".*.json.new"):
+        left.unlink()
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -74,12 +120,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def find_checkpoint(directory: Path, resume: str) -> Path | None:
-    """What a run goes on from: resume is "never", "auto" (the newest in the directory) or a checkpoint's path.
-
-    Raises:
-        ValueError: the path is no checkpoint of this package.
-    """
+def _find_checkpoint(directory: Path, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
@@ -142,14 +183,16 @@ def save_checkpoint(
     return target
 
 
-def save_best(directory: Path, save_model: Callable[[Path], None]) -> None:
-    """Write the best model so far.
+def save_best(directory: Path, save_model: Callable[[Path], None], step: int) -> None:
+    """Write the best model so far, of this step. After a kill inside, the model there counts as no step's.
 
     Raises:
         CheckpointError: it can't be written, as on a full disk.
     """
     try:
+        mark_unfinished(directory, best_step=0)
         save_model(directory)
+        mark_unfinished(directory, best_step=step)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"can't write the best model to {directory}: {error}; checkpoints there are whole"
@@ -164,10 +207,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def note_non_finite(directory: Path, step: int, loss: float, lists: Sequence[int]) -> Path:
-    """Write which lists gave a loss that is not finite."""
+def note_non_finite(directory: Path, step: int, loss: float, gradient_norm: float, lists: Sequence[int]) -> Path:
+    """Write which lists gave a loss or a gradient that is not finite."""
     file = directory / NON_FINITE_FILE
-    write_json(file, {"step": step, "loss": str(loss), "lists": list(lists)})
+    numbers = {"loss": str(loss), "gradient_norm": str(gradient_norm)}  # JSON has no NaN
+    write_json(file, {"step": step, **numbers, "lists": list(lists)})
     return file
 
 

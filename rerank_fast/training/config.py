@@ -15,8 +15,8 @@ class TrainingConfig:
     Args:
         output: directory of the best model, its checkpoints and logs.
         overwrite: replace a model that output already holds.
-        resume: "auto" goes on from the newest checkpoint in output, if there is one; or a checkpoint's path; or
-            "never".
+        resume: "auto" goes on from the newest checkpoint in output, and begins anew where there is none, also over
+            what a run left that was killed before its first one; or a checkpoint's path; or "never".
         streaming: read the lists anew every epoch instead of holding them: for more than memory holds. Needs
             max_steps.
         shuffle_buffer: lists of a stream among which the next one is drawn.

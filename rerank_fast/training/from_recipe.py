@@ -11,7 +11,7 @@ from rerank_fast.data.lists import load_lists
 from rerank_fast.data.ms_marco import load_ms_marco
 from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
 from rerank_fast.recipes import Recipe
-from rerank_fast.training.checkpoints import check_output, find_checkpoint
+from rerank_fast.training.checkpoints import open_output
 from rerank_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         ValueError: a source can't be read, fewer lists than would be held out, or an output that holds a model.
     """
     config = recipe.training
-    goes_on = find_checkpoint(Path(config.output), config.resume) is not None
-    check_output(Path(config.output), overwrite=config.overwrite or goes_on)  # before hours of reading
+    # Before hours of reading.
+    open_output(Path(config.output), resume=config.resume, overwrite=config.overwrite)
     evaluator = None
     if recipe.nano_beir:
         evaluator = NanoBEIREvaluator(

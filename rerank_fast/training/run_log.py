@@ -25,13 +25,20 @@ class RunLog:
         trackers: names that Accelerate knows: tensorboard, wandb, mlflow and others.
         settings: of the run, shown by the trackers.
         position: bytes of the log that belong to the run; what a resumed run has beyond them is cut off.
+        step: that the run goes on from, 0 for a fresh one; TensorBoard hides what it has beyond.
 
     Raises:
         ValueError: a tracker that Accelerate doesn't know, or whose package is missing.
     """
 
     def __init__(
-        self, directory: Path, trackers: Sequence[str], settings: Mapping[str, Any], *, position: int = 0
+        self,
+        directory: Path,
+        trackers: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        position: int = 0,
+        step: int = 0,
     ) -> None:
         self._file = directory / LOG_FILE
         if position and self._file.is_file():
@@ -42,6 +49,8 @@ class RunLog:
             where: dict[str, Any] = {"logging_dir": directory / name} if kind.requires_logging_directory else {}
             if name == "wandb":
                 where["dir"] = str(directory)
+            if name == "tensorboard":
+                where["purge_step"] = step + 1
             tracker = kind(directory.resolve().name, **where)
             tracker.start()
             if name != "tensorboard":  # there a table of settings is a run of its own

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_fast.training import distributed
+from rerank_fast.training import checkpoints, distributed
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # With another of these, the position in the order of the lists would mean nothing.
-_MUST_AGREE = ("batch_size", "seed", "max_docs_per_list", "streaming", "shuffle_buffer", "precision", "lora_rank")
+_ORDER = ("batch_size", "seed", "max_docs_per_list", "streaming", "shuffle_buffer")
+# And these say what the checkpoint's weights are; it holds only those that were trained.
+_WEIGHTS = ("precision", "freeze_layers", "freeze", "lora_rank", "lora_alpha", "lora_target_modules")
+_MUST_AGREE = (*_ORDER, *_WEIGHTS)
 _FREE = ("output", "overwrite", "resume", "trackers", "show_progress_bar", "logging_steps", "save_steps")
 
 
@@ -33,9 +36,11 @@ class Progress:
     batch: int = 0
     loss_sum: float = 0.0
     overflows: int = 0  # steps left out by fp16's scaler
+    lists_without_pairs: int = 0
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluated: int = 0  # step of the last evaluation
     evaluation_due: bool = False  # an interruption came before it
 
 
@@ -97,7 +102,8 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
         trained.masters.write_back()
     if trained.average is not None:
         for name, value in trained.average.weights.items():
-            value.copy_(trained.part_of(tensors[f"average.{name}"].to(device), value))
+            saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # an average that begins here
+            value.copy_(trained.part_of(saved.to(device), value))
     scheduler = trainer.scheduler
     step = values["scheduler"]["last_epoch"]
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -115,7 +121,29 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
         trainer.backward.max_tokens = values["max_tokens_per_microbatch"]
     if values["memory"] <= 2 * trainer.backward.memory:  # half of what was free: that much may be taken here too
         trainer.backward.memory = values["memory"]
-    return Progress(**values["progress"])
+    progress = Progress(**values["progress"])
+    _forget_other_best(trainer, progress)
+    return progress
+
+
+def _forget_other_best(trainer: Trainer, progress: Progress) -> None:
+    """Choose the best anew where the model in the output is not the best that the checkpoint knows.
+
+    A run that went on from the checkpoint before may have replaced it, or a save of it was killed.
+    """
+    output, checkpoint, metric = trainer.output, trainer.resumed_from, trainer.config.metric_for_best
+    saved = checkpoints.saved_best_step(output) if checkpoints.is_of(checkpoint, output) else 0
+    if not progress.best or (saved == progress.best_step and metric in progress.best):
+        return
+    if trainer.processes.is_main_process:
+        logger.warning(
+            "The best model is chosen anew from here: %s knows that of step %d, measured by %s, and %s",
+            checkpoint,
+            progress.best_step,
+            ", ".join(progress.best),
+            f"{output} holds that of step {saved}" if saved else f"{output} does not hold it",
+        )
+    progress.best, progress.best_step = {}, 0
 
 
 def _check_settings(trainer: Trainer, values: Mapping[str, Any]) -> None:
@@ -124,7 +152,8 @@ def _check_settings(trainer: Trainer, values: Mapping[str, Any]) -> None:
     for name in changed:
         if name in _MUST_AGREE:
             raise ValueError(
-                f"{name} must be the interrupted run's to go on from it: {then[name]}, got {now[name]}"
+                f"{name} must be the interrupted run's to go on from it: {then.get(name)}, got {now[name]}; to "
+                f"train on with another, begin a run with {trainer.resumed_from} as its model and another output"
             )
     if values["num_lists"] != trainer.num_lists:
         raise ValueError(

@@ -98,11 +98,8 @@ class Trainer:
         self.processes = distributed.join_processes(config.distributed_timeout)
         if told:
             self._say(f"As accelerate launch was told: {', '.join(told)}.")
-        self.resumed_from = checkpoints.find_checkpoint(self.output, config.resume)
-        self._same_run = (
-            self.resumed_from is not None and self.resumed_from.parent.resolve() == self.output.resolve()
-        )
-        checkpoints.check_output(self.output, overwrite=config.overwrite or self._same_run)
+        self.resumed_from = checkpoints.open_output(self.output, resume=config.resume, overwrite=config.overwrite)
+        self._same_run = checkpoints.is_of(self.resumed_from, self.output)
         self.lists = open_lists(train_lists, streaming=config.streaming)
         self.card = RunCard(self.lists, names_of(train_lists))
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
@@ -114,6 +111,11 @@ class Trainer:
         names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
         if names and config.metric_for_best not in names:
             raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
+        if config.early_stopping_patience is not None and not self.evaluators:
+            raise ValueError(
+                f"early_stopping_patience is {config.early_stopping_patience}, but nothing is evaluated: it needs "
+                "eval_lists (--eval) or an evaluator"
+            )
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
         if self.processes.num_processes > 1:
@@ -188,7 +190,7 @@ class Trainer:
         """Run to the end, keep the best model in the output directory.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or its gradient is not finite.
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the process with code 0.
             CheckpointError: a checkpoint could not be written; the one before is whole.
             RuntimeError: this Trainer has run before.
@@ -220,7 +222,7 @@ class Trainer:
         )
         batches = ahead(self.batches(progress.epoch, progress.batch), _BATCHES_AHEAD)
         with closing(self.card), closing(self.log), closing(batches), bar, Signals() as signals:
-            while progress.step < self.num_steps:
+            while not self._ends(progress.step):
                 asked = time.perf_counter()
                 batch = next(batches)
                 rates.waited += time.perf_counter() - asked
@@ -229,6 +231,7 @@ class Trainer:
                 done.append((outcome, batch.indices))
                 progress.step += 1
                 progress.epoch, progress.batch = batch.epoch, batch.number + 1
+                progress.lists_without_pairs += batch.lists_without_pairs
                 rates.pairs += batch.num_documents
                 rates.truncated += batch.lists.truncated
                 bar.update()
@@ -237,22 +240,20 @@ class Trainer:
                 # Several processes must stop at the same step: they go by the sum of the step before.
                 interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
                 agreed = outcome
-                ends = step == self.num_steps or self._stops
-                due = bool(self.evaluators) and (step % config.eval_steps == 0 or ends)
-                saves = (step % config.save_steps == 0 or interrupted) and not ends
+                due = bool(self.evaluators) and step % config.eval_steps == 0
+                saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
-                if step % config.logging_steps == 0 or ends or due or saves:
+                if step % config.logging_steps == 0 or self._ends(step) or due or saves:
                     row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
                     self._write("log", progress, row)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
                     done, rates = [], Rates()
                 progress.evaluation_due = due
-                if due and (ends or not interrupted):
+                if due and not interrupted:
                     paused = time.perf_counter()
                     self._evaluate(progress)
                     rates.started += time.perf_counter() - paused
-                    ends = ends or self._lost_patience(progress)
-                if saves and not ends:
+                if saves and not self._ends(step):
                     path = self._checkpoint(progress)
                     if interrupted:
                         self.processes.wait_for_everyone()  # until it is written
@@ -261,27 +262,32 @@ class Trainer:
                             "same run with --resume auto, TrainingConfig(resume='auto'), goes on from there.",
                         )
                         raise TrainingInterrupted(path)
-                if ends:
-                    break
+            if self.evaluators and progress.evaluated < progress.step:
+                self._evaluate(progress)
         model.eval()
         if not progress.best:
             progress.best_step = progress.step
-            self._save_best()
+            self._save_best(progress.step)
         self.trained.finish()
-        seconds, mean_loss = time.perf_counter() - started, progress.loss_sum / progress.step
+        seconds, mean_loss = time.perf_counter() - started, progress.loss_sum / max(progress.step, 1)
         result = TrainingResult(
             str(self.output), progress.step, progress.best_step, progress.best, mean_loss, seconds
         )
         self._tell("train_end", progress.step, result.metrics)
         if self.processes.is_main_process:
-            checkpoints.write_json(self.output / "metrics.json", {**asdict(result), "config": asdict(config)})
+            file, content = self.output / checkpoints.METRICS_FILE, {**asdict(result), "config": asdict(config)}
+            checkpoints.write_json(file, content)
             self.card.finish(self, result)
+            checkpoints.mark_finished(self.output)
         self.processes.wait_for_everyone()
         return result
 
     def stop(self) -> None:
         """End the run after the current step, as if it were the last; for callbacks, in every process."""
         self._stops = True
+
+    def _ends(self, step: int) -> bool:
+        return step >= self.num_steps or self._stops
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """This process's shares of the batches, beginning with one of an epoch, without end."""
@@ -302,23 +308,23 @@ class Trainer:
 
     def _begin(self) -> Progress:
         """A fresh start, or where the checkpoint left off."""
-        progress, position = Progress(), 0
+        progress, position, writes = Progress(), 0, self.processes.is_main_process
         set_seed(self.config.seed + self.processes.process_index)  # dropout differs from process to process
         if self.resumed_from is not None:
             values, tensors = checkpoints.load_checkpoint(self.resumed_from)
             progress = restore(self, values, tensors)
-            if self._same_run:
+            if self._same_run and writes:
                 position = values["log_position"]
-            else:  # the best model so far is in another directory
-                progress.best, progress.best_step = {}, 0
+        elif self.config.resume == "auto" and checkpoints.is_unfinished(self.output):
+            self._say(f"The unfinished run in {self.output} has no checkpoint to go on from: it begins anew.")
         self.processes.wait_for_everyone()  # all have read before anything is removed
         self._stops = False
-        writes = self.processes.is_main_process
         if writes:
+            checkpoints.mark_unfinished(self.output, best_step=progress.best_step)
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
             self.card.start(self.model, self.output)
         trackers = self.config.trackers if writes else []
-        self.log = RunLog(self.output, trackers, asdict(self.config), position=position if writes else 0)
+        self.log = RunLog(self.output, trackers, asdict(self.config), position=position, step=progress.step)
         self._tell("train_begin", progress.step)
         if progress.evaluation_due:
             self._evaluate(progress)
@@ -328,18 +334,22 @@ class Trainer:
         """Means over the steps since the last log line; the one wait for the device."""
         rows = torch.stack([outcome for outcome, _ in done]).double().cpu().numpy()
         losses, norms, _, overflows = rows.T
-        if not np.isfinite(losses).all():
-            at = int(np.flatnonzero(~np.isfinite(losses))[0])
-            step, file = progress.step - len(done) + at + 1, checkpoints.NON_FINITE_FILE
+        bad = np.flatnonzero(~np.isfinite(losses) | ~(np.isfinite(norms) | (overflows > 0)))
+        if len(bad):
+            at = int(bad[0])
+            step, lists = progress.step - len(done) + at + 1, done[at][1].tolist()
             if self.processes.is_main_process:
-                checkpoints.note_non_finite(self.output, step, losses[at], done[at][1].tolist())
+                checkpoints.note_non_finite(self.output, step, losses[at], norms[at], lists)
+            what = f"gradient's norm became {norms[at]}" if np.isfinite(losses[at]) else f"loss became {losses[at]}"
             raise FloatingPointError(
-                f"the loss became {losses[at]} in step {step}; {self.output / file} has the indices of its lists. "
-                "The newest checkpoint there is from before. A lower learning rate or precision fp32 may help."
+                f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the indices of its "
+                "lists. The newest checkpoint there is from before. A lower learning rate or precision fp32 may "
+                "help."
             )
         progress.loss_sum += float(losses.sum())
         progress.overflows += int(overflows.sum())
         row = {"loss": float(losses.mean()), "gradient_norm": float(norms[-1])}
+        row["lists_without_pairs"] = progress.lists_without_pairs
         if self.scaler.is_enabled():
             row.update(loss_scale=self.scaler.get_scale(), overflows=progress.overflows)
         return row
@@ -367,21 +377,18 @@ class Trainer:
         self._write("evaluate", progress, metrics)
         name = self.config.metric_for_best
         progress.evaluations_since_best += 1
-        progress.evaluation_due = False
+        progress.evaluated, progress.evaluation_due = progress.step, False
         if not progress.best or metrics[name] > progress.best[name]:
             progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
-            self._save_best()
-
-    def _lost_patience(self, progress: Progress) -> bool:
+            self._save_best(progress.step)
         patience = self.config.early_stopping_patience
-        if patience is None or progress.evaluations_since_best < patience:
-            return False
-        logger.warning("No better evaluation in %d: stopped at step %d", patience, progress.step)
-        return True
+        if patience is not None and progress.evaluations_since_best >= patience and not self._ends(progress.step):
+            logger.warning("No better evaluation in %d: stopped at step %d", patience, progress.step)
+            self.stop()
 
-    def _save_best(self) -> None:
+    def _save_best(self, step: int) -> None:
         if self.processes.is_main_process:
-            checkpoints.save_best(self.output, self.trained.save)
+            checkpoints.save_best(self.output, self.trained.save, step)
         else:
             self.trained.help_save()
 

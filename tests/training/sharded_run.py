@@ -6,7 +6,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rerank_fast import Trainer, TrainingConfig
 from rerank_fast.training.events import Event, TrainingInterrupted
@@ -19,24 +23,35 @@ def main(runs: list[dict]) -> None:
         one_run(**run)
 
 
-def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_at: int = 0) -> None:
+def one_run(
+    model: str, lists: str, eval_lists: str | None, config: dict, kill_at: int = 0, terminate_at: int = 0
+) -> None:
+    """Each process kills itself after the step kill_at.
+
+    At terminate_at the first one sends SIGTERM to the launcher; from there on steps are slow, and few follow until
+    it comes back.
+    """
     seen: dict = {}
 
     def note(event) -> None:
         trainer = event.trainer
         if event.name == "step_end" and event.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if event.name == "step_end" and 0 < terminate_at <= event.step:
+            if event.step == terminate_at and trainer.processes.is_main_process:
+                os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.5)
         if event.name == "step_end" and event.step == 1:
             seen["whole"] = sum(one.numel() for one in trainer.model.model.parameters())
-            seen["weights"] = sum(one.to_local().numel() for one in trainer.model.model.parameters())
+            seen["weights"] = sum(local(one).numel() for one in trainer.model.model.parameters())
             state = trainer.optimizer.state.values()
-            seen["moments"] = sum(one[key].to_local().numel() for one in state for key in ("exp_avg", "exp_avg_sq"))
+            seen["moments"] = sum(local(one[key]).numel() for one in state for key in ("exp_avg", "exp_avg_sq"))
 
     trainer = Trainer(model, lists, eval_lists=eval_lists, config=TrainingConfig(**config), callbacks=[note])
 
     def before_step(optimizer, *arguments) -> None:
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
-        seen.setdefault("gradients", sum(one.to_local().numel() for one in gradients))
+        seen.setdefault("gradients", sum(local(one).numel() for one in gradients))
 
     trainer.optimizer.register_step_pre_hook(before_step)
     trainer.train()
@@ -58,6 +73,11 @@ def one_run(model: str, lists: str, eval_lists: str | None, config: dict, kill_a
 def interrupt(event: Event) -> None:
     if event.name == "step_end" and event.step == 1:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """This process's part of a shard; a plain tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.training.checkpoints import checkpoints
 from rerank_fast.training.distributed import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
@@ -56,6 +58,12 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
         text=True,
         start_new_session=True,
     )
+
+
+def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
+    (directory / "runs.json").write_text(json.dumps(runs))
+    command = [*TORCHRUN, str(port), "-m", "tests.training.sharded_run", str(directory / "runs.json")]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
 
 
 def flags(model: Path, lists: Path, output: Path, **settings: object) -> list[str]:
@@ -127,6 +135,31 @@ def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Datase
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_it_goes_on_to_the_same_bits(
+    tiny_bert: Path, tmp_path: Path
+):
+    lists, held_out = tmp_path / "lists.parquet", tmp_path / "eval.parquet"
+    make_lists(48).to_parquet(lists)
+    make_lists(7, seed=4).to_parquet(held_out)
+
+    def run(name: str, **settings: object) -> dict:
+        chosen = {"max_steps": 16, "save_steps": 99, "eval_steps": 12, "gradient_accumulation_steps": 2}
+        config = asdict(config_for(tmp_path / name, ema_decay=0.9, **chosen, **settings))
+        return {"model": str(tiny_bert), "lists": str(lists), "eval_lists": str(held_out), "config": config}
+
+    done = in_two_processes([{**run("stopped"), "terminate_at": 3}], tmp_path, 29623)
+    assert done.returncode == 1, done.stderr  # torchrun's own; what has not ended in 30 seconds it kills
+    (checkpoint,) = checkpoints(tmp_path / "stopped")
+    step = int(checkpoint.name.partition("-")[2])
+    assert 3 <= step < 16, done.stderr
+    assert done.stderr.count(f"Stopped by a signal at step {step} of 16") == 1
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    done = in_two_processes([run("unbroken"), run("stopped", resume="auto")], tmp_path, 29625)
+    assert done.returncode == 0, done.stderr
+    unbroken, stopped = weights(tmp_path / "unbroken"), weights(tmp_path / "stopped")
+    assert all(torch.equal(unbroken[name], stopped[name]) for name in unbroken)
 
 
 def descendants(pid: int) -> list[int]:

@@ -211,6 +211,40 @@ def test_callbacks_are_told_what_happens_and_may_stop_the_run(tiny_bert: Path, t
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("log", [("step_end", 2), ("log", 2), ("evaluate", 2), ("train_end", 2)]),
+        ("evaluate", [("step_end", 2), ("log", 2), ("evaluate", 2), ("train_end", 2)]),
+        ("save", [("step_end", 2), ("log", 2), ("evaluate", 2), ("save", 2), ("train_end", 2)]),
+    ],
+)
+def test_stop_ends_the_run_after_the_current_step_whatever_event_it_is_called_in(
+    tiny_bert: Path, tmp_path: Path, name: str, expected: list[tuple[str, int]]
+):
+    told: list[tuple[str, int]] = []
+
+    def stop(event) -> None:
+        told.append((event.name, event.step))
+        if event.name == name and event.step == 2:
+            event.trainer.stop()
+
+    config = config_for(tmp_path, save_steps=2, eval_steps=2, logging_steps=99, max_steps=9)
+    result = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config, callbacks=[stop]).train()
+    assert (result.steps, result.best_step) == (2, 2)
+    assert told == [("train_begin", 0), ("step_end", 1), *expected]
+
+
+def test_stop_in_a_save_still_evaluates_the_last_model(tiny_bert: Path, tmp_path: Path):
+    def stop(event) -> None:
+        if event.name == "save":
+            event.trainer.stop()
+
+    config = config_for(tmp_path, save_steps=3, eval_steps=2, max_steps=9)
+    Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config, callbacks=[stop]).train()
+    assert [row["step"] for row in log_rows(tmp_path) if "map" in row] == [2, 3]
+
+
 def test_tensorboard_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -223,6 +257,31 @@ def test_tensorboard_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path):
     for name in ("loss", "learning_rate", "ndcg@10"):
         expected = [(row["step"], row[name]) for row in log_rows(tmp_path) if name in row]
         found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_tensorboard_of_a_run_that_went_on_has_every_step_once(tiny_bert: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def fail(event) -> None:
+        if event.name == "step_end" and event.step == 7:
+            raise KeyboardInterrupt
+
+    settings = {"trackers": ["tensorboard"], "max_steps": 9, "save_steps": 4, "eval_steps": 2}
+    arguments = {"eval_lists": make_lists(9), "config": config_for(tmp_path, **settings)}
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny_bert, make_lists(48), **arguments, callbacks=[fail]).train()
+    arguments["config"] = config_for(tmp_path, **settings, resume="auto")
+    Trainer(tiny_bert, make_lists(48), **arguments).train()
+    files = list((tmp_path / "tensorboard").rglob("events.out.*"))
+    assert len(files) == 2
+    events = EventAccumulator(str(files[0].parent))
+    events.Reload()
+    for name in ("loss", "ndcg@10"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(row["step"], row[name]) for row in log_rows(tmp_path) if name in row]
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.model import storage
 from rerank_fast.training import checkpoints
 from rerank_fast.training.checkpoints import CheckpointError
 from rerank_fast.training.events import TrainingInterrupted
@@ -86,6 +88,118 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(
     assert go_on(tiny_bert, tmp_path).resumed_from == tmp_path / "run" / whole[-1]
     assert not list((tmp_path / "run").glob(".*"))
     assert_the_same_run(unbroken, tmp_path / "run")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    tiny_bert: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    """Its best model is there already; a job that starts itself again must not be refused."""
+    assert killed(tiny_bert, tmp_path, at=6, save_steps=7, resume="auto") == -signal.SIGKILL
+    assert storage.holds_model(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"already holds a model; .*resume='auto'.* begin its unfinished run anew"):
+        Trainer(tiny_bert, make_lists(48), config=config_for(tmp_path / "run", **SETTINGS))
+    assert go_on(tiny_bert, tmp_path).resumed_from is None
+    assert "has no checkpoint to go on from: it begins anew" in capfd.readouterr().err
+    assert not (tmp_path / "run" / checkpoints.UNFINISHED_FILE).exists()
+    assert_the_same_run(unbroken, tmp_path / "run")
+
+
+def test_a_best_model_saved_just_before_the_first_checkpoint_does_not_block_the_next_start(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same steps for both, as the defaults have it."""
+
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(tiny_bert, tmp_path, save_steps=5, max_steps=6)
+    assert storage.holds_model(tmp_path / "run")
+    assert go_on(tiny_bert, tmp_path, save_steps=5, max_steps=6).resumed_from is None
+    assert [path.name for path in tmp_path.glob("run/*checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_resume_auto_replaces_no_model_but_that_of_an_unfinished_run(tiny_bert: Path, tmp_path: Path):
+    model = shutil.copytree(tiny_bert, tmp_path / "model")
+    before = (model / "model.safetensors").read_bytes()
+    finished = config_for(tmp_path / "finished", max_steps=1)
+    Trainer(tiny_bert, make_lists(8), config=finished).train()
+    for directory in (model, tmp_path / "finished"):
+        with pytest.raises(ValueError, match=r"already holds a model; pass overwrite=True .* to replace it$"):
+            Trainer(tiny_bert, make_lists(8), config=config_for(directory, max_steps=1, resume="auto"))
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def scored(values: dict[int, float], now: list[int], metric: str = "ndcg@10"):
+    """An evaluator with a figure for each step, and the callback that tells it the step."""
+
+    def note(event) -> None:
+        now[:] = [event.step]
+
+    return {"evaluator": lambda model: {metric: values[now[0]]}, "callbacks": [note]}
+
+
+def test_the_saved_model_is_the_one_that_the_figures_describe_after_going_back(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = config_for(tmp_path / "run", max_steps=8, save_steps=3, eval_steps=2)
+    lists, now = make_lists(48), [0]
+    Trainer(tiny_bert, lists, config=config, **scored({2: 0.5, 4: 0.5, 6: 0.9, 8: 0.6}, now)).train()
+    abandoned = weights(tmp_path / "run")
+    back = replace(config, resume=str(tmp_path / "run" / "checkpoint-3"))
+    at_6: list[dict[str, torch.Tensor]] = []
+
+    def copy(event) -> None:
+        if event.name == "step_end" and event.step == 6:
+            at_6.append({name: weight.clone() for name, weight in event.trainer.weights.items()})
+
+    told = scored({4: 0.4, 6: 0.45, 8: 0.4}, now)
+    told["callbacks"].append(copy)
+    other = replace(back, learning_rate=1e-5)
+    result = Trainer(tiny_bert, lists, config=other, **told).train()
+    assert "checkpoint-3 knows that of step 2, measured by ndcg@10, and" in caplog.text
+    assert "holds that of step 6" in caplog.text
+    assert (result.best_step, result.metrics) == (6, {"ndcg@10": 0.45})
+    saved = weights(tmp_path / "run")
+    assert not torch.equal(saved["classifier.weight"], abandoned["classifier.weight"])
+    assert all(torch.equal(saved[name], weight) for name, weight in at_6[0].items())
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (written["best_step"], written["metrics"]) == (6, {"ndcg@10": 0.45})
+    # A best that is there stays: checkpoint-6 knows that of step 6.
+    caplog.clear()
+    again = replace(config, resume=str(tmp_path / "run" / "checkpoint-6"))
+    result = Trainer(tiny_bert, lists, config=again, **scored({8: 0.1}, now)).train()
+    assert (result.best_step, result.metrics) == (6, {"ndcg@10": 0.45})
+    assert "chosen anew" not in caplog.text
+    # One measured otherwise can't be compared.
+    again = replace(again, resume=str(tmp_path / "run" / "checkpoint-6"), metric_for_best="map")
+    result = Trainer(tiny_bert, lists, config=again, **scored({8: 0.1}, now, "map")).train()
+    assert (result.best_step, result.metrics) == (8, {"map": 0.1})
+
+
+def test_a_kill_inside_the_save_of_the_best_leaves_none_that_figures_describe(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_for(tmp_path / "run", max_steps=8, save_steps=3, eval_steps=2)
+    lists, now = make_lists(48), [0]
+    trainer = Trainer(tiny_bert, lists, config=config, **scored({2: 0.5, 4: 0.9}, now))
+    save = trainer.trained.save
+
+    def killed_at_4(directory: Path) -> None:
+        save(directory)
+        if directory == tmp_path / "run" and now == [4]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.trained, "save", killed_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    # The steps after the checkpoint come out otherwise, as on a GPU they may.
+    again = replace(config, resume="auto", learning_rate=1e-5)
+    result = Trainer(tiny_bert, lists, config=again, **scored({4: 0.3, 6: 0.4, 8: 0.35}, now)).train()
+    assert (result.best_step, result.metrics) == (6, {"ndcg@10": 0.4})
 
 
 def test_sigterm_checkpoints_exits_0_and_says_how_to_go_on(
@@ -215,6 +329,14 @@ def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: D
         Trainer(tiny_bert, train_lists, config=replace(config, resume=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="batch_size must be the interrupted run's to go on from it: 8, got 4"):
         Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", batch_size=4)).train()
+    for name, settings in (
+        ("freeze_layers", {"freeze_layers": 1}),
+        ("freeze", {"freeze": ["*.LayerNorm.*"]}),
+        ("lora_alpha", {"lora_alpha": 3.0}),
+    ):
+        message = rf"{name} must be the interrupted run's .*: .*; to train on with another, begin .*checkpoint-4 as"
+        with pytest.raises(ValueError, match=message):
+            Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", **settings)).train()
     with pytest.raises(ValueError, match=r"train_lists must be the interrupted run's .*: 48 lists, got 7"):
         Trainer(tiny_bert, make_lists(7), config=replace(config, resume="auto")).train()
     damaged = tmp_path / "run" / "checkpoint-4" / "trainer_state.safetensors"
@@ -229,3 +351,21 @@ def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: D
     assert Trainer(tiny_bert, train_lists, config=other).train().steps == 7
     assert [row["step"] for row in log_rows(tmp_path / "other")] == [3, 4, 5, 6, 7]
     assert (tmp_path / "other" / "model.safetensors").exists()
+
+
+def test_an_average_that_is_new_on_resume_begins_with_the_checkpoints_weights(tiny_bert: Path, tmp_path: Path):
+    seen: list[torch.Tensor] = []
+
+    def note(event) -> None:
+        if event.name in ("train_begin", "step_end"):
+            seen.append(event.trainer.weights["classifier.weight"].clone())
+
+    config = config_for(tmp_path / "run", max_steps=4, save_steps=2)
+    Trainer(tiny_bert, make_lists(48), config=config).train()
+    config = replace(config, resume="auto", ema_decay=0.7)
+    Trainer(tiny_bert, make_lists(48), config=config, callbacks=[note]).train()
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.7 * average + 0.3 * weight
+    assert len(seen) == 3
+    torch.testing.assert_close(weights(tmp_path / "run")["classifier.weight"], average, rtol=1e-6, atol=1e-7)

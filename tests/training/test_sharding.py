@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +19,9 @@ from tests.training.conftest import config_for, log_rows, make_lists, weights
 from tests.training.sharded_run import PAIR
 from tests.training.test_distributed import (
     SETTINGS,
-    TORCHRUN,
     assert_same_weights,
-    environment,
     flags,
+    in_two_processes,
     launch,
     uneven_lists,  # noqa: F401 - a fixture
 )
@@ -83,12 +81,6 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     np.testing.assert_allclose(
         CrossEncoder(tmp_path / "two", device="cpu").predict(pairs), peer.predict(pairs), atol=1e-6
     )
-
-
-def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
-    (directory / "runs.json").write_text(json.dumps(runs))
-    command = [*TORCHRUN, str(port), "-m", "tests.training.sharded_run", str(directory / "runs.json")]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
 
 
 @pytest.fixture(scope="module")

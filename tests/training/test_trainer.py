@@ -161,11 +161,66 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
     with pytest.raises(FloatingPointError, match=r"loss became nan in step 5; .*/non_finite_loss.json has"):
         trainer.train()
     written = json.loads((tmp_path / "non_finite_loss.json").read_text())
-    assert written == {"step": 5, "loss": "nan", "lists": fifth.indices.tolist()}
+    assert written == {"step": 5, "loss": "nan", "gradient_norm": "nan", "lists": fifth.indices.tolist()}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     scores = CrossEncoder(tmp_path / "checkpoint-3", device="cpu").predict([("panda", "bear")])
     assert np.isfinite(scores).all()
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Path, tmp_path: Path, value: str):
+    config = config_for(tmp_path, logging_steps=99, save_steps=2, eval_steps=4, save_total_limit=1)
+    trainer = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(4), config=config)
+    fourth = list(islice(trainer.batches(), 4))[-1]
+    backward, calls = trainer.backward, []
+
+    def spoiled(*arguments):
+        loss_and_pairs = backward(*arguments)
+        calls.append(1)
+        if len(calls) == 4:
+            trainer.weights["classifier.weight"].grad.fill_(float(value))
+        return loss_and_pairs
+
+    trainer.backward = spoiled
+    spoiled.max_tokens, spoiled.memory = backward.max_tokens, backward.memory
+    with pytest.raises(FloatingPointError, match=rf"the gradient's norm became {value} in step 4; .*its lists"):
+        trainer.train()
+    written = json.loads((tmp_path / "non_finite_loss.json").read_text())
+    assert (written["step"], written["gradient_norm"]) == (4, value)
+    assert np.isfinite(float(written["loss"]))
+    assert written["lists"] == fourth.indices.tolist()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-2").values())
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_lists_without_a_preference_pair_are_said_once_and_counted(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def run(name: str, lists: list[dict], **settings: object) -> None:
+        caplog.clear()
+        config = config_for(tmp_path / name, batch_size=4, max_steps=4, logging_steps=2, **settings)
+        Trainer(tiny_bert, Dataset.from_list(lists), config=config).train()
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "preference pair" in record.getMessage()]
+
+    tied = {"query": "panda", "docs": ["bear", "fish"], "labels": [0.0, 0.0]}
+    single = {"query": "panda", "docs": ["bear"], "labels": [1.0]}
+    run("all", [tied, single] * 2)
+    (line,) = said()
+    assert "(all labels equal) train nothing, 4 of 4 in the first batch that has one" in line
+    assert [row["lists_without_pairs"] for row in log_rows(tmp_path / "all")] == [8, 16]
+    run("some", [tied, tied, tied, {**tied, "labels": [1.0, 0.0]}])
+    assert "3 of 4" in said()[0]
+    assert [row["lists_without_pairs"] for row in log_rows(tmp_path / "some")] == [6, 12]
+    run("none", [{**tied, "labels": [1.0, 0.0]}] * 4)
+    assert said() == []
+    assert log_rows(tmp_path / "none")[-1]["lists_without_pairs"] == 0
+    # NDCGLoss1 counts every ordered pair: equal labels are no reason, a document alone is.
+    run("ndcg1", [tied, tied, tied, single], scheme="ndcg1")
+    assert "1 of 4" in said()[0]
 
 
 def test_an_output_that_holds_a_model_is_refused_before_the_data_is_read(
@@ -198,5 +253,7 @@ def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_l
         Trainer(str(tiny_bert), tmp_path / "missing.jsonl", config=config_for(tmp_path / "run"))
     with pytest.raises(ValueError, match="has 64 positions"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", max_length=65))
+    with pytest.raises(ValueError, match=r"early_stopping_patience is 2, but nothing is evaluated: .*eval_lists"):
+        Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", early_stopping_patience=2))
     with pytest.raises(ValueError, match="learning_rate"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", learning_rate=-1.0))
