@@ -113,7 +113,7 @@ def _trainer(options: dict[str, Any]) -> Any:
     trainer = Trainer(
         model,
         ListStream(train, columns=columns) if config.streaming else lists_of(train, columns),
-        eval_lists=evaluation and lists_of(evaluation, columns),
+        eval=evaluation and lists_of(evaluation, columns),
         config=config,
     )
     trainer.card.sources = [train]  # what lists_of has read here no longer says where it came from

@@ -40,6 +40,6 @@ def build_trainer(recipe: Recipe) -> Trainer:
         split = lists.train_test_split(test_size=recipe.held_out, seed=config.seed)
         lists, held_out = split["train"], split["test"]
     logger.info("%d lists to train on, %d held out", len(lists), recipe.held_out)
-    trainer = Trainer(recipe.model, lists, eval_lists=held_out, evaluator=evaluator, config=config)
+    trainer = Trainer(recipe.model, lists, eval=held_out, evaluator=evaluator, config=config)
     trainer.card.sources = [*filter(None, [recipe.ms_marco]), *recipe.lists]
     return trainer

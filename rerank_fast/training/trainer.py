@@ -64,9 +64,10 @@ class Trainer:
             with precision "bf16-pure". After train(), interrupted or not, it is an ordinary model of the last
             weights: adapters are merged, and the same parameters require gradients as before.
         train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
-        eval_lists: the same; without them and an evaluator the last model is saved instead of the best.
+        eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
+            instead of the best.
         evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
-            its metrics' names. eval_lists beside it are measured too, their metrics named eval_.
+            its metrics' names. The lists of eval beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
         callbacks: functions that are told of events; see Event.
 
@@ -80,7 +81,7 @@ class Trainer:
         model: CrossEncoder | str | Path,
         train_lists: Source | ListStream,
         *,
-        eval_lists: Source | None = None,
+        eval: Source | None = None,
         evaluator: Callable[[CrossEncoder], dict[str, float]] | None = None,
         config: TrainingConfig | None = None,
         callbacks: Sequence[Callback] = (),
@@ -105,16 +106,16 @@ class Trainer:
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         self.evaluators = [] if evaluator is None else [evaluator]
-        if eval_lists is not None:
+        if eval is not None:
             name = "" if evaluator is None else "eval"
-            self.evaluators.append(RerankingEvaluator(eval_lists, at_k=config.at_k, name=name))
+            self.evaluators.append(RerankingEvaluator(eval, at_k=config.at_k, name=name))
         names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
         if names and config.metric_for_best not in names:
             raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
         if config.early_stopping_patience is not None and not self.evaluators:
             raise ValueError(
                 f"early_stopping_patience is {config.early_stopping_patience}, but nothing is evaluated: it needs "
-                "eval_lists (--eval) or an evaluator"
+                "eval (--eval) or an evaluator"
             )
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)

@@ -37,7 +37,7 @@ def main(settings: dict) -> None:
 
     checkpoints.save_file = half_a_file
     config = TrainingConfig(**settings)
-    Trainer(model, lists, eval_lists=held_out, config=config, callbacks=[note, on_event]).train()
+    Trainer(model, lists, eval=held_out, config=config, callbacks=[note, on_event]).train()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def one_run(
             state = trainer.optimizer.state.values()
             seen["moments"] = sum(local(one[key]).numel() for one in state for key in ("exp_avg", "exp_avg_sq"))
 
-    trainer = Trainer(model, lists, eval_lists=eval_lists, config=TrainingConfig(**config), callbacks=[note])
+    trainer = Trainer(model, lists, eval=eval_lists, config=TrainingConfig(**config), callbacks=[note])
 
     def before_step(optimizer, *arguments) -> None:
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]

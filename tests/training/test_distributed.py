@@ -100,7 +100,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, une
     uneven_lists.to_parquet(lists)
     make_lists(11, seed=5).to_parquet(held_out)
     config = config_for(tmp_path / "one", **SETTINGS)
-    Trainer(still_bert, str(lists), eval_lists=str(held_out), config=config).train()
+    Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
     arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **SETTINGS)
     done = launch(TORCHRUN, 29611, arguments)
     printed, _ = done.communicate(timeout=180)

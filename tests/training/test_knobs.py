@@ -118,7 +118,7 @@ def test_the_moving_average_is_evaluated_and_saved(tiny_bert: Path, train_lists:
             seen.append({name: weight.clone() for name, weight in event.trainer.weights.items()})
 
     config = config_for(tmp_path, ema_decay=0.7, max_steps=4, eval_steps=4)
-    Trainer(tiny_bert, train_lists, eval_lists=make_lists(9, seed=4), config=config, callbacks=[note]).train()
+    Trainer(tiny_bert, train_lists, eval=make_lists(9, seed=4), config=config, callbacks=[note]).train()
     name = "classifier.weight"
     average = seen[0][name]
     for step in seen[1:]:
@@ -203,7 +203,7 @@ def test_callbacks_are_told_what_happens_and_may_stop_the_run(tiny_bert: Path, t
             event.trainer.stop()
 
     config = config_for(tmp_path, save_steps=2, logging_steps=2, eval_steps=9)
-    result = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config, callbacks=[note]).train()
+    result = Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[note]).train()
     assert result.steps == 3
     assert told == [
         ("train_begin", 0), ("step_end", 1), ("step_end", 2), ("log", 2), ("save", 2), ("step_end", 3), ("log", 3),
@@ -230,7 +230,7 @@ def test_stop_ends_the_run_after_the_current_step_whatever_event_it_is_called_in
             event.trainer.stop()
 
     config = config_for(tmp_path, save_steps=2, eval_steps=2, logging_steps=99, max_steps=9)
-    result = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config, callbacks=[stop]).train()
+    result = Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[stop]).train()
     assert (result.steps, result.best_step) == (2, 2)
     assert told == [("train_begin", 0), ("step_end", 1), *expected]
 
@@ -241,7 +241,7 @@ def test_stop_in_a_save_still_evaluates_the_last_model(tiny_bert: Path, tmp_path
             event.trainer.stop()
 
     config = config_for(tmp_path, save_steps=3, eval_steps=2, max_steps=9)
-    Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config, callbacks=[stop]).train()
+    Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[stop]).train()
     assert [row["step"] for row in log_rows(tmp_path) if "map" in row] == [2, 3]
 
 
@@ -250,7 +250,7 @@ def test_tensorboard_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config_for(tmp_path, trackers=["tensorboard"], max_steps=3, eval_steps=3)
-    Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9), config=config).train()
+    Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config).train()
     (file,) = (tmp_path / "tensorboard").rglob("events.out.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
@@ -270,7 +270,7 @@ def test_tensorboard_of_a_run_that_went_on_has_every_step_once(tiny_bert: Path, 
             raise KeyboardInterrupt
 
     settings = {"trackers": ["tensorboard"], "max_steps": 9, "save_steps": 4, "eval_steps": 2}
-    arguments = {"eval_lists": make_lists(9), "config": config_for(tmp_path, **settings)}
+    arguments = {"eval": make_lists(9), "config": config_for(tmp_path, **settings)}
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny_bert, make_lists(48), **arguments, callbacks=[fail]).train()
     arguments["config"] = config_for(tmp_path, **settings, resume="auto")
@@ -290,7 +290,7 @@ def test_wandb_offline_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path,
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = config_for(tmp_path, trackers=["wandb"], max_steps=3, eval_steps=3)
-    Trainer(tiny_bert, make_lists(16), eval_lists=make_lists(9), config=config).train()
+    Trainer(tiny_bert, make_lists(16), eval=make_lists(9), config=config).train()
     (file,) = tmp_path.rglob("run-*.wandb")
     records = wandb_records(file.read_bytes())
     found: dict[int, dict] = {}
@@ -351,7 +351,7 @@ def test_a_compiled_run_is_the_eager_one(
     monkeypatch.setattr(CrossEncoder, "compile", lambda self: compile_layers(self, backend="aot_eager"))
     for name in ("eager", "compiled"):
         config = config_for(tmp_path / name, torch_compile=name == "compiled", max_steps=3, eval_steps=2)
-        Trainer(tiny_bert, train_lists, eval_lists=make_lists(4), config=config).train()
+        Trainer(tiny_bert, train_lists, eval=make_lists(4), config=config).train()
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-5)
     eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     for name, weight in eager.items():

@@ -47,7 +47,7 @@ def train(directory: Path, lists: Any, output: str = "out", **settings: Any) -> 
     base = directory / "tiny-base"
     if not base.exists():
         make_tiny_bert(base)
-    return directory / output, Trainer(str(base), lists, eval_lists=make_lists(10, seed=1), config=config).train()
+    return directory / output, Trainer(str(base), lists, eval=make_lists(10, seed=1), config=config).train()
 
 
 @pytest.fixture(scope="module")

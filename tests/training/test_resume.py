@@ -31,7 +31,7 @@ def unbroken(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with dropout over three epochs that nothing stops."""
     directory = tmp_path_factory.mktemp("unbroken")
     config = config_for(directory / "run", **SETTINGS)
-    Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9, seed=2), config=config).train()
+    Trainer(tiny_bert, make_lists(48), eval=make_lists(9, seed=2), config=config).train()
     return directory / "run"
 
 
@@ -60,7 +60,7 @@ def killed(tiny_bert: Path, directory: Path, *, at: int, inside_save: bool = Fal
 
 def go_on(tiny_bert: Path, directory: Path, **settings: object) -> Trainer:
     config = config_for(directory / "run", **{**SETTINGS, "resume": "auto", **settings})
-    trainer = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(9, seed=2), config=config)
+    trainer = Trainer(tiny_bert, make_lists(48), eval=make_lists(9, seed=2), config=config)
     trainer.train()
     return trainer
 
@@ -211,7 +211,7 @@ def test_sigterm_checkpoints_exits_0_and_says_how_to_go_on(
 
     config = config_for(tmp_path / "run", **SETTINGS)
     handler = signal.getsignal(signal.SIGTERM)
-    arguments = {"eval_lists": make_lists(9, seed=2), "config": config, "callbacks": [terminate]}
+    arguments = {"eval": make_lists(9, seed=2), "config": config, "callbacks": [terminate]}
     with pytest.raises(TrainingInterrupted) as stop:
         Trainer(tiny_bert, make_lists(48), **arguments).train()
     assert stop.value.code == 0

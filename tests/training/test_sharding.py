@@ -56,7 +56,7 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     file.write_text(yaml.safe_dump(FSDP2))
     settings = {**SETTINGS, **MIXED, "gradient_accumulation_steps": 2}
     config = config_for(tmp_path / "one", **settings)
-    Trainer(still_bert, str(lists), eval_lists=str(held_out), config=config).train()
+    Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
 
     arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **settings)
     arguments.remove("--precision")  # what Accelerate says is what it is
@@ -162,7 +162,7 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
 
     for name, (model_path, settings) in others.items():
         config = config_for(tmp_path / f"{name}-alone", max_steps=8, save_steps=3, eval_steps=4, **settings)
-        Trainer(model_path, str(lists), eval_lists=str(held_out), config=config).train()
+        Trainer(model_path, str(lists), eval=str(held_out), config=config).train()
         a, b = (log_rows(tmp_path / run) for run in (name, f"{name}-alone"))
         # Narrow sums round with their cut, and where that changes a rank the loss jumps: the first steps are alike.
         exact = name in ("padded", "lora")
@@ -173,7 +173,7 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     # One process goes on from two processes' checkpoint.
     settings = {**others["padded"][1], "max_steps": 8, "save_steps": 3, "eval_steps": 4}
     config = config_for(tmp_path / "alone", **settings, resume=str(tmp_path / "padded" / "checkpoint-6"))
-    Trainer(deberta, str(lists), eval_lists=str(held_out), config=config).train()
+    Trainer(deberta, str(lists), eval=str(held_out), config=config).train()
     a, b = (log_rows(tmp_path / name)[-1] for name in ("alone", "padded"))
     assert (a["step"], a["map"]) == (b["step"], pytest.approx(b["map"], abs=1e-6))
     places = [path.parent.parent for path in (tmp_path / "lora").rglob("adapter_model.safetensors")]

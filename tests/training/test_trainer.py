@@ -54,7 +54,7 @@ def test_it_learns_and_leaves_the_best_model_with_its_figures(
     tiny_bert: Path, train_lists: Dataset, eval_lists: Dataset, tmp_path: Path
 ):
     config = config_for(tmp_path, num_epochs=10, eval_steps=12, save_steps=12, learning_rate=5e-3)
-    result = Trainer(str(tiny_bert), train_lists, eval_lists=eval_lists, config=config).train()
+    result = Trainer(str(tiny_bert), train_lists, eval=eval_lists, config=config).train()
     assert result.steps == 60
     rows = log_rows(tmp_path)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -171,7 +171,7 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Path, tmp_path: Path, value: str):
     config = config_for(tmp_path, logging_steps=99, save_steps=2, eval_steps=4, save_total_limit=1)
-    trainer = Trainer(tiny_bert, make_lists(48), eval_lists=make_lists(4), config=config)
+    trainer = Trainer(tiny_bert, make_lists(48), eval=make_lists(4), config=config)
     fourth = list(islice(trainer.batches(), 4))[-1]
     backward, calls = trainer.backward, []
 
@@ -253,7 +253,7 @@ def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_l
         Trainer(str(tiny_bert), tmp_path / "missing.jsonl", config=config_for(tmp_path / "run"))
     with pytest.raises(ValueError, match="has 64 positions"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", max_length=65))
-    with pytest.raises(ValueError, match=r"early_stopping_patience is 2, but nothing is evaluated: .*eval_lists"):
+    with pytest.raises(ValueError, match=r"early_stopping_patience is 2, but nothing is evaluated: .*eval "):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", early_stopping_patience=2))
     with pytest.raises(ValueError, match="learning_rate"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", learning_rate=-1.0))
