@@ -55,6 +55,7 @@ def run(options: dict[str, Any]) -> None:
     )
     source, output = options.pop("input"), options.pop("output")
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
+    state.destroy_process_group()  # its threads would abort a process that exits before they are done
     model.warn_of_truncation(result.truncated, result.scored)
     if state.is_main_process:
         now = f"{result.scored} pairs scored now by this process, in {model.dtype_name}"

@@ -67,6 +67,7 @@ def run(options: dict[str, Any]) -> None:
         create_repository(options["push"], private=True, token=None)
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
     result = trainer.train()
+    trainer.processes.destroy_process_group()  # its threads would abort a process that exits before they are done
     if not trainer.processes.is_main_process:
         return
     print(
