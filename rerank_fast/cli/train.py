@@ -65,9 +65,17 @@ def run(options: dict[str, Any]) -> None:
         from rerank_fast.model.storage import create_repository
 
         create_repository(options["push"], private=True, token=None)
+    from rerank_fast.training.events import TrainingInterrupted
+
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
-    result = trainer.train()
-    trainer.processes.destroy_process_group()  # its threads would abort a process that exits before they are done
+    # The group's threads would abort a process that exits before they are done. After an error nobody knows when the
+    # other processes leave.
+    try:
+        result = trainer.train()
+    except TrainingInterrupted:
+        trainer.processes.destroy_process_group()
+        raise
+    trainer.processes.destroy_process_group()
     if not trainer.processes.is_main_process:
         return
     print(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from rerank_fast.ops import cpu
 from rerank_fast.ops.triton import guard
@@ -15,8 +16,6 @@ from rerank_fast.ops.triton import guard
 Backend = Literal["reference", "cpu", "triton"]
 _BACKENDS = get_args(Backend)
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not loaded
-# By device, the best first. On the CPU Triton would be its interpreter: only on request.
-_BEST = {"cpu": ("cpu",), "cuda": ("flash", "triton")}
 _warned: list[str] = []
 
 
@@ -43,7 +42,7 @@ def _refusal(backend: str, device: torch.device) -> str:
 def resolve(
     op: str,
     backend: str | None,
-    device: torch.device,
+    tensor: Tensor,
     choices: tuple[str, ...] = _BACKENDS,
     unserved: Callable[[str], str] | None = None,
 ) -> str:
@@ -51,8 +50,8 @@ def resolve(
 
     Args:
         op: its name, for the warning that the compiled module is missing; a process gets it once, for all ops.
-        backend: the one asked for; None takes the best of the device, and "reference" where none can run.
-        device: of the tensors.
+        backend: the one asked for; None takes the best of their device, and "reference" where none can run.
+        tensor: one of those it takes; all are on one device.
         choices: the op's backends.
         unserved: why a backend doesn't take these tensors, to follow its name ("takes fp32, got ..."); empty where
             it does. Not asked about the reference, which takes all.
@@ -61,7 +60,10 @@ def resolve(
         ValueError: not one of choices, or one that can't run.
     """
     if backend is None:
-        for name in _BEST.get(device.type, ()):
+        # Not device.type: to make that string takes as long as the kernel of a short batch. On the CPU Triton would
+        # be its interpreter: only on request.
+        best = ("cpu",) if tensor.is_cpu else ("flash", "triton") if tensor.is_cuda else ()
+        for name in best:
             if name not in choices or (unserved is not None and unserved(name)):
                 continue
             if not (reason := missing(name)):
@@ -77,7 +79,7 @@ def resolve(
     if backend not in choices:
         raise ValueError(f"backend must be one of {choices} or None, got {backend!r}")
     if backend != "reference":
-        if reason := (unserved is not None and unserved(backend)) or _refusal(backend, device):
+        if reason := (unserved is not None and unserved(backend)) or _refusal(backend, tensor.device):
             raise ValueError(f"backend {backend!r} {reason}")
         if reason := missing(backend):
             raise ValueError(f"backend {backend!r} can't run: {reason}")

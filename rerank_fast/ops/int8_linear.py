@@ -136,7 +136,7 @@ def _prepare(x: Tensor | Int8Rows, weight: Int8Weight, backend: str | None) -> t
     if values.requires_grad and torch.is_grad_enabled():
         raise ValueError("int8 weights are for inference: expected an x without a gradient; train in fp32 or bf16")
     missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
-    resolved = backends.resolve("int8_linear", backend, values.device, _BACKENDS, lambda name: missing)
+    resolved = backends.resolve("int8_linear", backend, values, _BACKENDS, lambda name: missing)
     return x if isinstance(x, Int8Rows) else quantize_rows(x), resolved == "cpu"
 
 

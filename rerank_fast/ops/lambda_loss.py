@@ -112,10 +112,10 @@ class _LambdaLoss(torch.autograd.Function):
         plain = type(scores) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
         loss, grad = run(scores, labels, offsets, *options)
-        ctx.dtype, ctx.backend = scores.dtype, options[-1]
         if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
             ctx.save_for_backward(grad)
         else:
+            ctx.dtype, ctx.backend = scores.dtype, options[-1]
             ctx.save_for_backward(grad, offsets)
         return loss
 
@@ -183,7 +183,7 @@ def lambda_loss(
     check_choice("reduction_log", reduction_log, _LOGS)
     check_choice("reduction", reduction, _REDUCTIONS)
     check_k(k)
-    resolved = backends.resolve("lambda_loss", backend, scores.device)
+    resolved = backends.resolve("lambda_loss", backend, scores)
     if resolved != "cpu":  # which checks them itself
         check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32

@@ -84,7 +84,7 @@ def ndcg(
     ragged.check_lists(scores, labels, offsets)
     ragged.check_bounds(offsets, scores.shape[0])
     ragged.check_k(k)
-    resolved = backends.resolve("ndcg", backend, scores.device)
+    resolved = backends.resolve("ndcg", backend, scores)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels = scores.detach().to(dtype), labels.detach().to(dtype)
     return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, k or 0, resolved)

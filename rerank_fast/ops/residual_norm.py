@@ -247,7 +247,7 @@ def residual_norm(
     check_rows(rows, x)
     rows = rows if dropout_p > 0 else None
     unserved = partial(_unserved, x=x, residual=residual)
-    resolved = backends.resolve("residual_norm", backend, x.device, unserved=unserved)
+    resolved = backends.resolve("residual_norm", backend, x, unserved=unserved)
     options = (float(eps), float(dropout_p), seed, resolved)
     y, narrow = _ResidualNorm.apply(x, residual, weight, bias, rows, options)
     return y, narrow if x.dtype in _HALVES else y

@@ -364,6 +364,6 @@ def score_head(
         if not 0 <= p < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
     shares = (float(dropout_p), float(dropout_in_p)) if training else (0.0, 0.0)
-    resolved = backends.resolve("score_head", backend, hidden.device, unserved=partial(_unserved, hidden=hidden))
+    resolved = backends.resolve("score_head", backend, hidden, unserved=partial(_unserved, hidden=hidden))
     options = (activation, *shares, seed, resolved)
     return _ScoreHead.apply(hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options)

@@ -183,7 +183,7 @@ def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int,
 
 def _resolve_backend(backend: str | None, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
     unserved = partial(_unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens)
-    return backends.resolve("varlen_attention", backend, q.device, _BACKENDS, unserved)
+    return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

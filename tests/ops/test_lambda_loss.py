@@ -241,7 +241,7 @@ def test_double_backward_raises():
 @pytest.mark.parametrize("reduction", ["pairs", "none"])
 def test_opcheck(backend, reduction):
     scores, labels, offsets = ragged(dtype=torch.float32)
-    name = backends.resolve("lambda_loss", backend, scores.device)
+    name = backends.resolve("lambda_loss", backend, scores)
     options = ("ndcg2pp", 3, 1.0, 10.0, 1e-10, "binary", reduction, name)
     torch.library.opcheck(torch.ops.rerank_fast.lambda_loss.default, (scores, labels, offsets, *options))
 

@@ -21,6 +21,7 @@ PAIR = [("what is the panda", "panda rain")]
 def main(runs: list[dict]) -> None:
     for run in runs:
         one_run(**run)
+    torch.distributed.destroy_process_group()  # its threads would abort a process that exits before they are done
 
 
 def one_run(
