@@ -68,8 +68,8 @@ def run(options: dict[str, Any]) -> None:
     from rerank_fast.training.events import TrainingInterrupted
 
     trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
-    # The group's threads would abort a process that exits before they are done. After an error nobody knows when the
-    # other processes leave.
+    # The group's threads would abort a process that exits before they are done. After an error the other processes
+    # may never come to this.
     try:
         result = trainer.train()
     except TrainingInterrupted:
