@@ -395,6 +395,7 @@ class TestFlash:
 
         class OnGPU:
             device, dtype, shape = torch.device("cuda"), torch.bfloat16, (10, 2, 64)
+            is_cpu, is_cuda = False, True
 
         known = op._resolve_backend(None, OnGPU, dropout_p, (7, 7))  # type: ignore[arg-type]
         assert known == ("triton" if dropout_p else "flash")
