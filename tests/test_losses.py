@@ -159,6 +159,19 @@ def test_a_model_with_a_forward_of_its_own_is_called(model, monkeypatch):
     torch.testing.assert_close(doubled, plain)
     model.forward = lambda features: {"scores": 2 * type(model).forward(model, features)["scores"]}
     torch.testing.assert_close(loss_and_gradients(loss)[0], plain)
+    del model.forward
+    handle = model[0].register_forward_hook(
+        lambda module, inputs, output: output | {"scores": 2 * output["scores"]}
+    )
+    torch.testing.assert_close(loss_and_gradients(loss)[0], plain)
+    handle.remove()
+
+    class CrossEncoder(PeerCrossEncoder):
+        def forward(self, features):
+            return {"scores": 2 * super().forward(features)["scores"]}
+
+    monkeypatch.setattr(model, "__class__", CrossEncoder)
+    torch.testing.assert_close(loss_and_gradients(loss)[0], plain)
 
 
 def test_a_model_that_must_be_called_is_said_once(model, monkeypatch, caplog):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from rerank_fast.model.heads import CAUSAL_FAMILIES, Answers, Head, find_answer_head, find_head, own_class
+from rerank_fast.model.linear import must_be_called
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def find_architecture(model: nn.Module, answers: Answers | None = None) -> Archi
 
     answers are those of a causal language model.
     """
+    try:
+        found = _find(model, answers)
+    except AttributeError:
+        return None  # reason_to_pad says what is missing
+    return None if found is None or _unknown_part(model, found) else found
+
+
+def _find(model: Any, answers: Answers | None) -> Architecture | None:
     if answers is not None:
         head = find_answer_head(model, answers)
         return None if head is None else _decoder_parts(model, head)
@@ -88,25 +97,73 @@ def find_architecture(model: nn.Module, answers: Answers | None = None) -> Archi
     find = _FAMILIES.get(kind.__name__)
     if find is None or not kind.__module__.startswith("transformers.models."):
         return None  # remote code may look like BERT and do something else
-    try:
-        return find(model)
-    except AttributeError:
-        return None  # reason_to_pad says what is missing
+    return find(model)
 
 
-def reason_to_pad(model: nn.Module) -> str:
+def reason_to_pad(model: nn.Module, answers: Answers | None = None) -> str:
     """Why find_architecture gave None."""
     name = own_class(model).__name__
-    if name in _FAMILIES:
-        try:
-            _FAMILIES[name](model)
-        except AttributeError as error:  # another transformers, or a module that was replaced
-            return (
-                f"this {name} of transformers {transformers.__version__} lacks what packed execution reads: {error}"
-            )
-    if name in (*_FAMILIES, *CAUSAL_FAMILIES):
+    if name not in (*_FAMILIES, *CAUSAL_FAMILIES):
+        return f"packed execution knows {', '.join([*_FAMILIES, *CAUSAL_FAMILIES])}, not {name}"
+    try:
+        found = _find(model, answers)
+    except AttributeError as error:  # another transformers, or a module that was replaced
+        return f"this {name} of transformers {transformers.__version__} lacks what packed execution reads: {error}"
+    if found is None:
         return f"this {name} has parts that packed execution does not know"
-    return f"packed execution knows {', '.join([*_FAMILIES, *CAUSAL_FAMILIES])}, not {name}"
+    return f"of this {name}, {_unknown_part(model, found)}"
+
+
+def _unknown_part(model: Any, found: Architecture) -> str:
+    """What a call of the model would do and packed execution would not; empty where there is nothing.
+
+    It calls linear layers, activations, the embeddings around the words, and the head. The other modules it passes
+    over, or reads their weights: they must be what their library made them, without hooks.
+    """
+    base = model.base_model
+    heads = [part for part in (*model.children(), getattr(base, "pooler", None)) if part not in (None, base)]
+    others = (getattr(base, name, None) for name in ("embeddings", "embeddings_project", "rotary_emb"))
+    called = {part for one in (*heads, *others, *_called(found)) if one is not None for part in one.modules()}
+    called -= set(found.word_embeddings.modules())
+    for name, module in model.named_modules():
+        if module in called:
+            continue
+        kind, place = own_class(module), name or "the model"
+        if not kind.__module__.startswith(("torch.nn.", "transformers.")):
+            return f"{place} is a {kind.__module__}.{kind.__name__}, which must be called"
+        sharded = kind is not type(module)  # by hooks
+        if not sharded and must_be_called(module) and not _asks_for_gradients(module):
+            return f"{place} has hooks or a forward of its own, which must run"
+    dtypes = {found.word_embeddings.weight.dtype, *(weight.dtype for one in heads for weight in one.parameters())}
+    if len(dtypes) > 1:
+        return f"the word embeddings and the score head have weights of {' and '.join(sorted(map(str, dtypes)))}"
+    return ""
+
+
+def _asks_for_gradients(module: nn.Module) -> bool:
+    """Whether all that hooks do is what transformers and PEFT want for gradient checkpointing."""
+    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    names = [getattr(hook, "__name__", "") for hook in module._forward_hooks.values()]
+    return (
+        all(name.startswith("make_inputs_require_grad") for name in names)
+        and not any(others)
+        and "forward" not in vars(module)
+    )
+
+
+def _called(found: Architecture) -> Iterator[nn.Module]:
+    """What packed execution calls of the layers and after them."""
+    for layer in found.layers:
+        parts = [layer.attention_out, layer.activation, layer.down]
+        if isinstance(layer, PostNormLayer):
+            parts += [layer.query, layer.key, layer.value, layer.up]
+        else:
+            parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
+            parts += [layer.attention_out_dropout, layer.mlp_dropout]
+            parts += [one for one in (layer.attention_norm, layer.mlp_norm) if not isinstance(one, nn.LayerNorm)]
+        yield from (part for part in parts if isinstance(part, nn.Module))
+    if found.final_norm is not None and not isinstance(found.final_norm, nn.LayerNorm):
+        yield found.final_norm
 
 
 def _bert_like(base_name: str, pad_positions: bool) -> Callable[[Any], Architecture | None]:

@@ -133,7 +133,7 @@ class StepLinear:
             x = x.dequantize()
         if self.modules is not None:
             with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-                outputs = [module(x) for module in self.modules]
+                outputs = [module(x).to(x.dtype) for module in self.modules]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self.inference is not None:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)

@@ -120,7 +120,7 @@ def make_packed_step(
         return None
     architecture = find_architecture(model, answers)
     if architecture is None:
-        say_once(reason_to_pad(model))
+        say_once(reason_to_pad(model, answers))
         return None
     recompute = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute, compiler=compiler)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rerank_fast.model.linear import has_hooks
+from rerank_fast.model.linear import has_hooks, must_be_called
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,10 +57,15 @@ def find_cross_encoder(model: Any) -> Wrapped | str:
     kind = type(inner)
     if kind.__name__ != "CrossEncoder":
         return f"the model is a {kind.__name__}, whose own forward must run"
-    if kind.__module__.startswith("sentence_transformers."):
+    theirs = kind.__module__.startswith("sentence_transformers.")
+    if not theirs and not kind.__module__.startswith("rerank_fast."):
+        return f"the model is a CrossEncoder of {kind.__module__}, whose own forward must run"
+    if theirs:
         parts = [type(part).__name__ for part in inner]
         if parts != ["Transformer"]:
             return f"the CrossEncoder consists of {', '.join(parts)}, not of one Transformer"
+        if must_be_called(inner[0]):
+            return "the CrossEncoder's Transformer has hooks or a forward of its own, which must run"
     dtype = None
     if "forward" in vars(inner):
         dtype = _autocast_of_accelerate(inner)

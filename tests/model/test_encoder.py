@@ -399,6 +399,59 @@ def test_adapters_and_hooked_layers_are_called() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "bert.encoder.layer.1", "bert.encoder.layer.0.attention.self"])
+@pytest.mark.parametrize("change", ["hook", "forward", "class"])
+def test_code_of_somebody_around_the_layers_is_not_passed_over(name: str, change: str) -> None:
+    model = make_model("bert")
+    part = model.get_submodule(name)
+    if change == "hook":
+        part.register_forward_hook(lambda *call: None)
+    elif change == "forward":
+        part.forward = type(part).forward.__get__(part)
+    else:
+        part.__class__ = type("Changed", (type(part),), {"__module__": "somewhere"})
+    assert make_packed_step(model, make_tokens(LENGTHS)) is None
+    assert f"{name} {'is a somewhere.Changed' if change == 'class' else 'has hooks'}" in reason_to_pad(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embeddings.word_embeddings", "encoder.layer.0.output.LayerNorm", "encoder.layer.0.attention.self.dropout"],
+)
+def test_a_module_whose_weights_are_read_must_be_plain(name: str) -> None:
+    model = make_model("bert")
+    part = model.bert.get_submodule(name)
+    handle = part.register_forward_hook(lambda *call: None)
+    assert find_architecture(model) is None
+    handle.remove()
+    assert find_architecture(model) is not None
+    part.__class__ = type("Adapted", (type(part),), {"__module__": "peft.tuners"})
+    assert find_architecture(model) is None
+    assert f"bert.{name} is a peft.tuners.Adapted, which must be called" in reason_to_pad(model)
+
+
+def test_what_gradient_checkpointing_hooks_up_changes_nothing() -> None:
+    model = make_model("bert")
+    model.enable_input_require_grads()
+    assert find_architecture(model) is not None
+
+
+def test_a_head_of_another_dtype_is_called() -> None:
+    model = make_model("bert").bfloat16()
+    model.classifier.float()
+    assert find_architecture(model) is None
+    assert "weights of torch.bfloat16 and torch.float32" in reason_to_pad(model)
+
+
+def test_a_linear_that_is_kept_in_fp32_gives_what_the_others_read() -> None:
+    model = make_model("bert", **NO_DROPOUT)
+    tokens = make_tokens(LENGTHS)
+    expected = run(make_packed_step(model, tokens, dtype=torch.bfloat16))
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output.float())
+    actual = run(make_packed_step(model, tokens, dtype=torch.bfloat16))
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """As after a release of transformers that names it anew: padded, and the log says what is missing."""
     model = make_model("bert-1-layer")
