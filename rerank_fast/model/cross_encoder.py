@@ -52,9 +52,14 @@ class CrossEncoder(nn.Module):
         revision: branch, tag or commit on the hub.
         token: hub access token.
 
+    Attributes:
+        prompts: texts by name, of a directory that sentence-transformers saved with some.
+        default_prompt_name: of the prompt that stands for prompt=None in every method; None for no prompt.
+
     Raises:
-        ValueError: the model is missing, has no safetensors weights, or has more than one label; max_length is
-            below 4 or above the model's positions; dtype is none of the above.
+        ValueError: the model is missing, has no safetensors weights, has more than one label, or a score head
+            outside of the Hugging Face model; max_length is below 4 or above the model's positions; dtype is none
+            of the above.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class CrossEncoder(nn.Module):
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.answers = loaded.answers
+        self.prompts = loaded.prompts
+        self.default_prompt_name = loaded.default_prompt_name
         self._compiler: Compiler | None = None
         self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
@@ -151,6 +158,12 @@ class CrossEncoder(nn.Module):
         else:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
+    def _prompt(self, prompt: str | None) -> str | None:
+        """The one given, or the default one."""
+        if prompt is None and self.default_prompt_name is not None:
+            return self.prompts[self.default_prompt_name]
+        return prompt
+
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
         return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)
 
@@ -176,7 +189,7 @@ class CrossEncoder(nn.Module):
     ) -> tuple[TokenizedPairs, int]:
         """The same, with the number of pairs that were truncated in place of the warning."""
         check_pairs(pairs)
-        parts, truncated = [], 0
+        parts, truncated, prompt = [], 0, self._prompt(prompt)
         tokenize = self._pair_tokenizer()
         for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
             part, cut = tokenize(chunk, self.max_length, prompt)
@@ -271,7 +284,7 @@ class CrossEncoder(nn.Module):
             self.train(was_training)
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
-        truncated, tokenize = 0, self._pair_tokenizer()
+        truncated, tokenize, prompt = 0, self._pair_tokenizer(), self._prompt(prompt)
         parts = (tokenize(chunk, self.max_length, prompt) for chunk in chunks(pairs))
         if len(pairs) > CHUNK:  # for one part a thread would only cost
             parts = ahead(parts)
@@ -300,7 +313,8 @@ class CrossEncoder(nn.Module):
             show_progress_bar: None shows it when INFO messages are logged.
             convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
             convert_to_tensor: return a (N,) fp32 tensor on the model's device.
-            prompt: goes before each query; the instruction of a causal model.
+            prompt: goes before each query; the instruction of a causal model. None takes the model's default
+                prompt, if it has one.
 
         Returns:
             The scores; a single value for one pair.
@@ -341,6 +355,7 @@ class CrossEncoder(nn.Module):
         Returns:
             [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
         """
+        documents = documents if isinstance(documents, str) else list(documents)
         return self.rank_many(
             [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn, prompt
         )[0]
@@ -362,7 +377,7 @@ class CrossEncoder(nn.Module):
             ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
         """
         check_lists(queries, documents_per_query, top_k)
-        if not queries:
+        if len(queries) == 0:
             return []
         pairs = [(q, document) for q, docs in zip(queries, documents_per_query, strict=True) for document in docs]
         all_scores = self.predict(
@@ -400,6 +415,8 @@ class CrossEncoder(nn.Module):
             card,
             directory,
             answers=self.answers,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
             overwrite=overwrite,
         )
 

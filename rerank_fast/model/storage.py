@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +44,8 @@ class LoadedModel:
     card: Card | None  # README.md; of the encoder where the checkpoint has no trained head
     has_head: bool
     answers: Answers | None  # of a causal language model
+    prompts: dict[str, str]  # by name
+    default_prompt_name: str | None
 
 
 @contextlib.contextmanager
@@ -79,6 +81,22 @@ def load(
         config = AutoConfig.from_pretrained(path_or_hub_id, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(_explain(path_or_hub_id, error)) from error
+    saved = _read_json(path_or_hub_id, _SENTENCE_TRANSFORMERS_CONFIG, revision, token) or {}
+    is_reranker = saved.get("model_type") == "CrossEncoder"  # else its prompts and modules are an embedder's
+    modules = _read_json(path_or_hub_id, "modules.json", revision, token) or []
+    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if is_reranker and not {*names} <= {"Transformer", "LogitScore"}:
+        raise ValueError(
+            f"{path_or_hub_id} is a CrossEncoder of the modules {', '.join(names)}; expected one whose score head "
+            "is the Hugging Face model's own, or LogitScore"
+        )
+    prompts, default_prompt_name = (
+        saved.get(name) if is_reranker else None for name in ("prompts", "default_prompt_name")
+    )
+    if default_prompt_name is not None and default_prompt_name not in (prompts or {}):
+        raise ValueError(
+            f"{path_or_hub_id} names the default prompt {default_prompt_name}, but has {[*(prompts or {})]}"
+        )
     architectures = config.architectures or []
     has_head = any(name.endswith("ForSequenceClassification") for name in architectures)
     if has_head and config.num_labels != 1:
@@ -102,7 +120,7 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub)
         except (OSError, ValueError) as error:
             raise ValueError(_explain(path_or_hub_id, error)) from error
-    answers = _answers(path_or_hub_id, tokenizer, revision, token) if causal else None
+    answers = _answers(path_or_hub_id, tokenizer, modules, revision, token) if causal else None
     missing = sorted(report["missing_keys"])
     if missing:
         logger.warning(
@@ -118,10 +136,12 @@ def load(
         tokenizer,
         int(min(tokenizer.model_max_length, positions or math.inf)),
         positions,
-        None if missing else _saved_activation(path_or_hub_id, config, revision, token),
+        None if missing else _saved_activation(path_or_hub_id, config, saved),
         _saved_card(path_or_hub_id, revision, token),
         not missing,
         answers,
+        prompts or {},
+        default_prompt_name,
     )
 
 
@@ -142,7 +162,7 @@ def _max_positions(config: Any) -> int | None:
     if not positions or positions < 0:
         return None
     # RoBERTa and its kin count positions from pad + 1, so that many of the embeddings are never used.
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet"):
         positions -= (config.pad_token_id or 0) + 1
     return int(positions)
 
@@ -153,9 +173,15 @@ def _read_json(path_or_hub_id: str, name: str, revision: str | None, token: str 
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def _answers(path_or_hub_id: str, tokenizer: Any, revision: str | None, token: str | bool | None) -> Answers:
+def _answers(
+    path_or_hub_id: str,
+    tokenizer: Any,
+    modules: list[dict[str, Any]],
+    revision: str | None,
+    token: str | bool | None,
+) -> Answers:
     """The tokens that a causal model answers with: those that sentence-transformers saved, else yes and no."""
-    for module in _read_json(path_or_hub_id, "modules.json", revision, token) or []:
+    for module in modules:
         if str(module.get("type", "")).endswith(".LogitScore"):
             saved = _read_json(path_or_hub_id, f"{module['path']}/config.json", revision, token)
             return Answers(saved["true_token_id"], saved.get("false_token_id"))
@@ -169,11 +195,10 @@ def _answers(path_or_hub_id: str, tokenizer: Any, revision: str | None, token: s
 
 
 def _saved_activation(
-    path_or_hub_id: str, config: Any, revision: str | None, token: str | bool | None
+    path_or_hub_id: str, config: Any, saved: Mapping[str, Any]
 ) -> Callable[[Tensor], Tensor] | None:
     """The activation that sentence-transformers saved, in any of the places its versions used."""
-    saved: dict[str, Any] = getattr(config, "sentence_transformers", None) or {}
-    saved = saved | (_read_json(path_or_hub_id, _SENTENCE_TRANSFORMERS_CONFIG, revision, token) or {})
+    saved = {**(getattr(config, "sentence_transformers", None) or {}), **saved}
     name = saved.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
     if name is None:
         return None
@@ -226,6 +251,8 @@ def save(
     directory: Path,
     *,
     answers: Answers | None,
+    prompts: Mapping[str, str],
+    default_prompt_name: str | None,
     overwrite: bool,
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
@@ -247,7 +274,8 @@ def save(
                 tokenizer.save_pretrained(staging)
             finally:
                 tokenizer.model_max_length = tokenizer_limit
-        for name, content in _sentence_transformers_files(activation_fn, answers).items():
+        files = _sentence_transformers_files(activation_fn, answers, prompts, default_prompt_name)
+        for name, content in files.items():
             (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
@@ -261,7 +289,9 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sentence_transformers_files(activation_fn: object, answers: Answers | None) -> dict[str, Any]:
+def _sentence_transformers_files(
+    activation_fn: object, answers: Answers | None, prompts: Mapping[str, str], default_prompt_name: str | None
+) -> dict[str, Any]:
     """What sentence-transformers 6 reads beside the Hugging Face files."""
     kind = type(activation_fn)
     modules = ["sentence_transformers.base.modules.transformer.Transformer"]
@@ -294,9 +324,9 @@ def _sentence_transformers_files(activation_fn: object, answers: Answers | None)
         _SENTENCE_TRANSFORMERS_CONFIG: {
             "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
             "activation_fn": f"{kind.__module__}.{kind.__qualname__}",
-            "default_prompt_name": None,
+            "default_prompt_name": default_prompt_name,
             "model_type": "CrossEncoder",
-            "prompts": {},
+            "prompts": dict(prompts),
         },
     }
 

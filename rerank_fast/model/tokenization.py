@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -31,7 +31,7 @@ QWEN3_RERANKER_TEMPLATE = (
 def check_pairs(pairs: Sequence[Pair], first: int = 0) -> None:
     """ValueError, with its index, for the first element that is not a pair of strings."""
     for index, pair in enumerate(pairs, start=first):
-        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) != 2:
             raise ValueError(f"pair {index}: expected (query, document), got {pair!r:.80}")
         for side, text in zip(("query", "document"), pair, strict=True):
             if not isinstance(text, str):

@@ -44,6 +44,6 @@ def offsets_error(offsets: Tensor, num_documents: int) -> ValueError:
 
 
 def check_k(k: int | None) -> None:
-    """Raises ValueError for a negative cut."""
-    if k is not None and k < 0:
-        raise ValueError(f"k must be None or at least 0, got {k}")
+    """Raises ValueError for a cut that is negative or no whole number."""
+    if k is not None and (isinstance(k, float) or k < 0):
+        raise ValueError(f"k must be None or a whole number of at least 0, got {k}")

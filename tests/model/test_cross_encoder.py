@@ -152,6 +152,43 @@ def test_models_that_sentence_transformers_saved(directory: Path, tmp_path: Path
     np.testing.assert_allclose(ours.predict(PAIRS), peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
+def test_the_default_prompt_is_theirs_and_stays_through_a_save(directory: Path, tmp_path: Path):
+    prompts = {"question": "the capital of ", "none": ""}
+    peer = PeerCrossEncoder(str(directory), device="cpu", prompts=prompts, default_prompt_name="question")
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    ours = CrossEncoder(tmp_path / "theirs", device="cpu")
+    expected = peer.predict(PAIRS)
+    assert np.abs(ours.predict(PAIRS, prompt="") - expected).max() > 1e-4
+    np.testing.assert_allclose(ours.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours.score_tokens(ours.tokenize(PAIRS)), expected, rtol=1e-5, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    again = PeerCrossEncoder(str(tmp_path / "ours"), device="cpu")
+    assert (again.prompts["question"], again.default_prompt_name) == ("the capital of ", "question")
+    np.testing.assert_allclose(again.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prompts_of_an_embedder_are_not_the_rerankers(directory: Path, tmp_path: Path):
+    CrossEncoder(directory, device="cpu").save_pretrained(tmp_path)
+    file = tmp_path / "config_sentence_transformers.json"
+    saved = {"model_type": "SentenceTransformer", "prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    file.write_text(json.dumps(saved))
+    assert CrossEncoder(tmp_path, device="cpu").default_prompt_name is None
+    file.write_text(json.dumps(saved | {"model_type": "CrossEncoder", "prompts": {}}))
+    with pytest.raises(ValueError, match="names the default prompt query, but has"):
+        CrossEncoder(tmp_path, device="cpu")
+
+
+def test_a_head_beside_the_hugging_face_model_is_not_replaced_by_a_fresh_one(tmp_path: Path):
+    make_tiny_bert(tmp_path, head=False)
+    modules = [{"type": f"sentence_transformers.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
+    with pytest.raises(
+        ValueError, match="of the modules Transformer, Pooling, Dense; expected"
+    ):
+        CrossEncoder(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -229,6 +266,7 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path):
         ([("a", "b", "c")], "pair 0: expected"),
         ([("a", "b"), ("a", None)], "pair 1: expected the document to be a string, got NoneType"),
         ([(1, "b")], "pair 0: expected the query to be a string, got int"),
+        ([{"query": "a", "document": "b"}], "pair 0: expected"),
     ],
 )
 def test_bad_pairs_are_named(model: CrossEncoder, pairs: list, message: str):
@@ -277,6 +315,12 @@ def test_rank_many_is_rank_for_each_query(model: CrossEncoder):
         scores = ([entry["score"] for entry in ranking], [entry["score"] for entry in alone])
         np.testing.assert_allclose(*scores, rtol=1e-5)
     assert model.rank_many([], []) == []
+
+
+def test_arrays_and_generators_of_texts_are_ranked(model: CrossEncoder):
+    expected = model.rank(QUERY, PASSAGES)
+    assert model.rank(QUERY, (passage for passage in PASSAGES)) == expected
+    assert model.rank_many(np.array([QUERY]), [PASSAGES]) == [expected]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_public_name_errors_and_registration():
         ((scores, labels[1:], offsets), "labels must have the shape of scores"),
         ((scores, labels, offsets[1:]), "offsets must rise from 0"),
         ((scores, labels, offsets.int()), "offsets must be int64"),
-        ((scores, labels, offsets, -1), "k must be None or at least 0"),
+        ((scores, labels, offsets, -1), "k must be None or a whole number of at least 0, got -1"),
+        ((scores, labels, offsets, 1.5), "k must be None or a whole number of at least 0, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ndcg(*arguments)
