@@ -294,6 +294,10 @@ def _sentence_transformers_files(
 ) -> dict[str, Any]:
     """What sentence-transformers 6 reads beside the Hugging Face files."""
     kind = type(activation_fn)
+    if not kind.__module__.startswith("torch.nn.modules."):
+        logger.warning(
+            "The activation %s is not one of torch.nn: the saved model opens with Sigmoid.", activation_fn
+        )
     modules = ["sentence_transformers.base.modules.transformer.Transformer"]
     transformer: dict[str, Any] = {
         "transformer_task": "sequence-classification",

@@ -183,9 +183,7 @@ def test_a_head_beside_the_hugging_face_model_is_not_replaced_by_a_fresh_one(tmp
     modules = [{"type": f"sentence_transformers.{name}"} for name in ("Transformer", "Pooling", "Dense")]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
-    with pytest.raises(
-        ValueError, match="of the modules Transformer, Pooling, Dense; expected"
-    ):
+    with pytest.raises(ValueError, match="of the modules Transformer, Pooling, Dense; expected"):
         CrossEncoder(tmp_path)
 
 
@@ -209,6 +207,12 @@ def test_a_config_does_not_choose_code_to_run(tmp_path: Path, caplog: pytest.Log
     (tmp_path / "config_sentence_transformers.json").write_text('{"activation_fn": "os.system"}')
     assert isinstance(CrossEncoder(tmp_path).activation_fn, nn.Sigmoid)
     assert "os.system" in caplog.text
+
+
+def test_an_activation_that_a_saved_model_can_not_name(model: CrossEncoder, tmp_path: Path, caplog):
+    model.activation_fn = torch.sin
+    model.save_pretrained(tmp_path)
+    assert "is not one of torch.nn: the saved model opens with Sigmoid" in caplog.text
 
 
 def test_a_bare_encoder_gets_a_head_and_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
