@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ import pyarrow.parquet
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from rerank_fast.data.pairs import PairBlock, PairFile
+from rerank_fast.data.pairs import PairBlock, PairFile, as_text
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training.distributed import join_processes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def score_file(
 ) -> FileScores:
     """Write a Parquet file with the scores of a file's pairs, row for row.
 
-    Rows are scored in parts, each written when it is done, to the directory OUTPUT.parts. A run that was killed or
-    met a malformed row goes on after them when it is started again, with the same arguments and any number of
+    Rows are scored in parts, each written when it is done, to the directory OUTPUT.parts. A run that was killed
+    goes on after them when it is started again, with the same arguments, on the same file and in any number of
     processes. Under accelerate launch each process scores every n-th part.
 
     Args:
@@ -63,7 +66,7 @@ def score_file(
         output: .parquet file with a column score, or scores (a list) where a row has docs. It appears when all is
             done.
         columns: where the source's columns have other names.
-        keep: columns of the source to copy to the output.
+        keep: columns of the source to copy to the output; as text where JSON has values of several kinds in one.
         rows_per_part: rows that are in memory at a time, and that a kill may lose.
         batch_size: most pairs per forward pass; None lets their tokens decide.
         prompt: goes before each query; the instruction of a causal model.
@@ -81,7 +84,7 @@ def score_file(
             raise ValueError(f"keep can't hold {name}: the output has a column of that name")
     state, parts = process_state(), output.with_name(output.name + ".parts")
     if state.is_main_process:
-        _prepare(output, parts, _run_id(model, file, prompt), overwrite)
+        _prepare(source, output, parts, _run_id(model, file, prompt), overwrite)
     state.wait_for_everyone()
     shares, mine = state.num_processes, state.process_index
 
@@ -127,9 +130,11 @@ def _version(path: Path) -> list[Any]:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
+def _prepare(source: Path, output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
     if output.suffix != ".parquet":
         raise ValueError(f"the output is a .parquet file, got {output}")
+    if output.resolve() == source.resolve():
+        raise ValueError(f"output {output} is the input: expected another file")
     if not output.parent.is_dir():
         raise ValueError(f"output {output}: directory {output.parent} does not exist")
     note = parts / "run.json"
@@ -137,8 +142,9 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
     if output.exists() and not merged and not overwrite:
         raise ValueError(f"{output} already exists; pass overwrite=True (--overwrite) to replace it")
     if parts.exists():
-        before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-        # Of a run that was killed before it wrote its note there is nothing to lose.
+        # Of a run that was killed before it wrote its note, or that finished no part, there is nothing to lose.
+        begun = note.exists() and any(parts.glob("[0-9]*.parquet"))
+        before = json.loads(note.read_text(encoding="utf-8")) if begun else None
         changed = [name for name in run_id if before is not None and before.get(name) != run_id[name]]
         if before == run_id:
             return
@@ -179,14 +185,36 @@ def _merge(parts: Path, output: Path) -> None:
     files = sorted(parts.glob("[0-9]*.parquet"))
     if not files:
         raise ValueError(f"{json.loads((parts / 'run.json').read_text())['source'][0]} holds no pair")
-    # A kept column of JSON may be whole numbers in one part and others in the next.
-    schema = pyarrow.unify_schemas(
-        [pyarrow.parquet.read_schema(file).remove_metadata() for file in files], promote_options="permissive"
-    )
+    names = pyarrow.parquet.read_schema(files[0]).names
+    schema = pyarrow.schema([(name, _common_type(files, name)) for name in names])
 
     def fill(writer: pyarrow.parquet.ParquetWriter) -> None:
         for file in files:
-            writer.write_table(pyarrow.parquet.read_table(file, partitioning=None).cast(schema))
+            table = pyarrow.parquet.read_table(file, partitioning=None)
+            columns = [_converted(table.column(name), schema.field(name).type) for name in names]
+            writer.write_table(pyarrow.table(columns, schema=schema))
 
     _write(output, fill, schema)
     shutil.rmtree(parts)
+
+
+def _common_type(files: Sequence[Path], name: str) -> pyarrow.DataType:
+    """Of a column in all parts; text where values of several kinds were kept from JSON, as numbers and strings."""
+    types = {pyarrow.parquet.read_schema(file).field(name).type for file in files}
+    if len(types) == 1:
+        return types.pop()
+    try:
+        schemas = [pyarrow.schema([(name, one)]) for one in types]
+        common = pyarrow.unify_schemas(schemas, promote_options="permissive").field(name).type
+        for file in files:  # a whole number may be too large for a double
+            pyarrow.parquet.read_table(file, columns=[name], partitioning=None).column(name).cast(common)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+        logger.warning("The kept column %s holds values of several kinds: it is written as text.", name)
+        return pyarrow.string()
+    return common
+
+
+def _converted(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> pyarrow.ChunkedArray:
+    if pyarrow.types.is_string(kind) and column.type not in (kind, pyarrow.null()):
+        return pyarrow.chunked_array([as_text(column.to_pylist())])
+    return column.cast(kind)

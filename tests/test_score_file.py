@@ -89,6 +89,40 @@ def test_a_kill_between_the_output_and_the_removal_of_its_parts(model, tmp_path:
     assert not (tmp_path / "scores.parquet.parts").exists()
 
 
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([0, 1, "x2", "x3"], ["0", "1", "x2", "x3"]),  # of two kinds in two parts
+        (["a", 1, "b", "c"], ["a", "1", "b", "c"]),  # in one part
+        ([True, False, 1.5, None], ["true", "false", "1.5", None]),
+        ([{"n": 1}, {"n": 2}, [3], [4]], ['{"n": 1}', '{"n": 2}', "[3]", "[4]"]),
+        ([2**53 + 1, 1, 0.5, 1.5], [str(2**53 + 1), "1", "0.5", "1.5"]),  # which no double holds
+        ([2**70, 1, 2, 3], [str(2**70), "1", "2", "3"]),
+        ([1, 2, 0.5, None], [1.0, 2.0, 0.5, None]),
+        ([None, None, "a", "b"], [None, None, "a", "b"]),
+    ],
+)
+def test_a_kept_column_of_several_kinds_is_text(model: CrossEncoder, tmp_path: Path, ids: list, kept: list):
+    rows = [{"query": "rain", "document": "sea", "id": one} for one in ids]
+    source, output = write(tmp_path / "pairs.jsonl", rows), tmp_path / "scores.parquet"
+    score_file(model, source, output, keep=["id"], rows_per_part=2)
+    assert column(output, "id") == kept
+
+
+def test_the_input_is_not_written_over(model: CrossEncoder, tmp_path: Path):
+    source = write(tmp_path / "pairs.parquet", ROWS)
+    with pytest.raises(ValueError, match="is the input: expected another file"):
+        score_file(model, source, tmp_path / "." / "pairs.parquet", overwrite=True)
+    assert pyarrow.parquet.read_table(source).num_rows == len(ROWS)
+
+
+def test_a_run_that_finished_no_part_is_in_nobodys_way(model: CrossEncoder, tmp_path: Path):
+    source, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scores.parquet"
+    with pytest.raises(ValueError, match="nope"):
+        score_file(model, source, output, keep=["nope"])
+    assert score_file(model, source, output, keep=["id"]).scored == len(ROWS)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_lists_and_other_names(model: CrossEncoder, tmp_path: Path, suffix: str):
     rows = [

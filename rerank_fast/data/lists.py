@@ -183,7 +183,7 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     place = f"{path}, line {number}"
                     try:
-                        yield place, json.loads(line)
+                        yield place, json.loads(line.rstrip())  # or the parser counts one more line
                     except (ValueError, RecursionError) as error:
                         raise ValueError(f"{place}: not a JSON object: {error}") from error
         except UnicodeDecodeError as error:

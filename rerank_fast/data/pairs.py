@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class PairFile:
             for number, line in lines:
                 place = f"{self.path}, line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip())  # or the parser counts one more line
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{place}: not a JSON object: {error}") from error
                 if not isinstance(row, dict):
@@ -135,11 +135,7 @@ class PairFile:
         def block() -> PairBlock:
             rows = list(parsed())
             assert names is not None
-            try:
-                kept = {name: pyarrow.array([row[name] for _, row in rows]) for name in self.keep}
-            except pyarrow.ArrowInvalid as error:
-                where = f"{self.path}, lines {lines[0][0]}-{lines[-1][0]}"
-                raise ValueError(f"{where}: a kept column has values of several kinds: {error}") from error
+            kept = {name: _column([row[name] for _, row in rows]) for name in self.keep}
             return self._block(index, rows, names, pyarrow.table(kept))
 
         with self.path.open("rb") as file:
@@ -155,6 +151,20 @@ class PairFile:
                     index, lines = index + 1, []
         if lines and wanted(index):
             yield block()
+
+
+def _column(values: list[Any]) -> pyarrow.Array:
+    """A column of JSON values; of several kinds, or of numbers beyond 64 bits, as text."""
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+        return as_text(values)
+
+
+def as_text(values: Iterable[Any]) -> pyarrow.Array:
+    """JSON values as strings: strings as they are, others as JSON writes them."""
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return pyarrow.array(texts, pyarrow.string())
 
 
 def _text(value: Any, place: str) -> str:

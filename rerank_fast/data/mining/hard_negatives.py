@@ -115,6 +115,9 @@ def mine_hard_negatives(
     """
     path = Path(output)
     check_output(path)
+    for source in (queries, corpus):
+        if isinstance(source, str | Path) and Path(source).resolve() == path.resolve():
+            raise ValueError(f"output {path} is one of the inputs: expected another file")
     selection = Selection(
         num_negatives, range_min, range_max, max_score, min_score,
         absolute_margin, relative_margin, sampling_strategy, seed,

@@ -309,3 +309,11 @@ def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pyt
     assert caplog.messages == ["queries without a positive, left out: 1"]
     mine_hard_negatives(rows, CORPUS, output=tmp_path / "p.jsonl", show_progress_bar=False)
     assert capsys.readouterr().err == ""
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / "queries.jsonl"
+    source.write_text('{"query": "query 0", "positives": ["document 0"]}\n')
+    with pytest.raises(ValueError, match="is one of the inputs: expected another file"):
+        mine_hard_negatives(source, DOCUMENTS, output=source, retriever=FixedEncoder(TEXTS), overwrite=True)
+    assert source.read_text()
