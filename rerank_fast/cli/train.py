@@ -22,7 +22,7 @@ def make_parser() -> ArgumentParser:
         "--set",
         type=str,
         nargs="+",
-        action="append",
+        action="extend",
         default=None,
         help="key=value ... in place of the recipe's own",
     )
@@ -94,12 +94,11 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
     # A flag beside the recipe would be ignored: say so.
     defaults = make_parser().parse_args([]).as_dict()
-    given = [
-        name for name, value in options.items() if name not in ("recipe", "set", "push") and value != defaults[name]
-    ]
+    beside = ("recipe", "set", "push", "config")
+    given = [name for name, value in options.items() if name not in beside and value != defaults[name]]
     if given:
         raise ValueError(f"with --recipe, settings go as --set {given[0]}=...; got {', '.join(given)}")
-    recipe = load_recipe(options["recipe"], [override for group in options["set"] or [] for override in group])
+    recipe = load_recipe(options["recipe"], options["set"] or [])
 
     from rerank_fast.training.from_recipe import build_trainer
 

@@ -125,6 +125,16 @@ class Backward:
             reduction_log=config.reduction_log,
             reduction="sum",
         )
+
+        def limit(scores: Tensor) -> Tensor | float:
+            """Of |dL/dscore|, to which the caller gives its last factor: all pairs by those that the cut leaves."""
+            if not config.k or config.reduction != "pairs" or not config.skip_below:
+                return config.skip_below
+            pairs, left = (
+                count_pairs(scores, labels, offsets, scheme=config.scheme, k=k) for k in (None, config.k)
+            )
+            return config.skip_below * left / pairs.clamp(min=1)
+
         step = self.model.step(lists.pairs, dtype=self.dtype)
         lengths = step.tokens.lengths
         plan = plan_micro_batches(
@@ -141,7 +151,7 @@ class Backward:
             cached = self.memory < activation_bytes(
                 self.model.model, sum(sizes), self.dtype, gradient_checkpointing=config.gradient_checkpointing
             )
-        options = {"device": device, "skip_below": config.skip_below} if cached else {}
+        options: dict[str, Any] = {"device": device, "skip_below": limit} if cached else {}
         push: Any = backward_cached if cached else backward_direct
         pushed = push(step, plan, lambda scores: loss(scores) / divisor, scale=self.scale, **options)
         rates.scored += len(lists.pairs)

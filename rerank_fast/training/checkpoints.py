@@ -102,6 +102,10 @@ def clear_output(directory: Path, *, beyond: int = 0) -> None:
             shutil.rmtree(old)
     for name in (METRICS_FILE, NON_FINITE_FILE, *([] if beyond else [LOG_FILE])):
         (directory / name).unlink(missing_ok=True)
+    if not beyond:  # of another model than the one that will be here
+        shutil.rmtree(directory / "adapter", ignore_errors=True)
+        for old in (directory / "onnx").glob("*.onnx"):
+            old.unlink()
     # What a save that was killed left behind.
     for pattern in (".checkpoint-*", ".saving-*", ".old-*"):
         for left in directory.glob(pattern):

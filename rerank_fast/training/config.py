@@ -27,7 +27,7 @@ class TrainingConfig:
         gradient_cache: "on" keeps one micro-batch's graph at a time and scores twice: memory does not grow with the
             lists. "off" keeps all graphs. "auto" does that while they fit half of the free memory.
         skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run again: 0 skips only
-            those that have no gradient.
+            those that have no gradient. With k, a part's own share of pairs under the cut stands for the batch's.
         mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
         max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any. None takes what
             fits a share of the device's free memory, up to what keeps it busy; a resumed run keeps the number.

@@ -47,7 +47,7 @@ def backward_cached(
     *,
     device: torch.device,
     scale: Loss = lambda value: value,
-    skip_below: float = 0.0,
+    skip_below: Callable[[Tensor], Tensor | float] = lambda scores: 0.0,
 ) -> Pushed:
     """The same gradient with one micro-batch's graph at a time: memory does not grow with the lists.
 
@@ -55,9 +55,10 @@ def backward_cached(
     numbers of its first run, and its share of dL/dscores is pushed through its graph (Gao et al. 2021, "Scaling
     deep contrastive learning batch size under memory limited setup").
 
-    A pair whose |dL/dscore| is at most skip_below is not run again. The others get the dropout of their first run,
-    so that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is drawn as a whole
-    (padded ones, and where modules of the model draw inside a layer) is left out as a whole or run as a whole.
+    A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again. The others get the dropout of
+    their first run, so that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is
+    drawn as a whole (padded ones, and where modules of the model draw inside a layer) is left out as a whole or run
+    as a whole.
     """
     # The step was made with gradients on: its products are those of the second run, and so the scores to the bit.
     shared = step.separate()
@@ -70,7 +71,7 @@ def backward_cached(
     value = loss(scores)
     (gradient,) = torch.autograd.grad(value, scores)
     # The one wait for the device. Not "above": a NaN must go on.
-    needed = ~(gradient.abs() <= skip_below).cpu().numpy()
+    needed = ~(gradient.abs() <= skip_below(scores.detach())).cpu().numpy()
     gradient, num_run = scale(gradient), 0
     # A new region: autocast's copies of weights, made without a graph, must not be used again.
     with step.region:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from rerank_fast import CrossEncoder, lambda_loss
+from rerank_fast import CrossEncoder, Trainer, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import make_step
 from rerank_fast.training.gradient_cache import backward_cached, backward_direct
-from tests.training.conftest import make_lists
+from tests.training.conftest import config_for, log_rows, make_lists
 
 CPU = torch.device("cpu")
 
@@ -145,7 +146,7 @@ def test_skip_below_with_dropout_is_the_gradient_of_the_rest(
     _, direct, _ = push(model, lists, cached=False)
     upstream = upstream_of(lists, direct.scores)
     limit = float(upstream.abs().median())
-    found, cached, _ = push(model, lists, cached=True, skip_below=limit)
+    found, cached, _ = push(model, lists, cached=True, skip_below=lambda scores: limit)
     assert cached.num_skipped == int((upstream.abs() <= limit).sum())
     upstream = upstream.where(upstream.abs() > limit, 0.0)
     monkeypatch.setitem(globals(), "lambda_loss", lambda scores, *_, **__: scores @ upstream)
@@ -179,10 +180,32 @@ def test_skip_below_leaves_out_small_gradients_and_counts_them(still_bert: Path)
     scores = direct.scores.clone().requires_grad_()
     lambda_loss(scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)).backward()
     limit = float(scores.grad.abs().median())
-    found, cached, _ = push(model, lists, cached=True, skip_below=limit)
+    found, cached, _ = push(model, lists, cached=True, skip_below=lambda scores: limit)
     assert cached.num_skipped == int((scores.grad.abs() <= limit).sum())
     name = "model.classifier.weight"
     assert not torch.allclose(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_skip_below_is_of_the_loss_that_the_cut_leaves(still_bert: Path, tmp_path: Path):
+    """Its divisor, the pairs under the cut, is known only when all are scored."""
+    words = ["weather", "rain", "sea", "museum", "city", "wind"]
+    draw = np.random.default_rng(5)
+    docs = [[" ".join(draw.choice(words, 6)) for _ in range(20)] for _ in range(4)]
+    rows = Dataset.from_dict({"query": ["panda"] * 4, "docs": docs, "labels": [[1.0] * 3 + [0.0] * 17] * 4})
+    model = CrossEncoder(still_bert, device=CPU)
+    lists = tokenize_lists(rows.to_list(), model)
+    scores = model.score_tokens(lists.pairs, activation_fn=torch.nn.Identity())
+    upstream = upstream_of(lists, scores, k=1).abs()
+    limit = float(upstream[upstream > 0].median()) * 1.001
+    config = config_for(
+        tmp_path, k=1, gradient_cache="on", skip_below=limit, batch_size=4, max_steps=1, mini_batch_size=1
+    )
+    Trainer(model, rows, config=config).train()
+    (row,) = log_rows(tmp_path)
+    expected = float((upstream <= limit).float().mean())
+    assert 0 < expected < 1
+    assert row["skipped_share"] == pytest.approx(expected, abs=0.01)
+    assert row["gradient_norm"] > 0
 
 
 class Held:

@@ -112,6 +112,15 @@ def test_own_lists_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path):
     assert "ndcg@10" in result["metrics"]
 
 
+def test_a_recipes_printed_config_can_be_given_back(hub: Path, tiny_bert: Path, tmp_path: Path, capsys):
+    overrides = [f"model={tiny_bert}", f"lists=[{hub / 'mined.jsonl'}]", f"output={tmp_path / 'own'}", "held_out=4"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--recipe", OWN, "--set", *overrides, *QUICK, "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert (tmp_path / "own" / "metrics.json").exists()
+
+
 def test_recipes_are_printed(capsys: pytest.CaptureFixture):
     assert recipe_names() == [PUBLISHED, OWN]
     assert cli.main(["recipes", PUBLISHED]) == 0

@@ -237,7 +237,12 @@ def test_an_output_that_holds_a_model_is_refused_before_the_data_is_read(
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # A run may start from the very directory it replaces; its checkpoints and log don't mix with the old ones.
     config = replace(config, overwrite=True, max_steps=3, save_steps=2)
+    for name in ("adapter/adapter_config.json", "onnx/model.onnx"):  # of the model that is replaced
+        (tmp_path / "run" / name).parent.mkdir()
+        (tmp_path / "run" / name).write_text("")
     Trainer(tmp_path / "run", train_lists, config=config).train()
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "onnx" / "model.onnx").exists()
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(log_rows(tmp_path / "run")) == 3
