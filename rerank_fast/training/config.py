@@ -151,6 +151,8 @@ class TrainingConfig:
         for name in ("learning_rate", "sigma", "eps", "lora_alpha", "distributed_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.max_length is not None and self.max_length < 4:
             raise ValueError(f"max_length must be None or at least 4, got {self.max_length}")
         if self.max_steps != -1 and self.max_steps < 1:

@@ -21,6 +21,19 @@ class Energy:
     ram_gib: float
 
 
+class _Latest:
+    """What codecarbon has told last, to which this is an output like a file."""
+
+    data: Any = None
+
+    def out(self, total: Any, delta: Any) -> None:
+        self.data = total
+
+    def live_out(self, total: Any, delta: Any) -> None: ...
+
+    def exit(self) -> None: ...
+
+
 class EnergyMeter:
     """Measures from start() to stop(), as codecarbon's offline tracker does.
 
@@ -30,8 +43,12 @@ class EnergyMeter:
 
     def __init__(self) -> None:
         self._tracker: Any = None
+        self._latest = _Latest()
+        self._before: Energy | None = None
 
-    def start(self) -> None:
+    def start(self, before: Energy | None = None) -> None:
+        """Begin to measure; `before` is what an interrupted run has taken that goes on here."""
+        self._before = before
         if importlib.util.find_spec("codecarbon") is None:
             return
         from codecarbon import OfflineEmissionsTracker
@@ -40,10 +57,10 @@ class EnergyMeter:
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         tracker = OfflineEmissionsTracker(
             project_name="rerank_fast",
-            save_to_file=False,
-            save_to_api=False,
+            output_methods=[],  # no file, nothing sent
             log_level="critical",
             allow_multiple_runs=True,
+            output_handlers=[self._latest],
         )
         try:
             tracker.start()
@@ -52,19 +69,31 @@ class EnergyMeter:
         else:
             self._tracker = tracker
 
-    def stop(self) -> Energy | None:
+    def so_far(self) -> Energy | None:
         """None without codecarbon, or where it could not measure."""
+        if self._tracker is None:
+            return None
+        self._tracker.flush()
+        return self._measured()
+
+    def stop(self) -> Energy | None:
+        """As so_far(), at the end."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None
         tracker.stop()
-        data = getattr(tracker, "final_emissions_data", None)
-        if data is None:
+        energy = self._measured()
+        if energy is None:
             logger.warning("codecarbon gave no figures for this run.")
+        return energy
+
+    def _measured(self) -> Energy | None:
+        data, before = self._latest.data, self._before
+        if data is None:
             return None
         return Energy(
-            kwh=float(data.energy_consumed),
-            kg_co2=float(data.emissions),
+            kwh=float(data.energy_consumed) + (before.kwh if before else 0.0),
+            kg_co2=float(data.emissions) + (before.kg_co2 if before else 0.0),
             country=data.country_name,
             cpu_model=str(data.cpu_model or ""),
             ram_gib=float(data.ram_total_size),

@@ -42,6 +42,7 @@ from rerank_fast.training.plot import plot_run
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.training.run_state import Progress
     from rerank_fast.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,14 @@ class RunCard:
         self.meter = EnergyMeter()
         self.energy: Energy | None = None
 
-    def start(self, model: CrossEncoder, output: Path) -> None:
+    def start(self, model: CrossEncoder, output: Path, progress: Progress) -> None:
         """From here on the model is another one than that of the card it came with."""
         model.card = None
         (output / PLOT_FILE).unlink(missing_ok=True)
-        self.meter.start()
+        if progress.energy is not None:
+            self.meter.start(Energy(**progress.energy))
+        elif not progress.step:  # of a run whose first part was not measured, the rest would be too little
+            self.meter.start()
 
     def close(self) -> None:
         """Stop measuring; finish() says what was measured."""

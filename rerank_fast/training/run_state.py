@@ -42,6 +42,8 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated: int = 0  # step of the last evaluation
     evaluation_due: bool = False  # an interruption came before it
+    seconds: float = 0.0  # and what the machine took in them, where it was measured
+    energy: dict[str, Any] | None = None
 
 
 def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -50,7 +50,7 @@ class TrainingResult:
     best_step: int
     metrics: dict[str, float]
     train_loss: float  # mean over all steps
-    seconds: float
+    seconds: float  # of all steps, also of those before the run was resumed
 
 
 class Trainer:
@@ -86,6 +86,8 @@ class Trainer:
         config: TrainingConfig | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if not isinstance(config, TrainingConfig | None):
+            raise ValueError(f"config must be a TrainingConfig, got a {type(config).__qualname__}")
         if not isinstance(model, CrossEncoder | str | os.PathLike):
             raise ValueError(
                 "model must be a rerank_fast.CrossEncoder, a model's directory or a hub id, "
@@ -207,7 +209,7 @@ class Trainer:
             raise
 
     def _run(self) -> TrainingResult:
-        config, model, started = self.config, self.model, time.perf_counter()
+        config, model = self.config, self.model
         # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
         model.activation_fn = nn.Identity()
         model.train()
@@ -225,7 +227,10 @@ class Trainer:
         with closing(self.card), closing(self.log), closing(batches), bar, Signals() as signals:
             while not self._ends(progress.step):
                 asked = time.perf_counter()
-                batch = next(batches)
+                try:
+                    batch = next(batches)
+                except ValueError as error:  # a malformed row of a stream
+                    raise self._kept_before(error, progress, done) from error
                 rates.waited += time.perf_counter() - asked
                 learning_rate = max(self.scheduler.get_last_lr())  # of this step
                 outcome = self._step(batch, rates, interrupted=signals.came)
@@ -270,7 +275,7 @@ class Trainer:
             progress.best_step = progress.step
             self._save_best(progress.step)
         self.trained.finish()
-        seconds, mean_loss = time.perf_counter() - started, progress.loss_sum / max(progress.step, 1)
+        seconds, mean_loss = time.perf_counter() - self._started, progress.loss_sum / max(progress.step, 1)
         result = TrainingResult(
             str(self.output), progress.step, progress.best_step, progress.best, mean_loss, seconds
         )
@@ -310,10 +315,13 @@ class Trainer:
     def _begin(self) -> Progress:
         """A fresh start, or where the checkpoint left off."""
         progress, position, writes = Progress(), 0, self.processes.is_main_process
-        set_seed(self.config.seed + self.processes.process_index)  # dropout differs from process to process
+        self._started = time.perf_counter()
+        # Dropout differs from process to process.
+        set_seed((self.config.seed + self.processes.process_index) % 2**32)
         if self.resumed_from is not None:
             values, tensors = checkpoints.load_checkpoint(self.resumed_from)
             progress = restore(self, values, tensors)
+            self._started -= progress.seconds
             if self._same_run and writes:
                 position = values["log_position"]
         elif self.config.resume == "auto" and checkpoints.is_unfinished(self.output):
@@ -323,7 +331,7 @@ class Trainer:
         if writes:
             checkpoints.mark_unfinished(self.output, best_step=progress.best_step)
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
-            self.card.start(self.model, self.output)
+            self.card.start(self.model, self.output, progress)
         trackers = self.config.trackers if writes else []
         self.log = RunLog(self.output, trackers, asdict(self.config), position=position, step=progress.step)
         self._tell("train_begin", progress.step)
@@ -342,10 +350,11 @@ class Trainer:
             if self.processes.is_main_process:
                 checkpoints.note_non_finite(self.output, step, losses[at], norms[at], lists)
             what = f"gradient's norm became {norms[at]}" if np.isfinite(losses[at]) else f"loss became {losses[at]}"
+            earlier = checkpoints.checkpoints(self.output)
+            before = f"{earlier[-1].name} is from before" if earlier else "There is no checkpoint from before"
             raise FloatingPointError(
                 f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the indices of its "
-                "lists. The newest checkpoint there is from before. A lower learning rate or precision fp32 may "
-                "help."
+                f"lists. {before}. A lower learning rate or precision fp32 may help."
             )
         progress.loss_sum += float(losses.sum())
         progress.overflows += int(overflows.sum())
@@ -393,7 +402,23 @@ class Trainer:
         else:
             self.trained.help_save()
 
+    def _kept_before(
+        self, error: ValueError, progress: Progress, done: list[tuple[Tensor, np.ndarray]]
+    ) -> ValueError:
+        """Lists that can't be read end a run, but not without a checkpoint of the steps before.
+
+        Of several processes the others may never come to the save.
+        """
+        if self.processes.num_processes > 1 or not progress.step:
+            return error
+        if done:
+            self._summary(done, progress)
+        path = self._checkpoint(progress)
+        return ValueError(f"{error}; {path} holds the steps before: mend it and go on with --resume auto")
+
     def _checkpoint(self, progress: Progress) -> Path:
+        progress.seconds, energy = time.perf_counter() - self._started, self.card.meter.so_far()
+        progress.energy = None if energy is None else asdict(energy)
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:

@@ -49,6 +49,8 @@ def test_the_defaults_are_the_published_recipe():
         ("metric_for_best", "ndcg@0"),
         ("save_total_limit", 0),
         ("output", ""),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_a_value_that_no_run_can_use_is_named(name: str, value: object):

@@ -287,9 +287,17 @@ def test_codecarbon_measures_without_the_network(monkeypatch: pytest.MonkeyPatch
     meter = EnergyMeter()
     meter.start()
     sum(i * i for i in range(10**6))
+    first = meter.so_far()
+    sum(i * i for i in range(10**6))
     energy = meter.stop()
+    assert first is not None
     assert energy is not None
-    assert energy.kwh > 0
+    assert energy.kwh > first.kwh > 0
+    meter.start(energy)
+    sum(i * i for i in range(10**6))
+    both = meter.stop()
+    assert both is not None
+    assert (both.kwh, both.kg_co2) > (energy.kwh, energy.kg_co2)
     assert energy.country == "France"
     assert not asked
     assert EnergyMeter().stop() is None  # never started

@@ -18,8 +18,9 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.model import storage
-from rerank_fast.training import checkpoints
+from rerank_fast.training import card_data, checkpoints
 from rerank_fast.training.checkpoints import CheckpointError
+from rerank_fast.training.energy import Energy, EnergyMeter
 from rerank_fast.training.events import TrainingInterrupted
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
@@ -257,6 +258,62 @@ def test_a_stream_goes_on_where_it_was(tiny_bert: Path, tmp_path: Path):
     Trainer(tiny_bert, source, config=config_for(tmp_path / "b", **settings, resume="auto")).train()
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_malformed_row_of_a_stream_costs_no_step(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(card_data, "_FIRST", 8)  # lists that are read before the run
+    settings = {"streaming": True, "shuffle_buffer": 4, "save_steps": 99, "max_steps": 9, "logging_steps": 99}
+    rows = [json.dumps(row) + "\n" for row in make_lists(48)]
+    (tmp_path / "sound.jsonl").write_text("".join(rows))
+    (tmp_path / "lists.jsonl").write_text("".join([*rows[:30], rows[30].replace("query", "question"), *rows[31:]]))
+    config = config_for(tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match=r"lists.jsonl, line 31: .*checkpoint-\d holds the steps before: mend it"):
+        Trainer(tiny_bert, str(tmp_path / "lists.jsonl"), config=config).train()
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert int(saved.name.partition("-")[2]) == (30 - 4) // config.batch_size
+    (tmp_path / "lists.jsonl").write_text("".join(rows))
+    Trainer(tiny_bert, str(tmp_path / "lists.jsonl"), config=replace(config, resume="auto")).train()
+    whole = Trainer(tiny_bert, str(tmp_path / "sound.jsonl"), config=config_for(tmp_path / "whole", **settings))
+    loss = whole.train().train_loss
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_loss"] == pytest.approx(loss)
+
+
+def test_time_and_energy_are_those_of_all_parts(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    began = []
+
+    def measured(meter: EnergyMeter) -> Energy:
+        before = began[-1]
+        return Energy(1.0 + (before.kwh if before else 0.0), 2.0, None, "A CPU", 23.5)
+
+    monkeypatch.setattr(EnergyMeter, "start", lambda meter, before=None: began.append(before))
+    monkeypatch.setattr(EnergyMeter, "so_far", measured)
+    monkeypatch.setattr(EnergyMeter, "stop", measured)
+    config = config_for(tmp_path / "run", max_steps=6, save_steps=2)
+    Trainer(tiny_bert, make_lists(48), config=config, callbacks=[stop_at(3)]).train()
+    file = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    values = json.loads(file.read_text())
+    assert values["progress"]["seconds"] > 0
+    values["progress"]["seconds"] += 3600
+    file.write_text(json.dumps(values))
+    result = Trainer(tiny_bert, make_lists(48), config=replace(config, resume="auto")).train()
+    assert result.seconds > 3600
+    assert [before and before.kwh for before in began] == [None, 1.0]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- **Energy:** 2 kWh" in card
+    assert "- **Training time:** 1.00 hours" in card
+
+
+def test_energy_of_a_part_is_not_that_of_the_run(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = config_for(tmp_path / "run", max_steps=6, save_steps=2)
+    with monkeypatch.context() as without:
+        without.setattr(EnergyMeter, "so_far", lambda meter: None)
+        Trainer(tiny_bert, make_lists(48), config=config, callbacks=[stop_at(3)]).train()
+    Trainer(tiny_bert, make_lists(48), config=replace(config, resume="auto")).train()
+    assert "**Energy and carbon:** not measured" in (tmp_path / "run" / "README.md").read_text()
 
 
 def stop_at(step: int):

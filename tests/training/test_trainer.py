@@ -158,7 +158,9 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
     config = config_for(tmp_path, logging_steps=99, save_steps=3)
     trainer = Trainer(tiny_bert, lists, config=config, callbacks=[spoil])
     fifth = list(islice(trainer.batches(), 5))[-1]
-    with pytest.raises(FloatingPointError, match=r"loss became nan in step 5; .*/non_finite_loss.json has"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss became nan in step 5; .*/non_finite_loss.json has.* checkpoint-3 is"
+    ):
         trainer.train()
     written = json.loads((tmp_path / "non_finite_loss.json").read_text())
     assert written == {"step": 5, "loss": "nan", "gradient_norm": "nan", "lists": fifth.indices.tolist()}
@@ -249,6 +251,8 @@ def test_an_output_that_holds_a_model_is_refused_before_the_data_is_read(
 
 
 def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+    with pytest.raises(ValueError, match="config must be a TrainingConfig, got a dict"):
+        Trainer(str(tiny_bert), train_lists, config={"max_steps": 1})
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "file" / "run"))
