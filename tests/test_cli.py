@@ -180,6 +180,19 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
     row = written["metrics"]["NanoBEIR_R100_mean_ndcg@10"]
     assert row["b"] == pytest.approx(quantized["NanoBEIR_R100_mean_ndcg@10"], abs=1e-9)
 
+    arguments = [
+        "evaluate",
+        *models[:2],
+        "--model",
+        "no/model",
+        *arguments[3:],
+        "--details",
+        str(tmp_path / "none"),
+    ]
+    assert cli.main(arguments) == 2
+    assert "no/model" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()  # the model that is there was not measured
+
     single = ["evaluate", *models[:2], "--nano_beir", "nq", "--nano_beir_id", str(nano)]
     assert cli.main(single) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
