@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,44 @@ from typing import Any
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+_AVX2 = ["-msse4.2", "-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# GCC takes half registers where it vectorises loops by itself, unless it is told.
+_AVX512 += ["-mprefer-vector-width=512"]
+# By processor, lowest first: every csrc/**/*_kernels.cpp is compiled once for each of them. Which of them a machine
+# has is asked for in csrc/common/dispatch.cpp.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "sse4": ["-msse4.2"],
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    },
+    "aarch64": {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]},
+}
+
+
+class Compiler:
+    """The C++ compiler that $CXX names: for which processor it compiles, and which of its sets it knows."""
+
+    def __init__(self) -> None:
+        self.command = os.environ.get("CXX", "c++")
+        machine = self._run("-dumpmachine").split("-")[0]
+        machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+        sets = INSTRUCTION_SETS.get(machine, {"portable": []})
+        self.sets = {name: flags for name, flags in sets.items() if self._knows(flags)}
+
+    def _run(self, *arguments: str) -> str:
+        command = [*shlex.split(self.command), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+
+    def _knows(self, flags: list[str]) -> bool:
+        try:
+            self._run(*flags, "-x", "c++", "-fsyntax-only", os.devnull)
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
 
 class NinjaBuildExt(build_ext):
@@ -31,25 +70,33 @@ class NinjaBuildExt(build_ext):
         from ninja import BIN_DIR
         from ninja.ninja_syntax import Writer
 
+        compiler = Compiler()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{path}" for path in (*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs)]
+        sets = " ".join(f"X({name})" for name in compiler.sets)
+        flags = [*ext.extra_compile_args, f"-DRERANK_FAST_SETS(X)={sets}"]
+        if "avx512_bf16" in compiler.sets:
+            flags.append("-DRERANK_FAST_HAS_AVX512_BF16")
+        includes = [*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs]
+        flags += [f"-I{Path(path).resolve()}" for path in includes]
         with (build / "build.ninja").open("w") as file:
-            ninja: Any = Writer(file)
-            ninja.variable("cxx", os.environ.get("CXX", "c++"))
-            ninja.variable("cflags", [*ext.extra_compile_args, *includes])
+            ninja: Any = Writer(file, width=10_000)
+            ninja.variable("cxx", compiler.command)
+            ninja.variable("cflags", " ".join(shlex.quote(flag) for flag in flags))
             ninja.variable("ldflags", ext.extra_link_args)
-            ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags $set -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", "$cxx $in -o $out $ldflags")
             objects = []
-            for source in ext.sources:
-                object_file = str(build / (Path(source).stem + ".o"))
-                ninja.build(object_file, "compile", str(Path(source).resolve()))
-                objects.append(object_file)
+            for source in map(Path, ext.sources):
+                per_set = source.stem.endswith("_kernels")
+                for name, own in compiler.sets.items() if per_set else [("portable", [])]:
+                    objects.append(str(build / f"{source.parent.name}-{source.stem}.{name}.o"))
+                    variables = {"set": [f"-DRERANK_FAST_SET={name}", *own]}
+                    ninja.build(objects[-1], "compile", str(source.resolve()), variables=variables)
             ninja.build(str(target), "link", objects)
-        subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build)], check=True)
+        subprocess.run([str(Path(BIN_DIR) / "ninja"), "--quiet", "-C", str(build)], check=True)
 
     def copy_extensions_to_source(self) -> None:
         # An editable install copies what was built; after a failed build there is nothing to copy.
@@ -62,25 +109,24 @@ class NinjaBuildExt(build_ext):
 
 macos = sys.platform == "darwin"
 compile_args = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
-compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
+compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
 link_args = ["-bundle", "-undefined", "dynamic_lookup"] if macos else ["-shared", "-pthread"]
-if os.environ.get("RERANK_FAST_NATIVE") == "1":
-    compile_args.append("-march=native")
 if os.environ.get("RERANK_FAST_SANITIZE") == "1":
     # For the tests of csrc/ (.ci/sanitize): Python must run with libasan preloaded.
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitizers]
     link_args += sanitizers
 
-setup(
-    ext_modules=[
-        Extension(
-            "rerank_fast._C",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=compile_args,
-            extra_link_args=link_args,
-        )
-    ],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "rerank_fast._C",
+                sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+                include_dirs=["csrc", pybind11.get_include()],
+                extra_compile_args=compile_args,
+                extra_link_args=link_args,
+            )
+        ],
+        cmdclass={"build_ext": NinjaBuildExt},
+    )

@@ -1,42 +1,66 @@
 // Python's door to the kernels: addresses and sizes in, nothing else.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <tuple>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
-#include "int8_rows.h"
-#include "lambda_loss.h"
-#include "lambda_loss_pairs.h"
-#include "ndcg.h"
-#include "residual_norm.h"
-#include "score_head.h"
-#include "threads.h"
-#include "varlen_attention.h"
+#include "attention/attention.h"
+#include "common/dispatch.h"
+#include "common/lanes.h"
+#include "common/math_kernels.h"
+#include "common/threads.h"
+#include "lambda_loss/kernels.h"
+#include "lambda_loss/lambda_loss.h"
+#include "lambda_loss/ndcg.h"
+#include "rows/int8_rows.h"
+#include "rows/residual_norm.h"
+#include "rows/score_head.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using namespace rerank_fast;
 using Address = std::uintptr_t;
+using Names = std::vector<std::string>;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The names of C++'s enumerations, in their order; Python gives and reads these.
+const Names kSchemes{"none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"};
+const Names kReductions{"pairs", "lists", "sum", "none"};
+const Names kActivations{"none", "tanh", "gelu", "relu"};
+
+template <typename Enum>
+Enum named(const Names& names, const std::string& name) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) throw std::invalid_argument("unknown name " + name);
+  return static_cast<Enum>(found - names.begin());
+}
 
 // False, and nothing done, where the offsets do not rise from 0 to num_documents.
 template <typename T>
-bool lambda_loss(Address scores, Address labels, Address offsets, std::int64_t num_documents, std::int64_t num_lists,
-                 int scheme, std::int64_t k, double sigma, double mu, double eps, double scale, int reduction,
-                 int num_threads, Address loss, Address grad) {
-  const rerank_fast::LambdaLossOptions options{static_cast<rerank_fast::Scheme>(scheme),
-                                               k,
-                                               sigma,
-                                               mu,
-                                               eps,
-                                               scale,
-                                               static_cast<rerank_fast::Reduction>(reduction),
-                                               num_threads};
-  const auto* const bounds = reinterpret_cast<const std::int64_t*>(offsets);
-  if (!rerank_fast::offsets_rise(bounds, num_lists, num_documents)) return false;
+bool run_lambda_loss(const LambdaLossOptions& options, Address scores, Address labels, Address offsets,
+                     std::int64_t num_documents, std::int64_t num_lists, Address loss, Address grad) {
+  if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
   py::gil_scoped_release release;
-  rerank_fast::lambda_loss<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels), bounds,
-                              num_lists, options, reinterpret_cast<T*>(loss), reinterpret_cast<T*>(grad));
+  lambda_loss<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, options, at<T>(loss), at<T>(grad));
+  return true;
+}
+
+template <typename T>
+bool run_ndcg(Address scores, Address labels, Address offsets, std::int64_t num_documents, std::int64_t num_lists,
+              std::int64_t k, int num_threads, Address result) {
+  if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
+  py::gil_scoped_release release;
+  ndcg<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, k, num_threads, at<T>(result));
   return true;
 }
 
@@ -44,199 +68,204 @@ bool lambda_loss(Address scores, Address labels, Address offsets, std::int64_t n
 double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::int64_t columns, Address score,
                               Address exponential, Address reciprocal, Address weight, Address column_pull,
                               Address row_pull, Address loss, int num_threads) {
-  const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
-  auto* const losses = reinterpret_cast<double*>(loss);
+  const auto floor = kernels().lambda_loss->pair_floor;
+  auto* const losses = at<double>(loss);
   py::gil_scoped_release release;
-  rerank_fast::parallel_for(num_threads, num_lists, [&](std::int64_t q) {
-    losses[q] = rerank_fast::pair_floor(rows, columns, floats(score) + q * columns, floats(exponential) + q * columns,
-                                        floats(reciprocal) + q * columns, floats(weight),
-                                        floats(column_pull) + q * columns,
-                                        reinterpret_cast<double*>(row_pull) + q * rows);
+  parallel_for(num_threads, num_lists, [&](std::int64_t q) {
+    losses[q] = floor(rows, columns, at<float>(score) + q * columns, at<float>(exponential) + q * columns,
+                      at<float>(reciprocal) + q * columns, at<float>(weight), at<float>(column_pull) + q * columns,
+                      at<double>(row_pull) + q * rows);
   });
   double total = 0;
   for (std::int64_t q = 0; q < num_lists; ++q) total += losses[q];
   return total;
 }
 
-// Address, token stride and head stride of a tensor (tokens, heads, head_size).
-using RowsTuple = std::tuple<Address, std::int64_t, std::int64_t>;
-// (sequences, heads, kv_heads, head_size, cu_seqlens_q, cu_seqlens_k, dropout_rows, bf16, scale, window_left,
-// window_right, dropout_p, seed, threads)
-using AttentionTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address,
-                                  bool, double, std::int64_t, std::int64_t, double, std::uint64_t, int>;
-
-rerank_fast::Rows rows(const RowsTuple& tuple) {
-  return {reinterpret_cast<void*>(std::get<0>(tuple)), std::get<1>(tuple), std::get<2>(tuple)};
+void check(const AttentionShape& shape) {
+  if (!sequences_fit(shape))
+    throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens of q, and of k and v");
 }
 
-rerank_fast::AttentionShape attention_shape(const AttentionTuple& tuple) {
-  return std::apply(
-      [](auto sequences, auto heads, auto kv_heads, auto size, auto cu_q, auto cu_k, auto dropout_rows,
-         auto... rest) {
-        return rerank_fast::AttentionShape{sequences, heads, kv_heads, size,
-                                           reinterpret_cast<const std::int32_t*>(cu_q),
-                                           reinterpret_cast<const std::int32_t*>(cu_k),
-                                           reinterpret_cast<const std::int32_t*>(dropout_rows), rest...};
-      },
-      tuple);
+// For tests: a function of common/math.h at `count` values, whole blocks.
+void evaluate(const std::string& name, Address from, std::int64_t count, Address to) {
+  for (const MathFunction* function = kernels().math->functions; function->name != nullptr; ++function)
+    if (name == function->name && count % kBlock == 0)
+      return function->evaluate(at<float>(from), count, at<float>(to));
+  throw std::invalid_argument("no function " + name + ", or no whole blocks");
 }
 
-void varlen_attention_forward(const AttentionTuple& shape, const RowsTuple& q, const RowsTuple& k, const RowsTuple& v,
-                              const RowsTuple& out, Address lse) {
-  py::gil_scoped_release release;
-  rerank_fast::varlen_attention_forward(attention_shape(shape), rows(q), rows(k), rows(v), rows(out),
-                                        reinterpret_cast<float*>(lse));
+void bind_lambda_loss(py::module_& module) {
+  module.attr("SCHEMES") = kSchemes;
+  module.attr("REDUCTIONS") = kReductions;
+  py::class_<LambdaLossOptions>(module, "LambdaLossOptions")
+      .def(py::init([](const std::string& scheme, std::int64_t k, double sigma, double mu, double eps, double scale,
+                       const std::string& reduction, int num_threads) {
+             return LambdaLossOptions{named<Scheme>(kSchemes, scheme),          k,  sigma, mu, eps, scale,
+                                      named<Reduction>(kReductions, reduction), num_threads};
+           }),
+           py::kw_only(), py::arg("scheme"), py::arg("k"), py::arg("sigma"), py::arg("mu"), py::arg("eps"),
+           py::arg("scale"), py::arg("reduction"), py::arg("num_threads"));
+  module.def("lambda_loss_float", &run_lambda_loss<float>);
+  module.def("lambda_loss_double", &run_lambda_loss<double>);
+  module.def("lambda_loss_pair_floor", &lambda_loss_pair_floor);
+  module.def("ndcg_float", &run_ndcg<float>);
+  module.def("ndcg_double", &run_ndcg<double>);
 }
 
-void varlen_attention_backward(const AttentionTuple& shape, const RowsTuple& q, const RowsTuple& k,
-                               const RowsTuple& v, const RowsTuple& out, Address lse, const RowsTuple& grad_out,
-                               const RowsTuple& dq, const RowsTuple& dk, const RowsTuple& dv) {
-  py::gil_scoped_release release;
-  rerank_fast::varlen_attention_backward(attention_shape(shape), rows(q), rows(k), rows(v), rows(out),
-                                         reinterpret_cast<const float*>(lse), rows(grad_out), rows(dq), rows(dk),
-                                         rows(dv));
+void bind_attention(py::module_& module) {
+  py::class_<Rows>(module, "Rows")
+      .def(py::init([](Address data, std::int64_t token_stride, std::int64_t head_stride) {
+        return Rows{at<void>(data), token_stride, head_stride};
+      }));
+  py::class_<AttentionShape>(module, "AttentionShape")
+      .def(py::init([](std::int64_t num_sequences, std::int64_t num_queries, std::int64_t num_keys,
+                       std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_size,
+                       Address cu_seqlens_q, Address cu_seqlens_k, Address dropout_rows, bool bf16, double scale,
+                       std::int64_t window_left, std::int64_t window_right, double dropout_p, std::uint64_t seed,
+                       int num_threads) {
+             return AttentionShape{num_sequences,
+                                   num_queries,
+                                   num_keys,
+                                   num_heads,
+                                   num_kv_heads,
+                                   head_size,
+                                   at<std::int32_t>(cu_seqlens_q),
+                                   at<std::int32_t>(cu_seqlens_k),
+                                   at<std::int32_t>(dropout_rows),
+                                   bf16,
+                                   scale,
+                                   window_left,
+                                   window_right,
+                                   dropout_p,
+                                   seed,
+                                   num_threads};
+           }),
+           py::kw_only(), py::arg("num_sequences"), py::arg("num_queries"), py::arg("num_keys"), py::arg("num_heads"),
+           py::arg("num_kv_heads"), py::arg("head_size"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
+           py::arg("dropout_rows"), py::arg("bf16"), py::arg("scale"), py::arg("window_left"), py::arg("window_right"),
+           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+  module.def("attention_forward", [](const AttentionShape& shape, const Rows& q, const Rows& k, const Rows& v,
+                                     const Rows& out, Address lse) {
+    check(shape);
+    py::gil_scoped_release release;
+    attention_forward(shape, {q, k, v, out, at<float>(lse)});
+  });
+  module.def("attention_backward",
+             [](const AttentionShape& shape, const Rows& q, const Rows& k, const Rows& v, const Rows& out, Address lse,
+                const Rows& grad_out, const Rows& dq, const Rows& dk, const Rows& dv) {
+               check(shape);
+               py::gil_scoped_release release;
+               attention_backward(shape, {q, k, v, out, at<float>(lse), grad_out, dq, dk, dv});
+             });
 }
 
-// (rows, width, dropout_rows, bf16, eps, dropout_p, seed, threads)
-using NormTuple = std::tuple<std::int64_t, std::int64_t, Address, bool, double, double, std::uint64_t, int>;
-
-rerank_fast::ResidualNormShape norm_shape(const NormTuple& tuple) {
-  return std::apply(
-      [](auto rows, auto width, auto dropout_rows, auto... rest) {
-        return rerank_fast::ResidualNormShape{rows, width, reinterpret_cast<const std::int32_t*>(dropout_rows),
-                                              rest...};
-      },
-      tuple);
+void bind_residual_norm(py::module_& module) {
+  py::class_<ResidualNormShape>(module, "ResidualNormShape")
+      .def(py::init([](std::int64_t rows, std::int64_t width, Address dropout_rows, bool bf16, double eps,
+                       double dropout_p, std::uint64_t seed, int num_threads) {
+             return ResidualNormShape{rows, width,     at<std::int32_t>(dropout_rows), bf16,
+                                      eps,  dropout_p, seed,                           num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("width"), py::arg("dropout_rows"), py::arg("bf16"), py::arg("eps"),
+           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+  module.def("residual_norm_forward",
+             [](const ResidualNormShape& shape, Address x, Address residual, Address weight, Address bias, Address y,
+                Address y_narrow, Address mean, Address rstd) {
+               py::gil_scoped_release release;
+               residual_norm_forward(shape, {at<void>(x), at<float>(residual), at<float>(weight), at<float>(bias),
+                                             at<float>(y), at<void>(y_narrow), at<float>(mean), at<float>(rstd)});
+             });
+  module.def("residual_norm_backward",
+             [](const ResidualNormShape& shape, Address x, Address residual, Address weight, Address mean,
+                Address rstd, Address grad_y, Address grad_y_narrow, Address grad_x, Address grad_residual,
+                Address grad_weight, Address grad_bias) {
+               py::gil_scoped_release release;
+               residual_norm_backward(
+                   shape, {at<void>(x), at<float>(residual), at<float>(weight), at<float>(mean), at<float>(rstd),
+                           at<float>(grad_y), at<void>(grad_y_narrow), at<void>(grad_x), at<float>(grad_residual),
+                           at<float>(grad_weight), at<float>(grad_bias)});
+             });
 }
 
-void residual_norm_forward(const NormTuple& shape, Address x, Address residual, Address weight, Address bias,
-                           Address y, Address y_narrow, Address mean, Address rstd) {
-  py::gil_scoped_release release;
-  rerank_fast::residual_norm_forward(
-      norm_shape(shape), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(residual),
-      reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y),
-      reinterpret_cast<void*>(y_narrow), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd));
+void bind_score_head(py::module_& module) {
+  module.attr("ACTIVATIONS") = kActivations;
+  py::class_<ScoreHeadShape>(module, "ScoreHeadShape")
+      .def(py::init([](std::int64_t rows, std::int64_t hidden, std::int64_t width, bool bf16,
+                       const std::string& activation, double dropout_p, double dropout_in_p, std::uint64_t seed,
+                       int num_threads) {
+             return ScoreHeadShape{rows,      hidden,       width, bf16,       named<Activation>(kActivations, activation),
+                                   dropout_p, dropout_in_p, seed,  num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("hidden"), py::arg("width"), py::arg("bf16"), py::arg("activation"),
+           py::arg("dropout_p"), py::arg("dropout_in_p"), py::arg("seed"), py::arg("num_threads"));
+  module.def("score_head_gather", [](const ScoreHeadShape& shape, Address from, std::int64_t stride,
+                                     std::int64_t from_rows, Address index, Address x) {
+    const auto* const rows = at<std::int64_t>(index);
+    for (std::int64_t i = 0; rows != nullptr && i < shape.rows; ++i)
+      if (rows[i] < 0 || rows[i] >= from_rows)
+        throw std::out_of_range("index " + std::to_string(rows[i]) + " is out of range for " +
+                                std::to_string(from_rows) + " hidden states");
+    py::gil_scoped_release release;
+    score_head_gather(shape, {at<void>(from), stride, rows, at<void>(x)});
+  });
+  module.def("score_head_dot", [](const ScoreHeadShape& shape, Address product, Address out_weight, Address out_bias,
+                                  Address scores) {
+    py::gil_scoped_release release;
+    score_head_dot(shape, {at<void>(product), at<float>(out_weight), at<float>(out_bias), at<float>(scores)});
+  });
+  module.def("score_head_dot_backward",
+             [](const ScoreHeadShape& shape, Address product, Address out_weight, Address grad_scores,
+                Address grad_product, Address grad_dense_bias, Address grad_out_weight) {
+               py::gil_scoped_release release;
+               score_head_dot_backward(shape, {at<void>(product), at<float>(out_weight), at<float>(grad_scores),
+                                               at<void>(grad_product), at<float>(grad_dense_bias),
+                                               at<float>(grad_out_weight)});
+             });
 }
 
-void residual_norm_backward(const NormTuple& shape, Address x, Address residual, Address weight, Address mean,
-                            Address rstd, Address grad_y, Address grad_y_narrow, Address grad_x,
-                            Address grad_residual, Address grad_weight, Address grad_bias) {
-  py::gil_scoped_release release;
-  rerank_fast::residual_norm_backward(
-      norm_shape(shape), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(residual),
-      reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(mean),
-      reinterpret_cast<const float*>(rstd), reinterpret_cast<const float*>(grad_y),
-      reinterpret_cast<const void*>(grad_y_narrow), reinterpret_cast<void*>(grad_x),
-      reinterpret_cast<float*>(grad_residual), reinterpret_cast<float*>(grad_weight),
-      reinterpret_cast<float*>(grad_bias));
-}
-
-// (rows, hidden, width, bf16, activation, dropout_p, dropout_in_p, seed, threads)
-using HeadTuple =
-    std::tuple<std::int64_t, std::int64_t, std::int64_t, bool, int, double, double, std::uint64_t, int>;
-
-rerank_fast::ScoreHeadShape head_shape(const HeadTuple& tuple) {
-  return std::apply(
-      [](auto rows, auto hidden, auto width, auto bf16, auto activation, auto... rest) {
-        return rerank_fast::ScoreHeadShape{rows, hidden, width, bf16,
-                                           static_cast<rerank_fast::Activation>(activation), rest...};
-      },
-      tuple);
-}
-
-void score_head_gather(const HeadTuple& shape, Address from, std::int64_t stride, Address index, Address x) {
-  py::gil_scoped_release release;
-  rerank_fast::score_head_gather(head_shape(shape), reinterpret_cast<const void*>(from), stride,
-                                 reinterpret_cast<const std::int64_t*>(index), reinterpret_cast<void*>(x));
-}
-
-void score_head_dot(const HeadTuple& shape, Address product, Address out_weight, Address out_bias, Address scores) {
-  py::gil_scoped_release release;
-  rerank_fast::score_head_dot(head_shape(shape), reinterpret_cast<const void*>(product),
-                              reinterpret_cast<const float*>(out_weight), reinterpret_cast<const float*>(out_bias),
-                              reinterpret_cast<float*>(scores));
-}
-
-void score_head_dot_backward(const HeadTuple& shape, Address product, Address out_weight, Address grad_scores,
-                             Address grad_product, Address grad_dense_bias, Address grad_out_weight) {
-  py::gil_scoped_release release;
-  rerank_fast::score_head_dot_backward(
-      head_shape(shape), reinterpret_cast<const void*>(product), reinterpret_cast<const float*>(out_weight),
-      reinterpret_cast<const float*>(grad_scores), reinterpret_cast<void*>(grad_product),
-      reinterpret_cast<float*>(grad_dense_bias), reinterpret_cast<float*>(grad_out_weight));
-}
-
-template <typename T>
-void ndcg(Address scores, Address labels, Address offsets, std::int64_t num_lists, std::int64_t k, int num_threads,
-          Address result) {
-  py::gil_scoped_release release;
-  rerank_fast::ndcg<T>(reinterpret_cast<const T*>(scores), reinterpret_cast<const T*>(labels),
-                       reinterpret_cast<const std::int64_t*>(offsets), num_lists, k, num_threads,
-                       reinterpret_cast<T*>(result));
-}
-
-// (rows, width, bf16, threads)
-using Int8RowsTuple = std::tuple<std::int64_t, std::int64_t, bool, int>;
-
-rerank_fast::Int8RowsShape int8_rows_shape(const Int8RowsTuple& tuple) {
-  return std::apply([](auto... values) { return rerank_fast::Int8RowsShape{values...}; }, tuple);
-}
-
-// (values, scale, levels)
-using Int8RowsOut = std::tuple<Address, Address, int>;
-
-rerank_fast::Int8Rows int8_rows(const Int8RowsOut& tuple) {
-  return {reinterpret_cast<std::uint8_t*>(std::get<0>(tuple)), reinterpret_cast<float*>(std::get<1>(tuple)),
-          std::get<2>(tuple)};
-}
-
-void quantize_rows(const Int8RowsTuple& shape, Address x, const Int8RowsOut& to) {
-  py::gil_scoped_release release;
-  rerank_fast::quantize_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x), int8_rows(to));
-}
-
-void scale_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias) {
-  py::gil_scoped_release release;
-  rerank_fast::scale_rows(int8_rows_shape(shape), reinterpret_cast<void*>(x),
-                          reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias));
-}
-
-void gelu_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, const Int8RowsOut& to) {
-  py::gil_scoped_release release;
-  rerank_fast::gelu_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
-                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias),
-                         int8_rows(to));
-}
-
-void norm_rows(const Int8RowsTuple& shape, Address x, Address row_scale, Address bias, Address residual,
-               Address norm_weight, Address norm_bias, double eps, Address y, const Int8RowsOut& to) {
-  const rerank_fast::Int8Norm norm{reinterpret_cast<const float*>(residual),
-                                   reinterpret_cast<const float*>(norm_weight),
-                                   reinterpret_cast<const float*>(norm_bias), eps};
-  py::gil_scoped_release release;
-  rerank_fast::norm_rows(int8_rows_shape(shape), reinterpret_cast<const void*>(x),
-                         reinterpret_cast<const float*>(row_scale), reinterpret_cast<const float*>(bias), norm,
-                         reinterpret_cast<float*>(y), int8_rows(to));
+void bind_int8_rows(py::module_& module) {
+  py::class_<Int8RowsShape>(module, "Int8RowsShape")
+      .def(py::init([](std::int64_t rows, std::int64_t width, bool bf16, int num_threads) {
+             return Int8RowsShape{rows, width, bf16, num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("width"), py::arg("bf16"), py::arg("num_threads"));
+  py::class_<Int8Rows>(module, "Int8Rows").def(py::init([](Address values, Address scale, int levels) {
+    return Int8Rows{at<std::uint8_t>(values), at<float>(scale), levels};
+  }));
+  py::class_<Int8Product>(module, "Int8Product").def(py::init([](Address x, Address row_scale, Address bias) {
+    return Int8Product{at<void>(x), at<float>(row_scale), at<float>(bias)};
+  }));
+  module.def("quantize_rows", [](const Int8RowsShape& shape, Address x, const Int8Rows& to) {
+    py::gil_scoped_release release;
+    quantize_rows(shape, at<void>(x), to);
+  });
+  module.def("scale_rows", [](const Int8RowsShape& shape, const Int8Product& product, Address x) {
+    py::gil_scoped_release release;
+    scale_rows(shape, product, at<void>(x));
+  });
+  module.def("gelu_rows", [](const Int8RowsShape& shape, const Int8Product& product, const Int8Rows& to) {
+    py::gil_scoped_release release;
+    gelu_rows(shape, product, to);
+  });
+  module.def("norm_rows", [](const Int8RowsShape& shape, const Int8Product& product, Address residual,
+                             Address norm_weight, Address norm_bias, double eps, Address y, const Int8Rows& to) {
+    py::gil_scoped_release release;
+    norm_rows(shape, product,
+              {at<float>(residual), at<float>(norm_weight), at<float>(norm_bias), eps, at<float>(y)}, to);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of rerank_fast; called through rerank_fast.ops.cpu";
-  module.def("lambda_loss_float", &lambda_loss<float>);
-  module.def("lambda_loss_double", &lambda_loss<double>);
-  module.def("lambda_loss_pair_floor", &lambda_loss_pair_floor);
-  module.def("varlen_attention_forward", &varlen_attention_forward);
-  module.def("varlen_attention_backward", &varlen_attention_backward);
-  module.def("residual_norm_forward", &residual_norm_forward);
-  module.def("residual_norm_backward", &residual_norm_backward);
-  module.def("score_head_gather", &score_head_gather);
-  module.def("score_head_dot", &score_head_dot);
-  module.def("score_head_dot_backward", &score_head_dot_backward);
-  module.def("ndcg_float", &ndcg<float>);
-  module.def("ndcg_double", &ndcg<double>);
-  module.def("quantize_rows", &quantize_rows);
-  module.def("scale_rows", &scale_rows);
-  module.def("gelu_rows", &gelu_rows);
-  module.def("norm_rows", &norm_rows);
+  module.def("instruction_sets", &instruction_sets);
+  module.def("instruction_set", [] { return kernels().set; });
+  module.def("choose_instruction_set", &choose_instruction_set);
+  module.def("evaluate", &evaluate);
+  bind_lambda_loss(module);
+  bind_attention(module);
+  bind_residual_norm(module);
+  bind_score_head(module);
+  bind_int8_rows(module);
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -18,9 +20,6 @@ except ImportError as error:
 else:
     _C, _reason = _compiled, ""
 
-# The enums of csrc/lambda_loss.h.
-_SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
-_REDUCTIONS = {"pairs": 0, "lists": 1, "sum": 2, "none": 3}
 _SCALES = {"binary": 1 / math.log(2), "natural": 1.0}
 
 
@@ -34,6 +33,53 @@ def unavailable_reason() -> str:
     return (
         f"the compiled module rerank_fast._C is missing ({_reason}). Install a C++17 compiler "
         "(Debian and Ubuntu: apt-get install g++) and run: pip install --force-reinstall --no-deps -e ."
+    )
+
+
+def instruction_sets() -> list[str]:
+    """Those that the kernels were built for and this processor has, widest first."""
+    return _C.instruction_sets() if available() else []
+
+
+def instruction_set() -> str:
+    """The one whose kernels run."""
+    return _C.instruction_set()
+
+
+def choose_instruction_set(name: str) -> None:
+    """Run another one's kernels from now on, in the whole process; for tests and measuring.
+
+    RERANK_FAST_ISA names it from outside. Not while a kernel runs in another thread.
+
+    Raises:
+        ValueError: it is none of instruction_sets().
+    """
+    if name not in instruction_sets():
+        here = ", ".join(instruction_sets()) or "none: there is no compiled module"
+        raise ValueError(f"instruction set (RERANK_FAST_ISA) must be one that this machine has ({here}), got {name!r}")
+    _C.choose_instruction_set(name)
+
+
+if available() and not instruction_sets():
+    _C, _reason = None, "this processor has none of the instruction sets that it was built for"
+if available() and os.environ.get("RERANK_FAST_ISA"):
+    choose_instruction_set(os.environ["RERANK_FAST_ISA"])
+
+
+@functools.lru_cache(maxsize=64)
+def _lambda_loss_options(
+    scheme: str, k: int, sigma: float, mu: float, eps: float, reduction_log: str, reduction: str, num_threads: int
+) -> Any:
+    scale = _SCALES[reduction_log]
+    return _C.LambdaLossOptions(
+        scheme=scheme,
+        k=k,
+        sigma=sigma,
+        mu=mu,
+        eps=eps,
+        scale=scale,
+        reduction=reduction,
+        num_threads=num_threads,
     )
 
 
@@ -60,20 +106,14 @@ def forward(
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
     grad = torch.empty_like(scores)
+    threads = torch.get_num_threads()
     done = kernel(
+        _lambda_loss_options(scheme, k, sigma, mu, eps, reduction_log, reduction, threads),
         scores.data_ptr(),
         labels.data_ptr(),
         offsets.data_ptr(),
         scores.shape[0],
         num_lists,
-        _SCHEMES[scheme],
-        k,
-        sigma,
-        mu,
-        eps,
-        _SCALES[reduction_log],
-        _REDUCTIONS[reduction],
-        torch.get_num_threads(),
         loss.data_ptr(),
         grad.data_ptr(),
     )
@@ -86,18 +126,32 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def _rows(tensor: Tensor) -> Any:
+    return _C.Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
 def _attention_shape(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: Tensor | None, options: tuple[Any, ...]
-) -> tuple[Any, ...]:
+) -> Any:
     scale, window_left, window_right, dropout_p, seed = options
-    sizes = (cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2])
-    places = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(rows))
-    bf16 = q.dtype == torch.bfloat16
-    return *sizes, *places, bf16, scale, window_left, window_right, dropout_p, seed, torch.get_num_threads()
+    return _C.AttentionShape(
+        num_sequences=cu_seqlens_q.shape[0] - 1,
+        num_queries=q.shape[0],
+        num_keys=k.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_size=q.shape[2],
+        cu_seqlens_q=cu_seqlens_q.data_ptr(),
+        cu_seqlens_k=cu_seqlens_k.data_ptr(),
+        dropout_rows=_address(rows),
+        bf16=q.dtype == torch.bfloat16,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        dropout_p=dropout_p,
+        seed=seed,
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def varlen_attention_forward(
@@ -113,7 +167,7 @@ def varlen_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
-    _C.varlen_attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
+    _C.attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     return out, lse
 
 
@@ -133,12 +187,21 @@ def varlen_attention_backward(
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
-    _C.varlen_attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv))
+    _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv))
     return dq, dk, dv
 
 
-def _norm_shape(x: Tensor, rows: Tensor | None, eps: float, dropout_p: float, seed: int) -> tuple[Any, ...]:
-    return *x.shape, _address(rows), x.dtype == torch.bfloat16, eps, dropout_p, seed, torch.get_num_threads()
+def _norm_shape(x: Tensor, rows: Tensor | None, eps: float, dropout_p: float, seed: int) -> Any:
+    return _C.ResidualNormShape(
+        rows=x.shape[0],
+        width=x.shape[1],
+        dropout_rows=_address(rows),
+        bf16=x.dtype == torch.bfloat16,
+        eps=eps,
+        dropout_p=dropout_p,
+        seed=seed,
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def residual_norm_forward(
@@ -184,24 +247,31 @@ def residual_norm_backward(
     return grads
 
 
-_ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}  # the enum of csrc/score_head.h
-
-
 def _head_rows(
     hidden: Tensor, index: Tensor | None, dense_weight: Tensor, options: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], Tensor]:
+) -> tuple[Any, Tensor]:
     """The kernels' shape, and the rows that are read, dropped out; fp16 becomes fp32, which processors multiply."""
     activation, dropout_p, dropout_in_p, seed = options
     if hidden.dtype == torch.float16:
         hidden, index = (hidden if index is None else hidden[index]).float(), None
     num_rows = hidden.shape[0] if index is None else index.shape[0]
-    sizes = (num_rows, hidden.shape[1], dense_weight.shape[0], hidden.dtype == torch.bfloat16)
-    shape = (*sizes, _ACTIVATIONS[activation], dropout_p, dropout_in_p, seed, torch.get_num_threads())
+    shape = _C.ScoreHeadShape(
+        rows=num_rows,
+        hidden=hidden.shape[1],
+        width=dense_weight.shape[0],
+        bf16=hidden.dtype == torch.bfloat16,
+        activation=activation,
+        dropout_p=dropout_p,
+        dropout_in_p=dropout_in_p,
+        seed=seed,
+        num_threads=torch.get_num_threads(),
+    )
     if index is None and dropout_in_p == 0:
         return shape, hidden
     index = None if index is None else index.long().contiguous()
     x = hidden.new_empty(num_rows, hidden.shape[1])
-    _C.score_head_gather(shape, hidden.data_ptr(), hidden.stride(0), _address(index), x.data_ptr())
+    source = (hidden.data_ptr(), hidden.stride(0), hidden.shape[0])
+    _C.score_head_gather(shape, *source, _address(index), x.data_ptr())
     return shape, x
 
 
@@ -251,7 +321,7 @@ def score_head_backward(
     if wants[0]:
         rows = torch.mm(d_dense, dense_weight.to(x.dtype))
         if options[2] > 0:
-            _C.score_head_gather(shape, rows.data_ptr(), rows.stride(0), 0, rows.data_ptr())
+            _C.score_head_gather(shape, rows.data_ptr(), rows.stride(0), len(rows), 0, rows.data_ptr())
         grads[0] = rows = rows.to(hidden.dtype)
         if index is not None:
             grads[0] = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, index.long(), rows)
@@ -268,36 +338,44 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     result = scores.new_empty(offsets.shape[0] - 1)
     kernel = _C.ndcg_double if scores.dtype == torch.float64 else _C.ndcg_float
     addresses = (scores.data_ptr(), labels.data_ptr(), offsets.data_ptr())
-    kernel(*addresses, result.shape[0], k, torch.get_num_threads(), result.data_ptr())
+    sizes = (scores.shape[0], result.shape[0])
+    if not kernel(*addresses, *sizes, k, torch.get_num_threads(), result.data_ptr()):
+        raise ragged.offsets_error(offsets, scores.shape[0])
     return result
 
 
-def _int8_rows_shape(x: Tensor) -> tuple[Any, ...]:
-    return *x.shape, x.dtype == torch.bfloat16, torch.get_num_threads()
+def _int8_shape(x: Tensor) -> Any:
+    threads = torch.get_num_threads()
+    return _C.Int8RowsShape(rows=x.shape[0], width=x.shape[1], bf16=x.dtype == torch.bfloat16, num_threads=threads)
 
 
-def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+def _int8_product(x: Tensor, row_scale: Tensor, bias: Tensor) -> Any:
+    return _C.Int8Product(x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
+
+
+def _int8_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Any]:
+    """Values and scales to be written, and where."""
+    values, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+    return values, scale, _C.Int8Rows(values.data_ptr(), scale.data_ptr(), levels)
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,) fp32 a row."""
-    values, scale = _int8_rows(x)
-    _C.quantize_rows(_int8_rows_shape(x), x.data_ptr(), (values.data_ptr(), scale.data_ptr(), levels))
+    values, scale, to = _int8_rows(x, levels)
+    _C.quantize_rows(_int8_shape(x), x.data_ptr(), to)
     return values, scale
 
 
 def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor) -> Tensor:
     """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both fp32."""
-    _C.scale_rows(_int8_rows_shape(x), x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
+    _C.scale_rows(_int8_shape(x), _int8_product(x, row_scale, bias), x.data_ptr())
     return x
 
 
 def gelu_rows(x: Tensor, row_scale: Tensor, bias: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """The backend contract: GELU(x * row_scale + bias) as quantize_rows gives it."""
-    values, scale = _int8_rows(x)
-    product = (x.data_ptr(), row_scale.data_ptr(), bias.data_ptr())
-    _C.gelu_rows(_int8_rows_shape(x), *product, (values.data_ptr(), scale.data_ptr(), levels))
+    values, scale, to = _int8_rows(x, levels)
+    _C.gelu_rows(_int8_shape(x), _int8_product(x, row_scale, bias), to)
     return values, scale
 
 
@@ -312,8 +390,7 @@ def norm_rows(
     levels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: LayerNorm(residual + x * row_scale + bias) in fp32, and as quantize_rows gives it."""
-    y, (values, scale) = torch.empty_like(residual), _int8_rows(x)
-    tensors = (x, row_scale, bias, residual, norm_weight, norm_bias)
-    to = (values.data_ptr(), scale.data_ptr(), levels)
-    _C.norm_rows(_int8_rows_shape(x), *(tensor.data_ptr() for tensor in tensors), eps, y.data_ptr(), to)
+    y, (values, scale, to) = torch.empty_like(residual), _int8_rows(x, levels)
+    norm = (residual.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(), eps, y.data_ptr())
+    _C.norm_rows(_int8_shape(x), _int8_product(x, row_scale, bias), *norm, to)
     return y, values, scale

@@ -84,6 +84,7 @@ def ragged(sizes, *, seed=0, grades=3, spread=1.0):
     return scores, labels, torch.tensor([0, *itertools.accumulate(sizes)])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
@@ -129,6 +130,7 @@ def test_cpu_on_generated_lists(dtype, lists, scheme, k, sigma):
         assert_within_budget("cpu", scores.to(dtype), labels, offsets, **options)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("spread", [30.0, 1e4])
@@ -168,6 +170,7 @@ def test_outputs_are_written_where_nothing_counts(backend, sizes):
     assert grad.tolist() == [0.0] * len(scores)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_one_long_list_and_threads_agree_with_the_reference():
     # The longest one is cut into row ranges for all threads.
     scores, labels, offsets = ragged([1500, 700, 2500, 3], grades=5)
@@ -187,6 +190,7 @@ def test_one_long_list_and_threads_agree_with_the_reference():
         assert torch.equal(grad, results[0][1])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("k", [0, 1, 2**40])
 def test_fp64_scores_keep_fp64_accuracy(scheme, k):
@@ -211,6 +215,7 @@ def test_triton_refuses_cpu_tensors_outside_its_interpreter(monkeypatch):
         lambda_loss.forward(*ragged([3]), **OPTIONS)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_every_output_is_written(backend):
     lists = ragged([1, 0, 70, 2, 1, 1, 1, 1])
@@ -226,6 +231,7 @@ def test_every_output_is_written(backend):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("k", [0, 3, 50])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.8, 0.98])
@@ -240,6 +246,7 @@ def test_cpu_rows_of_rare_labels_and_triangles(scheme, k, share):
     assert_within_budget("cpu", scores, labels - 0.5, offsets, scheme=scheme, k=k)  # labels that are sorted
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sigma", [-1.5, 0.0])
@@ -247,6 +254,7 @@ def test_negative_and_zero_sigma(backend, scheme, sigma):
     assert_within_budget(backend, *ragged([20, 9, 40]), scheme=scheme, sigma=sigma, k=5)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("spread", [1.0, 1e3, 1e4])
 @pytest.mark.parametrize("labels", ["graded", "binary", "fractions", "large"])
@@ -263,6 +271,7 @@ def test_cpu_sums_of_long_lists(scheme, spread, labels):
     assert_within_budget("cpu", scores, values[labels], offsets, scheme=scheme, k=100)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cpu_infinite_scores(scheme):
     """A document at -inf below all that should be above it costs nothing; above one, it costs infinity."""
@@ -279,6 +288,7 @@ def test_cpu_infinite_scores(scheme):
     torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_cpu_nan_labels_are_seen():
     scores, labels, offsets = ragged([6, 6])
     labels[1] = math.nan

@@ -51,6 +51,7 @@ def assert_close(backend, dtype, rows, width, **options):
         assert rows == 0 or (ours.double() - true).abs().max() <= bound
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 17), (70, 48), (33, 384)])

@@ -124,6 +124,7 @@ def test_gradients_of_the_reference(activation, options, tokens):
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (hidden, *weights)])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,6 +137,7 @@ def test_small_shapes(backend, activation, dtype, shape, options):
     assert_within_budget(backend, tensors, activation=activation, **options)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_one_row_of_one(backend):
     require(backend)

@@ -71,12 +71,14 @@ def assert_close(backend, lengths, *, dtype=torch.float32, heads=1, kv_heads=1, 
             assert error <= 1.5 * eager_error + rounding * true.abs().max() + 1e-12, (error, eager_error)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 64, 96, 128])
 def test_head_sizes(backend, size):
     assert_close(backend, ([5, 35], [5, 35]), size=size)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
@@ -95,6 +97,7 @@ def test_lengths_and_masks(backend, lengths, options):
     assert_close(backend, LENGTHS[lengths], **options)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_grouped_queries(backend, dropout_p):
@@ -103,6 +106,7 @@ def test_grouped_queries(backend, dropout_p):
     )
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", ["same", "one query"])
 @pytest.mark.parametrize("seed", [0, SEED])
@@ -111,6 +115,7 @@ def test_dropout_drops_the_same_everywhere(backend, lengths, seed):
     assert_close(backend, LENGTHS[lengths], heads=2, kv_heads=2, dropout_p=0.4, seed=seed)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("reference", torch.float64)],
@@ -142,6 +147,7 @@ def test_half_precision(backend, dtype, options):
     assert_close(backend, LENGTHS["same"], dtype=dtype, **options)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 48, 64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_bf16_head_sizes(size, lengths):
@@ -149,6 +155,7 @@ def test_bf16_head_sizes(size, lengths):
     assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, size=size)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     "options",
@@ -165,12 +172,29 @@ def test_bf16_masks(lengths, options):
     assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, heads=4, kv_heads=2, size=32, **options)
 
 
-def test_bf16_of_every_length():
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_length(dtype):
     """Tiles that are full, and that lack one query or one key."""
     lengths = [*range(1, 36), 63, 64, 65, 97]
-    assert_close("cpu", (lengths, lengths), dtype=torch.bfloat16, size=16)
+    assert_close("cpu", (lengths, lengths), dtype=dtype, size=16)
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("cut", [(0, 9, 5), (0, 4, 8), (1, 4, 9), (0, -1, 9), (0, 50, 9)])
+def test_the_kernels_themselves_refuse_sequences_that_do_not_fit(cut):
+    """Where a program is compiled, nothing else looks at their values any more."""
+    (q, k, v), grad, ends = make(([4, 5], [4, 5]))
+    bad = torch.tensor(cut, dtype=torch.int32)
+    options = (1.0, -1, -1, 0.0, 0)
+    with pytest.raises(ValueError, match="rise from 0 to the number of tokens"):
+        cpu.varlen_attention_forward(q, k, v, ends[0], bad, None, *options)
+    out, lse = cpu.varlen_attention_forward(q, k, v, *ends, None, *options)
+    with pytest.raises(ValueError, match="rise from 0 to the number of tokens"):
+        cpu.varlen_attention_backward(q, k, v, out, lse, grad, bad, ends[1], None, *options)
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_query_may_not_read_is_as_if_it_were_not_there(dtype):
     """Bit for bit: a key that is masked weighs exactly nothing."""

@@ -1,0 +1,26 @@
+// What attention runs of an instruction set.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace rerank_fast {
+
+// One sequence, and the heads that share one head of keys and values.
+struct AttentionKernels {
+  using Forward = void (*)(const AttentionShape&, const AttentionForward&, std::int64_t sequence,
+                           std::int64_t kv_head);
+  using Backward = void (*)(const AttentionShape&, const AttentionBackward&, std::int64_t sequence,
+                            std::int64_t kv_head);
+  // Products in fp32, of tensors of either type.
+  Forward forward;
+  Backward backward;
+  // Products of bf16 pairs, summed in fp32. Probabilities, and the gradients of scores, are rounded to bf16 before they
+  // are multiplied again, as the tensor cores' kernels round them. Null where the set has no such products.
+  Forward bf16_forward;
+  Backward bf16_backward;
+};
+
+// For tensors of bf16 and heads of whole multiples of this, up to 256.
+constexpr std::int64_t kBf16HeadStep = 16;
+
+}  // namespace rerank_fast

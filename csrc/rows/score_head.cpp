@@ -1,0 +1,57 @@
+#include "rows/score_head.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/threads.h"
+#include "rows/kernels.h"
+
+namespace rerank_fast {
+namespace {
+
+constexpr std::int64_t kRowsPerTask = 32;  // fixed, so that sums over rows do not depend on the number of threads
+
+// Calls task(number, first row, row past the last) for all rows.
+template <typename Task>
+void for_rows(const ScoreHeadShape& shape, Task&& task) {
+  parallel_for(shape.num_threads, (shape.rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t number) {
+    task(number, number * kRowsPerTask, std::min((number + 1) * kRowsPerTask, shape.rows));
+  });
+}
+
+}  // namespace
+
+void score_head_gather(const ScoreHeadShape& shape, const ScoreHeadGather& tensors) {
+  const auto rows = kernels().rows->score_head_gather;
+  for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) { rows(shape, tensors, begin, end); });
+}
+
+void score_head_dot(const ScoreHeadShape& shape, const ScoreHeadDot& tensors) {
+  const auto rows = kernels().rows->score_head_dot;
+  for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) { rows(shape, tensors, begin, end); });
+}
+
+void score_head_dot_backward(const ScoreHeadShape& shape, const ScoreHeadDotBackward& tensors) {
+  const std::int64_t tasks = (shape.rows + kRowsPerTask - 1) / kRowsPerTask, width = shape.width;
+  // A task's sums for both vectors.
+  static thread_local std::vector<float> memory;
+  memory.assign(static_cast<std::size_t>(2 * tasks * width), 0.0f);
+  float* const parts = memory.data();
+  const auto rows = kernels().rows->score_head_dot_backward;
+  for_rows(shape, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
+    ScoreHeadDotBackward part = tensors;
+    part.grad_dense_bias = parts + 2 * task * width;
+    part.grad_out_weight = part.grad_dense_bias + width;
+    rows(shape, part, begin, end);
+  });
+  std::fill_n(tensors.grad_dense_bias, width, 0.0f);
+  std::fill_n(tensors.grad_out_weight, width, 0.0f);
+  for (std::int64_t task = 0; task < tasks; ++task)
+    for (std::int64_t e = 0; e < width; ++e) {
+      tensors.grad_dense_bias[e] += parts[2 * task * width + e];
+      tensors.grad_out_weight[e] += parts[(2 * task + 1) * width + e];
+    }
+}
+
+}  // namespace rerank_fast

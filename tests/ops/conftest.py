@@ -1,0 +1,31 @@
+"""CPU kernels are tested with those of every instruction set that the machine has."""
+
+from __future__ import annotations
+
+import pytest
+
+from rerank_fast.ops import cpu
+
+
+@pytest.fixture(params=cpu.instruction_sets() or [None])
+def instruction_set(request):
+    """For @pytest.mark.usefixtures: once for each set, whose kernels run meanwhile."""
+    if request.param is None:
+        pytest.fail(cpu.unavailable_reason())
+    before = cpu.instruction_set()
+    cpu.choose_instruction_set(request.param)
+    yield request.param
+    cpu.choose_instruction_set(before)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Other backends have no such sets: once is enough for them."""
+    again = []
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        other_set = params.get("instruction_set") not in (None, *cpu.instruction_sets()[:1])
+        if other_set and params.get("backend", "cpu") != "cpu":
+            again.append(item)
+    if again:
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item not in set(again)]
