@@ -40,6 +40,15 @@ class Compiler:
         sets = INSTRUCTION_SETS.get(machine, {"portable": []})
         self.sets = {name: flags for name, flags in sets.items() if self._knows(flags)}
 
+    def sets_of(self, source: Path) -> dict[str, list[str]]:
+        """The flags of each set that a file is compiled for."""
+        return self.sets if source.stem.endswith("_kernels") else {"portable": []}
+
+    def definitions(self) -> list[str]:
+        """Of every file: what sets there are."""
+        known = ["-DRERANK_FAST_HAS_AVX512_BF16"] if "avx512_bf16" in self.sets else []
+        return [f"-DRERANK_FAST_SETS(X)={' '.join(f'X({name})' for name in self.sets)}", *known]
+
     def _run(self, *arguments: str) -> str:
         command = [*shlex.split(self.command), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
@@ -75,10 +84,7 @@ class NinjaBuildExt(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        sets = " ".join(f"X({name})" for name in compiler.sets)
-        flags = [*ext.extra_compile_args, f"-DRERANK_FAST_SETS(X)={sets}"]
-        if "avx512_bf16" in compiler.sets:
-            flags.append("-DRERANK_FAST_HAS_AVX512_BF16")
+        flags = [*ext.extra_compile_args, *compiler.definitions()]
         includes = [*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs]
         flags += [f"-I{Path(path).resolve()}" for path in includes]
         with (build / "build.ninja").open("w") as file:
@@ -90,8 +96,7 @@ class NinjaBuildExt(build_ext):
             ninja.rule("link", "$cxx $in -o $out $ldflags")
             objects = []
             for source in map(Path, ext.sources):
-                per_set = source.stem.endswith("_kernels")
-                for name, own in compiler.sets.items() if per_set else [("portable", [])]:
+                for name, own in compiler.sets_of(source).items():
                     objects.append(str(build / f"{source.parent.name}-{source.stem}.{name}.o"))
                     variables = {"set": [f"-DRERANK_FAST_SET={name}", *own]}
                     ninja.build(objects[-1], "compile", str(source.resolve()), variables=variables)

@@ -11,6 +11,7 @@ namespace rerank_fast {
 inline namespace RERANK_FAST_SET {
 namespace {
 
+using Vector = Lanes<float>;
 constexpr std::int64_t kRows = 8, kKeys = 2 * kLanes;  // queries and keys of a tile
 constexpr std::int64_t kPairs = kRows;                 // of queries, in a block of backward: two tiles
 
@@ -22,54 +23,49 @@ RERANK_FAST_INLINE Bf16Rows rows_of(const Rows& rows, std::int64_t head, std::in
   return {place(rows, head, first), rows.token_stride, count};
 }
 
-RERANK_FAST_INLINE __m512 exp2_coarse(__m512 x) { return (__m512)exp2_below<true>((Lanes<float>)x); }
-
-// Which of the kLanes keys from `first` on are in the range.
-RERANK_FAST_INLINE __mmask16 lanes_in(const KeyRange& range, std::int64_t first) {
-  const auto below = [first](std::int64_t end) {
-    return (1u << smaller(larger(end - first, 0), kLanes)) - 1u;
-  };
-  return static_cast<__mmask16>(below(range.to) & ~below(range.from));
-}
-
 // to (kRows, kKeys) = left^T (words, kRows) x columns (words, kKeys) * factor, as far as kVectors reach.
 template <int kVectors>
 RERANK_FAST_INLINE void store_product(const Word* left, const Word* columns, std::int64_t words, float factor,
-                                           float* to) {
-  __m512 sum[kRows][2] = {};
+                                      float* to) {
+  Vector sum[kRows][2] = {};
   add_product<kVectors>(left, 1, kRows, columns, kKeys, words, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n)
-      _mm512_storeu_ps(to + r * kKeys + n * kLanes, _mm512_mul_ps(sum[r][n], _mm512_set1_ps(factor)));
+    for (int n = 0; n < kVectors; ++n) store(sum[r][n] * factor, to + r * kKeys + n * kLanes);
 }
 
 // Minus infinity in the tile (kRows, kKeys) of the scores of queries from `first` and keys from j on, where a query may
 // not read.
 RERANK_FAST_INLINE void mask(const AttentionShape& shape, const Sequence& sequence, std::int64_t first,
-                                  std::int64_t count, std::int64_t j, float* scores) {
+                             std::int64_t count, std::int64_t j, float* scores) {
   for (std::int64_t r = 0; r < count; ++r) {
     const KeyRange range = sequence.readable(shape, first + r);
+    const auto from = static_cast<std::int32_t>(range.from), to = static_cast<std::int32_t>(range.to);
     for (std::int64_t n = 0; n < kKeys; n += kLanes) {
-      const auto hidden = static_cast<__mmask16>(~lanes_in(range, j + n));
-      _mm512_mask_storeu_ps(scores + r * kKeys + n, hidden, _mm512_set1_ps(-kInfinity));
+      float* const score = scores + r * kKeys + n;
+      const Lanes<std::int32_t> key = lane_numbers<std::int32_t>() + static_cast<std::int32_t>(j + n);
+      const Vector hidden = every_lane(-kInfinity), above = key < from ? hidden : load(score);
+      store(key < to ? above : hidden, score);
     }
   }
 }
 
-// The columns e and on, kKeys or the kLanes that are left, of one row of a head.
+// The columns e and on, kKeys or what is left of them, of one row of a head.
 RERANK_FAST_INLINE void write(const Rows& rows, std::int64_t head, std::int64_t token, std::int64_t size,
-                                   std::int64_t e, const __m512 (&sum)[2], float factor) {
-  const __m512 scale = _mm512_set1_ps(factor);
-  const __m512i both = narrow(_mm512_mul_ps(sum[0], scale), _mm512_mul_ps(sum[1], scale));
-  _mm512_mask_storeu_epi16(place(rows, head, token) + e, size - e > kLanes ? ~0u : 0xffffu, both);
+                              std::int64_t e, const Vector (&sum)[2], float factor) {
+  const Words both = narrow(sum[0] * factor, sum[1] * factor);
+  std::uint16_t* const to = place(rows, head, token) + e;
+  if (size - e >= kKeys) {
+    std::memcpy(to, &both, sizeof both);
+  } else {
+    std::memcpy(to, &both, sizeof both / 2);
+  }
 }
 
 // result (kRows, columns from e on) = weights (tiles, kRows, kKeys / 2 words) x values (pairs of keys, size).
-RERANK_FAST_INLINE void weigh(const Word* weights, std::int64_t tile_words, const Word* values,
-                                   std::int64_t size, const KeyRange& keys, std::int64_t e,
-                                   __m512 (&result)[kRows][2]) {
+RERANK_FAST_INLINE void weigh(const Word* weights, std::int64_t tile_words, const Word* values, std::int64_t size,
+                              const KeyRange& keys, std::int64_t e, Vector (&result)[kRows][2]) {
   for (std::int64_t j = keys.from; j < keys.to; j += kKeys) {
     const std::int64_t pairs = smaller(kLanes, (keys.to - j + 1) / 2);
     const Word* right = values + j / 2 * size + e;
@@ -92,7 +88,7 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
   static thread_local ForwardMemory memory;
   Word* const keys = memory.keys.room(stride * size / 2);
   Word* const values = memory.values.room(stride * size / 2 + kLanes);  // a row of odd kLanes is read beyond its end
-  Word* const queries = memory.queries.room(whole(sequence.num_q, kLanes) * size / 2);
+  Word* const queries = memory.queries.room(whole(sequence.num_q, kRows) * size / 2);
   Word* const weights = memory.weights.room(kRows * stride / 2);  // (tiles, kRows, kKeys / 2)
   float* const scores = memory.scores.room(kRows * stride);       // (tiles, kRows, kKeys)
   const auto factor = static_cast<float>(shape.scale * kLog2E);
@@ -118,34 +114,36 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
       }
       float rescale[kRows];
       for (std::int64_t r = 0; r < count; ++r) {
-        __m512 highest = _mm512_set1_ps(-kInfinity);
+        Vector highest = every_lane(-kInfinity);
         for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           const float* from = scores + j * kRows + r * kKeys;
-          highest = _mm512_max_ps(highest, _mm512_max_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)));
+          const Vector left = load(from), right = load(from + kLanes);
+          highest = left > highest ? left : highest;
+          highest = right > highest ? right : highest;
         }
-        const float top = maximum<float>((Lanes<float>)highest);
+        const float top = maximum<float>(highest);
         const bool empty = top == -kInfinity;  // a query that may read nothing gives 0
-        const __m512 off = _mm512_set1_ps(empty ? 0.0f : top);
+        const float off = empty ? 0.0f : top;
         const auto stream = static_cast<std::uint32_t>(head);
         const std::uint32_t drawn = dropout.row(stream, static_cast<std::uint32_t>(token + r));
-        __m512 sums = _mm512_setzero_ps();
+        Vector sums = {};
         for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           const float* from = scores + j * kRows + r * kKeys;
-          __m512 left = exp2_coarse(_mm512_sub_ps(_mm512_loadu_ps(from), off)), right = _mm512_setzero_ps();
-          if (range.to - j > kLanes) right = exp2_coarse(_mm512_sub_ps(_mm512_loadu_ps(from + kLanes), off));
-          sums = _mm512_add_ps(sums, _mm512_add_ps(left, right));
+          Vector left = exp2_below<true>(load(from) - off), right = {};
+          if (range.to - j > kLanes) right = exp2_below<true>(load(from + kLanes) - off);
+          sums += left + right;
           if (dropout.threshold != 0) {
-            left = _mm512_mul_ps(left, (__m512)dropout_factors(dropout, drawn, j));
-            right = _mm512_mul_ps(right, (__m512)dropout_factors(dropout, drawn, j + kLanes));
+            left *= dropout_factors(dropout, drawn, j);
+            right *= dropout_factors(dropout, drawn, j + kLanes);
           }
-          _mm512_storeu_si512(weights + j * kRows / 2 + r * kLanes, narrow(left, right));
+          store(narrow(left, right), weights + j * kRows / 2 + r * kLanes);
         }
-        const float total = sum<float>((Lanes<float>)sums);
+        const float total = sum<float>(sums);
         rescale[r] = empty ? 0.0f : 1.0f / total;
         lse[head * num_queries + token + r] = empty ? kInfinity : top + __builtin_log2f(total);
       }
       for (std::int64_t e = 0; e < size; e += kKeys) {
-        __m512 result[kRows][2] = {};
+        Vector result[kRows][2] = {};
         weigh(weights, kRows * kLanes, values, size, range, e, result);
         for (std::int64_t r = 0; r < count; ++r) write(out, head, token + r, size, e, result[r], rescale[r]);
       }
@@ -165,49 +163,52 @@ struct Query {
   std::uint32_t drawn;
 
   // The probabilities, dropped out, and the scores' gradients of kLanes keys.
-  RERANK_FAST_INLINE void differentiate(const float* score, const float* grad, const Dropout& dropout,
-                                             std::int64_t j, __m512* weight, __m512* slope) const {
-    const __m512 all = exp2_coarse(_mm512_sub_ps(_mm512_loadu_ps(score), _mm512_set1_ps(log_sum)));
-    __m512 upstream = _mm512_loadu_ps(grad);
+  RERANK_FAST_INLINE void differentiate(const float* score, const float* grad, const Dropout& dropout, std::int64_t j,
+                                        Vector* weight, Vector* slope) const {
+    const Vector all = exp2_below<true>(load(score) - log_sum);
+    Vector upstream = load(grad);
     *weight = all;
     if (dropout.threshold != 0) {
-      const auto factors = (__m512)dropout_factors(dropout, drawn, j);
-      upstream = _mm512_mul_ps(upstream, factors);
-      *weight = _mm512_mul_ps(all, factors);
+      const Vector factors = dropout_factors(dropout, drawn, j);
+      upstream *= factors;
+      *weight = all * factors;
     }
-    *slope = _mm512_mul_ps(all, _mm512_sub_ps(upstream, _mm512_set1_ps(along)));
+    *slope = all * (upstream - along);
   }
 };
 
 RERANK_FAST_INLINE float dot_rows(const std::uint16_t* left, const std::uint16_t* right, std::int64_t size) {
-  __m512 products = _mm512_setzero_ps();
+  Vector products = {};
   for (std::int64_t e = 0; e < size; e += kKeys) {
-    const __mmask32 kept = size - e > kLanes ? ~0u : 0xffffu;
-    products = dot(products, _mm512_maskz_loadu_epi16(kept, left + e), _mm512_maskz_loadu_epi16(kept, right + e));
+    Words pair[2] = {};
+    const auto bytes = static_cast<std::size_t>(size - e >= kKeys ? kKeys : kLanes) * 2;
+    std::memcpy(&pair[0], left + e, bytes);
+    std::memcpy(&pair[1], right + e, bytes);
+    products = dot(products, pair[0], pair[1]);
   }
-  return sum<float>((Lanes<float>)products);
+  return sum<float>(products);
 }
 
 // to (keys, size) += pairs^T x rows: pairs (count, stride) and rows (count, size) are pairs of queries.
 template <int kVectors>
 RERANK_FAST_INLINE void add_outer(const Word* pairs, std::int64_t stride, const Word* rows, std::int64_t count,
-                                       const KeyRange& keys, std::int64_t size, float* to) {
+                                  const KeyRange& keys, std::int64_t size, float* to) {
   for (std::int64_t j = keys.from; j < keys.to; j += kRows) {
-    __m512 sum[kRows][2];
+    Vector sum[kRows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n) sum[r][n] = _mm512_loadu_ps(to + (j + r) * size + n * kLanes);
+      for (int n = 0; n < kVectors; ++n) sum[r][n] = load(to + (j + r) * size + n * kLanes);
     add_product<kVectors>(pairs + j, 1, stride, rows, size, count, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n) _mm512_storeu_ps(to + (j + r) * size + n * kLanes, sum[r][n]);
+      for (int n = 0; n < kVectors; ++n) store(sum[r][n], to + (j + r) * size + n * kLanes);
   }
 }
 
 RERANK_FAST_INLINE void add_outer(const Word* pairs, std::int64_t stride, const Word* rows, std::int64_t count,
-                                       const KeyRange& keys, std::int64_t size, float* to) {
+                                  const KeyRange& keys, std::int64_t size, float* to) {
   std::int64_t e = 0;
   for (; e + kKeys <= size; e += kKeys) add_outer<2>(pairs, stride, rows + e, count, keys, size, to + e);
   if (e < size) add_outer<1>(pairs, stride, rows + e, count, keys, size, to + e);
@@ -223,7 +224,7 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
   const std::int64_t num_queries = shape.num_queries;
   const std::int64_t group = shape.num_heads / shape.num_kv_heads;
   static thread_local BackwardMemory memory;
-  const std::int64_t q_words = whole(sequence.num_q, kLanes) * size / 2, kv_words = stride * size / 2;
+  const std::int64_t q_words = whole(sequence.num_q, 2 * kPairs) * size / 2, kv_words = stride * size / 2;
   Word* const keys = memory.keys.room(kv_words);
   Word* const key_pairs = memory.key_pairs.room(kv_words + kLanes);
   Word* const values = memory.values.room(kv_words);
@@ -276,7 +277,7 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
       }
       for (std::int64_t r = 0; r < count; r += 2) {
         for (std::int64_t j = range.from; j < range.to; j += kKeys) {
-          __m512 weight[2][2] = {}, slope[2][2] = {};
+          Vector weight[2][2] = {}, slope[2][2] = {};
           for (std::int64_t row = 0; row < smaller(2, count - r); ++row)
             for (std::int64_t n = 0; n < 2; ++n) {
               const std::int64_t from = j * kQueries + (r + row) * kKeys + n * kLanes;
@@ -285,9 +286,9 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
             }
           for (std::int64_t n = 0; n < 2; ++n) {
             const std::int64_t to = r / 2 * stride + j + n * kLanes;
-            _mm512_storeu_si512(weight_pairs + to, interleave(narrow(weight[0][n], weight[1][n])));
-            _mm512_storeu_si512(slope_pairs + to, interleave(narrow(slope[0][n], slope[1][n])));
-            _mm512_storeu_si512(slopes + j * kQueries / 2 + (r + n) * kLanes, narrow(slope[n][0], slope[n][1]));
+            store(interleave(narrow(weight[0][n], weight[1][n])), weight_pairs + to);
+            store(interleave(narrow(slope[0][n], slope[1][n])), slope_pairs + to);
+            store(narrow(slope[n][0], slope[n][1]), slopes + j * kQueries / 2 + (r + n) * kLanes);
           }
         }
       }
@@ -295,7 +296,7 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
       add_outer(slope_pairs, stride, query_pairs + at, pairs, range, size, key_grads);
       for (std::int64_t row = 0; row < count; row += kRows)
         for (std::int64_t e = 0; e < size; e += kKeys) {
-          __m512 result[kRows][2] = {};
+          Vector result[kRows][2] = {};
           weigh(slopes + row * kLanes, kQueries * kLanes, key_pairs, size, range, e, result);
           for (std::int64_t r = 0; r < smaller(kRows, count - row); ++r)
             write(dq, head, token + row + r, size, e, result[r], scale);
@@ -306,8 +307,8 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
     for (std::int64_t e = 0; e < size; e += kKeys) {
       const float *key = key_grads + i * size + e, *value = value_grads + i * size + e;
       const std::int64_t token = sequence.first_k + i;
-      write(dk, kv_head, token, size, e, {_mm512_loadu_ps(key), _mm512_loadu_ps(key + kLanes)}, scale);
-      write(dv, kv_head, token, size, e, {_mm512_loadu_ps(value), _mm512_loadu_ps(value + kLanes)}, 1.0f);
+      write(dk, kv_head, token, size, e, {load(key), load(key + kLanes)}, scale);
+      write(dv, kv_head, token, size, e, {load(value), load(value + kLanes)}, 1.0f);
     }
 }
 

@@ -120,36 +120,18 @@ RERANK_FAST_INLINE void write(const Rows& rows, std::int64_t head, std::int64_t 
   }
 }
 
-// Four rows of four values turned round.
-RERANK_FAST_INLINE void transpose_4x4(const float* from, std::int64_t from_stride, float* to,
-                                      std::int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef std::int32_t Order __attribute__((vector_size(16)));
-  Four row[4];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) std::memcpy(&row[r], from + r * from_stride, sizeof row[r]);
-#if defined(__clang__)
-#define RERANK_FAST_SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
-#else
-#define RERANK_FAST_SHUFFLE(A, B, ...) __builtin_shuffle(A, B, Order{__VA_ARGS__})
-#endif
-  const Four low[2] = {RERANK_FAST_SHUFFLE(row[0], row[1], 0, 4, 1, 5), RERANK_FAST_SHUFFLE(row[2], row[3], 0, 4, 1, 5)};
-  const Four high[2] = {RERANK_FAST_SHUFFLE(row[0], row[1], 2, 6, 3, 7),
-                        RERANK_FAST_SHUFFLE(row[2], row[3], 2, 6, 3, 7)};
-  const Four column[4] = {
-      RERANK_FAST_SHUFFLE(low[0], low[1], 0, 1, 4, 5), RERANK_FAST_SHUFFLE(low[0], low[1], 2, 3, 6, 7),
-      RERANK_FAST_SHUFFLE(high[0], high[1], 0, 1, 4, 5), RERANK_FAST_SHUFFLE(high[0], high[1], 2, 3, 6, 7)};
-#undef RERANK_FAST_SHUFFLE
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) std::memcpy(to + c * to_stride, &column[c], sizeof column[c]);
-}
-
 // Rows (count, width) as columns in tiles: (count / kColumns, width, kColumns). count and width are whole.
-RERANK_FAST_INLINE void transpose(const float* from, std::int64_t count, std::int64_t width, float* to) {
+RERANK_FAST_INLINE void as_columns(const float* from, std::int64_t count, std::int64_t width, float* to) {
   for (std::int64_t i = 0; i < count; i += kColumns, to += kColumns * width)
     for (std::int64_t e = 0; e < width; e += 4)
-      for (std::int64_t r = 0; r < kColumns; r += 4)
-        transpose_4x4(from + (i + r) * width + e, width, to + e * kColumns + r, kColumns);
+      for (std::int64_t r = 0; r < kColumns; r += 4) {
+        FourLanes rows[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) std::memcpy(&rows[n], from + (i + r + n) * width + e, sizeof rows[n]);
+        transpose(rows);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) std::memcpy(to + (e + n) * kColumns + r, &rows[n], sizeof rows[n]);
+      }
 }
 
 // The keys and values of a sequence in fp32, and room for a block of queries.
@@ -204,7 +186,7 @@ RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const AttentionF
   float* const out_rows = memory.out_rows.room(kQueries * width);
   read<kBf16>(tensors.k, kv_head, task.first_k, task.num_k, size, width, task.padded_keys, 1.0f, keys);
   read<kBf16>(tensors.v, kv_head, task.first_k, task.num_k, size, width, task.num_k, 1.0f, values);
-  transpose(keys, task.padded_keys, width, keys_t);
+  as_columns(keys, task.padded_keys, width, keys_t);
   const auto factor = static_cast<float>(shape.scale * kLog2E);
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -267,8 +249,8 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const Attention
   float* const dv = memory.dv.room(grads_size);
   read<kBf16>(tensors.k, kv_head, task.first_k, task.num_k, size, width, task.padded_keys, 1.0f, keys);
   read<kBf16>(tensors.v, kv_head, task.first_k, task.num_k, size, width, task.padded_keys, 1.0f, values);
-  transpose(keys, task.padded_keys, width, keys_t);
-  transpose(values, task.padded_keys, width, values_t);
+  as_columns(keys, task.padded_keys, width, keys_t);
+  as_columns(values, task.padded_keys, width, values_t);
   fill(dk, grads_size, 0.0f);
   fill(dv, grads_size, 0.0f);
   const auto factor = static_cast<float>(shape.scale * kLog2E);

@@ -4,7 +4,7 @@
 #include "attention/sequence.h"
 
 // Whether the set multiplies pairs of bf16 and sums them in fp32.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define RERANK_FAST_BF16_PRODUCTS 1
 #else
 #define RERANK_FAST_BF16_PRODUCTS 0

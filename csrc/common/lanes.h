@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/set.h"
 
@@ -57,6 +58,30 @@ RERANK_FAST_INLINE Lanes<T> load(const T* from) {
 template <typename T>
 RERANK_FAST_INLINE void store(const Lanes<T>& lanes, T* to) {
   std::memcpy(to, &lanes, sizeof lanes);
+}
+
+// Lanes of a and b, which count on from a's, in the order given. V is any vector.
+template <int... kFrom, typename V>
+RERANK_FAST_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  using Number = std::conditional_t<sizeof(a[0]) == 2, std::int16_t, std::int32_t>;
+  typedef Number Order __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Order{kFrom...});
+#endif
+}
+
+typedef float FourLanes __attribute__((vector_size(16)));
+
+// Four rows of four values turned round.
+RERANK_FAST_INLINE void transpose(FourLanes (&row)[4]) {
+  const FourLanes low[2] = {shuffle<0, 4, 1, 5>(row[0], row[1]), shuffle<0, 4, 1, 5>(row[2], row[3])};
+  const FourLanes high[2] = {shuffle<2, 6, 3, 7>(row[0], row[1]), shuffle<2, 6, 3, 7>(row[2], row[3])};
+  row[0] = shuffle<0, 1, 4, 5>(low[0], low[1]);
+  row[1] = shuffle<2, 3, 6, 7>(low[0], low[1]);
+  row[2] = shuffle<0, 1, 4, 5>(high[0], high[1]);
+  row[3] = shuffle<2, 3, 6, 7>(high[0], high[1]);
 }
 
 struct Add {

@@ -71,11 +71,10 @@ RERANK_FAST_INLINE V exp2_fraction_coarse(V f) {
 // 2^x for x <= 0, to 2e-7; 0 below -126, where no sum sees it. NaN stays NaN.
 template <bool kCoarse = false, typename V = float>
 RERANK_FAST_INLINE V exp2_below(V x) {
-  const V shifted = (x < -126.0f ? all<V>(-126.0f) : x) + kRounds;
+  const V shifted = x + kRounds;
   const V f = x - (shifted - kRounds);
-  const V power = power_of_two(shifted);
-  const V result = (kCoarse ? exp2_fraction_coarse(f) : exp2_fraction(f)) * power;
-  return x < -126.0f ? V{} : result;
+  const V result = (kCoarse ? exp2_fraction_coarse(f) : exp2_fraction(f)) * power_of_two(shifted);
+  return x < -126.0f ? V{} : result;  // what is below has given anything
 }
 
 // e^-d for d >= 0, to 3e-7; e^-87 beyond 87. NaN stays NaN.
@@ -143,10 +142,10 @@ RERANK_FAST_INLINE float normal_cdf(float x, float exponential) {
 }
 
 // x P(X <= x) to 5e-5, and to 3e-5 |x| beyond 4: far below a level of an int8 row that holds such values.
-RERANK_FAST_INLINE float gelu_coarse(float x) {
-  const float near = x < -4.0f ? -4.0f : (x > 4.0f ? 4.0f : x), square = near * near;
-  float p = -1.3012772e-09f;
-  p = p * square + 1.04195045e-07f;
+template <typename V>
+RERANK_FAST_INLINE V gelu_coarse(V x) {
+  const V above = x < -4.0f ? all<V>(-4.0f) : x, near = above > 4.0f ? all<V>(4.0f) : above, square = near * near;
+  V p = -1.3012772e-09f * square + 1.04195045e-07f;
   p = p * square - 3.6571098e-06f;
   p = p * square + 7.48547754e-05f;
   p = p * square - 0.00100648869f;

@@ -25,7 +25,7 @@ V exp_lanes(V x) { return exp_negative(x); }
 V log1p_lanes(V x) { return log1p_unit(x); }
 float tanh_one(float x) { return tanh_of(x); }
 float cdf_one(float x) { return normal_cdf(x, exp_negative(0.5f * x * x)); }
-float gelu_one(float x) { return gelu_coarse(x); }
+V gelu_lanes(V x) { return gelu_coarse(x); }
 
 const MathFunction functions[] = {{"exp2_below", each_register<exp2_lanes>},
                                   {"exp2_below_coarse", each_register<exp2_coarse_lanes>},
@@ -33,7 +33,7 @@ const MathFunction functions[] = {{"exp2_below", each_register<exp2_lanes>},
                                   {"log1p_unit", each_register<log1p_lanes>},
                                   {"tanh", each_value<tanh_one>},
                                   {"normal_cdf", each_value<cdf_one>},
-                                  {"gelu_coarse", each_value<gelu_one>},
+                                  {"gelu_coarse", each_register<gelu_lanes>},
                                   {nullptr, nullptr}};
 
 }  // namespace

@@ -8,23 +8,73 @@ namespace rerank_fast {
 inline namespace RERANK_FAST_SET {
 namespace {
 
-RERANK_FAST_INLINE float highest(float a, float b) { return a < b ? b : a; }
+using Vector = Lanes<float>;
+
+// Where a row is worked on: what other rows have in the same columns, a register of them or one.
+struct RegisterAt {
+  std::int64_t column;
+  RERANK_FAST_INLINE Vector operator()(const float* row) const { return load(row + column); }
+};
+struct ValueAt {
+  std::int64_t column;
+  RERANK_FAST_INLINE float operator()(const float* row) const { return row[column]; }
+};
+
+template <typename V>
+RERANK_FAST_INLINE V higher(V a, V b) {
+  return a < b ? b : a;
+}
+
+// to = function(from, at) of a row, and the largest magnitude in it.
+template <bool kBf16, typename Function>
+RERANK_FAST_INLINE float map_row(const typename Stored<kBf16>::type* from, std::int64_t width, float* to,
+                                 Function function) {
+  Vector largest{};
+  std::int64_t e = 0;
+  for (; e + kLanes <= width; e += kLanes) {
+    const Vector value = function(load_wide<kBf16>(from + e), RegisterAt{e});
+    store(value, to + e);
+    largest = higher(largest, absolute(value));
+  }
+  float top = maximum<float>(largest);
+  for (; e < width; ++e) {
+    to[e] = function(Stored<kBf16>::get(from[e]), ValueAt{e});
+    top = higher(top, absolute(to[e]));
+  }
+  return top;
+}
+
+// The sum of function(row, at) over a row of fp32.
+template <typename Function>
+RERANK_FAST_INLINE float sum_row(const float* row, std::int64_t width, Function function) {
+  Vector sums{};
+  std::int64_t e = 0;
+  for (; e + kLanes <= width; e += kLanes) sums += function(load(row + e));
+  float total = sum<float>(sums);
+  for (; e < width; ++e) total += function(row[e]);
+  return total;
+}
 
 // A row of fp32 to int8; largest is its largest magnitude.
-RERANK_FAST_INLINE void quantize(const float* from, std::int32_t width, float largest, const Int8Rows& rows,
+RERANK_FAST_INLINE void quantize(const float* from, std::int64_t width, float largest, const Int8Rows& rows,
                                  std::int64_t row) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
   const auto most = static_cast<float>(rows.levels);
   std::uint8_t* const to = rows.values + row * width;
   rows.scale[row] = largest / most;
   // What is converted is never negative, so that the half in zero makes cutting it off rounding.
   const float inverse = largest > 0 ? most / largest : 0.0f, zero = most + 1.5f;
-#pragma omp simd
-  for (std::int32_t e = 0; e < width; ++e)
-    to[e] = static_cast<std::uint8_t>(static_cast<std::int32_t>(from[e] * inverse + zero));
+  std::int64_t e = 0;
+  for (; e + kLanes <= width; e += kLanes) {
+    const auto whole = __builtin_convertvector(load(from + e) * inverse + zero, Lanes<std::int32_t>);
+    const Bytes bytes = __builtin_convertvector(whole, Bytes);
+    std::memcpy(to + e, &bytes, sizeof bytes);
+  }
+  for (; e < width; ++e) to[e] = static_cast<std::uint8_t>(static_cast<std::int32_t>(from[e] * inverse + zero));
 }
 
 // Room for one row of fp32, kept by its thread.
-float* row_memory(std::int32_t width) {
+float* row_memory(std::int64_t width) {
   static thread_local Scratch<float> kept;
   return kept.room(width);
 }
@@ -35,86 +85,67 @@ RERANK_FAST_INLINE const typename Stored<kBf16>::type* row_of(const void* x, std
 }
 
 template <bool kBf16>
-RERANK_FAST_INLINE void quantize_each(const Int8RowsShape& shape, const void* x, const Int8Rows& to,
-                                      std::int64_t begin, std::int64_t end) {
-  const auto width = static_cast<std::int32_t>(shape.width);
+void quantize_each(const Int8RowsShape& shape, const void* x, const Int8Rows& to, std::int64_t begin,
+                   std::int64_t end) {
+  const std::int64_t width = shape.width;
   float* const values = row_memory(width);
   for (std::int64_t row = begin; row < end; ++row) {
-    const auto* const from = row_of<kBf16>(x, row, width);
-    float largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (std::int32_t e = 0; e < width; ++e) {
-      const float value = Stored<kBf16>::get(from[e]);
-      values[e] = value;
-      largest = highest(largest, __builtin_fabsf(value));
-    }
+    const float largest = map_row<kBf16>(row_of<kBf16>(x, row, width), width, values, [](auto value, auto) {
+      return value;
+    });
     quantize(values, width, largest, to, row);
   }
 }
 
 template <bool kBf16>
-RERANK_FAST_INLINE void gelu_each(const Int8RowsShape& shape, const Int8Product& product, const Int8Rows& to, std::int64_t begin, std::int64_t end) {
-  const auto width = static_cast<std::int32_t>(shape.width);
-  const float* const bias = product.bias;
+void gelu_each(const Int8RowsShape& shape, const Int8Product& product, const Int8Rows& to, std::int64_t begin,
+               std::int64_t end) {
+  const std::int64_t width = shape.width;
   float* const values = row_memory(width);
   for (std::int64_t row = begin; row < end; ++row) {
-    const auto* const from = row_of<kBf16>(product.x, row, width);
     const float factor = product.row_scale[row];
-    float largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (std::int32_t e = 0; e < width; ++e) {
-      values[e] = gelu_coarse(Stored<kBf16>::get(from[e]) * factor + bias[e]);
-      largest = highest(largest, __builtin_fabsf(values[e]));
-    }
+    const auto* const from = row_of<kBf16>(product.x, row, width);
+    const float largest = map_row<kBf16>(from, width, values, [&](auto value, auto at) {
+      return gelu_coarse(value * factor + at(product.bias));
+    });
     quantize(values, width, largest, to, row);
   }
 }
 
 template <bool kBf16>
-RERANK_FAST_INLINE void norm_each(const Int8RowsShape& shape, const Int8Product& product, const Int8Norm& norm, const Int8Rows& to,
-                                  std::int64_t begin, std::int64_t end) {
-  const auto width = static_cast<std::int32_t>(shape.width);
-  const float* const bias = product.bias;
-  const float *weight = norm.weight, *shift = norm.bias;
+void norm_each(const Int8RowsShape& shape, const Int8Product& product, const Int8Norm& norm, const Int8Rows& to,
+               std::int64_t begin, std::int64_t end) {
+  const std::int64_t width = shape.width;
+  const auto count = static_cast<float>(width), eps = static_cast<float>(norm.eps);
   for (std::int64_t row = begin; row < end; ++row) {
-    const auto* const from = row_of<kBf16>(product.x, row, width);
     const float factor = product.row_scale[row], *residual = norm.residual + row * width;
     float* const values = norm.y + row * width;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (std::int32_t e = 0; e < width; ++e) {
-      const float value = residual[e] + (Stored<kBf16>::get(from[e]) * factor + bias[e]);
-      values[e] = value;
-      sum += value;
-    }
-    const float mean = sum / static_cast<float>(width);
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (std::int32_t e = 0; e < width; ++e) squares += (values[e] - mean) * (values[e] - mean);
-    const float rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + static_cast<float>(norm.eps));
-    float largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (std::int32_t e = 0; e < width; ++e) {
-      const float value = (values[e] - mean) * rstd * weight[e] + shift[e];
-      values[e] = value;
-      largest = highest(largest, __builtin_fabsf(value));
-    }
+    map_row<kBf16>(row_of<kBf16>(product.x, row, width), width, values, [&](auto value, auto at) {
+      return at(residual) + (value * factor + at(product.bias));
+    });
+    const float mean = sum_row(values, width, [](auto value) { return value; }) / count;
+    const float squares = sum_row(values, width, [mean](auto value) { return (value - mean) * (value - mean); });
+    const float rstd = 1.0f / __builtin_sqrtf(squares / count + eps);
+    const float largest = map_row<false>(values, width, values, [&](auto value, auto at) {
+      return (value - mean) * rstd * at(norm.weight) + at(norm.bias);
+    });
     quantize(values, width, largest, to, row);
   }
 }
 
 template <bool kBf16>
-RERANK_FAST_INLINE void scale_each(const Int8RowsShape& shape, const Int8Product& product, void* x,
-                                   std::int64_t begin, std::int64_t end) {
-  const auto width = static_cast<std::int32_t>(shape.width);
+void scale_each(const Int8RowsShape& shape, const Int8Product& product, void* x, std::int64_t begin,
+                std::int64_t end) {
+  const std::int64_t width = shape.width;
   const float* const bias = product.bias;
   for (std::int64_t row = begin; row < end; ++row) {
     const auto* const from = row_of<kBf16>(product.x, row, width);
     auto* const to = static_cast<typename Stored<kBf16>::type*>(x) + row * width;
     const float factor = product.row_scale[row];
-#pragma omp simd
-    for (std::int32_t e = 0; e < width; ++e)
-      to[e] = Stored<kBf16>::put(Stored<kBf16>::get(from[e]) * factor + bias[e]);
+    std::int64_t e = 0;
+    for (; e + kLanes <= width; e += kLanes)
+      store_narrow<kBf16>(load_wide<kBf16>(from + e) * factor + load(bias + e), to + e);
+    for (; e < width; ++e) to[e] = Stored<kBf16>::put(Stored<kBf16>::get(from[e]) * factor + bias[e]);
   }
 }
 

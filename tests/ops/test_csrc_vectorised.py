@@ -31,10 +31,10 @@ LOOPS = {
     "residual_norm_backward_rows": 0.1,
     "ScoreHeadDotE": 0.1,
     "ScoreHeadDotBackwardE": 0.1,
-    "int8_quantize_rows": 0.1,
-    "int8_scale_rows": 0.1,
-    "int8_gelu_rows": 0.1,
-    "int8_norm_rows": 0.05,
+    "int8_quantize_rows": 0.3,
+    "int8_scale_rows": 0.3,
+    "int8_gelu_rows": 0.5,
+    "int8_norm_rows": 0.5,
 }
 # Arithmetic on packed floats, doubles or integers; moves alone prove nothing.
 PACKED = re.compile(
