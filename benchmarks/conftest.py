@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +147,10 @@ def compare_memory() -> Callable[[str, int, int], None]:
     return lambda case, ours, peer: _ROWS.append(Row(case, peer, ours, "MiB"))
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--rows", help="a JSON file that the table's rows are written to; see benchmarks/tables.py")
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     """What takes minutes runs on request: pytest benchmarks -m slow."""
     if config.option.markexpr:
@@ -162,9 +169,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     import sentence_transformers
 
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    )
+    from rerank_fast.ops import cpu
+
+    if path := terminalreporter.config.option.rows:
+        Path(path).write_text(json.dumps([dataclasses.asdict(row) for row in _ROWS]), encoding="utf-8")
+    device = f"{platform.machine()}, {cpu.instruction_set() if cpu.available() else 'no kernels'}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     terminalreporter.section("beside sentence-transformers, medians of interleaved runs")
     terminalreporter.write_line(
         f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "

@@ -1,4 +1,4 @@
-"""Attention at the published shape, forward and backward, beside one torch SDPA call a sequence."""
+"""Attention at the published shape, forward and backward, beside torch's SDPA: a call a sequence, and one of all."""
 
 from __future__ import annotations
 
@@ -54,3 +54,41 @@ def test_attention(compare, one_query, dtype):
     name = f"attention {len(lengths)} x {sum(lengths) // len(lengths)}"
     how = "1 query" if one_query else "all"
     compare(f"{name}, {how}, {str(dtype)[6:]}, beside SDPA a pair", ours, peer, rounds=7)
+
+
+LENGTHS = {
+    "107 x 100": [100] * 107,
+    # Log-normal, as passages are.
+    "107 of 20-250": sorted(np.random.default_rng(0).lognormal(4.6, 0.6, 107).clip(20, 250).astype(int).tolist()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_attention_of_a_batch(compare, lengths, dtype):
+    """Beside one SDPA call on the batch, padded to its longest sequence, as models make it."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    number, longest, tokens = len(LENGTHS[lengths]), max(LENGTHS[lengths]), sum(LENGTHS[lengths])
+    inside = torch.arange(longest, device=device) < torch.tensor(LENGTHS[lengths], device=device)[:, None]
+    padded = torch.randn(number, longest, 3, HEADS, HEAD_SIZE, device=device).to(dtype).requires_grad_()
+    flat = padded.detach()[inside].requires_grad_()
+    grad = torch.randn(tokens, HEADS, HEAD_SIZE, device=device).to(dtype)
+    padded_grad = grad.new_zeros(number, longest, HEADS, HEAD_SIZE)
+    padded_grad[inside] = grad
+    ends = torch.tensor(np.concatenate([[0], np.cumsum(LENGTHS[lengths])]), dtype=torch.int32, device=device)
+    mask = None if inside.all() else inside[:, None, None, :]
+
+    def ours() -> torch.Tensor:
+        q, k, v = flat.unbind(1)
+        out = varlen_attention(q, k, v, ends, ends, max_seqlens=(longest, longest))
+        return torch.autograd.grad(out, flat, grad)[0]
+
+    def peer() -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in padded.unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return torch.autograd.grad(out, padded, padded_grad)[0]
+
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours(), peer()[inside], rtol=1e-3, atol=1e-4)
+    compare(f"attention {lengths}, {str(dtype)[6:]}, beside SDPA of the batch", ours, peer, rounds=9)

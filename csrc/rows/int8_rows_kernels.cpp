@@ -58,19 +58,14 @@ RERANK_FAST_INLINE float sum_row(const float* row, std::int64_t width, Function 
 // A row of fp32 to int8; largest is its largest magnitude.
 RERANK_FAST_INLINE void quantize(const float* from, std::int64_t width, float largest, const Int8Rows& rows,
                                  std::int64_t row) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
   const auto most = static_cast<float>(rows.levels);
   std::uint8_t* const to = rows.values + row * width;
   rows.scale[row] = largest / most;
   // What is converted is never negative, so that the half in zero makes cutting it off rounding.
   const float inverse = largest > 0 ? most / largest : 0.0f, zero = most + 1.5f;
-  std::int64_t e = 0;
-  for (; e + kLanes <= width; e += kLanes) {
-    const auto whole = __builtin_convertvector(load(from + e) * inverse + zero, Lanes<std::int32_t>);
-    const Bytes bytes = __builtin_convertvector(whole, Bytes);
-    std::memcpy(to + e, &bytes, sizeof bytes);
-  }
-  for (; e < width; ++e) to[e] = static_cast<std::uint8_t>(static_cast<std::int32_t>(from[e] * inverse + zero));
+#pragma omp simd
+  for (std::int64_t e = 0; e < width; ++e)
+    to[e] = static_cast<std::uint8_t>(static_cast<std::int32_t>(from[e] * inverse + zero));
 }
 
 // Room for one row of fp32, kept by its thread.
