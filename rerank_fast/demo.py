@@ -71,6 +71,7 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         # The lower layers know words already: without them a step takes three quarters of the time.
         freeze_layers=2,
         batch_size=8,
+        # The right document and four of the wrong ones, half of which are easy.
         max_docs_per_list=5,
         max_steps=max_steps,
         seed=seed,
