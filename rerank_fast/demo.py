@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from rerank_fast.data.docstrings import build_docstring_lists
-from rerank_fast.evaluation import RerankingEvaluator, bootstrap_interval
+from rerank_fast.evaluation import RerankingEvaluator, compare
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import TrainingConfig
 from rerank_fast.training.trainer import Trainer
 
 _QUERY = "Return True if the path refers to an existing file"
 _DOCUMENTS = [
-    "Removes every element from the set and leaves it empty.",
-    "The test follows symbolic links, so a broken link gives False. Needs no permission on the file itself.",
-    "Computes the softmax over the last dimension of the input tensor.",
-    "Opens a network connection to the host and returns a socket object.",
+    "set clear: Removes every element from the set and leaves it empty.",
+    "path exists: The test follows symbolic links, so a broken link gives False. Needs no permission "
+    "on the file itself.",
+    "softmax: Computes the softmax over the last dimension of the input tensor.",
+    "create connection: Opens a network connection to the host and returns a socket object.",
 ]
+RIGHT_DOCUMENT = 1
+_METRICS = ("ndcg@10", "mrr@10", "map")
+_MEASURED_LISTS = 250
 
 
 def encoder_directory() -> str:
@@ -40,11 +46,17 @@ def _is_earlier_demo(output: Path) -> bool:
     return (output / "demo.json").is_file()
 
 
-def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 12) -> dict[str, dict[str, float]]:
+def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 12) -> dict[str, Any]:
     """Build the task, train, measure before and after, save, rank one query.
 
+    Writes what it returns to demo.json in output. That the model does not beat BM25 is a result,
+    not an error.
+
     Returns:
-        {"before" | "after" | "bm25": {"ndcg@10", "mrr@10", "map"}} on the held-out modules.
+        {"bm25" | "before" | "after": {"ndcg@10", "mrr@10", "map"}} on the held-out modules;
+        "after - bm25": {metric: {"difference", "low", "high"}}, the paired difference and its 95 %
+        interval; "beats_bm25": whether NDCG@10's interval is above 0; "ranking": the indices of one
+        query's documents, best first; RIGHT_DOCUMENT should lead.
 
     Raises:
         ValueError: the demo extra is not installed, or output holds a model that no demo made.
@@ -53,9 +65,14 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
     config = TrainingConfig(
         output=output,
         overwrite=_is_earlier_demo(directory),
-        max_length=96,
-        # A fresh head and few steps: five times the recipe's rate.
-        learning_rate=1e-4,
+        max_length=64,
+        # A fresh head and few steps: many times the recipe's rate.
+        learning_rate=3e-4,
+        # The lower layers know words already: without them a step takes three quarters of the time.
+        freeze_layers=2,
+        batch_size=8,
+        # The right document and four of the wrong ones, half of which are easy.
+        max_docs_per_list=5,
         max_steps=max_steps,
         seed=seed,
         eval_steps=10**9,
@@ -63,8 +80,9 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         precision="bf16" if _has_fast_bf16() else "fp32",
     )
     print("Building a ranking task from installed documentation ...", flush=True)
-    train, held_out = build_docstring_lists(num_negatives=7, max_lists=640, seed=seed)
-    held_out = held_out.select(range(min(120, len(held_out))))
+    # Short documents are read soon. BM25 has all of their words, the model what fits max_length.
+    train, held_out = build_docstring_lists(num_random=9, max_lists=720, max_words=40, seed=seed)
+    held_out = held_out.select(range(min(_MEASURED_LISTS, len(held_out))))
     print(f"{len(train)} training lists, {len(held_out)} held-out lists of {len(held_out[0]['docs'])} documents")
     torch.manual_seed(seed)
     model = CrossEncoder(encoder, max_length=config.max_length)
@@ -74,22 +92,37 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
     trainer.train()
     after = evaluator.evaluate_per_query(model)
 
-    print(f"\n{'metric':<8} {'BM25':>7} {'before':>7} {'after':>7}   after - before, 95% interval over queries")
-    metrics = ("ndcg@10", "mrr@10", "map")
-    for name in metrics:
-        low, high = bootstrap_interval(after[name] - before[name], seed=seed)
-        means = [before[f"base_{name}"].mean(), before[name].mean(), after[name].mean()]
-        print(f"{name:<8} {means[0]:>7.4f} {means[1]:>7.4f} {means[2]:>7.4f}   [{low:+.4f}, {high:+.4f}]")
+    gains = {name: compare(after[f"base_{name}"], after[name], seed=seed) for name in _METRICS}
     result = {
-        "bm25": {name: float(np.mean(before[f"base_{name}"])) for name in metrics},
-        "before": {name: float(np.mean(before[name])) for name in metrics},
-        "after": {name: float(np.mean(after[name])) for name in metrics},
+        "bm25": {name: gains[name].a for name in _METRICS},
+        "before": {name: float(np.mean(before[name])) for name in _METRICS},
+        "after": {name: gains[name].b for name in _METRICS},
+        "after - bm25": {
+            name: {"difference": gain.difference, "low": gain.low, "high": gain.high}
+            for name, gain in gains.items()
+        },
+        "beats_bm25": gains["ndcg@10"].low > 0,
     }
-    (directory / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _print_table(result)
     print(f"\nModel saved to {output}. One query:\n  {_QUERY}")
-    for hit in CrossEncoder(output).rank(_QUERY, _DOCUMENTS, return_documents=True):
+    hits = CrossEncoder(output).rank(_QUERY, _DOCUMENTS, return_documents=True)
+    for hit in hits:
         print(f"  {hit['score']:>7.3f}  {hit['text']}")
+    result["ranking"] = [hit["corpus_id"] for hit in hits]
+    (directory / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _print_table(result: Mapping[str, Any]) -> None:
+    print(f"\n{'metric':<8} {'before':>7} {'after':>7} {'BM25':>7}   after - BM25, 95% interval over queries")
+    for name in _METRICS:
+        means = " ".join(f"{result[column][name]:>7.4f}" for column in ("before", "after", "bm25"))
+        gain = result["after - bm25"][name]
+        print(f"{name:<8} {means}   {gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
+    if result["beats_bm25"]:
+        print("After training the model ranks the held-out modules better than BM25.")
+    else:
+        print("The model was not shown to rank better than BM25: NDCG@10's interval is not above 0.")
 
 
 def _has_fast_bf16() -> bool:

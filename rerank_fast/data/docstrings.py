@@ -1,7 +1,7 @@
 """A ranking task from the documentation that every install has: which documentation does a summary line open?
 
-Query: the summary of a function or class. Right document: the rest of its docstring. Wrong ones: what BM25 finds
-for the summary among the other documents of the same split. Sources are parsed, never imported.
+Query: the summary of a function or class. Right document: its name and the rest of its docstring. Wrong ones: what
+BM25 finds for the summary among the other documents of the same split. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import logging
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,8 @@ _HELD_OUT_SHARE = 0.2
 _MIN_SUMMARY_WORDS = 4
 _MAX_SUMMARY_WORDS = 40
 _MIN_DOCUMENT_WORDS = 8
-_MAX_DOCUMENT_WORDS = 150  # about what 256 tokens hold
+# batch_norm and BatchNorm are two words each, JSONDecoder is JSON Decoder.
+_NAME_WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class DocumentedName:
     module: str  # dotted, e.g. "torch.nn.functional"
     name: str
     summary: str
-    document: str
+    rest: str
+
+    @property
+    def document(self) -> str:
+        """The name in words, as BM25 needs them, then the rest: "Batch Sampler iter: Yields ..."."""
+        return f"{' '.join(_NAME_WORD.findall(self.name))}: {self.rest}"
 
     @property
     def group(self) -> str:
@@ -58,31 +65,46 @@ class DocumentedName:
 
 
 def build_docstring_lists(
-    *, num_negatives: int = 9, max_lists: int | None = None, seed: int = 12
+    *,
+    num_negatives: int = 9,
+    num_random: int = 0,
+    max_lists: int | None = None,
+    max_words: int = 150,
+    seed: int = 12,
 ) -> tuple[Dataset, Dataset]:
     """Ranking lists from the docstrings of the standard library, torch, numpy and transformers.
 
-    Whole modules are held out (a fifth of them), and a list's documents come from its own split alone. Each list
-    holds one right document (label 1) and the BM25-best wrong ones (label 0), in BM25's order; a right document
-    that BM25 ranks below all of those stands last.
+    Whole modules are held out (a fifth of them), and a list's documents come from its own split
+    alone. Each list holds one right document (label 1) and the BM25-best wrong ones (label 0), in
+    BM25's order; a right document that BM25 ranks below all of those stands last. Training lists
+    can have random wrong ones after these: they teach what a match is, before the BM25-best ones
+    can teach what is a better match.
 
     Args:
-        num_negatives: wrong documents a list; fewer where the split has no more.
-        max_lists: most lists of each split, a random choice; None takes all. Lists come in random order.
-        seed: of that order and of the split.
+        num_negatives: BM25's wrong documents a list; fewer where the split has no more.
+        num_random: random wrong documents a training list; fewer where the split has no more.
+        max_lists: most lists of each split, a random choice; None takes all. Lists come in random
+            order.
+        max_words: of a document, for BM25 as for the model; the default is about 256 tokens.
+        seed: of that order, of the random documents and of the split.
 
     Returns:
         (train, held out), each with the columns query, docs and labels.
 
     Raises:
-        ValueError: a number below 1, bm25s is missing, or no documentation was found.
+        ValueError: a number is too low, bm25s is missing, or no documentation was found.
     """
-    for name, value in (("num_negatives", num_negatives), ("max_lists", max_lists)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value, least in (
+        ("num_negatives", num_negatives, 1),
+        ("num_random", num_random, 0),
+        ("max_lists", max_lists, 1),
+        ("max_words", max_words, _MIN_DOCUMENT_WORDS),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if importlib.util.find_spec("bm25s") is None:
         raise ValueError("the docstring task takes its negatives from bm25s: pip install 'rerank-fast[demo]'")
-    names = documented_names()
+    names = documented_names(max_words=max_words)
     held_out = [is_held_out(name.group, seed=seed) for name in names]
     splits = []
     for wanted in (False, True):
@@ -91,7 +113,15 @@ def build_docstring_lists(
             raise ValueError(
                 f"expected the docstrings of several modules in {', '.join(_roots())}, got {len(names)}"
             )
-        splits.append(_lists(split, num_negatives=num_negatives, max_lists=max_lists, seed=seed))
+        splits.append(
+            _lists(
+                split,
+                num_negatives=num_negatives,
+                num_random=0 if wanted else num_random,
+                max_lists=max_lists,
+                seed=seed,
+            )
+        )
     return splits[0], splits[1]
 
 
@@ -101,17 +131,19 @@ def is_held_out(group: str, *, seed: int = 12) -> bool:
     return int.from_bytes(digest[:8], "big") < _HELD_OUT_SHARE * 2**64
 
 
-def documented_names() -> list[DocumentedName]:
-    """Every usable docstring once, sorted by module; texts that occur twice are left out altogether."""
+def documented_names(*, max_words: int = 150) -> list[DocumentedName]:
+    """Every usable docstring once, sorted by module; texts that occur twice are left out altogether.
+
+    Args:
+        max_words: of the rest of a docstring, the first ones.
+    """
     found = [name for prefix, root in _roots().items() for name in _in_directory(root, prefix)]
+    found = [replace(name, rest=" ".join(name.rest.split()[:max_words])) for name in found]
     found.sort(key=lambda name: (name.module, name.name))
-    # A repeated summary has several right answers, a repeated document is right under several summaries.
-    summaries: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    for name in found:
-        summaries[name.summary.lower()] = summaries.get(name.summary.lower(), 0) + 1
-        documents[name.document] = documents.get(name.document, 0) + 1
-    return [name for name in found if summaries[name.summary.lower()] == 1 and documents[name.document] == 1]
+    # A repeated summary has several right answers, a repeated rest is right under several summaries.
+    summaries = Counter(name.summary.lower() for name in found)
+    rests = Counter(name.rest for name in found)
+    return [name for name in found if summaries[name.summary.lower()] == 1 and rests[name.rest] == 1]
 
 
 def _roots() -> dict[str, Path]:
@@ -220,17 +252,20 @@ def part_docstring(docstring: str) -> tuple[str, str] | None:
         return None  # it introduces what follows, or is code
     if summary.lower() in " ".join(document).lower():
         return None  # the answer would quote the question
-    return summary, " ".join(document[:_MAX_DOCUMENT_WORDS])
+    return summary, " ".join(document)
 
 
-def _lists(names: list[DocumentedName], *, num_negatives: int, max_lists: int | None, seed: int) -> Dataset:
+def _lists(
+    names: list[DocumentedName], *, num_negatives: int, num_random: int, max_lists: int | None, seed: int
+) -> Dataset:
     import bm25s
     from datasets import Dataset, Features, Value
     from datasets import List as ListOf
 
     documents = [name.document for name in names]
+    draw = np.random.default_rng(seed)
     # Shuffled, so that the first lists of a split are a sample of all its modules.
-    chosen = np.random.default_rng(seed).permutation(len(names))[:max_lists]
+    chosen = draw.permutation(len(names))[:max_lists]
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own logger to DEBUG
     retriever = bm25s.BM25()
     retriever.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
@@ -241,6 +276,8 @@ def _lists(names: list[DocumentedName], *, num_negatives: int, max_lists: int | 
     for right, ranking in zip(chosen.tolist(), found.tolist(), strict=True):
         # BM25's order; a right document that is not in its list stands last.
         order = ranking if right in ranking else [*ranking[:num_negatives], right]
+        drawn = draw.choice(len(names), min(len(order) + num_random, len(names)), replace=False)
+        order = [*order, *[i for i in drawn.tolist() if i not in order][:num_random]]
         rows["query"].append(names[right].summary)
         rows["docs"].append([documents[i] for i in order])
         rows["labels"].append([float(i == right) for i in order])

@@ -77,10 +77,29 @@ def test_leaves_out_what_says_too_little_or_too_much(text: str):
     assert part_docstring(text) is None
 
 
-def test_long_documents_are_cut():
-    parted = part_docstring("A summary of enough words.\n\n" + "word " * 1000)
-    assert parted is not None
-    assert len(parted[1].split()) == 150
+def test_documents_are_cut_and_those_that_are_then_equal_are_left_out(package: Path):
+    names = docstrings.documented_names()
+    assert max(len(name.rest.split()) for name in names) == 18
+    cut = docstrings.documented_names(max_words=8)
+    assert {len(name.rest.split()) for name in cut} == {8}
+    function = 'def f():\n    """Return what number {} says.\n\n    ' + "the same words " * 4 + '{}"""\n'
+    (package / "same.py").write_text(function.format(0, 0) + function.format(1, 1))
+    assert len(docstrings.documented_names()) == len(names) + 2
+    assert docstrings.documented_names(max_words=8) == cut
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("JSONDecoder.raw_decode", "JSON Decoder raw decode"),
+        ("BatchNorm2d", "Batch Norm2d"),
+        ("isfile", "isfile"),
+        ("torch.LSTM", "torch LSTM"),
+        ("GPT2Model", "GPT2 Model"),
+    ],
+)
+def test_a_document_begins_with_its_name_in_words(name: str, words: str):
+    assert DocumentedName("m", name, "a summary", "the rest").document == f"{words}: the rest"
 
 
 def test_reads_public_names_and_added_docstrings_without_running_the_code():
@@ -133,10 +152,23 @@ def test_lists_have_one_right_document_in_bm25_order_and_no_split_sees_the_other
     assert all(row["labels"][0] == 1 for row in train)
 
 
+def test_random_documents_follow_in_training_lists_alone(package: Path):
+    plain = build_docstring_lists(num_negatives=3, seed=0)
+    train, held_out = build_docstring_lists(num_negatives=3, num_random=5, seed=0)
+    assert held_out.to_list() == plain[1].to_list()
+    group_of = {name.document: name.group for name in docstrings.documented_names()}
+    for row, without in zip(train, plain[0], strict=True):
+        assert row["query"] == without["query"]
+        assert row["docs"][:4] == without["docs"]
+        assert len(row["docs"]) == len(set(row["docs"])) == 9
+        assert row["labels"] == without["labels"] + [0.0] * 5
+        assert not any(is_held_out(group_of[document], seed=0) for document in row["docs"])
+
+
 def test_a_right_document_that_bm25_misses_stands_last(package: Path):
     names = [DocumentedName("m", "f", "wholly unrelated query words", "alpha beta gamma")]
     names += [DocumentedName("m", f"f{i}", f"summary {i}", f"unrelated query words {i}") for i in range(5)]
-    lists = docstrings._lists(names, num_negatives=3, max_lists=None, seed=0)
+    lists = docstrings._lists(names, num_negatives=3, num_random=0, max_lists=None, seed=0)
     row = next(row for row in lists if row["query"].startswith("wholly"))
     assert row["labels"] == [0, 0, 0, 1]
 
@@ -148,10 +180,13 @@ def test_is_repeatable_and_max_lists_takes_a_prefix(package: Path):
     assert few.to_list() == first.to_list()[:5]
 
 
-@pytest.mark.parametrize("options", [{"num_negatives": 0}, {"max_lists": 0}])
-def test_numbers_below_one_are_errors(options: dict[str, int]):
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        build_docstring_lists(**options)
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("num_negatives", 0, 1), ("num_random", -1, 0), ("max_lists", 0, 1), ("max_words", 7, 8)],
+)
+def test_numbers_that_are_too_low_are_errors(name: str, value: int, least: int):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+        build_docstring_lists(**{name: value})
 
 
 def test_without_documentation_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
