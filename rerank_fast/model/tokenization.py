@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,16 @@ def _cut(ids: list[int], length: int, side: str) -> list[int]:
     return ids[:length] if side == "right" else ids[max(len(ids) - length, 0) :]
 
 
+def _longest_first(query: int, document: int, room: int) -> tuple[int, int]:
+    """How many tokens stay of each text of a pair that is too long, as fast tokenizers truncate it.
+
+    The longer text is cut until both are as long, then both. Of an odd number the longer text keeps
+    one more; of two as long that is the document.
+    """
+    shorter = min(query, document, room // 2)
+    return (room - shorter, shorter) if query > document else (shorter, room - shorter)
+
+
 @dataclass(frozen=True)
 class PairTokenizer:
     """Token ids of pairs, truncated to a number of tokens."""
@@ -107,60 +117,63 @@ class PairTokenizer:
         """
         queries = [(prompt or "") + pair[0] for pair in pairs]
         documents = [pair[1] for pair in pairs]
-        texts = list(dict.fromkeys(chain(queries, documents)))
+        distinct = list(dict.fromkeys(chain(queries, documents)))
         side = self.tokenizer.truncation_side
         tokens = {
             text: (_cut(ids, max_length, side), len(ids))
-            for text, ids in zip(texts, _tokens(self.tokenizer, texts), strict=True)
+            for text, ids in zip(distinct, _tokens(self.tokenizer, distinct), strict=True)
         }
-        frame, types = self._frame()
-        room = max_length - (len(frame) - 2)
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = max_length - special
         if room < 0:
-            raise ValueError(
-                f"max_length is {max_length}, but the tokenizer gives a pair {len(frame) - 2} special tokens"
-            )
-        pieces = [[token] for token in frame]
-        of_query, of_document = frame.index(_QUERY), frame.index(_DOCUMENT)
-        rows: list[list[int]] = []
+            raise ValueError(f"max_length is {max_length}, but the tokenizer gives a pair {special} special tokens")
+        fast = self.tokenizer.is_fast
+        texts: list[list[int]] = []
         truncated = 0
         for query, document in zip(queries, documents, strict=True):
-            (pieces[of_query], length), (pieces[of_document], other) = tokens[query], tokens[document]
+            (left, length), (right, other) = tokens[query], tokens[document]
             if length + other > room:
                 truncated += 1
-                length, other = self._kept(length, other, room)
-                pieces[of_query] = _cut(pieces[of_query], length, side)
-                pieces[of_document] = _cut(pieces[of_document], other, side)
-            rows += pieces
-        return _flat(rows, types, len(pieces)), truncated
+                if fast:
+                    length, other = _longest_first(length, other, room)
+                    left, right = _cut(left, length, side), _cut(right, other, side)
+            texts += left, right
+        return self._framed(texts) if fast else self._prepared(texts, max_length), truncated
 
-    def _frame(self) -> tuple[list[int], list[int] | None]:
-        """The ids of a pair with a mark for each text, and the token type of each, if the model takes types.
+    def _framed(self, texts: list[list[int]]) -> TokenizedPairs:
+        """The pairs of a fast tokenizer: query, document, query, ... with special tokens around them.
 
-        Whatever puts the special tokens around two texts is given two marks in their place.
+        These are found by giving two marks in place of two texts to what puts them there.
         """
-        if self.tokenizer.is_fast:
-            query, document = Encoding(), Encoding()
-            query.pad(1, pad_id=_QUERY, pad_type_id=0)
-            document.pad(1, pad_id=_DOCUMENT, pad_type_id=1)
-            pair = self.tokenizer.backend_tokenizer.post_process(query, document)
-            ids, types = pair.ids, pair.type_ids
-        else:
-            pair = self.tokenizer.prepare_for_model([_QUERY], [_DOCUMENT], return_token_type_ids=True)
-            ids, types = pair["input_ids"], pair["token_type_ids"]
-        return ids, types if "token_type_ids" in self.tokenizer.model_input_names else None
+        query, document = Encoding(), Encoding()
+        query.pad(1, pad_id=_QUERY, pad_type_id=0)
+        document.pad(1, pad_id=_DOCUMENT, pad_type_id=1)
+        marked = self.tokenizer.backend_tokenizer.post_process(query, document)
+        frame, of_query, of_document = marked.ids, marked.ids.index(_QUERY), marked.ids.index(_DOCUMENT)
+        rows = [[token] for token in frame] * (len(texts) // 2)
+        rows[of_query :: len(frame)], rows[of_document :: len(frame)] = texts[::2], texts[1::2]
+        types = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            types = [[kind] * len(row) for kind, row in zip(cycle(marked.type_ids), rows, strict=False)]
+        return _flat(rows, types, len(frame))
 
-    def _kept(self, query: int, document: int, room: int) -> tuple[int, int]:
-        """How many tokens of each text stay of a pair that is too long: transformers' `longest_first`.
-
-        The longer text is cut until both are as long, then both. Of an odd number the longer text
-        keeps one more; of two as long that is the document. Slow tokenizers that cut both keep one
-        more of the query.
-        """
-        shorter = min(query, document, room // 2)
-        both_cut = min(query, document) > shorter
-        if query > document or (both_cut and not self.tokenizer.is_fast):
-            return room - shorter, shorter
-        return shorter, room - shorter
+    def _prepared(self, texts: list[list[int]], max_length: int) -> TokenizedPairs:
+        """The pairs of a slow tokenizer, which has its own way to cut and to join them."""
+        pairs = [
+            self.tokenizer.prepare_for_model(
+                query,
+                document,
+                truncation="longest_first",
+                max_length=max_length,
+                return_attention_mask=False,
+            )
+            for query, document in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        typed = "token_type_ids" in self.tokenizer.model_input_names
+        return _flat(
+            [pair["input_ids"] for pair in pairs],
+            [pair["token_type_ids"] for pair in pairs] if typed else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -237,13 +250,12 @@ def _carries_pairs(render: Any) -> bool:
     return base not in (query, document)
 
 
-def _flat(rows: list[list[int]], types: list[int] | None, rows_per_pair: int = 1) -> TokenizedPairs:
-    """The pairs, each of some rows of ids; types: of each row of a pair."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    kinds = None if types is None else np.array(types * (len(rows) // rows_per_pair), np.int8)
+def _flat(rows: list[list[int]], types: list[list[int]] | None, rows_per_pair: int = 1) -> TokenizedPairs:
+    """The pairs, each of as many rows of ids and of token types."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    total = offsets[-1]
     return TokenizedPairs(
-        np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]),
-        None if kinds is None else np.repeat(kinds, lengths),
-        offsets[::rows_per_pair],
+        np.fromiter(chain.from_iterable(rows), np.int32, total),
+        None if types is None else np.fromiter(chain.from_iterable(types), np.int8, total),
+        offsets[::rows_per_pair].astype(np.int64),
     )
