@@ -31,11 +31,18 @@ from rerank_fast.demo import encoder_directory
 from rerank_fast.model.tokenization import Pair, PairTokenizer
 
 MAX_LENGTH = 512
-WORDS = [(20, 2_000), (200, 2_000), (2_000, 20_000), (20_000, 20_000), (20_000, 200_000), (200_000, 200_000)]
+WORDS = [
+    (20, 2_000),
+    (200, 2_000),
+    (2_000, 20_000),
+    (20_000, 20_000),
+    (20_000, 200_000),
+    (200_000, 200_000),
+]
 
 
 def _peer_gib(query: int, document: int) -> float:
-    """Of each piece of one text beside each of the other's: about 700 bytes a token, which a word here is."""
+    """Of each piece of one text beside each of the other's, 700 bytes a token or word."""
     pieces = query * document / (MAX_LENGTH / 2) ** 2
     return pieces * MAX_LENGTH * 700 / 2**30
 
@@ -68,7 +75,8 @@ def _row(way: str, query: int, document: int, limit: float) -> str:
     if way == "transformers" and _peer_gib(query, document) > limit:
         return f"{'-':>10} {'-':>10}"
     command = [sys.executable, "-m", "benchmarks.tokenization", "--row", way, str(query), str(document)]
-    seconds, mib = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds, mib = map(float, printed.split())
     return f"{seconds * 1e3:>10,.1f} {mib:>10,.0f}"
 
 
@@ -84,13 +92,19 @@ def _ordinary(rounds: int) -> None:
             ways[way](pairs)
             times[way].append(time.perf_counter() - started)
     medians = {way: statistics.median(values) for way, values in times.items()}
-    print("\n1,000 ordinary pairs: " + ", ".join(f"{way} {value * 1e3:.0f} ms" for way, value in medians.items()))
-    print(f"ratio {medians['transformers'] / medians['rerank_fast']:.2f}")
+    print("\n1,000 ordinary pairs")
+    for way, median in medians.items():
+        print(f"{way:<20} {median * 1e3:>10.0f} ms {medians['transformers'] / median:>6.2f}x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer_gib", type=float, default=4, help="most memory for the tokenizer's own truncation")
+    parser.add_argument(
+        "--peer_gib",
+        type=float,
+        default=4,
+        help="most memory for the tokenizer's own truncation",
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -98,9 +112,10 @@ def main() -> None:
         way, query, document = options.row
         _long_pair(way, int(query), int(document))
         return
-    print(f"{'words':<20}" + "".join(f" {way + ' ms':>15} {'MiB':>5}" for way in ("transformers", "rerank_fast")))
+    ways = ("transformers", "rerank_fast")
+    print(f"{'words':<20}" + "".join(f" {way + ' ms':>15} {'MiB':>5}" for way in ways))
     for query, document in WORDS:
-        rows = [_row(way, query, document, options.peer_gib) for way in ("transformers", "rerank_fast")]
+        rows = [_row(way, query, document, options.peer_gib) for way in ways]
         print(f"{f'{query:,} x {document:,}':<20}" + " ".join(rows), flush=True)
     _ordinary(options.rounds)
 

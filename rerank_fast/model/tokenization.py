@@ -1,4 +1,4 @@
-"""(query, document) pairs to token ids: a pair of texts for encoders, a filled-in prompt for causal rerankers.
+"""(query, document) pairs to token ids: two texts for encoders, a filled-in prompt for causal models.
 
 Texts are tokenised whole, cut here, and then joined. A tokenizer that truncates a pair itself also
 makes all that it cuts off: each piece of one text with each of the other's. Its truncation is a
@@ -19,8 +19,8 @@ from tokenizers import Encoding
 from rerank_fast.model.packing import TokenizedPairs
 
 Pair = Sequence[str]
-CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory beside the result
-CHARACTERS = 1 << 20  # of one call of the tokenizer; until the texts are cut, each takes about 100 bytes
+CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory for ids
+CHARACTERS = 1 << 20  # of a tokenizer call's texts; until these are cut, each takes 100 bytes
 _QUERY, _DOCUMENT = 2**32 - 1, 2**32 - 2  # ids that no vocabulary has
 
 # Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers gives a pair. Its
@@ -115,6 +115,13 @@ class PairTokenizer:
         Raises:
             ValueError: max_length is less than the special tokens of a pair.
         """
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = max_length - special
+        if room < 0:
+            raise ValueError(
+                f"expected max_length to be at least {special}, the number of special tokens that "
+                f"the tokenizer gives a pair, got {max_length}"
+            )
         queries = [(prompt or "") + pair[0] for pair in pairs]
         documents = [pair[1] for pair in pairs]
         distinct = list(dict.fromkeys(chain(queries, documents)))
@@ -123,42 +130,41 @@ class PairTokenizer:
             text: (_cut(ids, max_length, side), len(ids))
             for text, ids in zip(distinct, _tokens(self.tokenizer, distinct), strict=True)
         }
-        special = self.tokenizer.num_special_tokens_to_add(pair=True)
-        room = max_length - special
-        if room < 0:
-            raise ValueError(f"max_length is {max_length}, but the tokenizer gives a pair {special} special tokens")
         fast = self.tokenizer.is_fast
         texts: list[list[int]] = []
         truncated = 0
         for query, document in zip(queries, documents, strict=True):
-            (left, length), (right, other) = tokens[query], tokens[document]
-            if length + other > room:
+            (query_ids, of_query), (document_ids, of_document) = tokens[query], tokens[document]
+            if of_query + of_document > room:
                 truncated += 1
                 if fast:
-                    length, other = _longest_first(length, other, room)
-                    left, right = _cut(left, length, side), _cut(right, other, side)
-            texts += left, right
+                    of_query, of_document = _longest_first(of_query, of_document, room)
+                    query_ids = _cut(query_ids, of_query, side)
+                    document_ids = _cut(document_ids, of_document, side)
+            texts += query_ids, document_ids
         return self._framed(texts) if fast else self._prepared(texts, max_length), truncated
 
     def _framed(self, texts: list[list[int]]) -> TokenizedPairs:
-        """The pairs of a fast tokenizer: query, document, query, ... with special tokens around them.
+        """The pairs of a fast tokenizer; texts: a query, its document, the next query, ...
 
-        These are found by giving two marks in place of two texts to what puts them there.
+        Where special tokens go is asked of what puts them there, with two marks in place of texts.
         """
         query, document = Encoding(), Encoding()
         query.pad(1, pad_id=_QUERY, pad_type_id=0)
         document.pad(1, pad_id=_DOCUMENT, pad_type_id=1)
         marked = self.tokenizer.backend_tokenizer.post_process(query, document)
-        frame, of_query, of_document = marked.ids, marked.ids.index(_QUERY), marked.ids.index(_DOCUMENT)
+        frame = marked.ids
         rows = [[token] for token in frame] * (len(texts) // 2)
-        rows[of_query :: len(frame)], rows[of_document :: len(frame)] = texts[::2], texts[1::2]
+        rows[frame.index(_QUERY) :: len(frame)] = texts[::2]
+        rows[frame.index(_DOCUMENT) :: len(frame)] = texts[1::2]
         types = None
         if "token_type_ids" in self.tokenizer.model_input_names:
-            types = [[kind] * len(row) for kind, row in zip(cycle(marked.type_ids), rows, strict=False)]
+            kinds = cycle(marked.type_ids)
+            types = [[kind] * len(row) for kind, row in zip(kinds, rows, strict=False)]
         return _flat(rows, types, len(frame))
 
     def _prepared(self, texts: list[list[int]], max_length: int) -> TokenizedPairs:
-        """The pairs of a slow tokenizer, which has its own way to cut and to join them."""
+        """The pairs of a slow tokenizer, whose own way it is to cut and to join them."""
         pairs = [
             self.tokenizer.prepare_for_model(
                 query,
@@ -213,10 +219,10 @@ class PromptTokenizer:
     def __call__(
         self, pairs: Sequence[Pair], max_length: int, prompt: str | None = None
     ) -> tuple[TokenizedPairs, int]:
-        """The filled-in prompts, and how many of them were truncated: the end of the pair goes, the prompt's stays.
+        """The filled-in prompts, and how many of them were truncated.
 
-        The prompt, or instruction, is a system message. Where the tokenizer's truncation side is left,
-        the beginning of the prompt goes.
+        Of these the end of the pair goes, and the prompt's stays; where the tokenizer's truncation
+        side is left, the beginning goes. The prompt, or instruction, is a system message.
         """
         texts = (self._render(pair, prompt) for pair in pairs)
         side = self.tokenizer.truncation_side
