@@ -1,4 +1,4 @@
-"""(query, document) pairs to token ids: two texts for encoders, a filled-in prompt for causal models.
+"""(query, document) pairs to token ids: two texts for encoders, a filled-in prompt for decoders.
 
 Texts are tokenised whole, cut here, and then joined. A tokenizer that truncates a pair itself also
 makes all that it cuts off: each piece of one text with each of the other's. Its truncation is a
