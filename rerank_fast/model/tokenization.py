@@ -1,18 +1,27 @@
-"""(query, document) pairs to token ids: a pair of texts for encoders, a filled-in prompt for causal rerankers."""
+"""(query, document) pairs to token ids: two texts for encoders, a filled-in prompt for decoders.
+
+Texts are tokenised whole, cut here, and then joined. A tokenizer that truncates a pair itself also
+makes all that it cuts off: each piece of one text with each of the other's. Its truncation is a
+setting that threads share, too; here it is only ever off, so that any number of threads may tokenise
+with one tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 
 from rerank_fast.model.packing import TokenizedPairs
 
 Pair = Sequence[str]
-CHUNK = 1024  # pairs a tokenizer call: enough for its threads, little memory beside the result
+CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory for ids
+CHARACTERS = 1 << 20  # of a tokenizer call's texts; until these are cut, each takes 100 bytes
+_QUERY, _DOCUMENT = 2**32 - 1, 2**32 - 2  # ids that no vocabulary has
 
 # Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers gives a pair. Its
 # instruction is a system message.
@@ -43,6 +52,53 @@ def chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
     return [pairs[start : start + CHUNK] for start in range(0, len(pairs), CHUNK)]
 
 
+def _calls(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, in order, about CHARACTERS at a time."""
+    call: list[str] = []
+    size = 0
+    for text in texts:
+        if call and size + len(text) > CHARACTERS:
+            yield call
+            call, size = [], 0
+        call.append(text)
+        size += len(text)
+    if call:
+        yield call
+
+
+def _tokens(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """All ids of each text, without special tokens."""
+    for call in _calls(texts):
+        if not tokenizer.is_fast:
+            yield from tokenizer(call, add_special_tokens=False, verbose=False)["input_ids"]
+            continue
+        # As transformers calls it, but without offsets, which nothing here reads.
+        backend = tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != tokenizer.split_special_tokens:
+            backend.encode_special_tokens = tokenizer.split_special_tokens
+        for encoding in backend.encode_batch_fast(call, add_special_tokens=False):
+            yield encoding.ids
+
+
+def _cut(ids: list[int], length: int, side: str) -> list[int]:
+    """At most this many ids; what is beyond goes from the side."""
+    return ids[:length] if side == "right" else ids[max(len(ids) - length, 0) :]
+
+
+def _longest_first(query: int, document: int, room: int) -> tuple[int, int]:
+    """How many tokens stay of each text of a pair that is too long, as fast tokenizers truncate it.
+
+    The longer text is cut until both are as long, then both. Of an odd number the longer text keeps
+    one more; of two as long that is the document.
+    """
+    shorter = min(query, document, room // 2)
+    return (room - shorter, shorter) if query > document else (shorter, room - shorter)
+
+
 @dataclass(frozen=True)
 class PairTokenizer:
     """Token ids of pairs, truncated to a number of tokens."""
@@ -54,22 +110,76 @@ class PairTokenizer:
     ) -> tuple[TokenizedPairs, int]:
         """The pairs without padding, and how many of them were truncated, the longer text first.
 
-        The prompt goes before each query.
-        """
-        queries = [(prompt or "") + pair[0] for pair in pairs]
-        encoded = self.tokenizer(
-            queries, [pair[1] for pair in pairs], truncation="longest_first", max_length=max_length
-        )
-        ids = encoded["input_ids"]
-        full = [n for n, row in enumerate(ids) if len(row) == max_length]
-        if full and encoded.encodings is not None:
-            truncated = sum(bool(encoded.encodings[n].overflowing) for n in full)
-        else:
-            truncated = sum(self._length(queries[n], pairs[n][1]) > max_length for n in full)
-        return _flat(ids, encoded.get("token_type_ids")), truncated
+        The prompt goes before each query. A text that stands in several pairs is tokenised once.
 
-    def _length(self, query: str, document: str) -> int:
-        return len(self.tokenizer(query, document, truncation=False, verbose=False)["input_ids"])
+        Raises:
+            ValueError: max_length is less than the special tokens of a pair.
+        """
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = max_length - special
+        if room < 0:
+            raise ValueError(
+                f"expected max_length to be at least {special}, the number of special tokens that "
+                f"the tokenizer gives a pair, got {max_length}"
+            )
+        queries = [(prompt or "") + pair[0] for pair in pairs]
+        documents = [pair[1] for pair in pairs]
+        distinct = list(dict.fromkeys(chain(queries, documents)))
+        side = self.tokenizer.truncation_side
+        tokens = {
+            text: (_cut(ids, max_length, side), len(ids))
+            for text, ids in zip(distinct, _tokens(self.tokenizer, distinct), strict=True)
+        }
+        fast = self.tokenizer.is_fast
+        texts: list[list[int]] = []
+        truncated = 0
+        for query, document in zip(queries, documents, strict=True):
+            (query_ids, of_query), (document_ids, of_document) = tokens[query], tokens[document]
+            if of_query + of_document > room:
+                truncated += 1
+                if fast:
+                    of_query, of_document = _longest_first(of_query, of_document, room)
+                    query_ids = _cut(query_ids, of_query, side)
+                    document_ids = _cut(document_ids, of_document, side)
+            texts += query_ids, document_ids
+        return self._framed(texts) if fast else self._prepared(texts, max_length), truncated
+
+    def _framed(self, texts: list[list[int]]) -> TokenizedPairs:
+        """The pairs of a fast tokenizer; texts: a query, its document, the next query, ...
+
+        Where special tokens go is asked of what puts them there, with two marks in place of texts.
+        """
+        query, document = Encoding(), Encoding()
+        query.pad(1, pad_id=_QUERY, pad_type_id=0)
+        document.pad(1, pad_id=_DOCUMENT, pad_type_id=1)
+        marked = self.tokenizer.backend_tokenizer.post_process(query, document)
+        frame = marked.ids
+        rows = [[token] for token in frame] * (len(texts) // 2)
+        rows[frame.index(_QUERY) :: len(frame)] = texts[::2]
+        rows[frame.index(_DOCUMENT) :: len(frame)] = texts[1::2]
+        types = None
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            kinds = cycle(marked.type_ids)
+            types = [[kind] * len(row) for kind, row in zip(kinds, rows, strict=False)]
+        return _flat(rows, types, len(frame))
+
+    def _prepared(self, texts: list[list[int]], max_length: int) -> TokenizedPairs:
+        """The pairs of a slow tokenizer, whose own way it is to cut and to join them."""
+        pairs = [
+            self.tokenizer.prepare_for_model(
+                query,
+                document,
+                truncation="longest_first",
+                max_length=max_length,
+                return_attention_mask=False,
+            )
+            for query, document in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        typed = "token_type_ids" in self.tokenizer.model_input_names
+        return _flat(
+            [pair["input_ids"] for pair in pairs],
+            [pair["token_type_ids"] for pair in pairs] if typed else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,29 +216,31 @@ class PromptTokenizer:
         template = str(self.tokenizer.chat_template)
         return any(part in template for part in ("content[0]", ".type", "'type'", '"type"', "message.content["))
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
     def __call__(
         self, pairs: Sequence[Pair], max_length: int, prompt: str | None = None
     ) -> tuple[TokenizedPairs, int]:
-        """The filled-in prompts, and how many of them were truncated: the end of the pair goes, the prompt's stays.
+        """The filled-in prompts, and how many of them were truncated.
 
-        The prompt, or instruction, is a system message.
+        Of these the end of the pair goes, and the prompt's stays; where the tokenizer's truncation
+        side is left, the beginning goes. The prompt, or instruction, is a system message.
         """
-        ids = self._tokenize([self._render(pair, prompt) for pair in pairs])
-        truncated = [n for n, row in enumerate(ids) if len(row) > max_length]
-        if truncated:
+        texts = (self._render(pair, prompt) for pair in pairs)
+        side = self.tokenizer.truncation_side
+        rows, truncated = [], []
+        for n, ids in enumerate(_tokens(self.tokenizer, texts)):
+            rows.append(_cut(ids, max_length, side))
+            if len(ids) > max_length:
+                truncated.append(n)
+        if truncated and side == "right":
             ending = self._ending(prompt)[-max_length:]
             for n in truncated:
-                ids[n] = ids[n][: max_length - len(ending)] + ending
-        return _flat(ids, None), len(truncated)
+                rows[n][max_length - len(ending) :] = ending
+        return _flat(rows, None), len(truncated)
 
     def _ending(self, prompt: str | None) -> list[int]:
         """The tokens that follow every document."""
-        one, other = self._tokenize(
-            [self._render(("0", "0"), prompt), self._render(("1 2 3 4", "1 2 3 4"), prompt)]
-        )
+        texts = [self._render((text, text), prompt) for text in ("0", "1 2 3 4")]
+        one, other = _tokens(self.tokenizer, texts)
         same = 0
         while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
             same += 1
@@ -144,11 +256,12 @@ def _carries_pairs(render: Any) -> bool:
     return base not in (query, document)
 
 
-def _flat(ids: list[list[int]], types: list[list[int]] | None) -> TokenizedPairs:
-    lengths = [len(row) for row in ids]
-    total = sum(lengths)
+def _flat(rows: list[list[int]], types: list[list[int]] | None, rows_per_pair: int = 1) -> TokenizedPairs:
+    """The pairs, each of as many rows of ids and of token types."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    total = offsets[-1]
     return TokenizedPairs(
-        np.fromiter(chain.from_iterable(ids), np.int32, total),
+        np.fromiter(chain.from_iterable(rows), np.int32, total),
         None if types is None else np.fromiter(chain.from_iterable(types), np.int8, total),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets[::rows_per_pair].astype(np.int64),
     )
