@@ -60,7 +60,6 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         seed=seed,
         eval_steps=10**9,
         save_steps=10**9,
-        precision="bf16" if _has_fast_bf16() else "fp32",
     )
     print("Building a ranking task from installed documentation ...", flush=True)
     train, held_out = build_docstring_lists(num_negatives=7, max_lists=640, seed=seed)
@@ -90,10 +89,3 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
     for hit in CrossEncoder(output).rank(_QUERY, _DOCUMENTS, return_documents=True):
         print(f"  {hit['score']:>7.3f}  {hit['text']}")
     return result
-
-
-def _has_fast_bf16() -> bool:
-    """Whether bf16 matrix products have hardware here; without it they are slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
