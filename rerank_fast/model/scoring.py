@@ -18,7 +18,7 @@ from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
-from rerank_fast.model.precision.hardware import arithmetic
+from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,7 @@ def make_step(
     step = None
     if packed:
         step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers, compiler=compiler)
-    dtype = dtype or arithmetic(next(model.parameters()).dtype, model.device)
-    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype, answers=answers)
+    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype or _own_dtype(model), answers=answers)
 
 
 def make_packed_step(
@@ -141,7 +140,7 @@ def make_packed_step(
 ) -> PackedStep | None:
     """The same, or None, and one line in the log, where the model can't run packed."""
     weights_dtype = next(model.parameters()).dtype
-    dtype = dtype or arithmetic(weights_dtype, model.device)
+    dtype = dtype or _own_dtype(model)
     halves = {torch.bfloat16} if model.device.type == "cpu" else {torch.bfloat16, torch.float16}
     served = model.device.type in ("cpu", "cuda") and dtype in {torch.float32, *halves}
     if not served or weights_dtype.itemsize > torch.float32.itemsize:
@@ -158,6 +157,21 @@ def make_packed_step(
         gradient_checkpointing=_recomputes(model),
         compiler=compiler,
     )
+
+
+def _own_dtype(model: Any) -> torch.dtype:
+    """What a model's weights are computed in here."""
+    weights = next(model.parameters()).dtype
+    dtype = arithmetic(weights, model.device)
+    if dtype != weights:
+        _say_wide(weights)
+    return dtype
+
+
+@functools.cache
+def _say_wide(weights: torch.dtype) -> None:
+    """One line in the log for a dtype, however many models have it."""
+    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), timings(weights))
 
 
 def run(

@@ -26,7 +26,7 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | None) -> TrainingConfig:
     """The settings with "auto" as what it comes to: the run's that goes on, else the fastest here.
 
-    A named one that the CPU only emulates is kept, with a warning of what it costs. Every process
+    A named one that the CPU only emulates is kept, with one warning of what it costs. Every process
     must call it: all train in the first one's.
     """
     precision: str = config.precision
@@ -37,13 +37,9 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
             precision = distributed.gather(_NAMES[fastest(device)])[0]
         config = replace(config, precision=precision)  # type: ignore[arg-type]
     dtype = _DTYPES[precision]
-    named = precision in ("bf16", "fp16") and device.type == "cpu"
-    if named and not is_fast(dtype, device):
-        logger.warning(
-            "precision %s is emulated on this processor: %s. fp32 trains faster.",
-            precision,
-            timings(dtype),
-        )
+    if device.type == "cpu" and precision != "fp32" and not is_fast(dtype, device):
+        how = "is computed in float32" if precision == "bf16-pure" else "is emulated, slower than fp32,"
+        logger.warning("precision %s %s on this processor: %s.", precision, how, timings(dtype))
     return config
 
 

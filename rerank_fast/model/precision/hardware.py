@@ -34,12 +34,10 @@ def fastest(device: torch.device) -> torch.dtype:
 def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What weights of a dtype are computed in: that, or fp32 on a CPU that only emulates it.
 
-    fp32 keeps all that they say, and an emulation takes up to ten times as long. One line in the
-    log says so.
+    fp32 keeps all that they say, and an emulation takes up to ten times as long.
     """
     if device.type != "cpu" or dtype not in _HALVES or is_fast(dtype, device):
         return dtype
-    _say_wide(dtype)
     return torch.float32
 
 
@@ -81,9 +79,3 @@ def product_seconds(dtype: torch.dtype) -> float:
     finally:
         torch.set_num_threads(threads)
     return min(times[1:])
-
-
-@functools.cache
-def _say_wide(dtype: torch.dtype) -> None:
-    name = name_of(dtype)
-    logger.warning("Weights in %s are computed in float32 here: %s.", name, timings(dtype))
