@@ -77,7 +77,6 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         seed=seed,
         eval_steps=10**9,
         save_steps=10**9,
-        precision="bf16" if _has_fast_bf16() else "fp32",
     )
     print("Building a ranking task from installed documentation ...", flush=True)
     # Short documents are read soon. BM25 has all of their words, the model what fits max_length.
@@ -123,10 +122,3 @@ def _print_table(result: Mapping[str, Any]) -> None:
         print("After training the model ranks the held-out modules better than BM25.")
     else:
         print("The model was not shown to rank better than BM25: NDCG@10's interval is not above 0.")
-
-
-def _has_fast_bf16() -> bool:
-    """Whether bf16 matrix products have hardware here; without it they are slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False

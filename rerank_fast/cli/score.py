@@ -44,7 +44,7 @@ def run(options: dict[str, Any]) -> None:
     from accelerate.utils import broadcast_object_list
 
     from rerank_fast.model.cross_encoder import CrossEncoder
-    from rerank_fast.model.precision import choose_precision
+    from rerank_fast.model.precision.names import choose_precision
     from rerank_fast.score_file import process_state, score_file
 
     state = process_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,10 @@ from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import find_answer_head
-from rerank_fast.model.int8 import quantize_linears
 from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.precision import Precision, choose_precision
+from rerank_fast.model.precision.hardware import arithmetic, name_of
+from rerank_fast.model.precision.int8 import quantize_linears
+from rerank_fast.model.precision.names import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import PaddedStep, make_step, padded_scores, run
 from rerank_fast.model.tokenization import CHUNK, Pair, PairTokenizer, PromptTokenizer, check_pairs, chunks
@@ -44,9 +46,10 @@ class CrossEncoder(nn.Module):
             smaller of the tokenizer's limit and the number of positions that the model has.
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps the accuracy of
-            bf16, by a measurement of some milliseconds on CPUs, and says which in the log. "int8" (CPUs, inference)
-            multiplies in int8, with a scale for each output of the weights and one for each token, all but the
-            score head.
+            bf16, by a measurement of some milliseconds on CPUs, and says which in the log. bf16 and fp16 weights
+            are computed in fp32 on a CPU that only emulates theirs, with one line in the log. "int8" (CPUs,
+            inference) multiplies in int8, with a scale for each output of the weights and one for each token, all
+            but the score head.
         activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
         trust_remote_code: run model code that the checkpoint brings along.
         revision: branch, tag or commit on the hub.
@@ -91,6 +94,7 @@ class CrossEncoder(nn.Module):
         self.prompts = loaded.prompts
         self.default_prompt_name = loaded.default_prompt_name
         self._compiler: Compiler | None = None
+        self._dtype_of_steps: torch.dtype | None = None
         self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
             quantize_linears(self.model)
@@ -130,8 +134,10 @@ class CrossEncoder(nn.Module):
     @property
     def dtype_name(self) -> str:
         """Of the arithmetic: float32, bfloat16, float16 or int8."""
-        weights = next(self.model.parameters()).dtype
-        return "int8" if self._precision.int8 else str(weights).removeprefix("torch.")
+        if self._precision.int8:
+            return "int8"
+        own = arithmetic(next(self.model.parameters()).dtype, self.device)
+        return name_of(self._dtype_of_steps or own)
 
     @property
     def num_labels(self) -> int:
@@ -234,12 +240,21 @@ class CrossEncoder(nn.Module):
             self.model,
             self.tokenizer,
             tokens,
-            dtype=dtype,
+            dtype=dtype or self._dtype_of_steps,
             packed=packed,
             packed_dtype=self._precision.compute,
             answers=self.answers,
             compiler=self._compiler,
         )
+
+    @contextlib.contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, scores are computed in this dtype, as bf16 beside fp32 weights: a run's evaluation."""
+        before, self._dtype_of_steps = self._dtype_of_steps, dtype
+        try:
+            yield
+        finally:
+            self._dtype_of_steps = before
 
     @torch.inference_mode()
     def score_tokens(

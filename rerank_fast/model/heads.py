@@ -111,7 +111,8 @@ class AnswerHead:
     bias: Tensor | None
 
     def __call__(self, last: Tensor) -> Tensor:
-        logits = F.linear(last, self.rows, self.bias)
+        rows, bias = self.rows.to(last.dtype), self.bias
+        logits = F.linear(last, rows, None if bias is None else bias.to(last.dtype))
         return logits[:, 0] if len(self.rows) == 1 else logits[:, 0] - logits[:, 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import GELUActivation
 
-from rerank_fast.model.int8 import Int8Linear
 from rerank_fast.model.packing import MAX_TOKENS
+from rerank_fast.model.precision.int8 import Int8Linear
 from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -48,9 +49,16 @@ class _NarrowLinear(torch.autograd.Function):
         )
 
 
-# oneDNN's product, without a gradient. F.linear sends fp32 to MKL, which is half as fast on AMD's processors, and
-# lays bf16 weights out anew in every call.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has its product, which knows no gradient, in a dtype on this processor.
+
+    F.linear sends fp32 to MKL, which is slower on AMD's processors, and lays bf16 weights out anew
+    in every call.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_gelu(activation: object) -> bool:
@@ -102,8 +110,8 @@ class StepLinear:
                 self.weight.detach().to(dtype),
                 None if self.bias is None else self.bias.detach().to(dtype),
             )
-        on_cpu = self.weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        if _ONEDNN and on_cpu and not torch.is_grad_enabled():
+        on_cpu = self.weight.device.type == "cpu"
+        if on_cpu and not torch.is_grad_enabled() and _onednn_multiplies(dtype):
             weight, bias = self.narrow or (self.weight, self.bias)
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
@@ -132,7 +140,10 @@ class StepLinear:
         if isinstance(x, Int8Rows):
             x = x.dequantize()
         if self.modules is not None:
-            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            own = (weight.dtype for module in self.modules for weight in module.parameters())
+            # Rows wider than the weights are multiplied as the modules themselves would.
+            dtype = x.dtype if x.dtype != torch.float32 else next(own, x.dtype)
+            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 outputs = [module(x).to(x.dtype) for module in self.modules]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self.inference is not None:

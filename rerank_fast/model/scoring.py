@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
+from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,18 @@ class PaddedStep:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.head = None if answers is None else find_answer_head(model, answers)
         self.answers = answers
-        autocasts = dtype != next(model.parameters()).dtype
+        own = next(model.parameters()).dtype
+        autocasts = dtype not in (own, torch.float32)
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
+        # Autocast only narrows. Checkpointing would compute again with the model's own weights.
+        self.widened: dict[str, Tensor] = {}
+        if own.itemsize < dtype.itemsize and not _recomputes(model):
+            self.widened = {
+                f"model.{name}": one.to(dtype)
+                for name, one in (*model.named_parameters(), *model.named_buffers())
+                if one.is_floating_point() and one.dtype.itemsize < dtype.itemsize
+            }
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """As PackedStep's; with keep all pairs are computed nevertheless."""
@@ -53,12 +65,28 @@ class PaddedStep:
             pad_token_type_id=self.tokenizer.pad_token_type_id,
             device=self.model.device,
         )
-        scores = padded_scores(self.model, inputs, self.answers, self.head)
+        called = inputs, self.answers, self.head
+        scores = (
+            functional_call(_Padded(self.model), self.widened, called)
+            if self.widened
+            else padded_scores(self.model, *called)
+        )
         return scores if keep is None else scores[torch.from_numpy(keep).to(scores.device)]
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """As PackedStep.separate."""
         return cut_head(self.head)
+
+
+class _Padded(nn.Module):
+    """padded_scores as a module, for weights in the place of the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Mapping[str, Tensor], answers: Answers | None, head: AnswerHead | None) -> Tensor:
+        return padded_scores(self.model, inputs, answers, head)
 
 
 def padded_scores(
@@ -89,8 +117,8 @@ def make_step(
         model: a Hugging Face sequence-classification model with one label, or a causal language model.
         tokenizer: of the model; says how to pad.
         tokens: all pairs of the step.
-        dtype: of matrix products and attention; None takes the weights' own. bf16 beside fp32 weights is what
-            autocast does.
+        dtype: of matrix products and attention; None takes the weights' own, or fp32 where the processor
+            only emulates that. bf16 beside fp32 weights is what autocast does.
         packed: False pads whatever the architecture.
         packed_dtype: where dtype is None, of packed execution only: not every model can be autocast.
         answers: of a causal language model.
@@ -99,8 +127,7 @@ def make_step(
     step = None
     if packed:
         step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers, compiler=compiler)
-    dtype = dtype or next(model.parameters()).dtype
-    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype, answers=answers)
+    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype or _own_dtype(model), answers=answers)
 
 
 def make_packed_step(
@@ -113,17 +140,38 @@ def make_packed_step(
 ) -> PackedStep | None:
     """The same, or None, and one line in the log, where the model can't run packed."""
     weights_dtype = next(model.parameters()).dtype
-    dtype = dtype or weights_dtype
-    served = {"cpu": {torch.float32, torch.bfloat16}, "cuda": {torch.float32, torch.bfloat16, torch.float16}}
-    if not {dtype, weights_dtype} <= served.get(model.device.type, set()):
+    dtype = dtype or _own_dtype(model)
+    halves = {torch.bfloat16} if model.device.type == "cpu" else {torch.bfloat16, torch.float16}
+    served = model.device.type in ("cpu", "cuda") and dtype in {torch.float32, *halves}
+    if not served or weights_dtype.itemsize > torch.float32.itemsize:
         say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
         return None
     architecture = find_architecture(model, answers)
     if architecture is None:
         say_once(reason_to_pad(model, answers))
         return None
-    recompute = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    return PackedStep(architecture, tokens, dtype=dtype, gradient_checkpointing=recompute, compiler=compiler)
+    return PackedStep(
+        architecture,
+        tokens,
+        dtype=dtype,
+        gradient_checkpointing=_recomputes(model),
+        compiler=compiler,
+    )
+
+
+def _own_dtype(model: Any) -> torch.dtype:
+    """What a model's weights are computed in here."""
+    weights = next(model.parameters()).dtype
+    dtype = arithmetic(weights, model.device)
+    if dtype != weights:
+        _say_wide(weights)
+    return dtype
+
+
+@functools.cache
+def _say_wide(weights: torch.dtype) -> None:
+    """One line in the log for a dtype, however many models have it."""
+    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), timings(weights))
 
 
 def run(
@@ -195,13 +243,22 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
     raise MemoryError(f"a batch of {size} does not fit memory: expected a smaller batch_size or max_length")
 
 
-# As PyTorch's allocator, C++'s and oneDNN say it on a CPU.
-_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+# As PyTorch's allocator, C++'s and oneDNN say it on a CPU. A primitive's descriptor that can't be created
+# is one that the processor has no code for.
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator|bad_alloc|could not create a primitive(?! descriptor)")
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in str(error) for one in _NO_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return _NO_MEMORY.search(str(error)) is not None
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether layers compute their activations again in the backward pass."""
+    checkpoints = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    return model.training and checkpoints
 
 
 def say_once(reason: str) -> None:

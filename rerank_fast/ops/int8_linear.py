@@ -85,8 +85,17 @@ def onednn_available() -> bool:
 
 @lru_cache
 def activation_levels() -> int:
-    """127, or 63 on processors without VNNI, whose 16-bit sums of two products would overflow above."""
-    return 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
+    """127, or 63 where the product sums two terms in 16 bits, as without VNNI: above, they overflow.
+
+    The product itself is asked, by the largest values there are.
+    """
+    if not onednn_available():
+        return 127
+    width = 64
+    values = torch.full((1, width), 255, dtype=torch.uint8)
+    weight = _pack(torch.full((width, width), 127, dtype=torch.int8), torch.ones(width), None)
+    product = _onednn_product(values, 0, weight, torch.float32)
+    return 127 if bool((product == 255 * 127 * width).all()) else 63
 
 
 def quantize_rows(x: Tensor) -> Int8Rows:
@@ -110,20 +119,14 @@ def _reference(rows: Int8Rows, weight: Int8Weight) -> Tensor:
 
 def _product(rows: Int8Rows, weight: Int8Weight) -> Tensor:
     """What lacks the rows' scales and the bias."""
+    return _onednn_product(rows.values, activation_levels() + 1, weight, rows.dtype)
+
+
+def _onednn_product(values: Tensor, zero: int, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """(values - zero) @ weight.T in a dtype."""
+    zeros = torch.zeros(len(weight.scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
-        rows.values,
-        1.0,
-        activation_levels() + 1,
-        weight.packed,
-        weight.scale,
-        torch.zeros(len(weight.scale), dtype=torch.int32),
-        None,
-        1.0,
-        0,
-        rows.dtype,
-        "none",
-        [],
-        "",
+        values, 1.0, zero, weight.packed, weight.scale, zeros, None, 1.0, 0, dtype, "none", [], ""
     )
 
 

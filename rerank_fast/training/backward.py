@@ -20,11 +20,10 @@ from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.training.memory import activation_bytes, available_bytes
+from rerank_fast.training.precision import products_in
 from rerank_fast.training.run_log import Rates
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-pure": torch.bfloat16}
 
 
 class Backward:
@@ -49,7 +48,7 @@ class Backward:
     ) -> None:
         self.model, self.config, self.scale, self.forget = model, config, scale, forget
         self.max_tokens = max_tokens
-        self.dtype = DTYPES[config.precision]
+        self.dtype = products_in(config, model.device)
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
         state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self.memory = (available_bytes(model.device) - state) // 2

@@ -52,11 +52,17 @@ def _with_gain(name: str, metrics: Mapping[str, float]) -> str:
     return f"{metrics[name]:.4f}" + (f" ({metrics[name] - metrics[base]:+.4f})" if base else "")
 
 
-def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float]) -> list[str]:
-    """A table for each evaluator: a column a set, a row a metric, the gain over the first stage beside it."""
+def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float], dtype: str) -> list[str]:
+    """A table for each evaluator: a column a set, a row a metric, the gain over the first stage beside it.
+
+    The dtype is that of the arithmetic which gave the scores.
+    """
     if not metrics:
         return []
-    parts = ["## Evaluation", "In brackets the gain over the first stage's order, where there was one."]
+    parts = [
+        "## Evaluation",
+        f"Scores were computed in {dtype}. In brackets the gain over the first stage's order, where there was one.",
+    ]
     shown: set[str] = set()
     for evaluator in evaluators:
         sets = measured_sets(evaluator)

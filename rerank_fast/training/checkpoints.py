@@ -140,10 +140,22 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         ValueError: a file is damaged.
     """
+    values = load_values(checkpoint)
     try:
-        values = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         return values, load_file(checkpoint / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {checkpoint} can't be read: {error}") from error
+
+
+def load_values(checkpoint: Path) -> dict[str, Any]:
+    """What load_checkpoint gives, without the tensors.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} can't be read: {error}") from error
 
 

@@ -49,7 +49,9 @@ class TrainingConfig:
         ema_decay: evaluate and save the moving average of the weights that keeps this share a step; 0 is off.
         precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
             is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
-            "auto" takes the mixed precision that `accelerate launch` was told (no is fp32), and bf16 without it.
+            "auto" takes the mixed precision that `accelerate launch` was told (no is fp32); without it bf16 where
+            the device multiplies that faster than fp32, as is measured on a CPU, and else fp32 (fp16 on a GPU).
+            A resumed run keeps what it came to.
         sharding: "fsdp2" cuts weights, gradients and the optimizer's state into parts, one for each process; "none"
             gives every process all of them; "auto" does what `accelerate launch` was told. A callback that runs a
             model in parts does so in every process, inside `with trainer.trained.whole()`.

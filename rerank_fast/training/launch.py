@@ -11,7 +11,7 @@ _PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def settle(config: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
-    """The settings with nothing left to "auto" that a launcher decides, and what it decided, to be said.
+    """The settings with what a launcher decides in the place of "auto", and what it decided, to be said.
 
     Accelerate hands its settings (flags, or a file of `accelerate config`) on in the environment.
 
@@ -26,10 +26,9 @@ def settle(config: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
                 f"accelerate's mixed_precision must be one of {', '.join(_PRECISIONS)}, got {told}; "
                 "or set precision itself"
             )
-        precision = "bf16" if told is None else _PRECISIONS[told]
-        config = replace(config, precision=precision)  # type: ignore[arg-type]
         if told is not None:
-            said.append(f"precision {precision} (mixed_precision {told})")
+            config = replace(config, precision=_PRECISIONS[told])  # type: ignore[arg-type]
+            said.append(f"precision {config.precision} (mixed_precision {told})")
     shards = _is_on("ACCELERATE_USE_FSDP")
     if shards:
         # Else transformers leaves weights and buffers of all processes but one empty, for Accelerate to fill.

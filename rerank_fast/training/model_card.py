@@ -26,6 +26,7 @@ from rerank_fast.model.card import (
     title,
     usage,
 )
+from rerank_fast.model.precision.hardware import name_of
 from rerank_fast.training.card_data import Described, describe_lists
 from rerank_fast.training.card_results import (
     base_of,
@@ -123,7 +124,7 @@ class RunCard:
             _first_sentence(model, self.lists),
             details(model),
             usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
-            *evaluation_sections(trainer.evaluators, result.metrics),
+            *evaluation_sections(trainer.evaluators, result.metrics, name_of(trainer.evaluated_in)),
             *_data(self.lists, self.sources, trainer.evaluators),
             _loss(config),
             _hyperparameters(config),
@@ -190,8 +191,8 @@ def _loss(config: TrainingConfig) -> str:
 
 def _hyperparameters(config: TrainingConfig) -> str:
     values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
-    # "auto" has become what it is, and is this where no launcher says otherwise.
-    default = asdict(type(config)(precision="bf16", sharding="none"))
+    # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
+    default = asdict(type(config)(sharding="none"))
     changed = {name: value for name, value in values.items() if value != default[name]}
 
     def listed(some: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.training import checkpoints, distributed, launch
-from rerank_fast.training.backward import DTYPES, Backward
+from rerank_fast.model.precision.hardware import arithmetic
+from rerank_fast.training import checkpoints, distributed, launch, precision
+from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
@@ -43,7 +44,11 @@ _BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to; metrics are those of the saved model, empty without evaluation lists."""
+    """What a run came to.
+
+    Metrics are those of the saved model, scored in the dtype that the run multiplied in; empty without
+    evaluation lists.
+    """
 
     output: str
     steps: int
@@ -65,7 +70,8 @@ class Trainer:
             weights: adapters are merged, and the same parameters require gradients as before.
         train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
         eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
-            instead of the best.
+            instead of the best. Scores are computed in the dtype that the run multiplies in (fp32 where a CPU
+            only emulates that), so that metrics may differ from the saved model's in fp32 by its rounding.
         evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
             its metrics' names. The lists of eval beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
@@ -123,6 +129,7 @@ class Trainer:
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
         if self.processes.num_processes > 1:
             self.model.to(self.processes.device)
+        self.config = config = precision.settle(config, self.model.device, self.resumed_from)
         if config.max_length is not None:
             self.model.max_length = config.max_length
         if config.gradient_checkpointing:
@@ -144,8 +151,11 @@ class Trainer:
             num_training_steps=self.num_steps,
         )
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
-        tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, DTYPES[config.precision])
+        dtype = precision.products_in(config, self.model.device)
+        tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, dtype)
         self.backward = Backward(self.model, config, self.scaler.scale, self.trained.forget_gradients, tokens)
+        # An emulated dtype's scores cost as much as its training: those of fp32 are better and faster.
+        self.evaluated_in = arithmetic(dtype, self.model.device)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = distributed.ShardedScorer(self.model, self.processes)
@@ -382,7 +392,7 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> None:
         """Measure the model, and save it if it is the best so far."""
-        with self.trained.averaged():
+        with self.trained.averaged(), self.model.computing_in(self.evaluated_in):
             metrics = {name: value for one in self.evaluators for name, value in one(self._scorer).items()}
         self._write("evaluate", progress, metrics)
         name = self.config.metric_for_best

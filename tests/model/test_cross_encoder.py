@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rerank_fast import CrossEncoder
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.precision import product_seconds
+from rerank_fast.model.precision.hardware import product_seconds
 from tests.model_factory import make_tiny_bert, make_tiny_roberta
 
 QUERY = "how many people live in berlin"
@@ -354,7 +354,7 @@ def test_dtype_auto_is_what_multiplies_fastest(directory: Path, monkeypatch, cap
     exact = CrossEncoder(directory, device="cpu")
     for bf16_seconds, dtype in ((0.5, torch.bfloat16), (2.0, torch.float32)):
         seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-        monkeypatch.setattr("rerank_fast.model.precision.product_seconds", seconds.get)
+        monkeypatch.setattr("rerank_fast.model.precision.hardware.product_seconds", seconds.get)
         with caplog.at_level(logging.INFO):
             model = CrossEncoder(directory, device="cpu", dtype="auto")
         assert f"dtype auto: {str(dtype).removeprefix('torch.')} on cpu" in caplog.text

@@ -19,9 +19,9 @@ def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_launcher_it_is_bf16_and_no_shards():
+def test_without_a_launcher_the_device_decides_and_there_are_no_shards():
     config, said = settle(TrainingConfig())
-    assert (config.precision, config.sharding, said) == ("bf16", "none", [])
+    assert (config.precision, config.sharding, said) == ("auto", "none", [])
 
 
 @pytest.mark.parametrize(("told", "precision"), [("no", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])

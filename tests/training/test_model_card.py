@@ -149,6 +149,7 @@ def test_data_settings_and_environment(run: tuple[Path, Any]):
         "batch_size", "learning_rate", "precision", "eval_steps", "logging_steps"
     }  # fmt: skip
     assert "- `weight_decay`: 0.0" in section(text, "#### All")
+    assert "Scores were computed in float32." in section(text, "## Evaluation")
     assert "- **Training time:** " in text
     assert "wang2018lambdaloss" in text
     assert str(output.parent) not in text  # whose machine it was is nobody's business
@@ -246,7 +247,7 @@ def test_a_markdown_table_holds_a_hostile_name(tmp_path: Path):
     name = "a|b</td> `x` [l](http://e) <b>"
     evaluator = RerankingEvaluator(make_lists(3), name=name)
     metrics = {evaluator.set.prefixed(metric): 0.5 for metric in evaluator.set.metrics}
-    page = rendered("\n---\n" + "\n\n".join(card_results.evaluation_sections([evaluator], metrics)))
+    page = rendered("\n---\n" + "\n\n".join(card_results.evaluation_sections([evaluator], metrics, "float32")))
     assert page.tags.count("/td") == 3 * 2
     assert not {"a", "b", "img"} & {tag[0] for tag in page.tags}
     assert name in page.text

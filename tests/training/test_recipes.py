@@ -52,7 +52,6 @@ def test_the_published_run_says_what_it_is():
         output=recipe.training.output,
         metric_for_best="NanoBEIR_R100_mean_ndcg@10",
         eval_steps=500,
-        precision="bf16",  # what "auto" is where no launcher says otherwise
     )
     assert recipe.training == default  # the defaults are the published run's
 

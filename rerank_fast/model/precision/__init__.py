@@ -1,0 +1,1 @@
+"""What a dtype means on this machine: names, what is multiplied fast, int8."""

@@ -1,0 +1,49 @@
+"""What a run's `precision` comes to on its device."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rerank_fast.model.precision.hardware import arithmetic, fastest, is_fast, timings
+from rerank_fast.training import checkpoints, distributed
+from rerank_fast.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "bf16-pure": torch.bfloat16,
+}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | None) -> TrainingConfig:
+    """The settings with "auto" as what it comes to: the run's that goes on, else the fastest here.
+
+    A named one that the CPU only emulates is kept, with one warning of what it costs. Every process
+    must call it: all train in the first one's.
+    """
+    precision: str = config.precision
+    if precision == "auto":
+        if resumed_from is not None:
+            precision = checkpoints.load_values(resumed_from)["config"]["precision"]
+        else:
+            precision = distributed.gather(_NAMES[fastest(device)])[0]
+        config = replace(config, precision=precision)  # type: ignore[arg-type]
+    dtype = _DTYPES[precision]
+    if device.type == "cpu" and precision != "fp32" and not is_fast(dtype, device):
+        how = "is computed in float32" if precision == "bf16-pure" else "is emulated, slower than fp32,"
+        logger.warning("precision %s %s on this processor: %s.", precision, how, timings(dtype))
+    return config
+
+
+def products_in(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """What a run's settled precision multiplies in: what it names, but bf16-pure as its weights."""
+    dtype = _DTYPES[config.precision]
+    return arithmetic(dtype, device) if config.precision == "bf16-pure" else dtype
