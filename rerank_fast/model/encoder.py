@@ -13,7 +13,7 @@ from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
 from rerank_fast.model.linear import StepLinear
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import TokenizedPairs, fill_up
 from rerank_fast.model.random_state import nothing_drawn, random_state
 
 
@@ -78,25 +78,35 @@ class PackedStep:
         from the same random state, and where the step draws_by_row, they are the same scores.
         """
         flat, starts = self.tokens.flat_index(indices)
-        lengths = np.diff(starts)
-        device = self._rows.device
+        device, num_pairs = self._rows.device, len(indices)
+        positions = self._positions(flat, starts)
+        # What is added stands behind the pairs: theirs are the places, and so the dropout, that they have without.
+        fills = device.type == "cpu" and num_pairs > 0
+        if fills:
+            places, starts = fill_up(starts)
+            flat, positions = flat[places], positions[places]
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
         architecture = self.architecture
-        positions = _upload(self._positions(flat, starts), device)[None]
+        position_ids = _upload(positions, device)[None]
         embedded = architecture.embed(
             F.embedding(_upload(self._rows_of_tokens[flat], device), self._rows)[None],
             _upload(type_ids, device)[None],
-            positions,
+            position_ids,
         )[0]
         tokens = pairs = None
+        num_sequences = len(starts) - 1
         if keep is not None and not keep.all():
             # The embeddings' dropout, as the head's below, is drawn for all.
-            tokens = _upload(np.flatnonzero(np.repeat(keep, lengths)), device)
-            pairs = _upload(np.flatnonzero(keep), device)
-            lengths = lengths[keep]
-            starts = np.concatenate([[0], np.cumsum(lengths)])
-            embedded, positions = embedded.index_select(0, tokens), positions.index_select(1, tokens)
+            lengths = np.diff(starts)[:num_pairs]
+            places, kept = np.flatnonzero(np.repeat(keep, lengths)), np.flatnonzero(keep)
+            starts = np.concatenate([[0], np.cumsum(lengths[keep])])
+            if fills:
+                added, starts = fill_up(starts)
+                places = places[added]
+            tokens, pairs = _upload(places, device), _upload(kept, device)
+            embedded, position_ids = embedded.index_select(0, tokens), position_ids.index_select(1, tokens)
+        lengths = np.diff(starts)
         # A view in one layer and none in the next would be two graphs.
         wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
         # Norms before the sublayers read the stream itself.
@@ -106,10 +116,10 @@ class PackedStep:
             cu_seqlens,
             torch.arange(len(starts), dtype=torch.int32, device=device),
             _upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
-            {} if architecture.rotary is None else architecture.rotary(wide, positions),
+            {} if architecture.rotary is None else architecture.rotary(wide, position_ids),
             lengths,
             None if tokens is None else tokens.int(),
-            None if pairs is None else pairs.int(),
+            None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
         before = random_state(device) if self._looks_at_draws else None
@@ -130,8 +140,9 @@ class PackedStep:
             wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
         read = wide.to(self._rows.dtype)
         if pairs is None:
-            return architecture.head(read).to(wide.dtype)
-        among_all = read.new_zeros(len(indices), read.shape[1]).index_copy(0, pairs, read)
+            return architecture.head(read).to(wide.dtype)[:num_pairs]
+        among_all = read.new_zeros(num_sequences, read.shape[1])
+        among_all = among_all.index_copy(0, pairs, read[: len(pairs)])
         return architecture.head(among_all).to(wide.dtype).index_select(0, pairs)
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,3 +142,36 @@ def plan_micro_batches(
         plan.append(order[start:end])
         start = end
     return plan
+
+
+def row_count(at_least: int) -> int:
+    """The next of a series that grows like the squares: 4, 12, 16, 28, 36, 52, 64, 84, 100, ..., 4096.
+
+    Of some thousand rows a few per cent are added, of few rows more, which cost little. There are about 60 numbers
+    up to MAX_TOKENS.
+    """
+    root = math.isqrt(at_least - 1) + 1
+    return -(-root * root // 4) * 4
+
+
+def fill_up(
+    starts: np.ndarray,  # (N + 1,) int64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences behind those of a run of T tokens, so that tokens and sequences both are a row_count.
+
+    oneDNN keeps half a megabyte for every number of rows that a weight was ever multiplied with, up to a thousand
+    of them, and takes milliseconds to make it: there must not be many numbers.
+
+    Args:
+        starts: where the N sequences begin, and T; there is at least one token.
+
+    Returns:
+        The (T',) places in the run of all tokens, 0 for those that are added: copies of its first token. And the
+        (N' + 1,) starts with those of the added sequences, of which there is at least one.
+    """
+    num_sequences, num_tokens = len(starts) - 1, int(starts[-1])
+    added = row_count(num_sequences + 1) - num_sequences
+    places = np.zeros(row_count(num_tokens + added), np.int64)
+    places[:num_tokens] = np.arange(num_tokens)
+    ends = num_tokens + np.arange(1, added + 1) * (len(places) - num_tokens) // added
+    return places, np.concatenate([starts, ends])

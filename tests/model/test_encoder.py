@@ -33,7 +33,7 @@ from transformers import (
 from rerank_fast.model import layers
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import TokenizedPairs, fill_up
 from rerank_fast.model.scoring import make_packed_step, make_step, run
 
 VOCABULARY, POSITIONS = 97, 70
@@ -334,6 +334,32 @@ def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
     # Without it they would have another.
     torch.set_rng_state(state)
     assert not torch.allclose(step(indices[[1, 3, 4]]), whole[[1, 3, 4]], rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "electra", "modernbert-mean", "qwen3-sliding"])
+def test_what_fills_a_micro_batch_up_gives_no_gradient(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a run that is not filled: even one of more positions than the model has."""
+    tokens, plan = make_tokens(LENGTHS), [np.arange(8)]
+    many = np.zeros(sum(LENGTHS) + 3 * POSITIONS, np.int64)
+    many[: sum(LENGTHS)] = np.arange(sum(LENGTHS))
+    upstream, results = torch.randn(8), []
+    for fill in (
+        lambda starts: (np.arange(starts[-1]), starts),
+        lambda starts: (many, np.append(starts, len(many))),
+        fill_up,
+    ):
+        monkeypatch.setattr("rerank_fast.model.encoder.fill_up", fill)
+        model = make_model(name, **NO_DROPOUT) if name in ("bert", "electra") else make_model(name)
+        scores = packed_scores(model, tokens, plan, dtype=dtype)
+        results.append((scores.detach(), gradients(model, scores, upstream)))
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for scores, found in results[1:]:
+        torch.testing.assert_close(scores, results[0][0], rtol=bound, atol=bound)
+        errors = relative_errors(found, results[0][1])
+        assert max(errors.values()) < bound, errors
 
 
 def test_dropout_of_the_models_own_inside_layers_is_noticed() -> None:

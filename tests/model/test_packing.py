@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, fill_up, plan_micro_batches, row_count
 
 
 def make_pairs(lengths: list[int], *, types: bool = True) -> TokenizedPairs:
@@ -66,3 +66,28 @@ def test_plan_holds_every_pair_once_longest_first(lengths: list[int], max_pairs:
 def test_plan_refuses_empty_micro_batches():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         plan_micro_batches(np.array([3]), max_pairs=0)
+
+
+def test_row_counts_are_few_and_add_little():
+    sizes = np.arange(1, MAX_TOKENS + 1)
+    counts = np.array([row_count(int(size)) for size in sizes])
+    assert (counts >= sizes).all()
+    assert len(set(counts)) <= 64
+    assert counts[0] == 4
+    assert counts[-1] == MAX_TOKENS
+    assert ((counts - sizes)[1000:] <= 0.07 * sizes[1000:]).all()
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_a_filled_run_is_the_run_and_copies_of_its_first_token(lengths: list[int]):
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    places, filled = fill_up(starts)
+    assert places[: starts[-1]].tolist() == list(range(starts[-1]))
+    assert not places[starts[-1] :].any()
+    assert filled[: len(starts)].tolist() == starts.tolist()
+    assert len(filled) > len(starts)
+    assert filled[-1] == len(places)
+    assert (np.diff(filled) > 0).all()
+    assert len(filled) - 1 in {row_count(n) for n in range(1, len(filled))}
+    assert len(places) in {row_count(n) for n in range(1, len(places) + 1)}
