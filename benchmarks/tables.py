@@ -1,8 +1,8 @@
 """The README's table of one machine, a column of ratios for each instruction set: python benchmarks/tables.py
 
-Runs `pytest benchmarks/ --benchmark-only` once as the machine is and once as one without AVX-512 (where it has that),
-each in a process of its own, and prints Markdown. What follows -- goes to pytest: -m slow, -k loss. Nothing else
-should use the machine.
+Runs `pytest benchmarks/ --benchmark-only` once as the machine is and, where it has AVX-512, once as one without,
+each in a process of its own, and prints Markdown. What follows -- goes to pytest: -m slow, -k loss.
+Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _cells(row: dict) -> list[str]:
     scale, unit = (1e3, "ms") if row["unit"] == "ms" else (2**-20, "MiB")
     if unit == "ms" and row["peer"] >= 1:
         scale, unit = 1.0, "s"
-    return [*(f"{row[side] * scale:.3g} {unit}" for side in ("peer", "ours")), f"{row['peer'] / row['ours']:.1f}×"]
+    return [*(f"{row[side] * scale:.3g} {unit}" for side in ("peer", "ours")), f"{row['peer'] / row['ours']:.1f}x"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention at the published shape, forward and backward, beside torch's SDPA: a call a sequence, and one of all."""
+"""Attention at the published shape, both ways, beside torch's SDPA: a call a sequence, and one of all."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ def choose_instruction_set(name: str) -> None:
     """
     if name not in instruction_sets():
         here = ", ".join(instruction_sets()) or "none: there is no compiled module"
-        raise ValueError(f"instruction set (RERANK_FAST_ISA) must be one that this machine has ({here}), got {name!r}")
+        raise ValueError(
+            f"instruction set (RERANK_FAST_ISA) must be one that this machine has ({here}), got {name!r}"
+        )
     _C.choose_instruction_set(name)
 
 

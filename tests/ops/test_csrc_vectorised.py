@@ -14,9 +14,9 @@ from rerank_fast.ops import cpu
 
 # Widest register of a set.
 REGISTERS = {"sse4": "xmm", "avx2": "ymm", "avx512": "zmm", "avx512_bf16": "zmm"}
-# What mangled names hold, and the least share of the arithmetic that is on whole registers. Kernels that are written in
-# registers have the rest in the ends of rows and in sums of lanes; loops that the compiler vectorises bring each of
-# their ends along in halves and in single values.
+# What mangled names hold, and the least share of the arithmetic that is on whole registers. Kernels
+# that are written in registers have the rest in the ends of rows and in sums of lanes; loops that
+# the compiler vectorises bring each of their ends along in halves and in single values.
 LOOPS = {
     "fp32_forward": 0.55,
     "fp32_backward": 0.55,
