@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as output:
         steps = make_steps(marco_like_lists(16), output, mini_batch_size=options.mini_batch_size)
-        print(f"{steps.describe}, bf16, {torch.get_num_threads()} threads")
+        print(f"{steps.describe}, {torch.get_num_threads()} threads")
         for name, step in (("ours", steps.ours), ("peer", steps.peer)):
             if options.only in (None, name):
                 profile_step(name, step, steps=options.steps, top=options.top)
