@@ -93,12 +93,12 @@ def test_per_query_values_and_their_means() -> None:
         assert means[f"dev_{name}"] == pytest.approx(values.mean())
 
 
-def test_duplicate_documents_count_each_in_its_place() -> None:
+def test_duplicate_documents_count_each_in_either_place() -> None:
     lists = [{"query": "q", "docs": ["a", "b", "b", "a"], "labels": [0, 0, 1, 1]}]
     result = RerankingEvaluator(lists)(Stub({("q", "a"): 1.0, ("q", "b"): 2.0}))
-    # Order by score, ties as given: b (0), b (1), a (0), a (1).
-    assert result["map"] == pytest.approx((1 / 2 + 2 / 4) / 2)
-    assert result["mrr@10"] == 0.5
+    # One of the two b in ranks 1 and 2, one of the two a in ranks 3 and 4.
+    assert result["map"] == pytest.approx(((1 + 1 / 2) / 2 + (2 / 3 + 2 / 4) / 2) / 2)
+    assert result["mrr@10"] == pytest.approx((1 + 1 / 2) / 2)
     assert result["base_mrr@10"] == pytest.approx(1 / 3)
 
 
