@@ -39,24 +39,29 @@ class PairScorer:
         self.pairs = pairs
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
-        # Token ids for the last model and max_length seen: an evaluation every few hundred steps tokenises once.
-        self._tokens: tuple[Any, int, Any] | None = None
+        # For the last model and all that its tokens depend on: evaluations of a run tokenise once.
+        self._kept: tuple[Any, Any, Any] | None = None
 
     def __call__(self, model: Any) -> np.ndarray:
         """(N,) float64 raw scores: a sigmoid would round large ones to the same value and tie them."""
         options: dict[str, Any] = {"activation_fn": nn.Identity(), "show_progress_bar": self.show_progress_bar}
         if self.batch_size is not None:
             options["batch_size"] = self.batch_size
-        if hasattr(model, "score_tokens") and hasattr(model, "tokenize"):
-            if self._tokens is None or self._tokens[0]() is not model or self._tokens[1] != model.max_length:
-                self._tokens = weakref.ref(model), model.max_length, model.tokenize(self.pairs)
-            scores = model.score_tokens(self._tokens[2], **options).cpu()
+        if hasattr(model, "score_tokens") and hasattr(model, "tokenization_key"):
+            scores = model.score_tokens(self._tokens(model), **options).cpu()
         else:
             scores = model.predict(self.pairs, **options)
         scores = np.asarray(scores, dtype=np.float64)
         if scores.size != len(self.pairs):
             raise ValueError(f"expected one score for each of {len(self.pairs)} pairs, got shape {scores.shape}")
         return scores.reshape(-1)
+
+    def _tokens(self, model: Any) -> Any:
+        kept = self._kept  # once: another thread may set it
+        if kept is None or kept[0]() is not model or kept[1] != model.tokenization_key():
+            tokens = model.tokenize(self.pairs)
+            kept = self._kept = weakref.ref(model), model.tokenization_key(), tokens
+        return kept[2]
 
 
 class MeasuredSet:
