@@ -14,38 +14,48 @@ constexpr std::int64_t kListsPerTask = 8;
 
 template <typename T>
 struct Ranked {
-  T score, label;
+  T score;
+  double gain;
 };
 
 template <typename T>
 T ndcg_of(const T* scores, const T* labels, std::int64_t size, std::int64_t k, std::vector<Ranked<T>>& order) {
-  T largest = 0;
-  order.resize(static_cast<std::size_t>(size));
+  double largest = 0;
   for (std::int64_t i = 0; i < size; ++i) {
-    if (std::isnan(labels[i])) return std::numeric_limits<T>::quiet_NaN();
-    largest = std::max(largest, labels[i]);
-    order[static_cast<std::size_t>(i)] = {scores[i], std::max(labels[i], T(0))};
+    const bool finite = labels[i] < std::numeric_limits<T>::infinity();  // false of NaN; -inf is no gain
+    if (!finite || std::isnan(scores[i])) return std::numeric_limits<T>::quiet_NaN();
+    largest = std::max<double>(largest, labels[i]);
   }
   if (largest == 0) return 0;
-  const std::int64_t cut = k < 1 ? size : std::min(k, size);
+  order.resize(static_cast<std::size_t>(size));
   // Both sums are divided by 2^largest, so that a large label stays finite.
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double gain = labels[i] > 0 ? std::exp2(labels[i] - largest) - std::exp2(-largest) : 0;
+    order[static_cast<std::size_t>(i)] = {scores[i], gain};
+  }
+  const std::int64_t cut = k < 1 ? size : std::min(k, size);
   const auto sum = [&] {
     double total = 0;
     for (std::int64_t r = 0; r < cut; ++r) {
-      const double label = order[static_cast<std::size_t>(r)].label;
-      if (label > 0)
-        total += (std::exp2(label - largest) - std::exp2(-static_cast<double>(largest))) / std::log2(2.0 + r);
+      const double gain = order[static_cast<std::size_t>(r)].gain;
+      if (gain > 0) total += gain / std::log2(2.0 + static_cast<double>(r));
     }
     return total;
   };
-  // NaN goes first, ties keep the input order.
-  std::stable_sort(order.begin(), order.end(), [](const Ranked<T>& a, const Ranked<T>& b) {
-    return a.score > b.score || (std::isnan(a.score) && !std::isnan(b.score));
-  });
-  const double found = sum();
-  std::partial_sort(order.begin(), order.begin() + cut, order.end(),
-                    [](const Ranked<T>& a, const Ranked<T>& b) { return a.label > b.label; });
-  return static_cast<T>(found / sum());
+  std::sort(order.begin(), order.end(),
+            [](const Ranked<T>& a, const Ranked<T>& b) { return a.gain > b.gain; });
+  const double ideal = sum();
+  // Stable, so that the sum of a tie is of the largest gain first whatever the order of input.
+  std::stable_sort(order.begin(), order.end(),
+                   [](const Ranked<T>& a, const Ranked<T>& b) { return a.score > b.score; });
+  for (auto first = order.begin(); first != order.end() && first - order.begin() < cut;) {
+    double gains = 0;
+    auto last = first;
+    for (; last != order.end() && last->score == first->score; ++last) gains += last->gain;
+    const double expected = gains / static_cast<double>(last - first);
+    for (; first != last; ++first) first->gain = expected;
+  }
+  return static_cast<T>(sum() / ideal);
 }
 
 }  // namespace

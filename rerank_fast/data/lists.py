@@ -253,7 +253,13 @@ def check_text(value: Any, place: str, *, allow_empty: bool = True) -> str:
     return value
 
 
+def plain(value: Any) -> Any:
+    """NumPy's and PyTorch's numbers and arrays as Python's own; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> dict[str, list[Any]]:
+    docs, labels = plain(docs), plain(labels)
     for field, values in (("docs", docs), ("labels", labels)):
         if not isinstance(values, list | tuple):
             raise ValueError(f"{place}, field {names[field]}: expected a list, got {type(values).__name__}")
@@ -264,6 +270,7 @@ def check_documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]
             f"{place}: {len(docs)} documents in {names['docs']} but {len(labels)} labels in {names['labels']}"
         )
     texts = [check_text(doc, f"{place}, field {names['docs']}[{i}]") for i, doc in enumerate(docs)]
+    labels = [plain(label) for label in labels]
     for i, label in enumerate(labels):
         if not isinstance(label, int | float) or not abs(label) <= _FLOAT32_MAX:  # NaN too
             raise ValueError(f"{place}, field {names['labels']}[{i}]: expected a finite float32, got {label!r:.40}")

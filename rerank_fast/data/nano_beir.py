@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_fast.data.hub import load_hub_dataset, read_columns
+from rerank_fast.data.lists import check_text
 
 DATASETS = {
     "climatefever": "ClimateFEVER",
@@ -83,7 +84,7 @@ def load_nano_beir(dataset_name: str, dataset_id: str, *, rerank_k: int) -> list
         queries.append(
             NanoQuery(
                 query_id,
-                texts["queries"][query_id],
+                check_text(texts["queries"][query_id], place),
                 _texts(relevant[query_id], texts["corpus"], f"{place} in qrels"),
                 _texts(ranking[:rerank_k], texts["corpus"], f"{place} in bm25"),
             )
@@ -95,7 +96,7 @@ def load_nano_beir(dataset_name: str, dataset_id: str, *, rerank_k: int) -> list
 
 def _texts(ids: Iterable[str], corpus: Mapping[str, str], place: str) -> dict[str, str]:
     try:
-        return {key: corpus[key] for key in ids}
+        return {key: check_text(corpus[key], f"{place}, document {key!r}") for key in ids}
     except KeyError as error:
         raise ValueError(f"{place}: the corpus has no document {error}") from error
 

@@ -1,6 +1,12 @@
 """How well a model ranks."""
 
-from rerank_fast.evaluation.metrics import Comparison, bootstrap_interval, compare, ranking_metrics
+from rerank_fast.evaluation.metrics import (
+    Comparison,
+    bootstrap_interval,
+    compare,
+    ranking_metrics,
+    tied_pairs,
+)
 from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 
@@ -11,4 +17,5 @@ __all__ = [
     "bootstrap_interval",
     "compare",
     "ranking_metrics",
+    "tied_pairs",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from rerank_fast.data.lists import load_lists
+from rerank_fast.data.lists import check_text, load_lists, plain
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,10 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
         raise ValueError(
             f"{place}: expected query, positive and either documents or negative; there are {sorted(map(str, row))}"
         )
-    query = row["query"]
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"{place}, field query: expected a text, got {query!r:.60}")
+    query = check_text(row["query"], f"{place}, field query", allow_empty=False)
     positive = [row["positive"]] if isinstance(row["positive"], str) else row["positive"]
-    texts = {"positive": positive, others[0]: row[others[0]]}
-    for field, values in texts.items():
-        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-            raise ValueError(f"{place}, field {field}: expected a list of strings, got {values!r:.60}")
-    relevant = {f"p{i}": text for i, text in enumerate(positive)}
-    rest = {f"d{i}": text for i, text in enumerate(row[others[0]])}
+    relevant = _texts_by_id(positive, "p", f"{place}, field positive")
+    rest = _texts_by_id(row[others[0]], "d", f"{place}, field {others[0]}")
     if others[0] == "documents":
         return rank_candidates(str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives)
     docs = {**relevant, **rest}
@@ -106,3 +100,10 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
         raise ValueError(f"{place}: no documents")
     labels = np.asarray([1.0] * len(relevant) + [0.0] * len(rest))
     return Candidates(str(index), query, list(docs.values()), list(docs), labels, None)
+
+
+def _texts_by_id(values: Any, letter: str, place: str) -> dict[str, str]:
+    values = plain(values)
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{place}: expected a list of strings, got {values!r:.60}")
+    return {f"{letter}{i}": check_text(text, f"{place}[{i}]") for i, text in enumerate(values)}

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import csv
+import logging
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from torch import nn
 
 from rerank_fast.evaluation.candidates import Candidates
-from rerank_fast.evaluation.metrics import default_metrics, parse_metric, ranking_metrics
+from rerank_fast.evaluation.metrics import (
+    default_metrics,
+    parse_metric,
+    ranking_metrics,
+    tied_pairs,
+)
+from rerank_fast.evaluation.ties import draw_order
+
+logger = logging.getLogger(__name__)
+
+# A share of tied preference pairs from which on it is a warning.
+_MANY_TIES = 0.01
 
 
 class PairScorer:
@@ -26,24 +39,29 @@ class PairScorer:
         self.pairs = pairs
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
-        # Token ids for the last model and max_length seen: an evaluation every few hundred steps tokenises once.
-        self._tokens: tuple[Any, int, Any] | None = None
+        # For the last model and all that its tokens depend on: evaluations of a run tokenise once.
+        self._kept: tuple[Any, Any, Any] | None = None
 
     def __call__(self, model: Any) -> np.ndarray:
         """(N,) float64 raw scores: a sigmoid would round large ones to the same value and tie them."""
         options: dict[str, Any] = {"activation_fn": nn.Identity(), "show_progress_bar": self.show_progress_bar}
         if self.batch_size is not None:
             options["batch_size"] = self.batch_size
-        if hasattr(model, "score_tokens") and hasattr(model, "tokenize"):
-            if self._tokens is None or self._tokens[0]() is not model or self._tokens[1] != model.max_length:
-                self._tokens = weakref.ref(model), model.max_length, model.tokenize(self.pairs)
-            scores = model.score_tokens(self._tokens[2], **options).cpu()
+        if hasattr(model, "score_tokens") and hasattr(model, "tokenization_key"):
+            scores = model.score_tokens(self._tokens(model), **options).cpu()
         else:
             scores = model.predict(self.pairs, **options)
         scores = np.asarray(scores, dtype=np.float64)
         if scores.size != len(self.pairs):
             raise ValueError(f"expected one score for each of {len(self.pairs)} pairs, got shape {scores.shape}")
         return scores.reshape(-1)
+
+    def _tokens(self, model: Any) -> Any:
+        kept = self._kept  # once: another thread may set it
+        if kept is None or kept[0]() is not model or kept[1] != model.tokenization_key():
+            tokens = model.tokenize(self.pairs)
+            kept = self._kept = weakref.ref(model), model.tokenization_key(), tokens
+        return kept[2]
 
 
 class MeasuredSet:
@@ -79,9 +97,22 @@ class MeasuredSet:
         return np.split(scores, self._bounds)
 
     def measure(self, scores: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric, and base_ of the first stage (NaN for a query without one), as (Q,) arrays."""
+        """Each metric, and base_ of the first stage (NaN for a query without one), as (Q,) arrays.
+
+        The share of preference pairs that tie in score goes to the log, from 1 % on as a warning.
+        """
         labels = [one.labels for one in self.candidates]
-        values = ranking_metrics(labels, self.split(scores), at_k=self.at_k, metrics=self._further)
+        split = self.split(scores)
+        values = ranking_metrics(labels, split, at_k=self.at_k, metrics=self._further)
+        tied = tied_pairs(labels, split)
+        if tied:
+            logger.log(
+                logging.WARNING if tied >= _MANY_TIES else logging.INFO,
+                "%s%.2f%% of the preference pairs tie in score; metrics are their means over all "
+                "orders of the ties.",
+                f"{self.name}: " if self.name else "",
+                100 * tied,
+            )
         if self._base is None:
             self._base = self._measure_base()
         return {**values, **self._base}
@@ -107,11 +138,27 @@ class MeasuredSet:
                 writer.writerow([one.query_id, *(float(column[q]) for column in values.values())])
 
     def write_run(self, file: Path, scores: np.ndarray) -> None:
-        """The order as a TREC run: query_id Q0 doc_id rank score rerank_fast; ties in the order scored."""
+        """The order as a TREC run: query_id Q0 doc_id rank score rerank_fast.
+
+        Scores fall strictly with rank, in fp32 too: readers sort by score and break ties by id.
+        Where documents tie the run has one of the orders that the metrics are the mean over, for a
+        query always the same. Whitespace and % in ids are percent-encoded; an empty id is %.
+        """
         with file.open("w", encoding="utf-8") as handle:
             for one, values in zip(self.candidates, self.split(scores), strict=True):
-                for rank, i in enumerate(np.argsort(-values, kind="stable").tolist(), start=1):
-                    handle.write(f"{one.query_id} Q0 {one.doc_ids[i]} {rank} {float(values[i])!r} rerank_fast\n")
+                query_id = _column(one.query_id)
+                below = np.float32(np.inf)
+                for rank, i in enumerate(draw_order(values, one.query_id), start=1):
+                    score = min(np.float32(np.clip(values[i], -1e38, 1e38)), below)
+                    below = np.nextafter(score, np.float32(-np.inf))
+                    doc_id = _column(one.doc_ids[i])
+                    handle.write(f"{query_id} Q0 {doc_id} {rank} {score} rerank_fast\n")
+
+
+def _column(key: object) -> str:
+    """An id as one column of a line; `urllib.parse.unquote` gives it back, but for %, the empty one."""
+    letters = (quote(one) if one.isspace() or one == "%" else one for one in str(key))
+    return "".join(letters) or "%"
 
 
 def query_means(values: dict[str, np.ndarray]) -> dict[str, float]:

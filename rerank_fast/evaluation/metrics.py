@@ -1,14 +1,25 @@
-"""Ranking metrics by name through ir-measures, and what a difference between two models is worth."""
+"""Ranking metrics by ir-measures' names, and what a difference between two models is worth."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ir_measures
 import numpy as np
+from numpy.typing import ArrayLike
+
+from rerank_fast.evaluation.ties import Ranking, count_preference_pairs, draw_order, exact_form
+
+# Drawn for a list with ties where a metric's expected value has no exact form here.
+_ORDERS = 100
+# trec_eval makes a table as long as the largest judgement.
+_LARGEST_GRADE = 1_000_000
+
+Measured: TypeAlias = tuple[np.ndarray, np.ndarray]  # a list's labels and scores
 
 
 def default_metrics(at_k: int) -> tuple[str, str, str]:
@@ -40,67 +51,118 @@ def parse_metric(name: str) -> Any:
 
 
 def ranking_metrics(
-    labels: Sequence[np.ndarray], scores: Sequence[np.ndarray], *, at_k: int = 10, metrics: Sequence[str] = ()
+    labels: Sequence[ArrayLike], scores: Sequence[ArrayLike], *, at_k: int = 10, metrics: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """MAP, MRR@k, NDCG@k and further metrics of each list, in list order.
+    """MAP, MRR@k, NDCG@k and further metrics of each list, in list order, each list by itself.
 
-    A document is relevant where its label is above 0; NDCG takes the label as its gain. Ties in score keep
-    the input order. A list without a relevant document counts 0. Where a label is fractional, NDCG is exact and
-    every other metric sees relevant or not.
+    A document is relevant where its label is above 0, or at least rel where a metric names one
+    above 1; NDCG takes the label as its gain. A list without a relevant document counts 0.
+
+    Documents that tie in score have no order: a metric is its expected value over all orders of
+    the ties, whatever the order of input. That is exact for AP (MAP), RR (MRR), nDCG, P, R and
+    Success, with a cut and a rel. Any other metric is the mean over 100 orders, drawn with a fixed
+    seed, where a tie holds different labels: the standard error of a list's value is at most 0.05
+    for a metric between 0 and 1. `tied_pairs` says how much scores leave open.
 
     Args:
-        labels: Q arrays (D_q,) of labels.
-        scores: Q arrays (D_q,) of scores, higher is better.
+        labels: Q sequences (D_q,) of finite labels, binary, graded or fractional.
+        scores: Q sequences (D_q,) of scores, higher is better; infinite ones are the extremes.
+        at_k: cut of MRR and NDCG.
         metrics: further ones, as `parse_metric` reads them.
 
     Returns:
         {"map", "mrr@k", "ndcg@k" and the further names}: float64 arrays (Q,).
 
     Raises:
-        ValueError: a score is NaN, or a list's scores and labels differ in number; names the list. A metric is
-            unknown.
+        ValueError: a score is NaN, a label is not finite, or a list's scores and labels differ in
+            number; names the list. A metric is unknown, or takes grades (ERR and others, but not
+            NDCG) where a list has fractional labels.
     """
     names_of: dict[Any, list[str]] = {}
     for name in dict.fromkeys((*default_metrics(at_k), *metrics)):
         names_of.setdefault(parse_metric(name), []).append(name)
-    judged: dict[str, dict[str, int]] = {}
-    run: dict[str, dict[str, float]] = {}
-    gains: list[np.ndarray] = []
+    lists = check_lists(labels, scores)
+    forms = {measure: exact_form(measure) for measure in names_of}
+    rankings = [Ranking(s) for _, s in lists]
+    values = {}
+    for measure, form in forms.items():
+        if form is not None:
+            each = (form(ranking, y) for ranking, (y, _) in zip(rankings, lists, strict=True))
+            values[measure] = np.fromiter(each, dtype=np.float64, count=len(lists))
+    others = {measure: names[0] for measure, names in names_of.items() if measure not in values}
+    if others:
+        values |= _drawn(others, lists)
+    return {name: values[measure] for measure, names in names_of.items() for name in names}
+
+
+def tied_pairs(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> float:
+    """The share of preference pairs that tie in score, over all lists; 0 without such pairs.
+
+    A preference pair is two documents of one list with different labels; labels below 0 count as 0.
+    A model that gives every document of a list the same score has a share of 1.
+
+    Raises:
+        ValueError: as `ranking_metrics`.
+    """
+    counts = [count_preference_pairs(np.maximum(y, 0), s) for y, s in check_lists(labels, scores)]
+    tied, total = np.sum(counts, axis=0) if counts else (0, 0)
+    return float(tied / max(total, 1))
+
+
+def check_lists(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> list[Measured]:
+    """Labels and scores of each list as float64 arrays (D_q,).
+
+    Raises:
+        ValueError: they differ in number, a score is NaN or a label is not finite; names the list.
+    """
+    if len(labels) != len(scores):
+        raise ValueError(f"got labels of {len(labels)} lists but scores of {len(scores)}")
+    lists: list[Measured] = []
     for q, (y, s) in enumerate(zip(labels, scores, strict=True)):
         y, s = np.asarray(y, dtype=np.float64), np.asarray(s, dtype=np.float64)
+        if y.ndim != 1 or s.ndim != 1:
+            raise ValueError(f"list {q}: expected one dimension, got {y.shape} and {s.shape}")
         if y.shape != s.shape:
             raise ValueError(f"list {q}: {len(y)} labels but {len(s)} scores")
         if np.isnan(s).any():
             raise ValueError(f"list {q}: the score of document {int(np.isnan(s).argmax())} is NaN")
-        # The position in a stable sort stands for the score, so that no metric breaks ties its own way.
-        order = np.argsort(-s, kind="stable")
-        judged[str(q)] = {str(i): int(y[i] > 0) for i in range(len(y))}
-        run[str(q)] = {str(i): float(len(y) - position) for position, i in enumerate(order)}
-        gains.append(y)
-    # trec_eval makes a table as long as the largest judgement: 1e6 bounds it.
-    # Judgements are whole numbers in the field's formats. Fractional labels keep their order of relevance
-    # for MAP and MRR and enter NDCG exactly, as the same ratio computed here would.
-    whole = all(np.array_equal(y, np.round(y)) and (y < 1e6).all() for y in gains)
-    if whole:
-        for q, y in enumerate(gains):
-            judged[str(q)] = {str(i): int(max(value, 0)) for i, value in enumerate(y)}
-    values = {measure: np.zeros(len(gains)) for measure in names_of}
-    for metric in ir_measures.iter_calc(list(names_of), judged, run):
-        values[metric.measure][int(metric.query_id)] = metric.value
-    for measure in names_of:
-        if not whole and measure.NAME == "nDCG" and set(measure.params) <= {"cutoff"}:
-            k = measure.params.get("cutoff")
-            values[measure] = np.array(
-                [_ndcg(y, np.asarray(s, dtype=np.float64), k) for y, s in zip(gains, scores, strict=True)]
-            )
-    return {name: values[measure] for measure, names in names_of.items() for name in names}
+        if not np.isfinite(y).all():
+            i = int((~np.isfinite(y)).argmax())
+            raise ValueError(f"list {q}: the label of document {i} is {y[i]}, not finite")
+        lists.append((y, s))
+    return lists
 
 
-def _ndcg(labels: np.ndarray, scores: np.ndarray, at_k: int | None) -> float:
-    gains = np.maximum(labels, 0)
-    discounts = 1 / np.log2(np.arange(2, len(gains) + 2))[:at_k]
-    ideal = np.sort(gains)[::-1][:at_k] @ discounts
-    return float(gains[np.argsort(-scores, kind="stable")][:at_k] @ discounts / ideal) if ideal > 0 else 0.0
+def _drawn(names: Mapping[Any, str], lists: Sequence[Measured]) -> dict[Any, np.ndarray]:
+    """Measures through ir-measures, each list's the mean over orders of its ties."""
+    judged: dict[str, dict[str, int]] = {}
+    run: dict[str, dict[str, float]] = {}
+    lists_of: list[int] = []  # by key, a number: gdeval takes no other
+    for q, (y, s) in enumerate(lists):
+        odd = y[(y > 0) & ((y != np.round(y)) | (y >= _LARGEST_GRADE))]
+        for measure, name in names.items() if len(odd) else ():
+            if "rel" not in measure.SUPPORTED_PARAMS or not isinstance(measure["rel"], int):
+                expected = f"whole labels below {_LARGEST_GRADE}, got {odd[0]}"
+                raise ValueError(f"list {q}: {name} takes grades: expected {expected}")
+        # The field's formats have whole numbers. Rounded so, what is relevant stays relevant.
+        grades = np.clip(np.floor(y), y > 0, _LARGEST_GRADE).astype(int).tolist()
+        judgements = {str(i): grade for i, grade in enumerate(grades)}
+        for draw in range(_ORDERS if count_preference_pairs(np.maximum(y, 0), s)[0] else 1):
+            key = str(len(lists_of))
+            lists_of.append(q)
+            judged[key] = judgements
+            # The rank stands for the score, so that no metric breaks ties its own way.
+            order = draw_order(s, draw)
+            run[key] = {str(i): float(len(y) - rank) for rank, i in enumerate(order.tolist())}
+    sums = {measure: np.zeros(len(lists)) for measure in names}
+    try:
+        for metric in ir_measures.iter_calc(list(names), judged, run):
+            sums[metric.measure][lists_of[int(metric.query_id)]] += metric.value
+    except subprocess.CalledProcessError as error:  # a measure that another program computes
+        listed = ", ".join(names.values())
+        raise ValueError(f"{listed} can't be computed for these labels: {error}") from error
+    counts = np.bincount(np.asarray(lists_of, dtype=int), minlength=len(lists))
+    return {measure: total / counts for measure, total in sums.items()}
 
 
 def bootstrap_interval(
@@ -110,6 +172,9 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"expected at least one value in one dimension, got shape {values.shape}")
+    if not np.isfinite(values).all():
+        q = int((~np.isfinite(values)).argmax())
+        raise ValueError(f"expected finite values, got {values[q]} for query {q}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     generator = np.random.default_rng(seed)

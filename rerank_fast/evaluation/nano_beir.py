@@ -47,7 +47,7 @@ class NanoBEIREvaluator:
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
     {"NanoMSMARCO_R100_ndcg@10": ..., "NanoBEIR_R100_mean_ndcg@10": ...} and so on for map, mrr@k and the same with
     "base_" for BM25. In sentence-transformers' CrossEncoderTrainer it goes in as
-    evaluator=[NanoBEIREvaluator(...)]. Ties are broken as in RerankingEvaluator.
+    evaluator=[NanoBEIREvaluator(...)]. Ties count as in RerankingEvaluator.
 
     Raises:
         ValueError: an unknown set or metric (lists those that there are), or data that can't be read.

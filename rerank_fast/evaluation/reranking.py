@@ -43,8 +43,10 @@ class RerankingEvaluator:
     {"map", "mrr@k", "ndcg@k"} and the same with "base_" for the given order, as means over all queries. In
     sentence-transformers' CrossEncoderTrainer it goes in as evaluator=[RerankingEvaluator(...)].
 
-    Equal to sentence-transformers' CrossEncoderRerankingEvaluator where no two documents of a query tie in score;
-    there ties are averaged over (NDCG) or broken from the back, here they keep the input order.
+    Where documents tie in score every metric is its expected value over the orders of the tie (see
+    `ranking_metrics`): the order of input, which may know the labels, decides nothing. The share of
+    tied preference pairs is logged. Without ties all metrics equal those of sentence-transformers'
+    CrossEncoderRerankingEvaluator; with them its NDCG does, its MAP and MRR do not average.
     """
 
     greater_is_better = True

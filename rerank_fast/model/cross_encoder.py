@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rerank_fast.model.ahead import ahead
 from rerank_fast.model.card import known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.eval_mode import EvalMode
 from rerank_fast.model.heads import find_answer_head
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of
@@ -38,6 +41,10 @@ class CrossEncoder(nn.Module):
     with one label, and directories saved by sentence-transformers' CrossEncoder. A causal language model
     (Qwen3-Reranker) scores with the logits of "yes" less "no" at the end of its prompt, which is the tokenizer's
     chat template. Weights are read from safetensors only.
+
+    predict, rank, rank_many, score_tokens and evaluators may be called from several threads at once,
+    with dropout off in all of them: the model is in evaluation mode until the last one is done, then
+    each module is in its mode of before. Meanwhile change neither modes nor weights.
 
     Args:
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
@@ -95,6 +102,7 @@ class CrossEncoder(nn.Module):
         self.default_prompt_name = loaded.default_prompt_name
         self._compiler: Compiler | None = None
         self._dtype_of_steps: torch.dtype | None = None
+        self._eval_mode = EvalMode()
         self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
             quantize_linears(self.model)
@@ -203,6 +211,18 @@ class CrossEncoder(nn.Module):
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
 
+    def tokenization_key(self) -> tuple[Any, ...]:
+        """What tokenize depends on beside the pairs: with equal keys it gives equal tokens.
+
+        A fast tokenizer holds how it was last called: a key is taken after the call it stands for.
+        """
+        state: Any
+        try:
+            state = hashlib.sha256(pickle.dumps(self.tokenizer)).digest()
+        except Exception:  # of as many kinds as there are parts of somebody's own: it equals no other
+            state = object()
+        return self.max_length, self._prompt(None), state
+
     def warn_of_truncation(self, truncated: int, total: int) -> None:
         """One warning of how many pairs were longer than max_length, if any were."""
         if truncated:
@@ -282,21 +302,16 @@ class CrossEncoder(nn.Module):
         """(total,) fp32 raw scores of the pairs of all chunks; one chunk's are in flight while the next is made."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        was_training = self.training
-        self.eval()
         scores = torch.empty(total, dtype=torch.float32, device=self.device)
         done = 0
         bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
-        try:
+        with self._eval_mode.of(self), bar:
             for tokens in chunks:
                 scores[done : done + len(tokens)] = run(
                     self.step(tokens), max_pairs=batch_size, progress=bar.update
                 )
                 done += len(tokens)
-            return scores
-        finally:
-            bar.close()
-            self.train(was_training)
+        return scores
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
         truncated, tokenize, prompt = 0, self._pair_tokenizer(), self._prompt(prompt)

@@ -26,16 +26,21 @@ def _reference_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) 
     """The specification: one list at a time."""
     values = [labels.new_zeros(0)]
     for start, stop in pairwise(offsets.tolist()):
-        relevance = labels[start:stop].clamp(min=0)
-        if start == stop or bool((relevance == 0).all()):
+        s, relevance = scores[start:stop], labels[start:stop].clamp(min=0)
+        if bool((s.isnan() | ~relevance.isfinite()).any()):
+            values.append(labels.new_full((1,), torch.nan))
+            continue
+        if bool((relevance == 0).all()):
             values.append(labels.new_zeros(1))
             continue
         # Divided by 2^largest above and below, so that a large label stays finite.
         largest = relevance.max()
         gains = torch.exp2(relevance - largest) - torch.exp2(-largest)
         discount = reference.discounts(stop - start, dtype=labels.dtype, device=labels.device)
-        rank = reference.ranks(scores[start:stop])
-        found = (gains / discount[rank - 1])[rank <= (k or len(rank))].sum()
+        tied = (s[:, None] == s[None, :]).to(gains.dtype)
+        expected = tied @ gains / tied.sum(dim=1)  # at any rank of a tie
+        rank = reference.ranks(s)
+        found = (expected / discount[rank - 1])[rank <= (k or len(rank))].sum()
         ideal = (gains.sort(descending=True).values / discount)[: k or None].sum()
         values.append((found / ideal)[None])
     return torch.cat(values)
@@ -65,7 +70,8 @@ def ndcg(
 ) -> Tensor:
     """NDCG@k of each list, on the scores' device and without waiting for it.
 
-    Gains are 2^max(label, 0) - 1, discounts log2(1 + rank). Equal scores rank in input order, NaN first.
+    Gains are 2^max(label, 0) - 1, discounts log2(1 + rank). Where documents tie in score it is the
+    expected value over the orders of the tie, whatever the order of input.
 
     Args:
         scores: (N,) model scores of all documents, list after list; fp16, bf16, fp32 or fp64.
@@ -75,8 +81,8 @@ def ndcg(
         backend: "cpu" (C++), "triton" or "reference"; None takes the device's own.
 
     Returns:
-        (Q,) in fp32 (fp64 for fp64 scores), without gradient. A list without a label above 0 gives 0, one with a
-        NaN label NaN.
+        (Q,) in fp32 (fp64 for fp64 scores), without gradient. A list with a score that is NaN, or a
+        label that is NaN or +inf, gives NaN; any other without a label above 0 gives 0.
 
     Raises:
         ValueError: a wrong shape, dtype, device or k, or a backend that can't run here.

@@ -165,3 +165,17 @@ def test_columns_and_documents_that_are_missing(nano: Path, tmp_path: Path) -> N
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     with pytest.raises(ValueError, match=r"'q99', which queries does not have"):
         NanoBEIREvaluator(["nq"], broken)
+
+
+@pytest.mark.parametrize(("subset", "place"), [("queries", "q1"), ("corpus", "q0' in .*doc.*")])
+def test_a_text_that_is_missing(nano: Path, tmp_path: Path, subset: str, place: str) -> None:
+    for file in nano.glob("*/NanoNQ-*.parquet"):
+        target = tmp_path / file.parent.name / "NanoNQ.jsonl"
+        target.parent.mkdir()
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+        for row in rows[1:] if file.parent.name == subset else ():
+            row["text"] = None
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = f"NanoNQ, query '{place}.*: expected a string, got NoneType"
+    with pytest.raises(ValueError, match=message):
+        NanoBEIREvaluator(["nq"], tmp_path)

@@ -6,12 +6,15 @@ import csv
 import gc
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
@@ -93,12 +96,12 @@ def test_per_query_values_and_their_means() -> None:
         assert means[f"dev_{name}"] == pytest.approx(values.mean())
 
 
-def test_duplicate_documents_count_each_in_its_place() -> None:
+def test_duplicate_documents_count_each_in_either_place() -> None:
     lists = [{"query": "q", "docs": ["a", "b", "b", "a"], "labels": [0, 0, 1, 1]}]
     result = RerankingEvaluator(lists)(Stub({("q", "a"): 1.0, ("q", "b"): 2.0}))
-    # Order by score, ties as given: b (0), b (1), a (0), a (1).
-    assert result["map"] == pytest.approx((1 / 2 + 2 / 4) / 2)
-    assert result["mrr@10"] == 0.5
+    # One of the two b in ranks 1 and 2, one of the two a in ranks 3 and 4.
+    assert result["map"] == pytest.approx(((1 + 1 / 2) / 2 + (2 / 3 + 2 / 4) / 2) / 2)
+    assert result["mrr@10"] == pytest.approx((1 + 1 / 2) / 2)
     assert result["base_mrr@10"] == pytest.approx(1 / 3)
 
 
@@ -113,6 +116,20 @@ def test_nan_score_names_the_list() -> None:
 def test_cut_below_one(at_k: int) -> None:
     with pytest.raises(ValueError, match="at_k"):
         RerankingEvaluator(LISTS, at_k=at_k)
+
+
+def test_labels_of_numpy_and_torch() -> None:
+    lists, model = random_lists(seed=5, count=20)
+    expected = RerankingEvaluator(lists)(model)
+    for dtype in (np.float32, np.float64, np.int64, bool):
+        arrays = [{**row, "labels": np.array(row["labels"], dtype)} for row in lists]
+        assert RerankingEvaluator(arrays)(model) == expected
+        numbers = [{**row, "labels": list(row["labels"])} for row in arrays]
+        assert RerankingEvaluator(numbers)(model) == expected
+    tensors = [{**row, "docs": np.array(row["docs"]), "labels": torch.tensor(row["labels"])} for row in lists]
+    assert RerankingEvaluator(tensors)(model) == expected
+    with pytest.raises(ValueError, match=r"row 0, field labels\[1\]: expected a finite float32, got nan"):
+        RerankingEvaluator([{"query": "q", "docs": ["a", "b"], "labels": np.array([1, np.nan])}])
 
 
 def test_malformed_list() -> None:
@@ -173,6 +190,51 @@ def test_tokens_are_kept_for_the_same_model(model: CrossEncoder, monkeypatch: py
     monkeypatch.setattr(model, "max_length", 8)
     evaluator(model)
     assert len(calls) == 2
+
+
+LONG = [{"query": "what is a panda", "docs": ["the sea and rain " * 9, "bear " * 9 + "bamboo"], "labels": [0, 1]}]
+
+
+@pytest.mark.parametrize("change", ["prompt", "truncation_side", "normalizer", "tokenizer", "max_length"])
+def test_tokens_are_those_of_the_model_as_it_is(change: str, tmp_path: Path) -> None:
+    """Whatever changes what tokenize gives is seen by an evaluator that has tokens of before."""
+    model = CrossEncoder(str(make_tiny_bert(tmp_path)), device="cpu", max_length=16)
+    kept = RerankingEvaluator(LONG)
+    before = kept.score(model)
+    if change == "prompt":
+        model.prompts, model.default_prompt_name = {"p": "capital of france"}, "p"
+    elif change == "truncation_side":
+        model.tokenizer.truncation_side = "left"
+    elif change == "normalizer":
+        model.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("panda", "sun")
+    elif change == "tokenizer":
+        model.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, truncation_side="left")
+    else:
+        model.max_length = 12
+    after = kept.score(model)
+    assert not np.array_equal(after, before)
+    np.testing.assert_array_equal(after, RerankingEvaluator(LONG).score(model))
+
+
+def test_a_tokenizer_that_no_key_can_be_made_of_is_asked_each_time(tmp_path: Path) -> None:
+    model = CrossEncoder(str(make_tiny_bert(tmp_path)), device="cpu")
+    model.tokenizer.own = lambda: None  # which pickle refuses
+    assert model.tokenization_key() != model.tokenization_key()
+    evaluator = RerankingEvaluator(LONG)
+    np.testing.assert_array_equal(evaluator.score(model), evaluator.score(model))
+
+
+def test_evaluators_in_threads(tmp_path: Path) -> None:
+    """One evaluator, two models of different max_length, four threads, in training mode."""
+    directory = str(make_tiny_bert(tmp_path))
+    models = [CrossEncoder(directory, device="cpu", max_length=length).train() for length in (8, 16)]
+    evaluator = RerankingEvaluator(LONG)
+    expected = [RerankingEvaluator(LONG).score(model) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: evaluator.score(models[n % 2]), range(40)))
+    for n, scores in enumerate(found):
+        np.testing.assert_allclose(scores, expected[n % 2], rtol=1e-6)
+    assert all(module.training for model in models for module in model.modules())
 
 
 def test_model_is_not_kept_alive(tmp_path: Path) -> None:

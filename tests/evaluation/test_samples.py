@@ -94,6 +94,17 @@ def test_samples_of_a_dataset(tmp_path: Path) -> None:
         ({"query": "q", "positive": ["a"], "documents": "a"}, r"sample 1, field documents: expected a list"),
         ({"query": "q", "positive": [3], "documents": ["a"]}, r"sample 1, field positive"),
         ({"query": " ", "positive": ["a"], "documents": ["a"]}, r"sample 1, field query"),
+        ({"query": None, "positive": ["a"], "documents": ["a"]}, r"field query: expected a string, got NoneType"),
+        (
+            {"query": "q", "positive": "a", "documents": ["a", None]},
+            r"sample 1, field documents\[1\]: expected a string, got NoneType None",
+        ),
+        (
+            {"query": "q", "positive": "a", "negative": ["b", "\ud800"]},
+            r"sample 1, field negative\[1\]: not valid Unicode",
+        ),
+        ({"query": "\udfff", "positive": "a", "negative": ["b"]}, r"sample 1, field query: not valid Unicode"),
+        ({"query": "q", "positive": None, "negative": ["b"]}, r"field positive: expected a list.*got None"),
     ],
 )
 def test_malformed_sample(sample: dict[str, Any], message: str) -> None:

@@ -22,10 +22,13 @@ def _triton(request):
 
 
 def by_hand(scores, labels, k):
-    """DCG over ideal DCG, term by term in plain Python."""
+    """DCG over ideal DCG, term by term in plain Python; at each rank the mean gain of its tie."""
     gain = [2 ** max(y, 0) - 1 for y in labels]
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable
-    found = sum(gain[i] / math.log2(1 + r) for r, i in enumerate(order[: k or None], start=1))
+    gain_at = []
+    for score in sorted(scores, reverse=True):
+        tie = [g for g, s in zip(gain, scores, strict=True) if s == score]
+        gain_at.append(sum(tie) / len(tie))
+    found = sum(g / math.log2(1 + r) for r, g in enumerate(gain_at[: k or None], start=1))
     ideal = sum(g / math.log2(1 + r) for r, g in enumerate(sorted(gain, reverse=True)[: k or None], start=1))
     return found / ideal if ideal else 0.0
 
@@ -55,10 +58,38 @@ def test_lists_written_out(backend, k, dtype):
     assert values.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-def test_scikit_learn_agrees():
-    """Whose gains are the labels themselves."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [None, 2])
+def test_ties_are_the_mean_over_their_orders(backend, k):
+    """Each order of the documents made the only one by scores that differ."""
+    scores, labels = [1.0, 0.0, 1.0, 0.0, 1.0], torch.tensor([2.0, 1, 0, 0, 1])
+    orders = [one for one in itertools.permutations(range(5)) if set(one[:3]) == {0, 2, 4}]
+    places = torch.tensor(orders).argsort(dim=1).double().reshape(-1)
+    offsets = torch.arange(len(orders) + 1) * 5
+    expected = ndcg(-places, labels.repeat(len(orders)), offsets, k, backend=backend).mean().item()
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):  # whatever the order of input
+        tied = torch.tensor(scores)[order]
+        value = ndcg(tied, labels[order], torch.tensor([0, 5]), k, backend=backend)
+        assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_constant_model_is_worth_what_chance_is(backend, size):
+    labels = torch.zeros(size)
+    labels[0] = 1
+    value = ndcg(torch.zeros(size), labels, torch.tensor([0, size]), backend=backend)
+    chance = sum(1 / math.log2(1 + r) for r in range(1, size + 1)) / size
+    assert value.item() == pytest.approx(chance, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scikit_learn_agrees(tied):
+    """Whose gains are the labels themselves, and which averages over ties too."""
     metrics = pytest.importorskip("sklearn.metrics")
     scores, labels, offsets = ragged([30] * 5, grades=2)
+    if tied:
+        scores = scores.round()
     for k in (None, 10):
         expected = [
             metrics.ndcg_score(y[None].numpy(), s[None].numpy(), k=k)
@@ -79,12 +110,26 @@ def test_lists_without_a_positive_and_large_labels(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan(backend):
-    """A NaN score ranks first, as the loss ranks it; a NaN label is seen, and stays in its list."""
-    scores = torch.tensor([1.0, math.nan, 0.0, 1.0, 2.0])
-    values = ndcg(scores, torch.tensor([1.0, 0, 0, 1, 0]), torch.tensor([0, 3, 5]), backend=backend)
-    assert values.tolist() == pytest.approx([1 / math.log2(3)] * 2)
-    values = ndcg(scores, torch.tensor([1.0, 0, math.nan, 1, 0]), torch.tensor([0, 3, 5]), backend=backend)
-    assert values.isnan().tolist() == [True, False]
+    """A score or a label that is NaN, or an infinite gain, is seen, and stays in its list."""
+    scores, offsets = torch.tensor([1.0, math.nan, 0.0, 1.0, 2.0]), torch.tensor([0, 3, 5])
+    for labels in ([1.0, 0, 0, 1, 0], [0.0, 0, 0, 1, 0]):
+        values = ndcg(scores, torch.tensor(labels), offsets, backend=backend)
+        assert values.isnan().tolist() == [True, False]
+        assert values[1].item() == pytest.approx(1 / math.log2(3))
+    for label in (math.nan, math.inf):
+        labels = torch.tensor([1.0, 0, label, 1, 0])
+        values = ndcg(scores.nan_to_num(), labels, offsets, 1, backend=backend)
+        assert values.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_scores_are_the_extremes_and_tie_with_each_other(backend):
+    inf = math.inf
+    scores = torch.tensor([inf, inf, -inf, -inf, 0, inf])
+    labels = torch.tensor([1, 0, 0, 1, -inf, 0.0])
+    values = ndcg(scores, labels, torch.tensor([0, 3, 6]), backend=backend)
+    expected = [(1 + 1 / math.log2(3)) / 2, 1 / math.log2(4)]
+    assert values.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -29,7 +29,10 @@ def ndcg_kernel(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One list: how many documents go before each by score and by label, in tiles of its documents."""
+    """One list: how many documents go before each by score and by label, in tiles of its documents.
+
+    Each document has the mean gain of its tie in score: its rank within the tie is no matter.
+    """
     start = tl.load(offsets + tl.program_id(0))
     size = (tl.load(offsets + tl.program_id(0) + 1) - start).to(tl.int32)
     highest = tl.zeros([BLOCK], dtype)
@@ -37,8 +40,9 @@ def ndcg_kernel(
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         y = tl.load(labels + start + i, mask=i < size, other=0.0)
+        s = tl.load(scores + start + i, mask=i < size, other=0.0)
         highest = tl.maximum(highest, y)
-        nans += (y != y).to(tl.int32)
+        nans += ((y != y) | (y == float("inf")) | (s != s)).to(tl.int32)
     largest = tl.max(highest, axis=0)
     unit = tl.exp2(-largest)
     found = tl.zeros([BLOCK], dtype)
@@ -48,25 +52,27 @@ def ndcg_kernel(
         in_i = i < size
         s_i = tl.load(scores + start + i, mask=in_i, other=0.0)[:, None]
         y_i = tl.load(labels + start + i, mask=in_i, other=0.0)
-        nan_i = s_i != s_i
         before = tl.zeros([BLOCK], tl.int32)
         better = tl.zeros([BLOCK], tl.int32)
+        tied = tl.zeros([BLOCK], tl.int32)
+        gains = tl.zeros([BLOCK], dtype)
         for tile in range(0, size, BLOCK):
             j = tile + tl.arange(0, BLOCK)
             in_j = (j < size)[None, :]
             s_j = tl.load(scores + start + j, mask=j < size, other=0.0)[None, :]
             y_j = tl.load(labels + start + j, mask=j < size, other=0.0)[None, :]
-            nan_j = s_j != s_j
+            gain_j = tl.exp2(tl.maximum(y_j, 0.0) - largest) - unit
             earlier = j[None, :] < i[:, None]
-            # NaN goes first; equal scores, and two NaNs, keep the input order.
-            above = (s_j > s_i) | (nan_j & (nan_i == 0))
-            equal = (s_j == s_i) | (nan_j & nan_i)
-            before += tl.sum(((above | (equal & earlier)) & in_j).to(tl.int32), axis=1)
+            equal = (s_j == s_i) & in_j
+            before += tl.sum((((s_j > s_i) & in_j) | (equal & earlier)).to(tl.int32), axis=1)
+            tied += tl.sum(equal.to(tl.int32), axis=1)
+            gains += tl.sum(tl.where(equal, gain_j, 0.0), axis=1)
             above = (y_j > y_i[:, None]) | ((y_j == y_i[:, None]) & earlier)
             better += tl.sum((above & in_j).to(tl.int32), axis=1)
         # Both sums are divided by 2^largest, so that a large label stays finite.
         gain = tl.where(in_i, tl.exp2(tl.maximum(y_i, 0.0) - largest) - unit, 0.0)
-        found += tl.where((k == 0) | (before < k), gain / tl.log2(2.0 + before.to(dtype)), 0.0)
+        expected = tl.where(in_i, gains / tl.maximum(tied, 1).to(dtype), 0.0)
+        found += tl.where((k == 0) | (before < k), expected / tl.log2(2.0 + before.to(dtype)), 0.0)
         ideal += tl.where((k == 0) | (better < k), gain / tl.log2(2.0 + better.to(dtype)), 0.0)
     best = tl.sum(ideal, axis=0)
     value = tl.where(largest > 0.0, tl.sum(found, axis=0) / tl.where(largest > 0.0, best, 1.0), 0.0)
