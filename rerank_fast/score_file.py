@@ -75,9 +75,9 @@ def score_file(
         show_progress_bar: count the rows of this process's parts.
 
     Raises:
-        ValueError: the output exists, another process writes it, or its parts are of another run; the source
-            can't be read, a column is missing, or a row is malformed: names the file and line. Or a part is
-            missing or damaged at the end. Finished parts stay.
+        ValueError: the output exists, another process writes it, or its parts are of another run;
+            the source can't be read, a column is missing, or a row is malformed: names the file and
+            line. Or a part is missing or damaged at the end. Finished parts stay.
     """
     source, output = Path(source), Path(output)
     if rows_per_part < 1:
@@ -113,7 +113,7 @@ def _score_parts(
     prompt: str | None,
     show_progress_bar: bool,
 ) -> tuple[int, int, int]:
-    """Write this process's parts; returns pairs scored, pairs truncated, and how many parts the whole file has."""
+    """Write this process's parts; returns pairs scored, pairs truncated, and the file's parts."""
     shares, mine = state.num_processes, state.process_index
     scored = truncated = num_parts = 0
 

@@ -14,15 +14,17 @@ from rerank_fast.data.lists import FEATURES
 
 
 def fingerprint(lists: Dataset | Sequence[Mapping[str, Any]]) -> str:
-    """16 hexadecimal digits of the lists' queries, documents and labels, in order; the first of their SHA-256.
+    """The first 16 hexadecimal digits of the SHA-256 of queries, documents and labels, in order.
 
-    Not the one that `datasets` keeps: that is of how a dataset was made, and differs with the library's version.
+    Not the fingerprint that `datasets` keeps: that is of how a dataset was made, and differs with
+    the library's version.
 
     Args:
         lists: as `load_lists` gives them, or rows of {"query", "docs", "labels"}.
     """
     if not isinstance(lists, Dataset):
-        lists = Dataset.from_dict({name: [row[name] for row in lists] for name in FEATURES}, features=FEATURES)
+        columns = {name: [row[name] for row in lists] for name in FEATURES}
+        lists = Dataset.from_dict(columns, features=FEATURES)
     digest = hashlib.sha256()
     for table in lists.with_format("arrow").iter(batch_size=1024):
         docs, labels = (pyarrow.concat_arrays(table[name].chunks) for name in ("docs", "labels"))
@@ -30,7 +32,8 @@ def fingerprint(lists: Dataset | Sequence[Mapping[str, Any]]) -> str:
             texts = texts.cast(pyarrow.large_binary())
             _, offsets, characters = texts.buffers()
             ends = np.frombuffer(offsets, np.int64, len(texts) + 1, offset=8 * texts.offset)
-            digest.update(np.diff(ends).tobytes())  # or the end of one text could be the next one's beginning
+            # Or the end of one text could be the beginning of the next.
+            digest.update(np.diff(ends).tobytes())
             if characters is not None:
                 digest.update(memoryview(characters)[ends[0] : ends[-1]])
         digest.update(docs.value_lengths().to_numpy().tobytes())

@@ -17,18 +17,18 @@ from filelock import FileLock, Timeout
 def locked(output: Path) -> Iterator[None]:
     """Keep an output to this process.
 
-    The system lets go of a lock when its process ends, however it ends: what a killed one leaves are files, which
-    stand in nobody's way.
+    The system lets go of a lock when its process ends, however it ends: what a killed one leaves
+    are files, which stand in nobody's way.
 
     Args:
         output: a directory that is there, or a file, there or not, in a directory that is.
 
     Raises:
-        ValueError: another process writes to it, or this one does already; names the process and since when. Or no
-            lock can be made there.
+        ValueError: another process writes to it, or this one does already; names the process and
+            since when. Or no lock can be made there.
     """
     file = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
-    note = file.with_name(f"{file.name}.json")  # in a file of its own: who asks for a lock may empty it
+    note = file.with_name(f"{file.name}.json")  # of its own: who asks for a lock may empty it
     lock = FileLock(file, blocking=False)
     try:
         lock.acquire()
@@ -40,12 +40,13 @@ def locked(output: Path) -> Iterator[None]:
         raise ValueError(f"output {output} can't be written: {error}") from error
     try:
         since = datetime.now().isoformat(sep=" ", timespec="seconds")
-        note.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        note.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         for left in (note, file):
             with contextlib.suppress(OSError):
-                left.unlink()  # while it is held: who waits for it finds that it is gone, and makes a new one
+                left.unlink()  # while it is held: who has opened it too finds that it is gone
         lock.release()
 
 

@@ -38,8 +38,8 @@ def check_output(
 
     Args:
         directory: of the run.
-        resume: "never"; "auto" goes on from the newest whole checkpoint in the directory, and begins anew where a
-            run was killed before its first one; or a checkpoint's path.
+        resume: "never"; "auto" goes on from the newest whole checkpoint in the directory, and
+            begins anew where a run was killed before its first one; or a checkpoint's path.
         overwrite: replace a model that the directory already holds.
         say: is told which checkpoints are damaged where "auto" takes an older one.
 
@@ -47,8 +47,9 @@ def check_output(
         The checkpoint to go on from, None for a fresh start.
 
     Raises:
-        ValueError: it holds a model or checkpoints that may not be replaced, it can't be written, the path is no
-            checkpoint of this package, or the checkpoint is damaged, with "auto" all that there are.
+        ValueError: it holds a model or checkpoints that may not be replaced, it can't be written,
+            the path is no checkpoint of this package, or the checkpoint is damaged, with "auto" all
+            that there are.
     """
     checkpoint = _find_checkpoint(directory, resume, say)
     check_replaceable(directory, checkpoint, resume=resume, overwrite=overwrite)
@@ -217,7 +218,8 @@ def save_checkpoint(
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / TENSORS_FILE)
         state = staging / STATE_FILE
         state.write_text(json.dumps({"step": _step(target), **values}) + "\n", encoding="utf-8")
-        (staging / TENSORS_FILE).chmod(state.stat().st_mode)  # safetensors has made it the owner's alone
+        # safetensors has made it the owner's alone.
+        (staging / TENSORS_FILE).chmod(state.stat().st_mode)
         write_checksums(staging)
         for path in [*staging.rglob("*"), staging]:
             _flush(path)

@@ -11,8 +11,9 @@ CHECKSUMS_FILE = "checksums.json"
 
 def write_checksums(directory: Path) -> None:
     """Note the SHA-256 of every file in a directory, and of those below it."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
     sums = {path.relative_to(directory).as_posix(): _sha256(path) for path in files}
+    sums.pop(CHECKSUMS_FILE, None)  # of an earlier call
     (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
@@ -28,7 +29,7 @@ def verify_checksums(directory: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read: {error}") from error
     if not isinstance(sums, dict) or not sums:
-        raise ValueError(f"{file}: expected an object of files and their checksums, got {sums!r:.60}")
+        raise ValueError(f"{file}: expected files and their checksums, got {sums!r:.60}")
     for name, expected in sums.items():
         try:
             found = _sha256(directory / name)

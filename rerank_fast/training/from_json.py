@@ -13,7 +13,8 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
     """A value that JSON gave as what a type hint says.
 
     Args:
-        kind: a dataclass of such hints, int, float, bool, str, list[...], dict[str, ...], one of them or None, Any.
+        kind: int, float, bool, str, list[...], dict[str, ...], a dataclass of such hints, one of
+            them or None, or Any.
         value: to be read.
         where: goes before the field in errors.
 
@@ -28,8 +29,7 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: field {', '.join(missing)} is missing")
         if unknown := [name for name in given if name not in names]:
             raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected {', '.join(names)}")
-        parts = {name: from_json(hints[name], given[name], f"{where}, field {name}") for name in names}
-        return kind(**parts)
+        return kind(**{name: from_json(hints[name], given[name], f"{where}, field {name}") for name in names})
     if kind is Any:
         return value
     if isinstance(kind, types.UnionType):

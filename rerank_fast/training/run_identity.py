@@ -1,4 +1,4 @@
-"""What makes a run the run it is: its settings and its data, and which of them may change where it goes on."""
+"""What makes a run the run it is: settings and data, and which may change where it goes on."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ class Change:
 def describe_run(trainer: Trainer) -> dict[str, Any]:
     """Settings and data as plain values, for a checkpoint to keep.
 
-    Of lists it is their number and fingerprint; of a stream, those of what has been read of it before the run. Of
-    an evaluator that is a function, only that there is one.
+    Of lists it is their number and fingerprint; of a stream, those of what has been read of it
+    before the run. Of an evaluator that is a function, only that there is one.
     """
     lists = trainer.card.lists
-    stream = "" if lists.size is not None else "a stream that begins with "
+    size, stream = lists.size, ""
+    if size is None:
+        size, stream = lists.counted, "a stream that begins with "
     return {
         **asdict(trainer.config),
         "max_length": trainer.model.max_length,
-        "train_lists": f"{stream}{lists.counted if stream else lists.size} lists {lists.fingerprint}",
+        "train_lists": f"{stream}{size} lists {lists.fingerprint}",
         "eval": [_described(one) for one in trainer.evaluators],
     }
 
@@ -66,9 +68,8 @@ def _described(evaluator: Any) -> str:
     sets = measured_sets(evaluator)
     if not sets:
         return f"a {type(evaluator).__qualname__}"
-    rows = [
-        {"query": one.query, "docs": one.docs, "labels": one.labels} for part in sets for one in part.candidates
-    ]
+    candidates = [one for part in sets for one in part.candidates]
+    rows = [{"query": one.query, "docs": one.docs, "labels": one.labels} for one in candidates]
     return f"{len(rows)} lists {fingerprint(rows)}"
 
 
@@ -76,7 +77,8 @@ def find_changes(trainer: Trainer, before: Mapping[str, Any], step: int) -> list
     """What is new in a run that goes on from a step, compared to describe_run's values before.
 
     Raises:
-        ValueError: something that may not change, or only with resume_changed, has; names both values.
+        ValueError: something has changed that may not, or only with resume_changed; names both
+            values.
     """
     # A setting that is younger than the checkpoint had its default.
     before, now = {**asdict(TrainingConfig()), **before}, trainer.described
@@ -88,8 +90,9 @@ def find_changes(trainer: Trainer, before: Mapping[str, Any], step: int) -> list
     for one in changed:
         if one.name in _MUST_AGREE:
             raise ValueError(
-                f"{one.name} must be the interrupted run's to go on from it: {one.before}, got {one.now}; to "
-                f"train on with another, begin a run with {trainer.resumed_from} as its model and another output"
+                f"{one.name} must be the interrupted run's to go on from it: {one.before}, got "
+                f"{one.now}; to train on with another, begin a run with {trainer.resumed_from} as "
+                "its model and another output"
             )
     for one in changed:
         if one.name in _EXECUTION:
@@ -103,7 +106,8 @@ def find_changes(trainer: Trainer, before: Mapping[str, Any], step: int) -> list
     if changed and not trainer.config.resume_changed:
         listed = "; ".join(f"{one.name} was {one.before}, got {one.now}" for one in changed)
         raise ValueError(
-            f"{trainer.resumed_from} is of a run with other settings or data: {listed}. Give the interrupted "
-            "run's, or go on with the new ones by resume_changed=True (--resume_changed): the card tells them"
+            f"{trainer.resumed_from} is of a run with other settings or data: {listed}. Give the "
+            "interrupted run's, or go on with the new ones by resume_changed=True "
+            "(--resume_changed): the card tells them"
         )
     return changed

@@ -107,8 +107,9 @@ def restore(
         tensors: that it holds.
 
     Raises:
-        ValueError: a field or tensor is missing, unknown, of another type or shape, or out of its range; names the
-            file and the field. Or a setting, the data or the weights that are not trained are others.
+        ValueError: a field or tensor is missing, unknown, of another type or shape, or out of its
+            range; names the file and the field. Or a setting, the data or the weights that are not
+            trained are others.
     """
     device, trained = trainer.model.device, trainer.trained
     where = f"checkpoint {checkpoint}, {STATE_FILE}"
@@ -117,17 +118,16 @@ def restore(
     changes = find_changes(trainer, values.run, progress.step)
     if values.frozen != trained.frozen:
         raise ValueError(
-            f"checkpoint {checkpoint} was trained on another base model than {trainer.model.name_or_path} as it is "
-            "now: weights that are not trained differ; after a run in this process adapters are merged already: "
-            "open the base model anew"
+            f"checkpoint {checkpoint} was trained on another base model than "
+            f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; after "
+            "a run in this process adapters are merged already: open the base model anew"
         )
     _check_values(trainer, values, where)
-    averaged = bool(values.run.get("ema_decay"))
     check_tensors(
         tensors,
         trainer.weights,
         stepped=values.scheduler["last_epoch"] > 0,
-        averaged=averaged,
+        averaged=bool(values.run.get("ema_decay")),
         where=f"checkpoint {checkpoint}, {TENSORS_FILE}",
     )
     for name, weight in trainer.weights.items():
@@ -244,7 +244,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _generators(state: Mapping[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
-    """Generators in that state, which nobody draws from: what is wrong with it shows before anything is set."""
+    """Generators in that state, which nobody draws from: an error shows before anything is set."""
     python, numpy, cpu = random.Random(), np.random.RandomState(), torch.Generator()
     version, internal, next_gauss = state["python"]
     python.setstate((version, tuple(internal), next_gauss))
