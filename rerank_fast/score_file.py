@@ -173,7 +173,7 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
     if parts.exists():
         # Of a run that was killed before it wrote its note, or that finished no part, there is nothing to lose.
         begun = note.exists() and any(parts.glob("[0-9]*.parquet"))
-        before = json.loads(note.read_text(encoding="utf-8")) if begun else None
+        before = _read_note(note) if begun else None
         changed = [name for name in run_id if before is not None and before.get(name) != run_id[name]]
         if before == run_id:
             return
@@ -188,6 +188,15 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
         note.write_text(json.dumps(run_id, indent=2), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"can't write to {parts}: {error}") from error
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    """The arguments of the run that wrote the parts; of a damaged note none, which no run agrees with."""
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _part(parts: Path, index: int) -> Path:

@@ -179,7 +179,14 @@ def test_a_malformed_line_is_named_and_what_is_done_stays(
     assert len(list(output.with_name("scores.parquet.parts").glob("0*.parquet"))) == 3
     lines[31] = good
     source.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="parts of a run with another source"):  # the file was changed
+    note = output.with_name("scores.parquet.parts") / "run.json"
+    kept = note.read_text()
+    for damaged in ("", "[]", "{}"):
+        note.write_text(damaged)
+        with pytest.raises(ValueError, match="parts of a run with another source, model"):
+            score_file(model, source, output, rows_per_part=10)
+    note.write_text(kept)
+    with pytest.raises(ValueError, match="parts of a run with another source;"):  # the file was changed
         score_file(model, source, output, rows_per_part=10)
     assert score_file(model, source, output, rows_per_part=10, overwrite=True).scored == 50
     np.testing.assert_allclose(column(output), expected, rtol=1e-5, atol=1e-6)
