@@ -55,7 +55,7 @@ def check_output(
     check_replaceable(directory, checkpoint, resume=resume, overwrite=overwrite)
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"output {directory} can't be made: {there} is a file; expected a directory")
+        raise ValueError(f"output {directory} can't be written: {there} is a file; expected a directory")
     try:
         with tempfile.TemporaryFile(dir=there):
             pass

@@ -47,7 +47,9 @@ class TrainedWeights:
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
         distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
-        self.frozen = _sample({name: one for name, one in inner.named_parameters() if not one.requires_grad})
+        frozen = {name: one for name, one in inner.named_parameters() if not one.requires_grad}
+        # Shards of bf16-pure are cut from fp32 weights.
+        self.frozen = _sample(frozen, torch.bfloat16 if narrow else torch.float32)
         self.shards: ShardedWeights | None = None
         if shards:
             from rerank_fast.training.sharding import ShardedWeights  # a second of imports
@@ -157,12 +159,11 @@ class TrainedWeights:
                 pass
 
 
-def _sample(weights: Mapping[str, Tensor]) -> str:
+def _sample(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
     """A digest of the first values of each weight: tells one base model from another."""
     digest = hashlib.sha256()
     for name, weight in weights.items():
-        # As every precision has them.
-        first = weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
+        first = weight.detach().flatten()[:64].to("cpu", dtype).view(torch.uint8)
         digest.update(name.encode() + first.numpy().tobytes())
     return digest.hexdigest()[:16]
 
