@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow.parquet
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from rerank_fast.data.output_lock import locked
 from rerank_fast.data.pairs import PairBlock, PairFile, as_text
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
@@ -74,24 +75,53 @@ def score_file(
         show_progress_bar: count the rows of this process's parts.
 
     Raises:
-        ValueError: the output exists, or its parts are of another run; the source can't be read, a column is
-            missing, or a row is malformed: names the file and line. Finished parts stay.
+        ValueError: the output exists, another process writes it, or its parts are of another run;
+            the source can't be read, a column is missing, or a row is malformed: names the file and
+            line. Or a part is missing or damaged at the end. Finished parts stay.
     """
     source, output = Path(source), Path(output)
+    if rows_per_part < 1:
+        raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part}")
     file = PairFile(source, columns or {}, keep, rows_per_part)
     for name in keep:
         if name in ("score", "scores"):
             raise ValueError(f"keep can't hold {name}: the output has a column of that name")
     state, parts = process_state(), output.with_name(output.name + ".parts")
-    if state.is_main_process:
-        _prepare(source, output, parts, _run_id(model, file, prompt), overwrite)
+    with ExitStack() as held:
+        if state.is_main_process:
+            _check_output(source, output)
+            held.enter_context(locked(output))
+            _prepare(output, parts, _run_id(model, file, prompt), overwrite)
+        state.wait_for_everyone()
+        scored, truncated, num_parts = _score_parts(
+            model, file, parts, state, batch_size=batch_size, prompt=prompt, show_progress_bar=show_progress_bar
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _merge(source, parts, num_parts, output)
     state.wait_for_everyone()
+    return FileScores(pyarrow.parquet.read_metadata(output).num_rows, scored, truncated)
+
+
+def _score_parts(
+    model: CrossEncoder,
+    file: PairFile,
+    parts: Path,
+    state: PartialState,
+    *,
+    batch_size: int | None,
+    prompt: str | None,
+    show_progress_bar: bool,
+) -> tuple[int, int, int]:
+    """Write this process's parts; returns pairs scored, pairs truncated, and the file's parts."""
     shares, mine = state.num_processes, state.process_index
+    scored = truncated = num_parts = 0
 
     def wanted(index: int) -> bool:
+        nonlocal num_parts
+        num_parts = max(num_parts, index + 1)  # every process is asked for every part
         return index % shares == mine and not _part(parts, index).exists()
 
-    scored = truncated = 0
     # The next part is read and tokenised while one is scored.
     ready = ahead((block, *model.tokenize_counting(block.pairs, prompt=prompt)) for block in file.blocks(wanted))
     with closing(ready), tqdm(unit="rows", disable=not show_progress_bar) as bar:
@@ -101,11 +131,7 @@ def score_file(
             _write(_part(parts, block.index), lambda writer, table=table: writer.write_table(table), table.schema)
             scored, truncated = scored + len(scores), truncated + cut
             bar.update(table.num_rows)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _merge(parts, output)
-    state.wait_for_everyone()
-    return FileScores(pyarrow.parquet.read_metadata(output).num_rows, scored, truncated)
+    return scored, truncated, num_parts
 
 
 def _run_id(model: CrossEncoder, file: PairFile, prompt: str | None) -> dict[str, Any]:
@@ -130,13 +156,16 @@ def _version(path: Path) -> list[Any]:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _prepare(source: Path, output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
+def _check_output(source: Path, output: Path) -> None:
     if output.suffix != ".parquet":
         raise ValueError(f"the output is a .parquet file, got {output}")
     if output.resolve() == source.resolve():
         raise ValueError(f"output {output} is the input: expected another file")
     if not output.parent.is_dir():
         raise ValueError(f"output {output}: directory {output.parent} does not exist")
+
+
+def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
     note = parts / "run.json"
     merged = output.exists() and note.exists()  # killed after the output was there: it is made again of its parts
     if output.exists() and not merged and not overwrite:
@@ -144,7 +173,7 @@ def _prepare(source: Path, output: Path, parts: Path, run_id: dict[str, Any], ov
     if parts.exists():
         # Of a run that was killed before it wrote its note, or that finished no part, there is nothing to lose.
         begun = note.exists() and any(parts.glob("[0-9]*.parquet"))
-        before = json.loads(note.read_text(encoding="utf-8")) if begun else None
+        before = _read_note(note) if begun else None
         changed = [name for name in run_id if before is not None and before.get(name) != run_id[name]]
         if before == run_id:
             return
@@ -159,6 +188,15 @@ def _prepare(source: Path, output: Path, parts: Path, run_id: dict[str, Any], ov
         note.write_text(json.dumps(run_id, indent=2), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"can't write to {parts}: {error}") from error
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    """The arguments of the run that wrote the parts; of a damaged note none, which no run agrees with."""
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _part(parts: Path, index: int) -> Path:
@@ -181,10 +219,18 @@ def _write(path: Path, fill: Any, schema: pyarrow.Schema) -> None:
     os.replace(unfinished, path)
 
 
-def _merge(parts: Path, output: Path) -> None:
-    files = sorted(parts.glob("[0-9]*.parquet"))
-    if not files:
-        raise ValueError(f"{json.loads((parts / 'run.json').read_text())['source'][0]} holds no pair")
+def _merge(source: Path, parts: Path, num_parts: int, output: Path) -> None:
+    if not num_parts:
+        raise ValueError(f"{source} holds no pair")
+    files = [_part(parts, index) for index in range(num_parts)]
+    for file in files:
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(
+                f"{file}, one of {num_parts} parts, is missing or damaged: {error}; remove it where "
+                "it is there, and start again: the other parts stay"
+            ) from error
     names = pyarrow.parquet.read_schema(files[0]).names
     schema = pyarrow.schema([(name, _common_type(files, name)) for name in names])
 

@@ -62,13 +62,18 @@ def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(work: P
     assert metrics["ndcg@10"] == pytest.approx(written["metrics"]["ndcg@10"], abs=1e-9)
 
 
-def test_train_takes_a_tracker_by_its_bare_name_and_resume_alone(work: Path, tmp_path: Path):
+def test_train_takes_a_tracker_by_its_bare_name_and_resume_alone(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     pytest.importorskip("tensorboard")
     output = str(tmp_path / "run")
     arguments = [*train_arguments(work, "ignored"), "--output", output, "--save_steps", "1"]
     assert cli.main([*arguments, "--max_steps", "2", "--trackers", "tensorboard"]) == 0
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.*"))
-    assert cli.main([*arguments, "--max_steps", "3", "--trackers", "[tensorboard]", "--resume"]) == 0
+    longer = [*arguments, "--max_steps", "3", "--trackers", "[tensorboard]", "--resume"]
+    assert cli.main(longer) == 2
+    assert "max_steps was 2, got 3. Give the interrupted run's, or " in capsys.readouterr().err
+    assert cli.main([*longer, "--resume_changed"]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]["resume"] == "auto"
     steps = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     assert {row["step"] for row in steps} >= {2, 3}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from rerank_fast import CrossEncoder
+from rerank_fast import score_file as score_module
 from rerank_fast.cli import main
 from rerank_fast.score_file import score_file
 from tests.model_factory import make_tiny_bert
@@ -177,7 +179,14 @@ def test_a_malformed_line_is_named_and_what_is_done_stays(
     assert len(list(output.with_name("scores.parquet.parts").glob("0*.parquet"))) == 3
     lines[31] = good
     source.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="parts of a run with another source"):  # the file was changed
+    note = output.with_name("scores.parquet.parts") / "run.json"
+    kept = note.read_text()
+    for damaged in ("", "[]", "{}"):
+        note.write_text(damaged)
+        with pytest.raises(ValueError, match="parts of a run with another source, model"):
+            score_file(model, source, output, rows_per_part=10)
+    note.write_text(kept)
+    with pytest.raises(ValueError, match="parts of a run with another source;"):  # the file was changed
         score_file(model, source, output, rows_per_part=10)
     assert score_file(model, source, output, rows_per_part=10, overwrite=True).scored == 50
     np.testing.assert_allclose(column(output), expected, rtol=1e-5, atol=1e-6)
@@ -212,7 +221,7 @@ def test_arguments_and_files_that_are_wrong(model: CrossEncoder, tmp_path: Path)
         ),
         ((source, output), {"keep": ["rank"]}, "no column rank"),
         ((source, output), {"keep": ["score"]}, "keep can't hold score"),
-        ((source, output), {"rows_per_part": 0}, "must be at least 1, got 0"),
+        ((source, output), {"rows_per_part": 0}, "rows_per_part must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             score_file(model, *arguments, **{"overwrite": True, **options})
@@ -233,6 +242,7 @@ def environment(**more: str) -> dict[str, str]:
 
 SLOWED = """
 import sys, time
+from rerank_fast import score_file as score_module
 from rerank_fast.cli import main
 from rerank_fast.model.cross_encoder import CrossEncoder
 score = CrossEncoder.score_tokens
@@ -267,6 +277,44 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(directory: Path, tmp_path:
     assert f"{50 - 2 * len(done)} pairs scored now" in capsys.readouterr().out
     assert_same(resumed, whole)
     assert not parts.exists()
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_the_first_one_is_whole(
+    directory: Path, tmp_path: Path, capsys
+):
+    source, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scores.parquet"
+    run = [sys.executable, "-c", SLOWED, *command(directory, source, output)]
+    process = subprocess.Popen(run, env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 180
+    while not list(tmp_path.glob("scores.parquet.parts/0*.parquet")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for more in ((), ("--overwrite",)):
+        assert main(command(directory, source, output, *more)) == 2
+        assert f"scores.parquet is being written by process {process.pid} on " in capsys.readouterr().err
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert len(column(output)) == len(ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "scores.parquet"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("index", [0, 3, 7])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")])
+def test_parts_are_merged_only_if_all_are_whole(
+    model: CrossEncoder, tmp_path: Path, monkeypatch, suffix: str, index: int, damage: Callable
+):
+    source, output = write(tmp_path / f"pairs.{suffix}", ROWS), tmp_path / "scores.parquet"
+    part, merge = tmp_path / "scores.parquet.parts" / f"{index:09d}.parquet", score_module._merge
+    with monkeypatch.context() as patched:
+        patched.setattr(score_module, "_merge", lambda *all: (damage(part), merge(*all)))
+        message = rf"{index:09d}\.parquet, one of \d+ parts, is missing or damaged"
+        with pytest.raises(ValueError, match=message):
+            score_file(model, source, output, rows_per_part=7)
+    assert not output.exists()
+    part.unlink(missing_ok=True)
+    assert score_file(model, source, output, rows_per_part=7).rows == len(ROWS)
 
 
 def test_two_processes_give_what_one_gives(directory: Path, tmp_path: Path):

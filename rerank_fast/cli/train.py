@@ -51,12 +51,17 @@ def make_parser() -> ArgumentParser:
         "checkpoint's path",
     )
     parser.add_argument(
+        "--resume_changed",
+        action="store_true",
+        help="go on also with other settings or lists than the interrupted run's; the card tells the change",
+    )
+    parser.add_argument(
         "--trackers",
         type=list[str] | str,
         default=[],
         help="where the log goes beside train_log.jsonl: tensorboard, or several as in tensorboard,wandb",
     )
-    parser.add_class_arguments(TrainingConfig, skip={"overwrite", "resume", "trackers"})
+    parser.add_class_arguments(TrainingConfig, skip={"overwrite", "resume", "resume_changed", "trackers"})
     return parser
 
 

@@ -51,8 +51,6 @@ class PairFile:
                 raise ValueError(
                     f"columns maps query and document or docs to the file's names, got the key {name!r}"
                 )
-        if self.rows_per_block < 1:
-            raise ValueError(f"rows_per_block must be at least 1, got {self.rows_per_block}")
         if self.path.suffix not in (*_LINE_SUFFIXES, ".parquet"):
             raise ValueError(f"expected a .jsonl or .parquet file of pairs, got {self.path}")
         if not self.path.is_file():

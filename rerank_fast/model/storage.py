@@ -279,7 +279,9 @@ def save(
             (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
+        mode = (staging / "modules.json").stat().st_mode
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            file.chmod(mode)  # safetensors makes its files the owner's alone
             target = directory / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)

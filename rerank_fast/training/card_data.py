@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
+from rerank_fast.data.fingerprint import fingerprint
+from rerank_fast.data.lists import ListStream
 from rerank_fast.model.card import html_code, markdown_table
 
 _FIRST = 1000  # lists that the statistics are of
@@ -26,6 +29,7 @@ class Described:
     counted: int  # lists that the statistics are of
     statistics: list[tuple[str, str, str]]  # column, type, what it holds; all Markdown
     samples: list[Mapping[str, Any]]  # query, docs, labels
+    fingerprint: str  # of all of them; of a stream, of those counted
 
     def to_markdown(self, what: str) -> str:
         size = "a stream" if self.size is None else f"{self.size:,} {what} lists"
@@ -57,11 +61,9 @@ class Described:
         return "\n".join(["<table>", head, *rows, "</table>"])
 
 
-def describe_lists(rows: Iterable[Mapping[str, Any]]) -> Described:
+def describe_lists(rows: Dataset | ListStream | Sequence[Mapping[str, Any]]) -> Described:
     """Describe lists with the columns query, docs and labels: of a stream, what its first 1,000 hold."""
-    size = None
-    if isinstance(rows, Sized):
-        size = len(rows)
+    size = None if isinstance(rows, ListStream) else len(rows)
     first = list(islice(iter(rows), _FIRST))
     queries = [len(row["query"]) for row in first]
     docs = [len(doc) for row in first for doc in row["docs"]]
@@ -72,7 +74,8 @@ def describe_lists(rows: Iterable[Mapping[str, Any]]) -> Described:
         ("docs", "list of strings", f"{_spread(counts, 'documents')}<br>{_spread(docs, 'characters each')}"),
         ("labels", "list of floats", _shares(labels)),
     ]
-    return Described(size, len(first), statistics, [_short(row) for row in first[:_SAMPLES]])
+    samples = [_short(row) for row in first[:_SAMPLES]]
+    return Described(size, len(first), statistics, samples, fingerprint(first if size is None else rows))
 
 
 def _spread(values: Sequence[int], unit: str) -> str:

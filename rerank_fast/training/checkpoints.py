@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerank_fast.data.output_lock import locked
 from rerank_fast.model.storage import holds_model
+from rerank_fast.training.checksums import verify_checksums, write_checksums
 from rerank_fast.training.run_log import LOG_FILE
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STATE, _TENSORS = "trainer_state.json", "trainer_state.safetensors"
+STATE_FILE, TENSORS_FILE = "trainer_state.json", "trainer_state.safetensors"
 METRICS_FILE, NON_FINITE_FILE = "metrics.json", "non_finite_loss.json"
 UNFINISHED_FILE = "unfinished_run.json"
 
@@ -28,40 +31,66 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; earlier ones are as they were."""
 
 
-def open_output(directory: Path, *, resume: str, overwrite: bool) -> Path | None:
-    """Make the directory and make sure that a model can be written to it.
+def check_output(
+    directory: Path, *, resume: str, overwrite: bool, say: Callable[[str], object] = lambda line: None
+) -> Path | None:
+    """Make sure that a model can be written to the directory; nothing is made or changed yet.
 
     Args:
         directory: of the run.
-        resume: "never"; "auto" goes on from the newest checkpoint in the directory, and begins anew where a run was
-            killed before its first one; or a checkpoint's path.
+        resume: "never"; "auto" goes on from the newest whole checkpoint in the directory, and
+            begins anew where a run was killed before its first one; or a checkpoint's path.
         overwrite: replace a model that the directory already holds.
+        say: is told which checkpoints are damaged where "auto" takes an older one.
 
     Returns:
         The checkpoint to go on from, None for a fresh start.
 
     Raises:
-        ValueError: it holds a model or checkpoints that may not be replaced, it can't be written, or the path is no
-            checkpoint of this package.
+        ValueError: it holds a model or checkpoints that may not be replaced, it can't be written,
+            the path is no checkpoint of this package, or the checkpoint is damaged, with "auto" all
+            that there are.
     """
-    checkpoint = _find_checkpoint(directory, resume)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output {directory} is a file; expected a directory")
-    goes_on = is_of(checkpoint, directory) or (resume == "auto" and is_unfinished(directory))
-    if directory.is_dir() and (holds_model(directory) or checkpoints(directory)) and not (overwrite or goes_on):
-        message = f"output {directory} already holds a model; pass overwrite=True (--overwrite) to replace it"
-        if checkpoints(directory):
-            message += ", or resume='auto' (--resume auto) to go on from its checkpoint"
-        elif is_unfinished(directory):
-            message += ", or resume='auto' (--resume auto) to begin its unfinished run anew"
-        raise ValueError(message)
+    checkpoint = _find_checkpoint(directory, resume, say)
+    check_replaceable(directory, checkpoint, resume=resume, overwrite=overwrite)
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output {directory} can't be written: {there} is a file; expected a directory")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(f"output {directory} can't be written: {error}") from error
     return checkpoint
+
+
+def check_replaceable(directory: Path, checkpoint: Path | None, *, resume: str, overwrite: bool) -> None:
+    """Make sure that a run may write over what the directory holds; see check_output."""
+    goes_on = is_of(checkpoint, directory) or (resume == "auto" and is_unfinished(directory))
+    model, earlier = holds_model(directory), checkpoints(directory)
+    if overwrite or goes_on or not (model or earlier):
+        return
+    held = "a model" if model else "the checkpoints of a run"
+    message = (
+        f"output {directory} already holds {held}; pass overwrite=True (--overwrite) to replace "
+        f"{'it' if model else 'them'}"
+    )
+    if earlier:
+        message += ", or resume='auto' (--resume auto) to go on from its checkpoint"
+    elif is_unfinished(directory):
+        message += ", or resume='auto' (--resume auto) to begin its unfinished run anew"
+    raise ValueError(message)
+
+
+@contextlib.contextmanager
+def opened(directory: Path) -> Iterator[None]:
+    """Make a run's directory and keep it to this process; see locked."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {directory} can't be made: {error}") from error
+    with locked(directory):
+        yield
 
 
 def is_of(checkpoint: Path | None, directory: Path) -> bool:
@@ -117,34 +146,50 @@ def clear_output(directory: Path, *, beyond: int = 0) -> None:
 def checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints in a run's directory, oldest first."""
     found = [path for path in directory.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted((path for path in found if (path / _STATE).is_file()), key=_step)
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def _find_checkpoint(directory: Path, resume: str) -> Path | None:
+def _find_checkpoint(directory: Path, resume: str, say: Callable[[str], object]) -> Path | None:
     if resume == "never":
         return None
-    if resume == "auto":
-        return next(reversed(checkpoints(directory)), None)
-    if not (Path(resume) / _STATE).is_file() or not (Path(resume) / _TENSORS).is_file():
-        raise ValueError(f"resume: {resume} is no checkpoint: expected a directory with {_STATE} and {_TENSORS}")
-    return Path(resume)
+    if resume != "auto":
+        if not (Path(resume) / STATE_FILE).is_file():
+            raise ValueError(
+                f"resume: {resume} is no checkpoint: expected a directory with {STATE_FILE} and {TENSORS_FILE}"
+            )
+        verify_checksums(Path(resume))
+        return Path(resume)
+    damaged = []
+    for checkpoint in reversed(checkpoints(directory)):
+        try:
+            verify_checksums(checkpoint)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            say(f"{'; '.join(damaged)}: going on from {checkpoint}, which is whole.")
+        return checkpoint
+    if damaged:
+        raise ValueError(f"no checkpoint in {directory} is whole: {'; '.join(damaged)}")
+    return None
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Values and tensors of a run's state.
+    """What the JSON file of a run's state holds, and its tensors.
 
     Raises:
         ValueError: a file is damaged.
     """
+    verify_checksums(checkpoint)
     values = load_values(checkpoint)
     try:
-        return values, load_file(checkpoint / _TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint} can't be read: {error}") from error
+        return values, load_file(checkpoint / TENSORS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {checkpoint}, {TENSORS_FILE} can't be read: {error}") from error
 
 
 def load_values(checkpoint: Path) -> dict[str, Any]:
@@ -154,9 +199,9 @@ def load_values(checkpoint: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint} can't be read: {error}") from error
+        raise ValueError(f"checkpoint {checkpoint}, {STATE_FILE} can't be read: {error}") from error
 
 
 def save_checkpoint(
@@ -174,12 +219,18 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written, as on a full disk.
     """
-    directory, staging = target.parent, None
+    directory = target.parent
+    staging = directory / f".{target.name}"  # the run has the directory to itself
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=directory))
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         save_model(staging)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / _TENSORS)
-        (staging / _STATE).write_text(json.dumps({"step": _step(target), **values}) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / TENSORS_FILE)
+        state = staging / STATE_FILE
+        state.write_text(json.dumps({"step": _step(target), **values}) + "\n", encoding="utf-8")
+        # safetensors has made it the owner's alone.
+        (staging / TENSORS_FILE).chmod(state.stat().st_mode)
+        write_checksums(staging)
         for path in [*staging.rglob("*"), staging]:
             _flush(path)
         if target.exists():
@@ -191,8 +242,7 @@ def save_checkpoint(
         hint = f"{left[-1]} is whole: go on from it with --resume auto" if left else "there is no earlier one"
         raise CheckpointError(f"can't write {target}: {error}; {hint}") from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(directory / f".old-{target.name}", ignore_errors=True)
     for old in checkpoints(directory)[:-keep]:
         shutil.rmtree(old)

@@ -17,6 +17,9 @@ class TrainingConfig:
         overwrite: replace a model that output already holds.
         resume: "auto" goes on from the newest checkpoint in output, and begins anew where there is none, also over
             what a run left that was killed before its first one; or a checkpoint's path; or "never".
+        resume_changed: go on also where settings or lists are others than the interrupted run's; the card tells
+            the change. Where a run writes, what it logs, how a step is cut and the number of processes may differ
+            without it; the order of the lists and which weights are trained may not differ at all.
         streaming: read the lists anew every epoch instead of holding them: for more than memory holds. Needs
             max_steps.
         shuffle_buffer: lists of a stream among which the next one is drawn.
@@ -80,6 +83,7 @@ class TrainingConfig:
     output: str = "reranker"
     overwrite: bool = False
     resume: str = "never"
+    resume_changed: bool = False
     streaming: bool = False
     shuffle_buffer: int = 10_000
     max_docs_per_list: int | None = None

@@ -11,7 +11,7 @@ from rerank_fast.data.lists import load_lists
 from rerank_fast.data.ms_marco import load_ms_marco
 from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
 from rerank_fast.recipes import Recipe
-from rerank_fast.training.checkpoints import open_output
+from rerank_fast.training.checkpoints import check_output
 from rerank_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """
     config = recipe.training
     # Before hours of reading.
-    open_output(Path(config.output), resume=config.resume, overwrite=config.overwrite)
+    check_output(Path(config.output), resume=config.resume, overwrite=config.overwrite)
     evaluator = None
     if recipe.nano_beir:
         evaluator = NanoBEIREvaluator(

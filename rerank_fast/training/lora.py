@@ -144,5 +144,8 @@ def save_lora(
         for name, value in state.items()
         if ".lora_" in name or name.split(".")[0] in (config.modules_to_save or [])
     }
-    save_file(kept, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = adapter / "adapter_model.safetensors"
+    save_file(kept, weights, metadata={"format": "pt"})
     config.save_pretrained(str(adapter))
+    # safetensors makes its files the owner's alone.
+    weights.chmod((adapter / "adapter_config.json").stat().st_mode)

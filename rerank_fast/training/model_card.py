@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from rerank_fast import __version__
+from rerank_fast.data.lists import ListStream
 from rerank_fast.model.card import (
     PLOT_FILE,
     base_model_link,
@@ -43,6 +45,7 @@ from rerank_fast.training.plot import plot_run
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.training.run_identity import Change
     from rerank_fast.training.run_state import Progress
     from rerank_fast.training.trainer import Trainer, TrainingResult
 
@@ -79,18 +82,20 @@ class RunCard:
         sources: where they come from: hub ids, files or directories.
     """
 
-    def __init__(self, lists: Iterable[Mapping[str, Any]], sources: Sequence[str] = ()) -> None:
+    def __init__(self, lists: Dataset | ListStream, sources: Sequence[str] = ()) -> None:
         self.lists = describe_lists(lists)
         self.sources = list(sources)
         self.meter = EnergyMeter()
         self.energy: Energy | None = None
+        self.changes: list[Change] = []
 
     def start(self, model: CrossEncoder, output: Path, progress: Progress) -> None:
         """From here on the model is another one than that of the card it came with."""
         model.card = None
+        self.changes = progress.changes
         (output / PLOT_FILE).unlink(missing_ok=True)
         if progress.energy is not None:
-            self.meter.start(Energy(**progress.energy))
+            self.meter.start(progress.energy)
         elif not progress.step:  # of a run whose first part was not measured, the rest would be too little
             self.meter.start()
 
@@ -127,7 +132,7 @@ class RunCard:
             *evaluation_sections(trainer.evaluators, result.metrics, name_of(trainer.evaluated_in)),
             *_data(self.lists, self.sources, trainer.evaluators),
             _loss(config),
-            _hyperparameters(config),
+            _hyperparameters(config, self.changes),
             log_table(rows, metrics, bases, result.best_step),
             *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
             _environment(model, result, energy),
@@ -189,7 +194,7 @@ def _loss(config: TrainingConfig) -> str:
     return f"### Loss\n\n`LambdaLoss` with these parameters:\n\n```json\n{text}\n```"
 
 
-def _hyperparameters(config: TrainingConfig) -> str:
+def _hyperparameters(config: TrainingConfig, changes: Sequence[Change]) -> str:
     values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
     # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
     default = asdict(type(config)(sharding="none"))
@@ -205,8 +210,16 @@ def _hyperparameters(config: TrainingConfig) -> str:
             listed(changed) or "None.",
             "#### All",
             f"<details><summary>Click to expand</summary>\n\n{listed(values)}\n\n</details>",
+            *([_changed(changes)] if changes else []),
         ]
     )
+
+
+def _changed(changes: Sequence[Change]) -> str:
+    lines = [
+        f"- `{one.name}`: {_setting(one.before)} up to step {one.step}, then {_setting(one.now)}" for one in changes
+    ]
+    return "\n".join(["#### Changed where the run was resumed; above are the last values", "", *lines])
 
 
 def _setting(value: Any) -> str:

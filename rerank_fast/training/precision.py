@@ -32,7 +32,7 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
     precision: str = config.precision
     if precision == "auto":
         if resumed_from is not None:
-            precision = checkpoints.load_values(resumed_from)["config"]["precision"]
+            precision = _of(resumed_from)
         else:
             precision = distributed.gather(_NAMES[fastest(device)])[0]
         config = replace(config, precision=precision)  # type: ignore[arg-type]
@@ -41,6 +41,17 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
         how = "is computed in float32" if precision == "bf16-pure" else "is emulated, slower than fp32,"
         logger.warning("precision %s %s on this processor: %s.", precision, how, timings(dtype))
     return config
+
+
+def _of(checkpoint: Path) -> str:
+    values = checkpoints.load_values(checkpoint)
+    try:
+        precision = values["config"]["precision"]
+    except (KeyError, TypeError):
+        precision = None
+    if precision not in _DTYPES:
+        raise ValueError(f"checkpoint {checkpoint} must name its run's precision, got {precision!r}")
+    return precision
 
 
 def products_in(config: TrainingConfig, device: torch.device) -> torch.dtype:

@@ -42,7 +42,7 @@ class RunLog:
     ) -> None:
         self._file = directory / LOG_FILE
         if position and self._file.is_file():
-            os.truncate(self._file, position)
+            os.truncate(self._file, min(position, self.position))  # who shortened it gets no gap
         self._trackers = []
         for name in check_trackers(trackers):
             kind = tracking.LOGGER_TYPE_TO_CLASS[name]

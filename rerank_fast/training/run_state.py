@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,18 +15,18 @@ import torch
 from torch import Tensor
 
 from rerank_fast.training import checkpoints, distributed
+from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
+from rerank_fast.training.energy import Energy
+from rerank_fast.training.from_json import from_json
+from rerank_fast.training.run_identity import Change, find_changes
+from rerank_fast.training.weights import MOMENTS, check_tensors
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-# With another of these, the position in the order of the lists would mean nothing.
-_ORDER = ("batch_size", "seed", "max_docs_per_list", "streaming", "shuffle_buffer")
-# And these say what the checkpoint's weights are; it holds only those that were trained.
-_WEIGHTS = ("precision", "freeze_layers", "freeze", "lora_rank", "lora_alpha", "lora_target_modules")
-_MUST_AGREE = (*_ORDER, *_WEIGHTS)
-_FREE = ("output", "overwrite", "resume", "trackers", "show_progress_bar", "logging_steps", "save_steps")
+_SCHEDULE = ("last_epoch", "_step_count")
 
 
 @dataclass
@@ -43,7 +45,24 @@ class Progress:
     evaluated: int = 0  # step of the last evaluation
     evaluation_due: bool = False  # an interruption came before it
     seconds: float = 0.0  # and what the machine took in them, where it was measured
-    energy: dict[str, Any] | None = None
+    energy: Energy | None = None
+    changes: list[Change] = field(default_factory=list)  # where it was resumed
+
+
+@dataclass
+class _Values:
+    """What a checkpoint's JSON file holds."""
+
+    step: int
+    progress: Progress
+    scheduler: dict[str, int]
+    scaler: dict[str, Any]
+    random: list[dict[str, Any]]  # of each process
+    log_position: int
+    run: dict[str, Any]  # see describe_run
+    max_tokens_per_microbatch: int
+    memory: int
+    frozen: str
 
 
 def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,15 +70,14 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
     schedule = trainer.scheduler.state_dict()
     values = {
         "progress": asdict(progress),
-        "scheduler": {key: schedule[key] for key in ("last_epoch", "_step_count")},
+        "scheduler": {key: schedule[key] for key in _SCHEDULE},
         "scaler": trainer.scaler.state_dict(),
         "random": distributed.gather(random_state(trainer.model.device)),
         "log_position": log_position,
-        "num_lists": trainer.num_lists,
-        "config": asdict(trainer.config),
+        "run": trainer.described,
         "max_tokens_per_microbatch": trainer.backward.max_tokens,
         "memory": trainer.backward.memory,
-        "sample_of_base": trainer.trained.sample_of_base(),
+        "frozen": trainer.trained.frozen,
     }
     parts = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
     for name, weight in trainer.weights.items():
@@ -77,29 +95,47 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
-    """Put a run back to where it was.
+def restore(
+    trainer: Trainer, checkpoint: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Progress:
+    """Put a run back to where it was; nothing of it is touched before all is found to fit.
+
+    Args:
+        trainer: of the run that goes on.
+        checkpoint: where the rest is from.
+        content: of the checkpoint's JSON file.
+        tensors: that it holds.
 
     Raises:
-        ValueError: a setting, the base model of adapters or the number of lists is another, so that the run would
-            not be the same.
+        ValueError: a field or tensor is missing, unknown, of another type or shape, or out of its
+            range; names the file and the field. Or a setting, the data or the weights that are not
+            trained are others.
     """
-    _check_settings(trainer, values)
-    missing = {f"weights.{name}" for name in trainer.weights} - tensors.keys()
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} of the weights to train, as {min(missing)}")
     device, trained = trainer.model.device, trainer.trained
-    if values.get("sample_of_base") != trained.sample_of_base():
+    where = f"checkpoint {checkpoint}, {STATE_FILE}"
+    values: _Values = from_json(_Values, content, where)
+    progress = values.progress
+    changes = find_changes(trainer, values.run, progress.step)
+    if values.frozen != trained.frozen:
         raise ValueError(
-            f"the checkpoint's adapters are of another base model than {trainer.model.name_or_path} as it is now; "
-            "after a run in this process they are merged already: open the base model anew"
+            f"checkpoint {checkpoint} was trained on another base model than "
+            f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; after "
+            "a run in this process adapters are merged already: open the base model anew"
         )
+    _check_values(trainer, values, where)
+    check_tensors(
+        tensors,
+        trainer.weights,
+        stepped=values.scheduler["last_epoch"] > 0,
+        averaged=bool(values.run.get("ema_decay")),
+        where=f"checkpoint {checkpoint}, {TENSORS_FILE}",
+    )
     for name, weight in trainer.weights.items():
         weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))
-        start = f"optimizer.{name}."
-        for key in [key for key in tensors if key.startswith(start) and "." not in key[len(start) :]]:
-            value = trained.part_of(tensors[key].to(device, copy=True), weight)
-            trainer.optimizer.state[weight][key[len(start) :]] = value
+        for key in MOMENTS:
+            if (value := tensors.get(f"optimizer.{name}.{key}")) is not None:
+                part = trained.part_of(value.to(device, copy=True), weight)
+                trainer.optimizer.state[weight][key] = part
     if trained.masters is not None:
         trained.masters.write_back()
     if trained.average is not None:
@@ -107,23 +143,23 @@ def restore(trainer: Trainer, values: Mapping[str, Any], tensors: Mapping[str, T
             saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # an average that begins here
             value.copy_(trained.part_of(saved.to(device), value))
     scheduler = trainer.scheduler
-    step = values["scheduler"]["last_epoch"]
+    step = values.scheduler["last_epoch"]
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler.load_state_dict({**scheduler.state_dict(), **values["scheduler"], "_last_lr": rates})
+    scheduler.load_state_dict({**scheduler.state_dict(), **values.scheduler, "_last_lr": rates})
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    if values["scaler"]:
-        trainer.scaler.load_state_dict(dict(values["scaler"]))
-    rank, states = trainer.processes.process_index, values["random"]
+    if values.scaler:
+        trainer.scaler.load_state_dict(values.scaler)
+    rank, states = trainer.processes.process_index, values.random
     if len(states) != trainer.processes.num_processes:
         logger.warning("%d processes go on from a run of %d: dropout differs", rank + 1, len(states))
     set_random_state(states[rank % len(states)], device)
     if trainer.config.max_tokens_per_microbatch is None:
         # Another cut of a batch drops out and rounds differently, and this machine may be another.
-        trainer.backward.max_tokens = values["max_tokens_per_microbatch"]
-    if values["memory"] <= 2 * trainer.backward.memory:  # half of what was free: that much may be taken here too
-        trainer.backward.memory = values["memory"]
-    progress = Progress(**values["progress"])
+        trainer.backward.max_tokens = values.max_tokens_per_microbatch
+    if values.memory <= 2 * trainer.backward.memory:  # half of what was free: that much may be taken here too
+        trainer.backward.memory = values.memory
+    progress.changes += changes
     _forget_other_best(trainer, progress)
     return progress
 
@@ -148,22 +184,41 @@ def _forget_other_best(trainer: Trainer, progress: Progress) -> None:
     progress.best, progress.best_step = {}, 0
 
 
-def _check_settings(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    now, then = asdict(trainer.config), values["config"]
-    changed = [name for name in now if name not in _FREE and now[name] != then.get(name)]
-    for name in changed:
-        if name in _MUST_AGREE:
+def _check_values(trainer: Trainer, values: _Values, where: str) -> None:
+    """That numbers are in their range, and that what is put back at the end can be put back."""
+    progress, config = values.progress, trainer.config
+    step = progress.step
+    limits: dict[str, tuple[float, float]] = {
+        "step": (1, trainer.num_steps),
+        **dict.fromkeys(("epoch", "batch", "overflows", "best_step", "evaluated"), (0, step)),
+        "evaluations_since_best": (0, step),
+        "lists_without_pairs": (0, step * config.batch_size),
+        "seconds": (0, math.inf),
+    }
+    given = [(f"progress, field {name}", getattr(progress, name), *limit) for name, limit in limits.items()]
+    given += [
+        ("step", values.step, step, step),
+        ("log_position", values.log_position, 0, math.inf),
+        ("max_tokens_per_microbatch", values.max_tokens_per_microbatch, 1, math.inf),
+        *((f"scheduler, {name}", values.scheduler.get(name, -1), 0, step + 1) for name in _SCHEDULE),
+    ]
+    for name, value, least, most in given:
+        if not least <= value <= most:
+            raise ValueError(f"{where}, field {name}: expected from {least} to {most}, got {value}")
+    scaler = trainer.scaler.state_dict()
+    if values.scaler.keys() != scaler.keys() or not all(
+        type(value) is type(scaler[name]) for name, value in values.scaler.items()
+    ):
+        raise ValueError(f"{where}, field scaler: expected {scaler}, or other numbers, got {values.scaler}")
+    if not values.random:
+        raise ValueError(f"{where}, field random: expected the state of each process, got none")
+    for rank, state in enumerate(values.random):
+        try:
+            _generators(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
-                f"{name} must be the interrupted run's to go on from it: {then.get(name)}, got {now[name]}; to "
-                f"train on with another, begin a run with {trainer.resumed_from} as its model and another output"
-            )
-    if values["num_lists"] != trainer.num_lists:
-        raise ValueError(
-            f"train_lists must be the interrupted run's to go on from it: {values['num_lists']} lists, "
-            f"got {trainer.num_lists}"
-        )
-    if changed:
-        logger.warning("Going on with other settings than the interrupted run: %s", ", ".join(changed))
+                f"{where}, field random[{rank}]: expected states of generators: {error!r:.200}"
+            ) from error
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -180,10 +235,22 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, next_gauss = state["python"]
-    random.setstate((version, tuple(internal), next_gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    python, numpy, cpu = _generators(state)
+    random.setstate(python.getstate())
+    np.random.set_state(numpy.get_state())
+    torch.set_rng_state(cpu.get_state())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+
+
+def _generators(state: Mapping[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
+    """Generators in that state, which nobody draws from: an error shows before anything is set."""
+    python, numpy, cpu = random.Random(), np.random.RandomState(), torch.Generator()
+    version, internal, next_gauss = state["python"]
+    python.setstate((version, tuple(internal), next_gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    cpu.set_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None:
+        torch.tensor(state["cuda"], dtype=torch.uint8)
+    return python, numpy, cpu

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
 from rerank_fast.training.model_card import RunCard
+from rerank_fast.training.run_identity import describe_run
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
 from rerank_fast.training.weights import TrainedWeights
@@ -78,8 +79,8 @@ class Trainer:
         callbacks: functions that are told of events; see Event.
 
     Raises:
-        ValueError: malformed lists, a model that can't be opened, or an output that holds a model or can't be
-            written; all before training begins.
+        ValueError: malformed lists, a model that can't be opened, or an output that holds a model, is in use or
+            can't be written; all before training begins, and nothing is written before.
     """
 
     def __init__(
@@ -107,7 +108,12 @@ class Trainer:
         self.processes = distributed.join_processes(config.distributed_timeout)
         if told:
             self._say(f"As accelerate launch was told: {', '.join(told)}.")
-        self.resumed_from = checkpoints.open_output(self.output, resume=config.resume, overwrite=config.overwrite)
+        self.resumed_from = checkpoints.check_output(
+            self.output, resume=config.resume, overwrite=config.overwrite, say=self._say
+        )
+        if self.processes.is_main_process and self.output.is_dir():
+            with checkpoints.opened(self.output):  # not in use now; a run holds it from its beginning
+                pass
         self._same_run = checkpoints.is_of(self.resumed_from, self.output)
         self.lists = open_lists(train_lists, streaming=config.streaming)
         self.card = RunCard(self.lists, names_of(train_lists))
@@ -203,6 +209,7 @@ class Trainer:
         """Run to the end, keep the best model in the output directory.
 
         Raises:
+            ValueError: the checkpoint does not fit the run, or another process writes to the output.
             FloatingPointError: the loss or its gradient is not finite.
             TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the process with code 0.
             CheckpointError: a checkpoint could not be written; the one before is whole.
@@ -211,8 +218,10 @@ class Trainer:
         if self._ran:
             raise RuntimeError("a Trainer runs once, and this one has: make a new one to train again or to resume")
         self._ran = True
+        writes = self.processes.is_main_process
         try:
-            return self._run()
+            with checkpoints.opened(self.output) if writes else nullcontext():
+                return self._run()
         except BaseException as error:
             # Of the rest nobody knows that every process is here.
             self.trained.finish(together=isinstance(error, TrainingInterrupted))
@@ -324,13 +333,19 @@ class Trainer:
 
     def _begin(self) -> Progress:
         """A fresh start, or where the checkpoint left off."""
-        progress, position, writes = Progress(), 0, self.processes.is_main_process
+        config, writes = self.config, self.processes.is_main_process
+        progress, position = Progress(), 0
+        # Another run may have come and gone since this one was made.
+        checkpoints.check_replaceable(
+            self.output, self.resumed_from, resume=config.resume, overwrite=config.overwrite
+        )
+        self.described = describe_run(self)
         self._started = time.perf_counter()
         # Dropout differs from process to process.
         set_seed((self.config.seed + self.processes.process_index) % 2**32)
         if self.resumed_from is not None:
             values, tensors = checkpoints.load_checkpoint(self.resumed_from)
-            progress = restore(self, values, tensors)
+            progress = restore(self, self.resumed_from, values, tensors)
             self._started -= progress.seconds
             if self._same_run and writes:
                 position = values["log_position"]
@@ -427,8 +442,8 @@ class Trainer:
         return ValueError(f"{error}; {path} holds the steps before: mend it and go on with --resume auto")
 
     def _checkpoint(self, progress: Progress) -> Path:
-        progress.seconds, energy = time.perf_counter() - self._started, self.card.meter.so_far()
-        progress.energy = None if energy is None else asdict(energy)
+        progress.seconds = time.perf_counter() - self._started
+        progress.energy = self.card.meter.so_far()
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:

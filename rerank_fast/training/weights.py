@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,9 @@ class TrainedWeights:
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
         distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
+        frozen = {name: one for name, one in inner.named_parameters() if not one.requires_grad}
+        # Shards of bf16-pure are cut from fp32 weights.
+        self.frozen = _sample(frozen, torch.bfloat16 if narrow else torch.float32)
         self.shards: ShardedWeights | None = None
         if shards:
             from rerank_fast.training.sharding import ShardedWeights  # a second of imports
@@ -55,17 +59,6 @@ class TrainedWeights:
         self.masters = MasterWeights(self.parameters) if narrow and not shards else None
         self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
-
-    def sample_of_base(self) -> list[float] | None:
-        """Some weights that adapters are added to, which tell one base model from another; None without adapters.
-
-        Every process must call it.
-        """
-        if self.lora is None:
-            return None
-        named = self._model.model.named_parameters()
-        base = next(one for name, one in named if name.endswith(".base_layer.weight"))
-        return self.gathered(base.detach()).flatten()[:64].tolist()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the weights, in groups; see parameter_groups."""
@@ -164,6 +157,68 @@ class TrainedWeights:
         if self.shards:
             with self.averaged():
                 pass
+
+
+def _sample(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """A digest of the first values of each weight: tells one base model from another."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        first = weight.detach().flatten()[:64].to("cpu", dtype).view(torch.uint8)
+        digest.update(name.encode() + first.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# What AdamW keeps for each weight that has had a gradient.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    stepped: bool,
+    averaged: bool,
+    where: str,
+) -> None:
+    """That tensors of a checkpoint are those of the weights, of their dtypes and shapes.
+
+    Args:
+        tensors: weights.NAME, optimizer.NAME.KEY with the keys of MOMENTS, average.NAME.
+        weights: to be trained, by name.
+        stepped: the optimizer has made a step.
+        averaged: a running average was kept.
+        where: the file, for errors.
+
+    Raises:
+        ValueError: one is missing, unknown, or of another dtype or shape; names it.
+    """
+    expected = {}
+    for name, weight in weights.items():
+        for kind in (f"weights.{name}", f"average.{name}", *_moments(name)[1:]):
+            expected[kind] = (weight.dtype, tuple(weight.shape))
+        expected[_moments(name)[0]] = (torch.float32, ())
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ValueError(f"{where}, tensor {name}: unknown; this run trains no such weight")
+        if (found := (tensor.dtype, tuple(tensor.shape))) != expected[name]:
+            dtype, shape = expected[name]
+            raise ValueError(
+                f"{where}, tensor {name}: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}"
+            )
+    needed = [f"weights.{name}" for name in weights]
+    if averaged:
+        needed += [f"average.{name}" for name in weights]
+    started = [name for name in weights if any(one in tensors for one in _moments(name))]
+    if stepped and not started:  # a weight that never had a gradient has none, but not all of them
+        started = list(weights)
+    for name in started:
+        needed += _moments(name)
+    if missing := [name for name in needed if name not in tensors]:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing, as {missing[0]}")
+
+
+def _moments(name: str) -> list[str]:
+    return [f"optimizer.{name}.{key}" for key in MOMENTS]
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
