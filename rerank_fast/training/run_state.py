@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-_SCHEDULE = ("last_epoch", "_step_count")
 
 
 @dataclass
@@ -50,12 +48,20 @@ class Progress:
 
 
 @dataclass
+class _Schedule:
+    """What a scheduler of torch counts; the rest of it follows from the settings."""
+
+    last_epoch: int  # steps of the optimizer
+    _step_count: int
+
+
+@dataclass
 class _Values:
     """What a checkpoint's JSON file holds."""
 
     step: int
     progress: Progress
-    scheduler: dict[str, int]
+    scheduler: _Schedule
     scaler: dict[str, Any]
     random: list[dict[str, Any]]  # of each process
     log_position: int
@@ -70,7 +76,7 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
     schedule = trainer.scheduler.state_dict()
     values = {
         "progress": asdict(progress),
-        "scheduler": {key: schedule[key] for key in _SCHEDULE},
+        "scheduler": {one.name: schedule[one.name] for one in fields(_Schedule)},
         "scaler": trainer.scaler.state_dict(),
         "random": distributed.gather(random_state(trainer.model.device)),
         "log_position": log_position,
@@ -122,11 +128,12 @@ def restore(
             f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; after "
             "a run in this process adapters are merged already: open the base model anew"
         )
-    _check_values(trainer, values, where)
+    same_lists = all(change.name != "train_lists" for change in changes)
+    _check_values(trainer, values, trainer.num_batches if same_lists else None, where)
     check_tensors(
         tensors,
         trainer.weights,
-        stepped=values.scheduler["last_epoch"] > 0,
+        stepped=values.scheduler.last_epoch > 0,
         averaged=bool(values.run.get("ema_decay")),
         where=f"checkpoint {checkpoint}, {TENSORS_FILE}",
     )
@@ -143,16 +150,17 @@ def restore(
             saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # an average that begins here
             value.copy_(trained.part_of(saved.to(device), value))
     scheduler = trainer.scheduler
-    step = values.scheduler["last_epoch"]
+    step = values.scheduler.last_epoch
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler.load_state_dict({**scheduler.state_dict(), **values.scheduler, "_last_lr": rates})
+    counts = asdict(values.scheduler)
+    scheduler.load_state_dict({**scheduler.state_dict(), **counts, "_last_lr": rates})
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     if values.scaler:
         trainer.scaler.load_state_dict(values.scaler)
-    rank, states = trainer.processes.process_index, values.random
-    if len(states) != trainer.processes.num_processes:
-        logger.warning("%d processes go on from a run of %d: dropout differs", rank + 1, len(states))
+    rank, processes, states = trainer.processes.process_index, trainer.processes.num_processes, values.random
+    if len(states) != processes and rank == 0:
+        logger.warning("%d processes go on from a run of %d: dropout differs", processes, len(states))
     set_random_state(states[rank % len(states)], device)
     if trainer.config.max_tokens_per_microbatch is None:
         # Another cut of a batch drops out and rounds differently, and this machine may be another.
@@ -184,13 +192,17 @@ def _forget_other_best(trainer: Trainer, progress: Progress) -> None:
     progress.best, progress.best_step = {}, 0
 
 
-def _check_values(trainer: Trainer, values: _Values, where: str) -> None:
-    """That numbers are in their range, and that what is put back at the end can be put back."""
+def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, where: str) -> None:
+    """That numbers are in their range, and that what is put back at the end can be put back.
+
+    num_batches is how many an epoch has, where that is known.
+    """
     progress, config = values.progress, trainer.config
     step = progress.step
     limits: dict[str, tuple[float, float]] = {
         "step": (1, trainer.num_steps),
-        **dict.fromkeys(("epoch", "batch", "overflows", "best_step", "evaluated"), (0, step)),
+        "batch": (0, step if num_batches is None else min(step, num_batches)),
+        **dict.fromkeys(("epoch", "overflows", "best_step", "evaluated"), (0, step)),
         "evaluations_since_best": (0, step),
         "lists_without_pairs": (0, step * config.batch_size),
         "seconds": (0, math.inf),
@@ -200,7 +212,7 @@ def _check_values(trainer: Trainer, values: _Values, where: str) -> None:
         ("step", values.step, step, step),
         ("log_position", values.log_position, 0, math.inf),
         ("max_tokens_per_microbatch", values.max_tokens_per_microbatch, 1, math.inf),
-        *((f"scheduler, {name}", values.scheduler.get(name, -1), 0, step + 1) for name in _SCHEDULE),
+        ("scheduler, field last_epoch", values.scheduler.last_epoch, 0, step),
     ]
     for name, value, least, most in given:
         if not least <= value <= most:

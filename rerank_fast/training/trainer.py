@@ -144,11 +144,13 @@ class Trainer:
             self.model.compile()
         self.trained = TrainedWeights(self.model, config)
         self.weights = self.trained.weights
-        self.num_lists = None if isinstance(self.lists, ListStream) else len(self.lists)
+        self.num_batches = None  # of an epoch; not known of a stream
+        if not isinstance(self.lists, ListStream):
+            self.num_batches = math.ceil(len(self.lists) / config.batch_size)
         self.num_steps = config.max_steps
         if config.max_steps <= 0:
-            assert self.num_lists is not None
-            self.num_steps = math.ceil(config.num_epochs * math.ceil(self.num_lists / config.batch_size))
+            assert self.num_batches is not None
+            self.num_steps = math.ceil(config.num_epochs * self.num_batches)
         self.optimizer = self.trained.make_optimizer()
         self.scheduler = get_scheduler(
             config.schedule,
@@ -391,8 +393,8 @@ class Trainer:
 
     def _write(self, event: Literal["log", "evaluate"], progress: Progress, values: dict[str, float]) -> None:
         epoch: float = progress.epoch  # of a stream its number is all there is
-        if self.num_lists is not None:
-            epoch = round(progress.step / math.ceil(self.num_lists / self.config.batch_size), 4)
+        if self.num_batches is not None:
+            epoch = round(progress.step / self.num_batches, 4)
         if self.processes.is_main_process:
             self.log.write(progress.step, epoch, values)
         self._tell(event, progress.step, values)

@@ -172,7 +172,7 @@ def test_the_saved_model_is_the_one_that_the_figures_describe_after_going_back(
     assert (written["best_step"], written["metrics"]) == (6, {"ndcg@10": 0.45})
     # A best that is there stays: checkpoint-6 knows that of step 6.
     caplog.clear()
-    again = replace(config, resume=str(tmp_path / "run" / "checkpoint-6"))
+    again = replace(other, resume=str(tmp_path / "run" / "checkpoint-6"), resume_changed=False)
     result = Trainer(tiny_bert, lists, config=again, **scored({8: 0.1}, now)).train()
     assert (result.best_step, result.metrics) == (6, {"ndcg@10": 0.45})
     assert "chosen anew" not in caplog.text
