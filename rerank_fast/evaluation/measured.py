@@ -152,7 +152,7 @@ class MeasuredSet:
                     score = min(np.float32(np.clip(values[i], -1e38, 1e38)), below)
                     below = np.nextafter(score, np.float32(-np.inf))
                     doc_id = _column(one.doc_ids[i])
-                    handle.write(f"{query_id} Q0 {doc_id} {rank} {score} rerank_fast\n")
+                    handle.write(f"{query_id} Q0 {doc_id} {rank} {score!s} rerank_fast\n")
 
 
 def _column(key: object) -> str:

@@ -151,7 +151,7 @@ def test_scores_of_a_run_fall_strictly(tmp_path: Path) -> None:
     inf = np.inf
     lists = [
         [0.0] * 5,
-        [1.0, 1.0 + 1e-12, 2.5, 2.5, -3.0],
+        [1.0, 1.0 + 1e-12, 2.5, 2.5, 0.1],
         [inf, inf, -inf, -inf, 0.0],
         [3.4e38, 3.4e38, -3.4e38, -3.4e38, 1e-45],
     ]
@@ -165,7 +165,7 @@ def test_scores_of_a_run_fall_strictly(tmp_path: Path) -> None:
         assert (np.diff(written.astype(np.float32)) < 0).all()
         ranked = [values["abcde".index(row.doc_id)] for row in rows]
         assert ranked == sorted(values, reverse=True)
-    assert "x Q0 e 5 -3.0 rerank_fast\n" in (tmp_path / "run").read_text()
+    assert "x Q0 e 5 0.1 rerank_fast\n" in (tmp_path / "run").read_text()
 
 
 def test_a_run_of_ties_knows_no_labels(tmp_path: Path) -> None:

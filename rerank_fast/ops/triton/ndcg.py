@@ -53,26 +53,31 @@ def ndcg_kernel(
         s_i = tl.load(scores + start + i, mask=in_i, other=0.0)[:, None]
         y_i = tl.load(labels + start + i, mask=in_i, other=0.0)
         before = tl.zeros([BLOCK], tl.int32)
-        better = tl.zeros([BLOCK], tl.int32)
         tied = tl.zeros([BLOCK], tl.int32)
         gains = tl.zeros([BLOCK], dtype)
+        # One order after the other: both at once would take more registers than half of the warps have.
         for tile in range(0, size, BLOCK):
             j = tile + tl.arange(0, BLOCK)
             in_j = (j < size)[None, :]
             s_j = tl.load(scores + start + j, mask=j < size, other=0.0)[None, :]
             y_j = tl.load(labels + start + j, mask=j < size, other=0.0)[None, :]
             gain_j = tl.exp2(tl.maximum(y_j, 0.0) - largest) - unit
-            earlier = j[None, :] < i[:, None]
             equal = (s_j == s_i) & in_j
-            before += tl.sum((((s_j > s_i) & in_j) | (equal & earlier)).to(tl.int32), axis=1)
+            above = ((s_j > s_i) & in_j) | (equal & (j[None, :] < i[:, None]))
+            before += tl.sum(above.to(tl.int32), axis=1)
             tied += tl.sum(equal.to(tl.int32), axis=1)
             gains += tl.sum(tl.where(equal, gain_j, 0.0), axis=1)
-            above = (y_j > y_i[:, None]) | ((y_j == y_i[:, None]) & earlier)
-            better += tl.sum((above & in_j).to(tl.int32), axis=1)
-        # Both sums are divided by 2^largest, so that a large label stays finite.
-        gain = tl.where(in_i, tl.exp2(tl.maximum(y_i, 0.0) - largest) - unit, 0.0)
         expected = tl.where(in_i, gains / tl.maximum(tied, 1).to(dtype), 0.0)
         found += tl.where((k == 0) | (before < k), expected / tl.log2(2.0 + before.to(dtype)), 0.0)
+        better = tl.zeros([BLOCK], tl.int32)
+        for tile in range(0, size, BLOCK):
+            j = tile + tl.arange(0, BLOCK)
+            y_j = tl.load(labels + start + j, mask=j < size, other=0.0)[None, :]
+            equal = (y_j == y_i[:, None]) & (j[None, :] < i[:, None])
+            above = ((y_j > y_i[:, None]) | equal) & (j < size)[None, :]
+            better += tl.sum(above.to(tl.int32), axis=1)
+        # Both sums are divided by 2^largest, so that a large label stays finite.
+        gain = tl.where(in_i, tl.exp2(tl.maximum(y_i, 0.0) - largest) - unit, 0.0)
         ideal += tl.where((k == 0) | (better < k), gain / tl.log2(2.0 + better.to(dtype)), 0.0)
     best = tl.sum(ideal, axis=0)
     value = tl.where(largest > 0.0, tl.sum(found, axis=0) / tl.where(largest > 0.0, best, 1.0), 0.0)
