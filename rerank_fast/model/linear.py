@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.activations import GELUActivation
 
 from rerank_fast.model.packing import MAX_TOKENS
 from rerank_fast.model.precision.int8 import Int8Linear
+from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ class _NarrowLinear(torch.autograd.Function):
         return F.linear(x, narrow_weight, narrow_bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow_weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad

@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.backends import Backend, check_choice
+from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.ragged import check_bounds, check_k, check_lists
 
 Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
@@ -113,30 +113,23 @@ class _LambdaLoss(torch.autograd.Function):
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
         loss, grad = run(scores, labels, offsets, *options)
         if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(scores, grad)
         else:
             ctx.dtype, ctx.backend = scores.dtype, options[-1]
-            ctx.save_for_backward(grad, offsets)
+            ctx.save_for_backward(scores, grad, offsets)
         return loss
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on under create_graph only.
-        return (_differentiate_once if torch.is_grad_enabled() else _differentiate)(ctx, grad_loss)
-
-
-def _differentiate(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    grad, *offsets = ctx.saved_tensors
-    if offsets:
-        # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
-        run = torch.ops.rerank_fast.lambda_loss_backward.default
-        return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), None, None, None
-    if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
-        return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
-    return grad * grad_loss, None, None, None
-
-
-_differentiate_once = once_differentiable(_differentiate)
+        _, grad, *offsets = ctx.saved_tensors
+        if offsets:
+            # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
+            run = torch.ops.rerank_fast.lambda_loss_backward.default
+            return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), None, None, None
+        if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
+            return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
+        return grad * grad_loss, None, None, None
 
 
 def lambda_loss(

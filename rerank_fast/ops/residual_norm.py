@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import check_rows, dropout_factors
 from rerank_fast.ops.backends import Backend
+from rerank_fast.ops.differentiated_once import differentiated_once
 
 _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
 
@@ -173,7 +173,7 @@ class _ResidualNorm(torch.autograd.Function):
         return y, narrow
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *saved, rows = ctx.saved_tensors
         if x.dtype not in _HALVES:

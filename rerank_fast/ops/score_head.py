@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import dropout_factors
 from rerank_fast.ops.backends import Backend
+from rerank_fast.ops.differentiated_once import differentiated_once
 
 Activation = Literal["tanh", "gelu", "relu", "none"]
 _ACTIVATIONS = get_args(Activation)
@@ -250,7 +250,7 @@ class _ScoreHead(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         hidden, _, *weights, _ = ctx.needs_input_grad
         wants = [hidden, *weights]

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rerank_fast.ops import attention_reference, backends, cpu
+from rerank_fast.ops.differentiated_once import differentiated_once
 
 Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
@@ -132,7 +132,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *places = ctx.saved_tensors
         grads = torch.ops.rerank_fast.varlen_attention_backward.default(
