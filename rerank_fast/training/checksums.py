@@ -42,5 +42,8 @@ def verify_checksums(directory: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        while part := handle.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

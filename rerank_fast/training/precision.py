@@ -46,7 +46,7 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
 def _of(checkpoint: Path) -> str:
     values = checkpoints.load_values(checkpoint)
     try:
-        precision = values["config"]["precision"]
+        precision = values["run"]["precision"]
     except (KeyError, TypeError):
         precision = None
     if precision not in _DTYPES:

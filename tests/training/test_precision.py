@@ -106,7 +106,7 @@ def test_a_resumed_run_keeps_its_precision_on_other_hardware(
     assert first.config.precision == "bf16"
     assert "- `precision`: bf16" in (tmp_path / "README.md").read_text().replace("`bf16`", "bf16")
     (newest,) = checkpoints.checkpoints(tmp_path)
-    assert checkpoints.load_values(newest)["config"]["precision"] == "bf16"
+    assert checkpoints.load_values(newest)["run"]["precision"] == "bf16"
     set_speed(monkeypatch, 5.0)
     again = Trainer(still_bert, train_lists, config=replace(config, resume="auto"))
     assert again.config.precision == "bf16"
