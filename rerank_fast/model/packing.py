@@ -157,7 +157,7 @@ def row_count(at_least: int) -> int:
 def fill_up(
     starts: np.ndarray,  # (N + 1,) int64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences behind those of a run of T tokens, so that tokens and sequences both are a row_count.
+    """Sequences behind those of a run of T tokens, so that tokens and sequences both have few numbers.
 
     oneDNN keeps half a megabyte for every number of rows that a weight was ever multiplied with, up to a thousand
     of them, and takes milliseconds to make it: there must not be many numbers.
@@ -170,7 +170,9 @@ def fill_up(
         (N' + 1,) starts with those of the added sequences, of which there is at least one.
     """
     num_sequences, num_tokens = len(starts) - 1, int(starts[-1])
-    added = row_count(num_sequences + 1) - num_sequences
+    # Never as many as there are tokens, nor are their ends: torch.compile would take two sizes that
+    # are equal once for the same one, and compile again where they differ.
+    added = row_count(num_sequences + 3) - 2 - num_sequences
     places = np.zeros(row_count(num_tokens + added), np.int64)
     places[:num_tokens] = np.arange(num_tokens)
     ends = num_tokens + np.arange(1, added + 1) * (len(places) - num_tokens) // added

@@ -89,5 +89,6 @@ def test_a_filled_run_is_the_run_and_copies_of_its_first_token(lengths: list[int
     assert len(filled) > len(starts)
     assert filled[-1] == len(places)
     assert (np.diff(filled) > 0).all()
-    assert len(filled) - 1 in {row_count(n) for n in range(1, len(filled))}
+    assert len(filled) + 1 in {row_count(n) for n in range(1, len(filled) + 2)}
+    assert not {len(filled), len(filled) - 1} & {row_count(n) for n in range(1, len(filled) + 2)}
     assert len(places) in {row_count(n) for n in range(1, len(places) + 1)}
