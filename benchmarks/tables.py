@@ -35,7 +35,9 @@ def run(environment: dict[str, str], arguments: list[str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "--rows", str(rows)]
-        subprocess.run([*command, *arguments], env=os.environ | environment, check=True, stdout=sys.stderr)
+        # What inductor compiled for another set would be loaded from its cache, and crash.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": folder}
+        subprocess.run([*command, *arguments], env=os.environ | cache | environment, check=True, stdout=sys.stderr)
         return json.loads(rows.read_text())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.losses import LambdaLoss
 
@@ -109,6 +110,7 @@ def make_peer_step(
     if gradient_checkpointing:
         peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a process there is one, in one precision
     # What their trainer does about bf16: an autocast on the model's forward.
     peer_model = Accelerator(mixed_precision=precision, cpu=device == "cpu").prepare(peer_model)
     loss = loss_class(peer_model, mini_batch_size=mini_batch_size)
