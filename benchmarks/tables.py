@@ -77,7 +77,9 @@ def _cells(row: dict) -> list[str]:
     scale, unit = (1e3, "ms") if row["unit"] == "ms" else (2**-20, "MiB")
     if unit == "ms" and row["peer"] >= 1:
         scale, unit = 1.0, "s"
-    return [*(f"{row[side] * scale:.3g} {unit}" for side in ("peer", "ours")), f"{row['peer'] / row['ours']:.1f}x"]
+    digits = ".3g" if unit != "MiB" else ".0f"
+    sides = (f"{row[side] * scale:{digits}} {unit}" for side in ("peer", "ours"))
+    return [*sides, f"{row['peer'] / row['ours']:.1f}x"]
 
 
 if __name__ == "__main__":
