@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,7 +11,7 @@ import tempfile
 import pytest
 
 from benchmarks.training_memory import _resident
-from benchmarks.workload import make_steps, marco_like_lists
+from benchmarks.workload import make_steps, marco_like_lists, peer_precision
 
 
 def measure(name: str, mini_batch_size: int) -> int:
@@ -22,9 +24,12 @@ def measure(name: str, mini_batch_size: int) -> int:
     return _resident("VmHWM") - before
 
 
+@functools.cache
 def _in_a_process(name: str, mini_batch_size: int) -> int:
     command = [sys.executable, "-m", "benchmarks.test_memory", name, str(mini_batch_size)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = os.environ | {"RERANK_FAST_BENCH_PEER_PRECISION": peer_precision()}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

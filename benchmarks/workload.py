@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -134,8 +135,13 @@ def make_peer_step(
 
 @functools.cache
 def peer_precision() -> str:
-    """The mixed precision in which sentence-transformers' step is faster here, by a short one of each."""
-    lists = marco_like_lists(2)
+    """The mixed precision in which sentence-transformers' step is faster here, by a short one of each.
+
+    A process takes it from RERANK_FAST_BENCH_PEER_PRECISION, where another one has measured.
+    """
+    if measured := os.environ.get("RERANK_FAST_BENCH_PEER_PRECISION"):
+        return measured
+    lists = marco_like_lists(2, log_words=3.3, most=60)
     seconds: dict[str, float] = {}
     for precision in ("bf16", "no"):
         step = make_peer_step(lists, mini_batch_size=16, precision=precision)

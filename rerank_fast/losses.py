@@ -129,7 +129,8 @@ class LambdaLoss(nn.Module):
         sigma: slope of the sigmoid.
         eps: least ideal DCG.
         reduction_log: "binary" or "natural".
-        activation_fn: applied to the logits before the loss.
+        activation_fn: applied to the logits before the loss. What the model's predict applies to its scores stays
+            the model's own, as in the Trainer.
         mini_batch_size: pairs per forward pass; None means the number of queries, 0 or less all pairs.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rerank_fast.evaluation.candidates import load_candidates
 from rerank_fast.evaluation.measured import (
@@ -38,6 +40,8 @@ class RerankingEvaluator:
         write_csv: with an output_path, add a row of means to sentence-transformers' CSV file there.
         write_per_query: with an output_path, write the last call's values of each query as CSV.
         write_run: with an output_path, write the last call's order as a TREC run.
+        loss: of raw scores (N,), labels (N,) and offsets (Q + 1,) of all lists, all on the CPU; the result then has
+            it as eval_loss, or NAME_loss.
 
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
     {"map", "mrr@k", "ndcg@k"} and the same with "base_" for the given order, as means over all queries. In
@@ -64,6 +68,7 @@ class RerankingEvaluator:
         write_csv: bool = True,
         write_per_query: bool = False,
         write_run: bool = False,
+        loss: Callable[[Tensor, Tensor, Tensor], float] | None = None,
     ) -> None:
         candidates = load_candidates(lists, always_rerank_positives=always_rerank_positives)
         self.set = MeasuredSet(candidates, name=name, at_k=at_k, metrics=metrics)
@@ -73,6 +78,7 @@ class RerankingEvaluator:
         self.write_csv = write_csv
         self.write_per_query = write_per_query
         self.write_run = write_run
+        self.loss = loss
         self.primary_metric = self.set.primary_metric
         self.metric_names = tuple(map(self.set.prefixed, self.set.metrics))
         self.score = PairScorer(self.set.pairs, batch_size=batch_size, show_progress_bar=show_progress_bar)
@@ -91,6 +97,11 @@ class RerankingEvaluator:
 
     def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
         """Each metric, reranked and base_, as an array (Q,) in list order."""
+        values, _ = self._measure(model, output_path)
+        return values
+
+    def _measure(self, model: Any, output_path: str | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The values of each query, and the scores (N,) that they are of."""
         directory = None if output_path is None else output_directory(output_path)
         scores = self.score(model)
         values = self.set.measure(scores)
@@ -99,7 +110,15 @@ class RerankingEvaluator:
                 self.set.write_per_query(directory / f"{self._stem}_per_query.csv", values)
             if self.write_run:
                 self.set.write_run(directory / f"{self._stem}.run", scores)
-        return values
+        return values, scores
+
+    def _loss_of(self, scores: np.ndarray) -> dict[str, float]:
+        if self.loss is None:
+            return {}
+        labels = [one.labels for one in self.set.candidates]
+        offsets = torch.tensor([0, *map(len, labels)]).cumsum(0)
+        flat = torch.from_numpy(np.concatenate(labels)).float()
+        return {f"{self.name or 'eval'}_loss": self.loss(torch.from_numpy(scores).float(), flat, offsets)}
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
@@ -112,7 +131,8 @@ class RerankingEvaluator:
         results = None
         if output_path is not None and self.write_csv:
             results = ResultsFile(output_path, f"{self._stem}_results_@{self.at_k}.csv", self.set.metrics)
-        means = query_means(self.evaluate_per_query(model, output_path))
+        values, scores = self._measure(model, output_path)
+        means = query_means(values)
         for metric in self.set.metrics:
             if f"base_{metric}" in means:
                 logger.info("%-8s base %.4f -> reranked %.4f", metric, means[f"base_{metric}"], means[metric])
@@ -121,4 +141,5 @@ class RerankingEvaluator:
         if results is not None:
             results.append(epoch, steps, means)
         note_in_model_card(self, model, means, self.name, epoch, steps)
-        return {self.set.prefixed(name): value for name, value in means.items()}
+        metrics = {self.set.prefixed(name): value for name, value in means.items()}
+        return {**metrics, **self._loss_of(scores)}

@@ -185,6 +185,7 @@ def details(model: CrossEncoder) -> str:
         f"- **Base model:** {base_model_link(model.name_or_path)}",
         f"- **Architecture:** {code(own_class(model.model).__name__)}{shape}, {parameters} parameters",
         f"- **Maximum length:** {model.max_length} tokens of query and document together",
+        "- **Modality:** text",
         f"- **Output labels:** {model.num_labels}, a score; {code(kind.__name__)} is applied to it",
     ]
     for key in ("language", "license"):
@@ -193,6 +194,26 @@ def details(model: CrossEncoder) -> str:
         said = ", ".join(escape(str(one)) for one in values) or "not stated"
         lines.append(f"- **{key.capitalize()}:** {said}")
     return "\n".join(["## Model details", "", *lines])
+
+
+def sources_and_architecture(model: CrossEncoder) -> str:
+    """Where the libraries that load the model are described, and the model as PyTorch prints it."""
+    hub = "https://huggingface.co/models?library=sentence-transformers&other=cross-encoder"
+    lines = [
+        "### Model sources",
+        "",
+        "- **Documentation:** [Cross-encoders in Sentence Transformers]"
+        "(https://www.sbert.net/docs/cross_encoder/usage/usage.html)",
+        "- **Repository:** [Sentence Transformers on GitHub](https://github.com/huggingface/sentence-transformers)",
+        f"- **Hugging Face:** [Cross-encoders on Hugging Face]({hub})",
+        "",
+        "### Full model architecture",
+        "",
+        "```",
+        repr(model.model),
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def make_card(

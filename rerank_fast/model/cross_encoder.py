@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
 from rerank_fast.model.ahead import ahead
-from rerank_fast.model.card import known_metadata, short_card
+from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
+from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.eval_mode import EvalMode
 from rerank_fast.model.heads import find_answer_head
@@ -134,6 +135,19 @@ class CrossEncoder(nn.Module):
         if self._max_positions is not None and value > self._max_positions:
             raise ValueError(f"max_length is {value}, but {self.name_or_path} has {self._max_positions} positions")
         self._max_length = value
+
+    @property
+    def card(self) -> Card | None:
+        """README.md as it will be saved; None, for a short one, once the weights are others than those it is of."""
+        return self._card if self._card is not None and self._digest() == self._digest_of_card else None
+
+    @card.setter
+    def card(self, value: Card | None) -> None:
+        self._card, self._digest_of_card = value, None if value is None else self._digest()
+
+    def _digest(self) -> str:
+        # In bf16: a card stays with its model where only the dtype changes.
+        return sample_digest(dict(self.model.named_parameters()), torch.bfloat16)
 
     @property
     def device(self) -> torch.device:

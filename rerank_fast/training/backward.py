@@ -26,6 +26,20 @@ from rerank_fast.training.run_log import Rates
 logger = logging.getLogger(__name__)
 
 
+def summed_loss(config: TrainingConfig) -> Callable[..., Tensor]:
+    """The run's loss of scores, labels and offsets, as the sum over preference pairs (or lists)."""
+    return functools.partial(
+        lambda_loss,
+        scheme=config.scheme,
+        k=config.k,
+        sigma=config.sigma,
+        mu=config.mu,
+        eps=config.eps,
+        reduction_log=config.reduction_log,
+        reduction="sum",
+    )
+
+
 class Backward:
     """Adds the gradients of lists to a model's weights.
 
@@ -112,18 +126,7 @@ class Backward:
     def _add_part(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
         config, device = self.config, self.model.device
         labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
-        loss: Any = functools.partial(
-            lambda_loss,
-            labels=labels,
-            offsets=offsets,
-            scheme=config.scheme,
-            k=config.k,
-            sigma=config.sigma,
-            mu=config.mu,
-            eps=config.eps,
-            reduction_log=config.reduction_log,
-            reduction="sum",
-        )
+        loss: Any = functools.partial(summed_loss(config), labels=labels, offsets=offsets)
 
         def limit(scores: Tensor) -> Tensor | float:
             """Of |dL/dscore|, to which the caller gives its last factor: all pairs by those that the cut leaves."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from rerank_fast.model.card import code, escape, markdown_table
+from rerank_fast.model.card import code, escape, hub_id, markdown_table
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.validation import LOSS
 
 _MOST_ROWS = 1000
+HELD_OUT = "held-out lists"  # a set without a name
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -53,9 +56,10 @@ def _with_gain(name: str, metrics: Mapping[str, float]) -> str:
 
 
 def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float], dtype: str) -> list[str]:
-    """A table for each evaluator: a column a set, a row a metric, the gain over the first stage beside it.
+    """A table for each evaluator's sets, a column a set, and one for its mean over them.
 
-    The dtype is that of the arithmetic which gave the scores.
+    The gain over the first stage stands beside each value. The dtype is that of the arithmetic
+    which gave the scores.
     """
     if not metrics:
         return []
@@ -65,74 +69,130 @@ def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float],
     ]
     shown: set[str] = set()
     for evaluator in evaluators:
-        sets = measured_sets(evaluator)
-        if not sets:
-            continue
-        columns = [(one.name or "held-out lists", one.prefixed) for one in sets]
-        if hasattr(evaluator, "sets"):
-            columns.append((evaluator.name, f"{evaluator.name}_{{}}".format))
-        rows = []
-        for metric in sets[0].metrics:
-            names = [prefixed(metric) for _, prefixed in columns]
-            shown.update(names, *[[base_of(name, metrics) or name] for name in names])
-            rows.append([code(metric), *(_with_gain(name, metrics) for name in names)])
-        parts.append(f"### {escape(evaluator.description)}")
-        settings = {key: value for key, value in evaluator.get_config_dict().items() if key != "dataset_id"}
-        parts.append(f"{sum(len(one.candidates) for one in sets):,} queries; {code(json.dumps(settings))}")
-        parts.append(markdown_table(["Metric", *(code(name) for name, _ in columns)], rows))
+        for block in _blocks(evaluator):
+            rows = []
+            for metric in block.metrics:
+                names = [prefixed(metric) for _, prefixed in block.columns]
+                shown.update(names, *[[base_of(name, metrics) or name] for name in names])
+                rows.append([code(metric), *(_with_gain(name, metrics) for name in names)])
+            settings = json.dumps(block.settings, indent=4, default=str)
+            parts += [
+                f"### {escape(block.title)}",
+                f"{block.queries:,} queries, evaluated with `{type(evaluator).__name__}` with these "
+                f"parameters:\n\n```json\n{settings}\n```",
+                markdown_table(["Metric", *(code(name) for name, _ in block.columns)], rows),
+            ]
     others = [name for name in metrics if name not in shown]
     if others:
-        parts.append(markdown_table(["Metric", "Value"], [[code(n), f"{metrics[n]:.4f}"] for n in others]))
+        values = [[code(name), f"{metrics[name]:.4f}"] for name in others]
+        parts += ["### Further figures", markdown_table(["Metric", "Value"], values)]
     return parts
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What one table of an evaluator shows."""
+
+    title: str
+    queries: int
+    settings: Mapping[str, Any]
+    metrics: Sequence[str]
+    columns: Sequence[tuple[str, Callable[[str], str]]]  # a name, and a metric's name in the results
+
+
+def _blocks(evaluator: Any) -> list[_Block]:
+    """The sets of one of this package's evaluators side by side, then its mean over them."""
+    sets = measured_sets(evaluator)
+    if not sets:
+        return []
+    queries = sum(len(one.candidates) for one in sets)
+    settings = evaluator.get_config_dict()
+    if hub_id(str(settings.get("dataset_id", ""))) is None:
+        settings = {name: value for name, value in settings.items() if name != "dataset_id"}
+    of_a_set = {name: settings[name] for name in ("at_k", "always_rerank_positives") if name in settings}
+    columns = [(one.name or HELD_OUT, one.prefixed) for one in sets]
+    blocks = [_Block(sets[0].description, queries, of_a_set, sets[0].metrics, columns)]
+    if hasattr(evaluator, "sets"):
+        mean = [(evaluator.name, f"{evaluator.name}_{{}}".format)]
+        blocks.append(_Block(evaluator.description, queries, settings, sets[0].metrics, mean))
+    return blocks
+
+
 def eval_results(evaluators: Sequence[Any], metrics: Mapping[str, float]) -> list[EvalResult]:
+    """The finite metrics of every set, and of the mean over sets, for the hub's metadata."""
     results = []
     for evaluator in evaluators:
-        for one in measured_sets(evaluator):
-            for metric in one.metrics:
-                value = metrics.get(one.prefixed(metric), math.nan)
-                if math.isfinite(value):
-                    results.append(
-                        EvalResult(
-                            task_type="cross-encoder-reranking",
-                            task_name=evaluator.description,
-                            dataset_type=one.name or "held-out",
-                            dataset_name=one.name or "held-out lists",
-                            metric_type=metric,
-                            metric_name=metric,
-                            metric_value=value,
+        for block in _blocks(evaluator):
+            for name, prefixed in block.columns:
+                for metric in block.metrics:
+                    value = metrics.get(prefixed(metric), math.nan)
+                    if math.isfinite(value):
+                        results.append(
+                            EvalResult(
+                                task_type=block.title.lower().replace(" ", "-"),
+                                task_name=block.title,
+                                dataset_type="held-out" if name == HELD_OUT else name,
+                                dataset_name=name.replace("_", " "),
+                                metric_type=metric,
+                                metric_name=metric,
+                                metric_value=value,
+                            )
                         )
-                    )
     return results
 
 
+def metric_kinds(evaluators: Sequence[Any]) -> list[str]:
+    """The metrics by their own names, for the hub's metadata."""
+    sets = [one for evaluator in evaluators for one in measured_sets(evaluator)]
+    return list(dict.fromkeys(metric for one in sets for metric in one.metrics))
+
+
 def log_table(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], bases: Mapping[str, float], best_step: int
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    bases: Mapping[str, float],
+    best_step: int,
 ) -> str:
-    """One row for each step that logged anything, the saved model's in bold."""
+    """One row for each step that logged anything, the saved model's in bold.
+
+    Rows of step -1 are the model before training, where it was measured, and at the end the saved one.
+    """
     steps: dict[int, dict[str, Any]] = {}
     for row in rows:
         steps.setdefault(row["step"], {}).update(row)
     wanted = [metric for metric in metrics if any(metric in row for row in steps.values())]
+    measured = [LOSS] if any(LOSS in row for row in steps.values()) else []
+    untrained = steps.pop(0, None)
     kept, note = _thinned(steps, wanted, best_step)
-    lines = []
-    for step in kept:
-        row = steps[step]
-        cells = [
-            f"{row.get('epoch', 0):.4f}",
-            str(step),
+
+    def cells(epoch: str, step: str, row: Mapping[str, Any]) -> list[str]:
+        values = [
             _number(row, "loss", ".4f"),
+            *(_number(row, name, ".4f") for name in measured),
             _number(row, "learning_rate", ".2e"),
         ]
         for metric in wanted:
-            gain = f" ({row[metric] - bases[metric]:+.4f})" if metric in row and metric in bases else ""
-            cells.append(_number(row, metric, ".4f") + gain)
-        lines.append([f"**{cell}**" if step == best_step and cell != "-" else cell for cell in cells])
-    table = markdown_table(
-        ["Epoch", "Step", "Training loss", "Learning rate", *(code(metric) for metric in wanted)], lines
-    )
-    body = f"{table}\n\nThe bold row is the saved model.{note}"
+            gained = metric in row and metric in bases
+            gain = f" ({row[metric] - bases[metric]:+.4f})" if gained else ""
+            values.append(_number(row, metric, ".4f") + gain)
+        return [epoch, step, *values]
+
+    lines = [] if untrained is None else [cells("-1", "-1", untrained)]
+    for step in kept:
+        line = cells(f"{steps[step].get('epoch', 0):.4f}", str(step), steps[step])
+        saved = step == best_step
+        lines.append([f"**{cell}**" if saved and cell != "-" else cell for cell in line])
+    best = steps.get(best_step, {})
+    saved_row = {name: best[name] for name in (*measured, *wanted) if name in best}
+    if saved_row:
+        lines.append(cells("-1", "-1", saved_row))
+    header = ["Epoch", "Step", "Training loss", *["Validation loss"] * len(measured), "Learning rate"]
+    table = markdown_table([*header, *(code(metric) for metric in wanted)], lines)
+    body = f"{table}\n\nThe bold row is the saved model."
+    if saved_row:
+        before = "the first row is the model before training, " if untrained is not None else ""
+        body += f" Of step -1 {before}the last row the saved model."
+    body += note
     if len(lines) > 40:
         body = f"<details><summary>{len(lines):,} rows; click to expand</summary>\n\n{body}\n\n</details>"
     return f"### Training log\n\n{body}"

@@ -5,7 +5,24 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+# Those of transformers' names that need no metric.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+Optimizer = Literal[
+    "adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd", "adafactor"
+]
 
 
 @dataclass
@@ -39,7 +56,15 @@ class TrainingConfig:
         max_length: longest pair in tokens; None keeps the model's.
         learning_rate: peak of the schedule.
         warmup_ratio: share of the steps in which the learning rate rises.
-        schedule: how it falls after that.
+        warmup_steps: their number in its place; None takes the share.
+        schedule: how the learning rate goes on after that, as transformers names it; constant has no warmup.
+        schedule_options: of the schedule, as transformers.get_scheduler's scheduler_specific_kwargs: num_cycles,
+            power, lr_end, min_lr, num_decay_steps ...
+        optimizer: adamw, or another one of torch.optim.
+        optimizer_options: further arguments of it, as {"momentum": 0.9} for sgd.
+        adam_beta1: of the optimizers named after Adam: share of the gradient's average that a step keeps.
+        adam_beta2: and of that of its square.
+        adam_epsilon: added to its root.
         weight_decay: of weight matrices; biases and norms are never decayed.
         layer_lr_decay: each layer learns this times as fast as the one above it; 1 is off.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
@@ -68,11 +93,13 @@ class TrainingConfig:
         eps: least ideal DCG.
         reduction_log: LambdaLoss logarithm.
         reduction: LambdaLoss mean: over the batch's pairs or its lists, or its sum.
+        eval_on_start: measure the model also before the first step; that one is never taken for the best.
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
         metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
             evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
+        load_best: after train() the model in memory is the one that was saved; False leaves the last one.
         early_stopping_patience: end after this many evaluations without a better one; None never does.
         logging_steps: steps between log lines.
         trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
@@ -98,7 +125,14 @@ class TrainingConfig:
     max_length: int | None = None
     learning_rate: float = 2e-5
     warmup_ratio: float = 0.1
-    schedule: Literal["linear", "cosine"] = "linear"
+    warmup_steps: int | None = None
+    schedule: Schedule = "linear"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    optimizer: Optimizer = "adamw"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     layer_lr_decay: float = 1.0
     max_grad_norm: float = 1.0
@@ -121,10 +155,12 @@ class TrainingConfig:
     eps: float = 1e-10
     reduction_log: Literal["binary", "natural"] = "binary"
     reduction: Literal["pairs", "lists", "sum"] = "pairs"
+    eval_on_start: bool = True
     eval_steps: int = 500
     save_steps: int = 500
     save_total_limit: int = 2
     metric_for_best: str = "ndcg@10"
+    load_best: bool = True
     early_stopping_patience: int | None = None
     logging_steps: int = 10
     trackers: list[str] = field(default_factory=list)
@@ -154,7 +190,14 @@ class TrainingConfig:
             value = getattr(self, name)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("learning_rate", "sigma", "eps", "lora_alpha", "distributed_timeout"):
+        for name in (
+            "learning_rate",
+            "adam_epsilon",
+            "sigma",
+            "eps",
+            "lora_alpha",
+            "distributed_timeout",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -167,26 +210,19 @@ class TrainingConfig:
             raise ValueError(f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}")
         if self.streaming and self.max_steps <= 0:
             raise ValueError("max_steps must be set with streaming: a stream's length is not known")
-        for name in ("ema_decay", "lora_dropout"):
+        for name in ("ema_decay", "lora_dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 < self.layer_lr_decay <= 1:
             raise ValueError(f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        choices = {
-            "schedule": ("linear", "cosine"),
-            "precision": ("auto", "fp32", "bf16", "fp16", "bf16-pure"),
-            "sharding": ("auto", "none", "fsdp2"),
-            "gradient_cache": ("auto", "on", "off"),
-            "scheme": ("none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"),
-            "reduction_log": ("binary", "natural"),
-            "reduction": ("pairs", "lists", "sum"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         none_or_at_least = {
+            "warmup_steps": 0,
             "mini_batch_size": 1,
             "max_tokens_per_microbatch": 1,
             "max_docs_per_list": 2,
@@ -196,10 +232,18 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= least):
                 raise ValueError(f"{name} must be None or at least {least}, got {value!r}")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                f"schedule must be another one with warmup_steps {self.warmup_steps}, as constant_with_warmup: "
+                "constant has no warmup"
+            )
         for name in ("freeze", "trackers", "lora_target_modules"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
                 raise ValueError(f"{name} must be a list of strings, got {value!r}")
+        for name in ("schedule_options", "optimizer_options"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"{name} must be a mapping of names to values, got {value!r}")
         if self.lora_rank and (self.freeze_layers or self.freeze):
             raise ValueError("freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder itself")
         if self.lora_rank and self.precision == "bf16-pure":

@@ -98,6 +98,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that reads and writes for all."""
+    return not several() or dist.get_rank() == 0
+
+
 class ShardedScorer:
     """A CrossEncoder as evaluators see it, whose pairs are scored by all processes together.
 

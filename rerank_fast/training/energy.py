@@ -19,6 +19,7 @@ class Energy:
     country: str | None  # whose grid kg_co2 is of; None is the world's mean
     cpu_model: str
     ram_gib: float
+    on_cloud: bool
 
 
 class _Latest:
@@ -97,4 +98,5 @@ class EnergyMeter:
             country=data.country_name,
             cpu_model=str(data.cpu_model or ""),
             ram_gib=float(data.ram_total_size),
+            on_cloud=str(data.on_cloud).upper() == "Y",
         )

@@ -25,6 +25,7 @@ from rerank_fast.model.card import (
     html_code,
     hub_id,
     make_card,
+    sources_and_architecture,
     title,
     usage,
 )
@@ -37,6 +38,7 @@ from rerank_fast.training.card_results import (
     evaluation_sections,
     log_table,
     measured_sets,
+    metric_kinds,
     read_log,
 )
 from rerank_fast.training.config import TrainingConfig
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
+_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction", "mini_batch_size")
 # Where a run wrote, and how it showed itself, is nobody's business but its owner's.
 _PRIVATE = ("output", "overwrite", "show_progress_bar")
 _CITATIONS = {
@@ -80,11 +82,18 @@ class RunCard:
     Args:
         lists: the training lists, as `load_lists` gives them, or a stream of such rows.
         sources: where they come from: hub ids, files or directories.
+        eval_sources: where the evaluation lists come from.
     """
 
-    def __init__(self, lists: Dataset | ListStream, sources: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        lists: Dataset | ListStream,
+        sources: Sequence[str] = (),
+        eval_sources: Sequence[str] = (),
+    ) -> None:
         self.lists = describe_lists(lists)
         self.sources = list(sources)
+        self.eval_sources = list(eval_sources)
         self.meter = EnergyMeter()
         self.energy: Energy | None = None
         self.changes: list[Change] = []
@@ -117,8 +126,9 @@ class RunCard:
     def _write(self, trainer: Trainer, result: TrainingResult) -> None:
         energy = self.energy
         model, config, output = trainer.model, trainer.config, Path(result.output)
+        evaluators = trainer.validation.evaluators
         rows = read_log(output / "train_log.jsonl")
-        metrics = chosen_metrics(trainer.evaluators, config)
+        metrics = chosen_metrics(evaluators, config)
         bases = {name: result.metrics[base] for name in metrics if (base := base_of(name, result.metrics))}
         plot = plot_run(rows, metrics=metrics, bases=bases, best_step=result.best_step)
         name = output.resolve().name
@@ -128,14 +138,15 @@ class RunCard:
             f"# {escape(title(model))}",
             _first_sentence(model, self.lists),
             details(model),
+            sources_and_architecture(model),
             usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
-            *evaluation_sections(trainer.evaluators, result.metrics, name_of(trainer.evaluated_in)),
-            *_data(self.lists, self.sources, trainer.evaluators),
+            *evaluation_sections(evaluators, result.metrics, name_of(trainer.evaluated_in)),
+            *_data(self.lists, self.sources, evaluators, self.eval_sources),
             _loss(config),
-            _hyperparameters(config, self.changes),
+            _hyperparameters(config, trainer.backward.max_tokens, self.changes),
             log_table(rows, metrics, bases, result.best_step),
             *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
-            _environment(model, result, energy),
+            _environment(trainer, result, energy),
             _versions(),
             _citations(),
         ]
@@ -152,9 +163,12 @@ class RunCard:
             datasets=datasets or None,
             co2_eq_emissions=None if energy is None else _emissions(energy, result, model),
             model_name=title(model),
-            eval_results=eval_results(trainer.evaluators, result.metrics) or None,
+            metrics=metric_kinds(evaluators) or None,
+            eval_results=eval_results(evaluators, result.metrics) or None,
         )
         card.write(output)
+        if trainer.holds_the_saved_model:
+            model.card = card
 
 
 def _first_sentence(model: CrossEncoder, lists: Described) -> str:
@@ -166,20 +180,29 @@ def _first_sentence(model: CrossEncoder, lists: Described) -> str:
     )
 
 
-def _data(lists: Described, sources: Sequence[str], evaluators: Sequence[Any]) -> list[str]:
-    parts = ["## Training details", "### Training data"]
-    if sources:
-        parts.append(", ".join(_source(source) for source in sources))
+def _data(
+    lists: Described,
+    sources: Sequence[str],
+    evaluators: Sequence[Any],
+    eval_sources: Sequence[str] = (),
+) -> list[str]:
+    parts = ["## Training details", "### Training data", _named(sources)]
     parts.append(lists.to_markdown("training"))
     sets = [one for evaluator in evaluators for one in measured_sets(evaluator)]
     if sets:
         parts.append("### Evaluation data")
+        if eval_sources:
+            parts.append(_named(eval_sources))
     for one in sets:
         rows = [{"query": c.query, "docs": c.docs, "labels": c.labels} for c in one.candidates]
         described = describe_lists(rows).to_markdown("evaluation")
         name = html_code(one.name or "held-out lists")
         parts.append(f"<details><summary>{name}: {len(rows):,} lists</summary>\n\n{described}\n\n</details>")
     return parts
+
+
+def _named(sources: Sequence[str]) -> str:
+    return ", ".join(map(_source, sources)) or "An unnamed dataset."
 
 
 def _source(source: str) -> str:
@@ -189,12 +212,13 @@ def _source(source: str) -> str:
 
 
 def _loss(config: TrainingConfig) -> str:
-    parameters = {name: getattr(config, name) for name in _LOSS if hasattr(config, name)}
-    text = json.dumps(parameters, indent=4)
+    parameters = {name: getattr(config, name) for name in _LOSS}
+    # Whatever the model applies to its scores afterwards: the loss is of the raw ones.
+    text = json.dumps({**parameters, "activation_fn": "torch.nn.modules.linear.Identity"}, indent=4)
     return f"### Loss\n\n`LambdaLoss` with these parameters:\n\n```json\n{text}\n```"
 
 
-def _hyperparameters(config: TrainingConfig, changes: Sequence[Change]) -> str:
+def _hyperparameters(config: TrainingConfig, max_tokens: int, changes: Sequence[Change]) -> str:
     values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
     # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
     default = asdict(type(config)(sharding="none"))
@@ -209,7 +233,9 @@ def _hyperparameters(config: TrainingConfig, changes: Sequence[Change]) -> str:
             "#### Other than the defaults",
             listed(changed) or "None.",
             "#### All",
-            f"<details><summary>Click to expand</summary>\n\n{listed(values)}\n\n</details>",
+            # What was left to the machine is what it came to.
+            f"<details><summary>Click to expand</summary>\n\n"
+            f"{listed({**values, 'max_tokens_per_microbatch': max_tokens})}\n\n</details>",
             *([_changed(changes)] if changes else []),
         ]
     )
@@ -229,20 +255,30 @@ def _setting(value: Any) -> str:
     return code(value, 200) if isinstance(value, str) else escape(str(value), 200)
 
 
-def _environment(model: CrossEncoder, result: TrainingResult, energy: Energy | None) -> str:
-    device = model.device
+def _environment(trainer: Trainer, result: TrainingResult, energy: Energy | None) -> str:
+    device = trainer.model.device
     gpu = (
         f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
         if device.type == "cuda"
         else "none used"
     )
-    lines = ["### Environment", "", f"- **Training time:** {_hours(result.seconds)}, evaluation included"]
+    early = "" if result.steps == trainer.num_steps else f" of {trainer.num_steps:,}, ended early"
+    lines = [
+        "### Environment",
+        "",
+        f"- **Training time:** {_hours(result.seconds - result.evaluation_seconds)}",
+        f"- **Evaluation time:** {_hours(result.evaluation_seconds)}",
+        f"- **Total time:** {_hours(result.seconds)}",
+        f"- **Steps:** {result.steps:,}{early}",
+        f"- **Processes:** {trainer.processes.num_processes}",
+    ]
     if energy is None:
         lines.append("- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures")
     else:
         grid = f"on the grid of {escape(energy.country)}" if energy.country else "at the world's mean of grids"
         lines.append(f"- **Energy:** {energy.kwh:.4g} kWh, as codecarbon estimates it for the machine")
         lines.append(f"- **Carbon:** {energy.kg_co2:.4g} kg of CO2-equivalent, {grid}")
+        lines.append(f"- **On cloud:** {'yes' if energy.on_cloud else 'no'}, as codecarbon sees it")
     lines.append(f"- **GPU:** {escape(gpu)}")
     cpu = energy.cpu_model if energy and energy.cpu_model else _cpu_model()
     lines.append(f"- **CPU:** {escape(cpu)}; PyTorch's threads: {torch.get_num_threads()}")
@@ -261,6 +297,7 @@ def _emissions(energy: Energy, result: TrainingResult, model: CrossEncoder) -> d
         "training_type": "fine-tuning",
         "cpu_model": energy.cpu_model,
         "ram_total_size": energy.ram_gib,
+        "on_cloud": energy.on_cloud,
         "hours_used": round(result.seconds / 3600, 3),
         **({"hardware_used": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
     }

@@ -1,4 +1,4 @@
-"""The run as one picture: loss, learning rate and metric over steps."""
+"""The run as one picture: losses, learning rate and metric over steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plot_run(
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("No plot of the run: matplotlib is not installed (pip install 'rerank-fast[card]').")
         return None
-    series = {name: _series(rows, name) for name in ("loss", "learning_rate", *metrics)}
+    series = {name: _series(rows, name) for name in ("loss", "eval_loss", "learning_rate", *metrics)}
     drawn = [name for name in metrics if series[name]]
     panels = [name for name in ("loss", "learning_rate") if series[name]] + (["metric"] if drawn else [])
     if not panels:
@@ -58,7 +58,7 @@ def plot_run(
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         if panel == "loss":
-            _draw_loss(axis, series["loss"])
+            _draw_loss(axis, series["loss"], series["eval_loss"])
         elif panel == "learning_rate":
             axis.plot(*_columns(series["learning_rate"]), color=_COLORS[0], linewidth=1.6)
             axis.set_ylim(bottom=0)
@@ -83,19 +83,24 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _draw_loss(axis: Any, points: Sequence[tuple[int, float]]) -> None:
+def _draw_loss(axis: Any, points: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> None:
     steps, values = _columns(points)
     if len(values) < 20:
-        axis.plot(steps, values, color=_COLORS[0], linewidth=1.6, marker="o", markersize=3)
+        axis.plot(steps, values, color=_COLORS[0], linewidth=1.6, marker="o", markersize=3, label="training")
     else:
-        axis.plot(steps, values, color=_COLORS[0], linewidth=0.8, alpha=0.35, label="logged")
+        axis.plot(steps, values, color=_COLORS[0], linewidth=0.8, alpha=0.35, label="training")
         window = max(5, len(values) // 20)
         smooth = [
             sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i - window + 1) : i + 1]]
         ]
-        axis.plot(steps, smooth, color=_COLORS[0], linewidth=1.8, label=f"mean of the last {window}")
+        label = f"training, mean of the last {window}"
+        axis.plot(steps, smooth, color=_COLORS[0], linewidth=1.8, label=label)
+    if validation:
+        look = {"color": _COLORS[1], "linewidth": 1.6, "marker": "o", "markersize": 3}
+        axis.plot(*_columns(validation), label="validation", **look)
+    if validation or len(values) >= 20:
         axis.legend(loc="upper right", frameon=False, fontsize=8)
-    axis.set_ylabel("training loss")
+    axis.set_ylabel("loss")
 
 
 def _draw_metrics(

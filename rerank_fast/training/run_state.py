@@ -19,7 +19,7 @@ from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
 from rerank_fast.training.energy import Energy
 from rerank_fast.training.from_json import from_json
 from rerank_fast.training.run_identity import Change, find_changes
-from rerank_fast.training.weights import MOMENTS, check_tensors
+from rerank_fast.training.weights import check_tensors
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
@@ -42,6 +42,7 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated: int = 0  # step of the last evaluation
     evaluation_due: bool = False  # an interruption came before it
+    evaluation_seconds: float = 0.0
     seconds: float = 0.0  # and what the machine took in them, where it was measured
     energy: Energy | None = None
     changes: list[Change] = field(default_factory=list)  # where it was resumed
@@ -88,7 +89,8 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
     parts = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
     for name, weight in trainer.weights.items():
         for key, value in trainer.optimizer.state.get(weight, {}).items():
-            parts[f"optimizer.{name}.{key}"] = value
+            if isinstance(value, Tensor):
+                parts[f"optimizer.{name}.{key}"] = value
     if trainer.trained.average is not None:
         parts.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
     tensors = {}
@@ -133,16 +135,26 @@ def restore(
     check_tensors(
         tensors,
         trainer.weights,
+        trainer.optimizer,
         stepped=values.scheduler.last_epoch > 0,
         averaged=bool(values.run.get("ema_decay")),
         where=f"checkpoint {checkpoint}, {TENSORS_FILE}",
     )
+    kept: dict[str, dict[str, Tensor]] = {}  # by the optimizer, for each weight
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            weight_name, _, key = rest.rpartition(".")
+            kept.setdefault(weight_name, {})[key] = value
+    defaults = trainer.optimizer.defaults
+    counts_on_device = bool(defaults.get("fused") or defaults.get("capturable"))
     for name, weight in trainer.weights.items():
         weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))
-        for key in MOMENTS:
-            if (value := tensors.get(f"optimizer.{name}.{key}")) is not None:
-                part = trained.part_of(value.to(device, copy=True), weight)
-                trainer.optimizer.state[weight][key] = part
+        for key, value in kept.get(name, {}).items():
+            # What is one number, as the count of steps, stays on the CPU but where a kernel reads it.
+            place = device if value.dim() or counts_on_device else value.device
+            part = trained.part_of(value.to(place, copy=True), weight)
+            trainer.optimizer.state[weight][key] = part
     if trained.masters is not None:
         trained.masters.write_back()
     if trained.average is not None:

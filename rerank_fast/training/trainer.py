@@ -19,11 +19,9 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from rerank_fast.data.batches import Batch, BatchMaker
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
-from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
@@ -36,6 +34,8 @@ from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.run_identity import describe_run
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
 from rerank_fast.training.run_state import Progress, capture, restore
+from rerank_fast.training.schedule import make_schedule
+from rerank_fast.training.validation import Validation
 from rerank_fast.training.weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class TrainingResult:
     best_step: int
     metrics: dict[str, float]
     train_loss: float  # mean over all steps
-    seconds: float  # of all steps, also of those before the run was resumed
+    seconds: float  # of the whole run, also of what was before it was resumed
+    evaluation_seconds: float  # those of them in which the model was measured
 
 
 class Trainer:
@@ -67,8 +68,9 @@ class Trainer:
 
     Args:
         model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32, or bf16
-            with precision "bf16-pure". After train(), interrupted or not, it is an ordinary model of the last
-            weights: adapters are merged, and the same parameters require gradients as before.
+            with precision "bf16-pure". After train() it is an ordinary model, with load_best of the weights that
+            were saved, else or where the run was interrupted of the last ones: adapters are merged, and the same
+            parameters require gradients as before. Its activation function stays what it is.
         train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
         eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
             instead of the best. Scores are computed in the dtype that the run multiplies in (fp32 where a CPU
@@ -116,21 +118,10 @@ class Trainer:
                 pass
         self._same_run = checkpoints.is_of(self.resumed_from, self.output)
         self.lists = open_lists(train_lists, streaming=config.streaming)
-        self.card = RunCard(self.lists, names_of(train_lists))
+        self.card = RunCard(self.lists, names_of(train_lists), [] if eval is None else names_of(eval))
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
-        self.evaluators = [] if evaluator is None else [evaluator]
-        if eval is not None:
-            name = "" if evaluator is None else "eval"
-            self.evaluators.append(RerankingEvaluator(eval, at_k=config.at_k, name=name))
-        names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
-        if names and config.metric_for_best not in names:
-            raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
-        if config.early_stopping_patience is not None and not self.evaluators:
-            raise ValueError(
-                f"early_stopping_patience is {config.early_stopping_patience}, but nothing is evaluated: it needs "
-                "eval (--eval) or an evaluator"
-            )
+        self.validation = Validation(eval, evaluator, config)
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
         if self.processes.num_processes > 1:
@@ -152,12 +143,7 @@ class Trainer:
             assert self.num_batches is not None
             self.num_steps = math.ceil(config.num_epochs * self.num_batches)
         self.optimizer = self.trained.make_optimizer()
-        self.scheduler = get_scheduler(
-            config.schedule,
-            self.optimizer,
-            num_warmup_steps=math.ceil(config.warmup_ratio * self.num_steps),
-            num_training_steps=self.num_steps,
-        )
+        self.scheduler = make_schedule(self.optimizer, config, self.num_steps)
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
         dtype = precision.products_in(config, self.model.device)
         tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, dtype)
@@ -231,8 +217,8 @@ class Trainer:
 
     def _run(self) -> TrainingResult:
         config, model = self.config, self.model
-        # LambdaLoss trains raw scores: a sigmoid on top would only saturate.
-        model.activation_fn = nn.Identity()
+        # LambdaLoss trains raw scores, whatever is applied to them afterwards.
+        self._say(f"Raw scores are trained; predict applies {model.activation_fn} to them.")
         model.train()
         progress = self._begin()
         done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
@@ -253,7 +239,7 @@ class Trainer:
                 except ValueError as error:  # a malformed row of a stream
                     raise self._kept_before(error, progress, done) from error
                 rates.waited += time.perf_counter() - asked
-                learning_rate = max(self.scheduler.get_last_lr())  # of this step
+                learning_rate = float(max(self.scheduler.get_last_lr()))  # of this step
                 outcome = self._step(batch, rates, interrupted=signals.came)
                 done.append((outcome, batch.indices))
                 progress.step += 1
@@ -267,7 +253,7 @@ class Trainer:
                 # Several processes must stop at the same step: they go by the sum of the step before.
                 interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
                 agreed = outcome
-                due = bool(self.evaluators) and step % config.eval_steps == 0
+                due = bool(self.validation) and step % config.eval_steps == 0
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
                 if step % config.logging_steps == 0 or self._ends(step) or due or saves:
@@ -289,16 +275,26 @@ class Trainer:
                             "same run with --resume auto, TrainingConfig(resume='auto'), goes on from there.",
                         )
                         raise TrainingInterrupted(path)
-            if self.evaluators and progress.evaluated < progress.step:
+            if self.validation and progress.evaluated < progress.step:
                 self._evaluate(progress)
         model.eval()
         if not progress.best:
             progress.best_step = progress.step
             self._save_best(progress.step)
         self.trained.finish()
+        self.holds_the_saved_model = progress.best_step == progress.step and not self.trained.average
+        if config.load_best and not self.holds_the_saved_model:
+            self.trained.load(self.output)
+            self.holds_the_saved_model = True
         seconds, mean_loss = time.perf_counter() - self._started, progress.loss_sum / max(progress.step, 1)
         result = TrainingResult(
-            str(self.output), progress.step, progress.best_step, progress.best, mean_loss, seconds
+            output=str(self.output),
+            steps=progress.step,
+            best_step=progress.best_step,
+            metrics=progress.best,
+            train_loss=mean_loss,
+            seconds=seconds,
+            evaluation_seconds=progress.evaluation_seconds,
         )
         self._tell("train_end", progress.step, result.metrics)
         if self.processes.is_main_process:
@@ -362,7 +358,8 @@ class Trainer:
         trackers = self.config.trackers if writes else []
         self.log = RunLog(self.output, trackers, asdict(self.config), position=position, step=progress.step)
         self._tell("train_begin", progress.step)
-        if progress.evaluation_due:
+        first = not progress.step and self.config.eval_on_start and bool(self.validation)
+        if progress.evaluation_due or first:
             self._evaluate(progress)
         return progress
 
@@ -408,10 +405,14 @@ class Trainer:
             callback(Event(name, step, self, values or {}))
 
     def _evaluate(self, progress: Progress) -> None:
-        """Measure the model, and save it if it is the best so far."""
+        """Measure the model, and save it if it is the best so far; untrained it is only measured."""
+        started = time.perf_counter()
         with self.trained.averaged(), self.model.computing_in(self.evaluated_in):
-            metrics = {name: value for one in self.evaluators for name, value in one(self._scorer).items()}
+            metrics = self.validation(self._scorer)
+        progress.evaluation_seconds += time.perf_counter() - started
         self._write("evaluate", progress, metrics)
+        if not progress.step:
+            return
         name = self.config.metric_for_best
         progress.evaluations_since_best += 1
         progress.evaluated, progress.evaluation_due = progress.step, False

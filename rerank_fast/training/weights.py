@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.digest import sample_digest
+from rerank_fast.model.storage import _quiet_transformers as quiet_transformers
 from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
+from rerank_fast.training.optimizer import make_optimizer, state_like
 
 if TYPE_CHECKING:
     from rerank_fast.training.sharding import ShardedWeights
@@ -49,7 +51,7 @@ class TrainedWeights:
         distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
         frozen = {name: one for name, one in inner.named_parameters() if not one.requires_grad}
         # Shards of bf16-pure are cut from fp32 weights.
-        self.frozen = _sample(frozen, torch.bfloat16 if narrow else torch.float32)
+        self.frozen = sample_digest(frozen, torch.bfloat16 if narrow else torch.float32)
         self.shards: ShardedWeights | None = None
         if shards:
             from rerank_fast.training.sharding import ShardedWeights  # a second of imports
@@ -61,16 +63,14 @@ class TrainedWeights:
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the weights, in groups; see parameter_groups."""
-        config = self._config
-        groups = parameter_groups(
-            self.weights,
-            layer_depths(self._model.model),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            decay=config.layer_lr_decay,
-        )
-        return torch.optim.AdamW(groups, fused=True)
+        """The one that the settings name, over the weights.
+
+        Raises:
+            ValueError: see training.optimizer.make_optimizer; or one that can't be cut into shards.
+        """
+        if self.shards and self._config.optimizer == "adafactor":
+            raise ValueError("optimizer adafactor has no shards: expected another one, or sharding none")
+        return make_optimizer(self.weights, layer_depths(self._model.model), self._config)
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """Where the model can run: with its weights whole. Every process must enter."""
@@ -152,6 +152,18 @@ class TrainedWeights:
                 written = WithState(inner, state)
                 self._model.save_as(directory, directory.resolve().name, overwrite=True, model=written)
 
+    def load(self, directory: Path) -> None:
+        """The weights that save wrote, into the ordinary model that finish leaves.
+
+        The first process reads them. Every process must call it.
+        """
+        inner: Any = self._model.model
+        if distributed.is_first():
+            with quiet_transformers():
+                saved = type(inner).from_pretrained(directory, config=inner.config, use_safetensors=True)
+            inner.load_state_dict(saved.state_dict())
+        distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
+
     def help_save(self) -> None:
         """What the process that saves needs of the others: their parts of the weights."""
         if self.shards:
@@ -159,22 +171,10 @@ class TrainedWeights:
                 pass
 
 
-def _sample(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    """A digest of the first values of each weight: tells one base model from another."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        first = weight.detach().flatten()[:64].to("cpu", dtype).view(torch.uint8)
-        digest.update(name.encode() + first.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# What AdamW keeps for each weight that has had a gradient.
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
 def check_tensors(
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
     *,
     stepped: bool,
     averaged: bool,
@@ -183,8 +183,9 @@ def check_tensors(
     """That tensors of a checkpoint are those of the weights, of their dtypes and shapes.
 
     Args:
-        tensors: weights.NAME, optimizer.NAME.KEY with the keys of MOMENTS, average.NAME.
+        tensors: weights.NAME, optimizer.NAME.KEY with what the optimizer keeps, average.NAME.
         weights: to be trained, by name.
+        optimizer: of the weights.
         stepped: the optimizer has made a step.
         averaged: a running average was kept.
         where: the file, for errors.
@@ -193,10 +194,13 @@ def check_tensors(
         ValueError: one is missing, unknown, or of another dtype or shape; names it.
     """
     expected = {}
+    moments = {}
     for name, weight in weights.items():
-        for kind in (f"weights.{name}", f"average.{name}", *_moments(name)[1:]):
+        for kind in (f"weights.{name}", f"average.{name}"):
             expected[kind] = (weight.dtype, tuple(weight.shape))
-        expected[_moments(name)[0]] = (torch.float32, ())
+        kept = {f"optimizer.{name}.{key}": value for key, value in state_like(optimizer, weight).items()}
+        expected |= {key: (value.dtype, tuple(value.shape)) for key, value in kept.items()}
+        moments[name] = list(kept)
     for name, tensor in tensors.items():
         if name not in expected:
             raise ValueError(f"{where}, tensor {name}: unknown; this run trains no such weight")
@@ -208,17 +212,13 @@ def check_tensors(
     needed = [f"weights.{name}" for name in weights]
     if averaged:
         needed += [f"average.{name}" for name in weights]
-    started = [name for name in weights if any(one in tensors for one in _moments(name))]
+    started = [name for name in weights if any(one in tensors for one in moments[name])]
     if stepped and not started:  # a weight that never had a gradient has none, but not all of them
         started = list(weights)
     for name in started:
-        needed += _moments(name)
+        needed += moments[name]
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, as {missing[0]}")
-
-
-def _moments(name: str) -> list[str]:
-    return [f"optimizer.{name}.{key}" for key in MOMENTS]
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
@@ -290,26 +290,6 @@ def _mover(master: Tensor) -> Any:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     return move
-
-
-def parameter_groups(
-    weights: Mapping[str, Tensor],
-    depths: Mapping[str, int],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    decay: float,
-) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, biases and norms don't; each layer down learns `decay` times as fast."""
-    top = max(depths.values())
-    groups: dict[tuple[int, bool], list[Tensor]] = {}
-    for name, weight in weights.items():
-        below = top - depths[name] if decay != 1 else 0
-        groups.setdefault((below, weight.dim() >= 2), []).append(weight)
-    return [
-        {"params": chosen, "lr": learning_rate * decay**below, "weight_decay": weight_decay if matrices else 0.0}
-        for (below, matrices), chosen in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
-    ]
 
 
 class WeightAverage:

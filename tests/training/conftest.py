@@ -33,7 +33,14 @@ def make_lists(count: int, *, seed: int = 0) -> Dataset:
 
 
 def config_for(directory: Path, **settings: object) -> TrainingConfig:
-    quick = {"precision": "fp32", "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 999}
+    quick = {
+        "precision": "fp32",
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "eval_on_start": False,
+        "logging_steps": 1,
+        "save_steps": 999,
+    }
     return TrainingConfig(output=str(directory), show_progress_bar=False, **{**quick, **settings})
 
 

@@ -30,7 +30,7 @@ def test_the_defaults_are_the_published_recipe():
         ("num_epochs", 0),
         ("learning_rate", float("nan")),
         ("warmup_ratio", 1.1),
-        ("schedule", "constant"),
+        ("schedule", "reduce_lr_on_plateau"),
         ("weight_decay", -0.1),
         ("precision", "fp8"),
         ("sharding", "fsdp"),

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.data.lists import ListStream, names_of
-from rerank_fast.evaluation import RerankingEvaluator
+from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
 from rerank_fast.model.card import Card, clean, escape, hub_id, validate_card
 from rerank_fast.training import card_results, model_card
 from rerank_fast.training.energy import Energy, EnergyMeter
 from tests.model_factory import make_tiny_bert
+from tests.stand_ins import make_nano_beir
 from tests.training.conftest import make_lists
 
 HOSTILE = [
@@ -112,14 +114,134 @@ def test_its_tables_are_the_runs_figures(run: tuple[Path, Any]):
         for name in ("map", "mrr@10", "ndcg@10")
     ]
     log = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
-    rows = cells(section(text, "### Training log"))
-    assert rows[0] == ["Epoch", "Step", "Training loss", "Learning rate", "`ndcg@10`"]
-    assert [row[1].strip("*") for row in rows[1:]] == [str(step) for step in sorted({row["step"] for row in log})]
-    bold = [row for row in rows[1:] if row[1].startswith("**")]
+    head, before, *rows, saved = cells(section(text, "### Training log"))
+    assert head == ["Epoch", "Step", "Training loss", "Validation loss", "Learning rate", "`ndcg@10`"]
+    steps = sorted({row["step"] for row in log})
+    assert steps[0] == 0
+    assert [row[1].strip("*") for row in rows] == [str(step) for step in steps[1:]]
+    bold = [row for row in rows if row[1].startswith("**")]
     assert [row[1] for row in bold] == [f"**{result.best_step}**"]
-    assert bold[0][4] == f"**{metrics['ndcg@10']:.4f} ({metrics['ndcg@10'] - metrics['base_ndcg@10']:+.4f})**"
+    gain = f"{metrics['ndcg@10']:.4f} ({metrics['ndcg@10'] - metrics['base_ndcg@10']:+.4f})"
+    assert bold[0][5] == f"**{gain}**"
     losses = {row["step"]: row["loss"] for row in log if "loss" in row}
-    assert [row[2].strip("*") for row in rows[1:]] == [f"{losses[step]:.4f}" for step in sorted(losses)]
+    assert [row[2].strip("*") for row in rows] == [f"{losses[step]:.4f}" for step in sorted(losses)]
+    # The untrained model, and at the end the one that was saved.
+    untrained = log[0]
+    assert untrained["step"] == 0
+    first = f"{untrained['ndcg@10']:.4f} ({untrained['ndcg@10'] - untrained['base_ndcg@10']:+.4f})"
+    assert before == ["-1", "-1", "-", f"{untrained['eval_loss']:.4f}", "-", first]
+    assert saved == ["-1", "-1", "-", f"{metrics['eval_loss']:.4f}", "-", gain]
+    assert saved[3] == bold[0][3].strip("*")
+
+
+# What sentence-transformers' template of a card has, and what stands for it here.
+PARTS = {
+    "Model Details": "## Model details",
+    "Model Description": "- **Architecture:** ",
+    "Model Type": "- **Model type:** cross-encoder",
+    "Base model": "- **Base model:** ",
+    "Maximum Sequence Length": "- **Maximum length:** ",
+    "Number of Output Labels": "- **Output labels:** 1",
+    "Supported Modalit": "- **Modality:** text",
+    "Training Dataset": "### Training data",
+    "Language": "- **Language:** ",
+    "License": "- **License:** ",
+    "Model Sources": "### Model sources",
+    "Documentation": "- **Documentation:** ",
+    "Repository": "- **Repository:** ",
+    "Hugging Face": "- **Hugging Face:** ",
+    "Full Model Architecture": "### Full model architecture\n\n```\nBertForSequenceClassification(",
+    "Usage": "## Usage",
+    "Direct Usage": "from sentence_transformers import CrossEncoder",
+    "Evaluation": "## Evaluation",
+    "Metrics": "| Metric |",
+    "Training Details": "## Training details",
+    "Training Hyperparameters": "### Hyperparameters",
+    "Non-Default Hyperparameters": "#### Other than the defaults",
+    "All Hyperparameters": "#### All",
+    "Training Logs": "### Training log",
+    "Environmental Impact": "### Environment",
+    "Energy Consumed": "- **Energy:** ",
+    "Carbon Emitted": "- **Carbon:** ",
+    "Training Hardware": "### Environment",
+    "On Cloud": "- **On cloud:** ",
+    "GPU Model": "- **GPU:** ",
+    "CPU Model": "- **CPU:** ",
+    "RAM Size": "- **RAM:** ",
+    "Training Time": "- **Training time:** ",
+    "Training": "- **Training time:** ",
+    "Total": "- **Total time:** ",
+    "Framework Versions": "### Framework versions",
+    "Citation": "## Citation",
+    "BibTeX": "```bibtex",
+}
+LEFT_OUT = {"Additional Resources"}  # links to their blog
+# Of the metadata, and of what the published run's card says under its headings.
+METADATA = ("tags", "base_model", "pipeline_tag", "library_name", "metrics", "co2_eq_emissions", "model-index")
+SAID = (
+    "generated_from_trainer", "dataset_size:", "loss:LambdaLoss", "`eval_steps`: ", "`learning_rate`: ",
+    "`warmup_ratio`: 0.1", "`warmup_steps`: None", "`seed`: 12", "`load_best`: True", "`optimizer`: `adamw`",
+    "`adam_beta1`: 0.9", "`adam_beta2`: 0.999", "`adam_epsilon`: 1e-08", "`schedule`: `linear`", '"activation_fn": ',
+    '"mini_batch_size": ', '"k": null', '"sigma": 1.0', "| -1 | -1 | - | ", "| Validation loss |", "Python: ",
+    "Transformers: ", "PyTorch: ", "Accelerate: ", "Datasets: ", "Tokenizers: ", "wang2018lambdaloss",
+    "reimers-2019-sentence-bert",
+)  # fmt: skip
+
+
+def test_it_has_all_that_the_published_card_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    template = Path(sentence_transformers.__file__).parent / "cross_encoder" / "model_card_template.md"
+    text = template.read_text(encoding="utf-8").split("\n---\n", 1)[1]  # without the metadata
+    theirs = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    keys = re.findall(r"^ *#+ ([A-Za-z][\w -]*\w)|^ *- \*\*([A-Za-z][\w -]*\w)", theirs, flags=re.MULTILINE)
+    expected = {heading or key for heading, key in keys} - LEFT_OUT
+    assert len(expected) > 25
+    assert expected <= PARTS.keys()
+    monkeypatch.setattr(EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, False))
+    cached = tmp_path / "models--microsoft--some-encoder" / "snapshots" / "0123"
+    make_tiny_bert(cached)
+    evaluator = NanoBEIREvaluator(["msmarco", "nq"], make_nano_beir(tmp_path / "nano"))
+    config = TrainingConfig(
+        output=str(tmp_path / "out"), precision="fp32", max_steps=2, show_progress_bar=False,
+        metric_for_best="NanoBEIR_R100_mean_ndcg@10",
+    )  # fmt: skip
+    result = Trainer(
+        str(cached), make_lists(9), eval=make_lists(4, seed=1), evaluator=evaluator, config=config
+    ).train()
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert [part for part in PARTS.values() if part not in text] == []
+    assert [part for part in SAID if part not in text] == []
+    card = ModelCard(text)
+    assert [key for key in METADATA if key not in card.data.to_dict()] == []
+    assert card.data.metrics == ["map", "mrr@10", "ndcg@10"]
+    assert card.data.base_model == "microsoft/some-encoder"
+    results = {(one.dataset_name, one.metric_type): one for one in card.data.eval_results}
+    mean = results["NanoBEIR R100 mean", "ndcg@10"]
+    assert (mean.task_type, mean.task_name, mean.dataset_type) == (
+        "cross-encoder-nano-beir", "Cross Encoder Nano BEIR", "NanoBEIR_R100_mean",
+    )  # fmt: skip
+    assert mean.metric_value == result.metrics["NanoBEIR_R100_mean_ndcg@10"]
+    assert ("NanoMSMARCO R100", "map") in results
+    block = section(text, "### Cross Encoder Nano BEIR")
+    assert json.loads(block.split("```json")[1].split("```")[0]) == {
+        "dataset_names": ["msmarco", "nq"], "rerank_k": 100, "at_k": 10, "always_rerank_positives": True,
+    }  # fmt: skip
+    assert "evaluated with `NanoBEIREvaluator`" in block
+
+
+def test_a_run_that_ended_early_says_so(tmp_path: Path):
+    def stop(event: Any) -> None:
+        if event.name == "step_end" and event.step == 2:
+            event.trainer.stop()
+
+    make_tiny_bert(tmp_path / "base")
+    config = TrainingConfig(output=str(tmp_path / "out"), precision="fp32", batch_size=2, show_progress_bar=False)
+    Trainer(str(tmp_path / "base"), make_lists(20), config=config, callbacks=[stop]).train()
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "- **Steps:** 2 of 10, ended early" in text
+    assert "- **Processes:** 1" in text
+    assert re.search(r"`max_tokens_per_microbatch`: \d+", section(text, "#### All"))
+    assert "An unnamed dataset." in section(text, "### Training data")
 
 
 def test_data_settings_and_environment(run: tuple[Path, Any]):
@@ -143,7 +265,8 @@ def test_data_settings_and_environment(run: tuple[Path, Any]):
     assert data.count("<tr>") == 1 + 3  # a head and three samples
     loss = json.loads(section(text, "### Loss").split("```json")[1].split("```")[0])
     assert loss == {"scheme": "ndcg2pp", "k": None, "sigma": 1.0, "mu": 10.0, "eps": 1e-10,
-                    "reduction_log": "binary", "reduction": "pairs"}  # fmt: skip
+                    "reduction_log": "binary", "reduction": "pairs", "mini_batch_size": None,
+                    "activation_fn": "torch.nn.modules.linear.Identity"}  # fmt: skip
     changed = section(text, "#### Other than the defaults")
     assert set(re.findall(r"- `(\w+)`", changed)) == {
         "batch_size", "learning_rate", "precision", "eval_steps", "logging_steps"
@@ -220,11 +343,8 @@ def test_hostile_text_changes_no_tag_of_the_page(tmp_path: Path):
     for name, lists in (("good", harmless), ("evil", hostile)):
         output, _ = train(tmp_path, lists, name, max_steps=2)
         card = (output / "README.md").read_text(encoding="utf-8")
-        trainer = type("Trainer", (), {"model": CrossEncoder(tmp_path / "tiny-base"), "config": TrainingConfig()})
-        trainer.evaluators = [RerankingEvaluator(lists, name="a|b</td> `x` <b>" if name == "evil" else "plain")]
-        texts.append(
-            (card, "\n\n".join(model_card._data(model_card.describe_lists(lists), [], trainer.evaluators)))
-        )
+        evaluator = RerankingEvaluator(lists, name="a|b</td> `x` <b>" if name == "evil" else "plain")
+        texts.append((card, "\n\n".join(model_card._data(model_card.describe_lists(lists), [], [evaluator]))))
     for good, evil in zip(*texts, strict=True):
         expected, found = rendered(f"\n---\n{good}"), rendered(f"\n---\n{evil}")
         assert found.tags == expected.tags
@@ -253,6 +373,37 @@ def test_a_markdown_table_holds_a_hostile_name(tmp_path: Path):
     assert name in page.text
 
 
+def test_a_card_is_of_the_weights_that_it_is_saved_with(run: tuple[Path, Any], tmp_path: Path):
+    """Also where another loop than the Trainer has trained the model since."""
+    output, _ = run
+    model = CrossEncoder(output, device="cpu")
+    model.to(torch.bfloat16).to(torch.float32).eval()
+    model.predict([("what is the panda", "bear")])
+    model.save_pretrained(tmp_path / "same")
+    assert "### Training log" in (tmp_path / "same" / "README.md").read_text()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model(model.preprocess([("what is the panda", "bear")]))["scores"].sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "other")
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "### Training log" not in text
+    assert "## Evaluation" not in text
+
+
+@pytest.mark.parametrize("load_best", [True, False])
+def test_the_model_in_memory_has_the_card_of_its_run(load_best: bool, tmp_path: Path):
+    make_tiny_bert(tmp_path / "base")
+    model = CrossEncoder(tmp_path / "base", device="cpu")
+    config = TrainingConfig(
+        output=str(tmp_path / "out"), precision="fp32", max_steps=2, ema_decay=0.5, load_best=load_best,
+        show_progress_bar=False,
+    )  # fmt: skip
+    Trainer(model, make_lists(9), config=config).train()
+    model.save_pretrained(tmp_path / "copy")
+    saved, copied = ((tmp_path / name / "README.md").read_text() for name in ("out", "copy"))
+    assert (copied == saved.replace('CrossEncoder("out")', 'CrossEncoder("copy")')) == load_best
+
+
 def test_long_texts_are_cut_and_characters_without_a_glyph_removed():
     assert clean("a\n b\t\x00c") == "a b c"
     assert clean("x" * 300, 200) == "x" * 199 + "…"
@@ -262,10 +413,11 @@ def test_long_texts_are_cut_and_characters_without_a_glyph_removed():
 
 
 def test_energy_is_shown_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5))
+    monkeypatch.setattr(EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, True))
     output, _ = train(tmp_path, make_lists(4), max_steps=1)
     text = (output / "README.md").read_text(encoding="utf-8")
     assert "- **Energy:** 0.25 kWh" in text
+    assert "- **On cloud:** yes" in text
     assert "- **Carbon:** 0.014 kg of CO2-equivalent, on the grid of France" in text
     emissions = ModelCard(text).data.co2_eq_emissions
     assert (emissions["emissions"], emissions["energy_consumed"], emissions["source"]) == (14.0, 0.25, "codecarbon")

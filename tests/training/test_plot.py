@@ -43,6 +43,17 @@ def test_each_panel_that_has_values_is_drawn():
     assert plot_run(again) != without_metric
 
 
+def test_the_validation_loss_is_a_line_of_its_own_beside_the_training_loss():
+    pytest.importorskip("matplotlib", reason="the card extra is not installed")
+    validation = [{"step": step, "eval_loss": 1.5} for step in (0, 20, 40)]
+    alone, both = plot_run(ROWS[:40]), plot_run([*ROWS[:40], *validation])
+    assert alone is not None
+    assert both is not None
+    assert has_color(both, (0xD5, 0x5E, 0x00))
+    assert not has_color(alone, (0xD5, 0x5E, 0x00))
+    assert pixels(both).shape == pixels(alone).shape  # in the panel of the losses
+
+
 def test_names_are_text_and_never_formulas():
     pytest.importorskip("matplotlib", reason="the card extra is not installed")
     name = r"$\badmacro{_{$ndcg@10"

@@ -66,7 +66,7 @@ def test_the_published_run_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path
     assert result["steps"] == 4 * -(-(48 + 20 - 10) // 8)
     log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     evaluations = [row for row in log if "NanoBEIR_R100_mean_ndcg@10" in row]
-    assert [row["step"] for row in evaluations] == [10, 20, 30, 32]
+    assert [row["step"] for row in evaluations] == [0, 10, 20, 30, 32]
     best = max(evaluations, key=lambda row: row["NanoBEIR_R100_mean_ndcg@10"])
     assert result["best_step"] == best["step"]
     assert {"eval_ndcg@10", "eval_base_map", "NanoNFCorpus_R100_mrr@10"} <= best.keys()
@@ -74,7 +74,7 @@ def test_the_published_run_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path
     # Up to its card: data, sizes, each set's gain over BM25, the log with the saved step.
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert {"dataset_size:58", "loss:LambdaLoss"} <= set(card.data.tags)
-    values = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    values = {(one.dataset_type, one.metric_type): one.metric_value for one in card.data.eval_results}
     assert values["NanoNQ_R100", "ndcg@10"] == best["NanoNQ_R100_ndcg@10"]
     assert values["eval", "map"] == best["eval_map"]
     assert "`ms_marco`, `mined.jsonl`" in card.text
@@ -98,7 +98,7 @@ def test_the_held_out_lists_are_drawn_with_the_seed_and_not_trained_on(hub: Path
     trainer = build_trainer(load_recipe(PUBLISHED, [*overrides, "metric_for_best=map"]))
     rows = [*load_ms_marco(hub / "ms_marco"), *load_lists(hub / "mined.jsonl")]
     expected = Dataset.from_list(rows).train_test_split(test_size=10, seed=12)["test"]
-    (evaluator,) = trainer.evaluators
+    (evaluator,) = trainer.validation.evaluators
     assert [one.query for one in evaluator.set.candidates] == expected["query"][:]
     assert len(trainer.lists) == len(rows) - 10
 

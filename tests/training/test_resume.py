@@ -288,7 +288,7 @@ def test_time_and_energy_are_those_of_all_parts(tiny_bert: Path, tmp_path: Path,
 
     def measured(meter: EnergyMeter) -> Energy:
         before = began[-1]
-        return Energy(1.0 + (before.kwh if before else 0.0), 2.0, None, "A CPU", 23.5)
+        return Energy(1.0 + (before.kwh if before else 0.0), 2.0, None, "A CPU", 23.5, False)
 
     monkeypatch.setattr(EnergyMeter, "start", lambda meter, before=None: began.append(before))
     monkeypatch.setattr(EnergyMeter, "so_far", measured)

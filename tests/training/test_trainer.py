@@ -85,10 +85,10 @@ def test_sentence_transformers_opens_the_trained_model(tiny_bert: Path, train_li
     sentence_transformers = pytest.importorskip("sentence_transformers")
     Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path, max_steps=2)).train()
     theirs = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
-    assert isinstance(theirs.activation_fn, torch.nn.Identity)
+    assert isinstance(theirs.activation_fn, torch.nn.Sigmoid)
     pairs = [("what is the panda", doc) for doc in train_lists[0]["docs"]]
     ours = CrossEncoder(tmp_path, device="cpu")
-    assert isinstance(ours.activation_fn, torch.nn.Identity)
+    assert isinstance(ours.activation_fn, torch.nn.Sigmoid)
     np.testing.assert_allclose(ours.predict(pairs), theirs.predict(pairs), atol=1e-5)
 
 
