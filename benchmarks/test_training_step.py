@@ -75,7 +75,7 @@ def test_share_of_the_matrix_peak(compare, tmp_path):
             a @ b.t()
 
     compare(
-        f"step of {steps.matrix_flops / 1e12:.2f} Tflop, beside {products} products of {size}^3 in {steps.dtype}",
+        f"step of {steps.matrix_flops / 1e12:.2f} Tflop, beside {products} products of {size}^3 in its dtype",
         steps.ours,
         peak,
         rounds=3,

@@ -85,8 +85,7 @@ def make_steps(lists: list[dict], output: str, *, mini_batch_size: int, max_leng
         ours=lambda: trainer._step(batch),
         peer=make_peer_step(lists, **peer),
         drop_in=make_peer_step(lists, loss_class=DropIn, **peer),
-        describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
-        f"{trainer.config.precision}",
+        describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens",
         dtype={"fp32": torch.float32, "fp16": torch.float16}.get(trainer.config.precision, torch.bfloat16),
         matrix_flops=6.0 * weights * int(lengths.sum()),
     )

@@ -98,9 +98,7 @@ def names_of(source: Source | ListStream) -> list[str]:
         ids = dict.fromkeys(match[1] for match in found if match)
         # A file that `datasets` reads gives the dataset the name of its format, as in json.
         named = info.dataset_name is not None and info.dataset_name != info.builder_name
-        if ids or named:
-            return list(ids) or [str(info.dataset_name)]
-        return [url for url in info.download_checksums or {} if "://" not in url]
+        return list(ids) or ([str(info.dataset_name)] if named else [])
     if isinstance(source, Mapping):
         return []
     return [os.fspath(item) for item in source if isinstance(item, str | os.PathLike)]
