@@ -99,7 +99,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, une
     lists, held_out = tmp_path / "lists.parquet", tmp_path / "eval.parquet"
     uneven_lists.to_parquet(lists)
     make_lists(11, seed=5).to_parquet(held_out)
-    config = config_for(tmp_path / "one", **SETTINGS)
+    config = config_for(tmp_path / "one", eval_on_start=True, **SETTINGS)
     Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
     arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **SETTINGS)
     done = launch(TORCHRUN, 29611, arguments)
@@ -110,7 +110,7 @@ def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, une
     one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
     assert len(one) == len(two)  # and one writes
     for a, b in zip(one, two, strict=True):
-        for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10"}:
+        for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10", "eval_loss"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 

@@ -149,9 +149,11 @@ def test_lora_is_trained_saved_reloaded_and_merged(tiny_bert: Path, tmp_path: Pa
         before["bert.encoder.layer.0.attention.self.query.weight"],
         merged["bert.encoder.layer.0.attention.self.query.weight"],
     )
-    with_adapters = trainer.model.predict(PAIRS)
+    with_adapters = trainer.model.predict(PAIRS, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(
-        CrossEncoder(tmp_path / "run", device="cpu").predict(PAIRS), with_adapters, atol=1e-5
+        CrossEncoder(tmp_path / "run", device="cpu").predict(PAIRS, activation_fn=torch.nn.Identity()),
+        with_adapters,
+        atol=1e-5,
     )
     # PEFT puts the adapter on the base model.
     base = CrossEncoder(tiny_bert, device="cpu", activation_fn=torch.nn.Identity())
@@ -172,7 +174,7 @@ def test_a_lora_head_with_the_names_of_the_encoders_layers_is_trained_whole(tmp_
     settings = {"lora_rank": 4, "learning_rate": 5e-3, "max_steps": 6}
     trainer = Trainer(roberta, make_lists(24), config=config_for(tmp_path / "run", **settings))
     trainer.train()
-    with_adapters = trainer.model.predict(PAIRS)
+    with_adapters = trainer.model.predict(PAIRS, activation_fn=torch.nn.Identity())
     base = CrossEncoder(roberta, device="cpu", activation_fn=torch.nn.Identity())
     adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "run" / "adapter").eval()
     with torch.no_grad():

@@ -244,7 +244,7 @@ def put(value: object, *path: str | int) -> Callable[[dict], object]:
         (put({"ndcg@10": None}, "progress", "best"), "field best, ndcg@10: expected finite float, got NoneType"),
         (
             put({"kwh": 1}, "progress", "energy"),
-            "field energy: field kg_co2, country, cpu_model, ram_gib is missing",
+            "field energy: field kg_co2, country, cpu_model, ram_gib, on_cloud is missing",
         ),
         (put(3, "step"), "field step: expected from 4 to 4, got 3"),
         (put(6, "progress", "batch"), "progress, field batch: expected from 0 to 4, got 6"),

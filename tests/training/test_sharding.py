@@ -55,7 +55,7 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     make_lists(11, seed=5).to_parquet(held_out)
     file.write_text(yaml.safe_dump(FSDP2))
     settings = {**SETTINGS, **MIXED, "gradient_accumulation_steps": 2}
-    config = config_for(tmp_path / "one", **settings)
+    config = config_for(tmp_path / "one", eval_on_start=True, **settings)
     Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
 
     arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **settings)
@@ -68,7 +68,7 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     assert printed.count("As accelerate launch was told: precision fp32 (mixed_precision no), sharding fsdp2.") == 1
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"))
     for a, b in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
-        for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10"}:
+        for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10", "eval_loss"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
     # One wrote it, whole, as plain safetensors.
     files = sorted(path.name for path in (tmp_path / "two").glob("*.safetensors"))
@@ -152,6 +152,8 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     # What is left in memory is an ordinary model: it can be saved, and trained again.
     for name in ("unbroken", "stopped", *others):
         in_memory = CrossEncoder(tmp_path / name / "memory", device="cpu")
+        best = weights(tmp_path / name)
+        assert all(torch.equal(one, best[key]) for key, one in in_memory.model.state_dict().items())
         (checkpoint,) = checkpoints(tmp_path / name / "again")
         for rank in range(2):
             part = json.loads((tmp_path / name / f"rank-{rank}.json").read_text())
