@@ -1,4 +1,4 @@
-"""Model directories: reading Hugging Face and sentence-transformers checkpoints, writing both at once, the hub."""
+"""Model directories: what Hugging Face and sentence-transformers save is read and written."""
 
 from rerank_fast.model.storage.hub import create_repository, push
 from rerank_fast.model.storage.reading import LoadedModel, load

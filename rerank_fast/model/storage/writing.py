@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from rerank_fast.model.card import CARD_FILE, Card
 from rerank_fast.model.heads import Answers
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
+from rerank_fast.model.texts import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,11 @@ def save(
             target = directory / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
-    except OSError as error:
-        raise ValueError(f"can't write a model to {directory}: {error}") from error
+    except Exception as error:
+        # tokenizers has no kind of its own for what the system refuses.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        raise ValueError(f"can't write a model to {directory}: {one_line(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
