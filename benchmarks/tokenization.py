@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.workload import words_like_marco
 from rerank_fast.demo import encoder_directory
-from rerank_fast.model.tokenization import Pair, PairTokenizer
+from rerank_fast.model.texts import Pair
+from rerank_fast.model.tokenization import PairTokenizer
 
 MAX_LENGTH = 512
 WORDS = [

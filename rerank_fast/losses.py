@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.scoring import make_packed_step, run, say_once
+from rerank_fast.model.texts import check_inputs, check_labels
 from rerank_fast.model.wrappers import find_cross_encoder
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
 from rerank_fast.ops.reference import discounts, normalized_gains, pair_mask, pair_weights, ranks
@@ -169,7 +170,7 @@ class LambdaLoss(nn.Module):
     def forward(
         self,
         inputs: list[list[Any]],
-        labels: list[Tensor],
+        labels: list[Any],
         prompt: str | None = None,
         task: str | None = None,
     ) -> Tensor:
@@ -177,13 +178,14 @@ class LambdaLoss(nn.Module):
 
         Args:
             inputs: [queries, documents]: Q queries, and for each query its list of documents.
-            labels: for each query a tensor with the label of each of its documents.
+            labels: for each query a tensor, or any sequence, with a label for each document.
             prompt: passed on to the model's preprocessing.
             task: passed on to the model's preprocessing.
 
         Raises:
-            ValueError: labels are one tensor, inputs are not two columns, or a query's documents and
-                labels differ in number.
+            ValueError: labels are one tensor, inputs are not two columns, a query's documents and
+                labels differ in number, a text is not valid Unicode, or a number, bytes or None
+                stands in place of one; names the query and the document.
         """
         name = type(self).__name__
         if isinstance(labels, Tensor):
@@ -195,6 +197,8 @@ class LambdaLoss(nn.Module):
         queries, documents = inputs
         if len(queries) != len(documents):
             raise ValueError(f"{name} got {len(queries)} queries but {len(documents)} lists of documents.")
+        queries, documents = check_inputs(queries, documents)
+        labels = [_label_tensor(values, q) for q, values in enumerate(labels)]
         docs_per_query = [len(docs) for docs in documents]
         labels_per_query = [len(values) for values in labels]
         if docs_per_query != labels_per_query:
@@ -332,6 +336,13 @@ class LambdaLoss(nn.Module):
   year={2018}
 }
 """
+
+
+def _label_tensor(values: Any, query: int) -> Tensor:
+    """(D,) labels of one query; a tensor stays where it is."""
+    if isinstance(values, Tensor) and values.dim():
+        return values
+    return torch.tensor(check_labels(values, f"the labels of query {query}"), dtype=torch.float32)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

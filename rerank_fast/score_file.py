@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +19,12 @@ import pyarrow.parquet
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from rerank_fast.data.output_errors import writing
 from rerank_fast.data.output_lock import locked
 from rerank_fast.data.pairs import PairBlock, PairFile, as_text
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.texts import check_text, one_line
 from rerank_fast.training.distributed import join_processes
 
 logger = logging.getLogger(__name__)
@@ -76,13 +78,16 @@ def score_file(
 
     Raises:
         ValueError: the output exists, another process writes it, or its parts are of another run;
-            the source can't be read, a column is missing, or a row is malformed: names the file and
-            line. Or a part is missing or damaged at the end. Finished parts stay.
+            the source can't be read, a column is missing, or a row is malformed: names the file,
+            the line or row and the field. Or a part is missing or damaged at the end, or a file
+            can't be written, as on a full disk. Finished parts stay.
     """
     source, output = Path(source), Path(output)
     if rows_per_part < 1:
         raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part}")
     file = PairFile(source, columns or {}, keep, rows_per_part)
+    if prompt is not None:
+        check_text(prompt, "prompt")
     for name in keep:
         if name in ("score", "scores"):
             raise ValueError(f"keep can't hold {name}: the output has a column of that name")
@@ -183,11 +188,9 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
                 "pass overwrite=True (--overwrite) to drop them"
             )
         shutil.rmtree(parts)
-    try:
+    with writing(parts):
         parts.mkdir()
         note.write_text(json.dumps(run_id, indent=2), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"can't write to {parts}: {error}") from error
 
 
 def _read_note(note: Path) -> dict[str, Any]:
@@ -214,9 +217,13 @@ def _with_scores(block: PairBlock, scores: np.ndarray) -> pyarrow.Table:
 def _write(path: Path, fill: Any, schema: pyarrow.Schema) -> None:
     """A Parquet file that is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
-        fill(writer)
-    os.replace(unfinished, path)
+    try:
+        with writing(path):
+            with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+                fill(writer)
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a full disk
 
 
 def _merge(source: Path, parts: Path, num_parts: int, output: Path) -> None:
@@ -224,24 +231,36 @@ def _merge(source: Path, parts: Path, num_parts: int, output: Path) -> None:
         raise ValueError(f"{source} holds no pair")
     files = [_part(parts, index) for index in range(num_parts)]
     for file in files:
-        try:
+        with _whole(file, num_parts):
             pyarrow.parquet.read_metadata(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(
-                f"{file}, one of {num_parts} parts, is missing or damaged: {error}; remove it where "
-                "it is there, and start again: the other parts stay"
-            ) from error
     names = pyarrow.parquet.read_schema(files[0]).names
     schema = pyarrow.schema([(name, _common_type(files, name)) for name in names])
 
     def fill(writer: pyarrow.parquet.ParquetWriter) -> None:
         for file in files:
-            table = pyarrow.parquet.read_table(file, partitioning=None)
+            table = _read(file, num_parts)
             columns = [_converted(table.column(name), schema.field(name).type) for name in names]
             writer.write_table(pyarrow.table(columns, schema=schema))
 
     _write(output, fill, schema)
     shutil.rmtree(parts)
+
+
+@contextmanager
+def _whole(part: Path, num_parts: int) -> Iterator[None]:
+    """Inside, a part is read."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{part}, one of {num_parts} parts, is missing or damaged: {one_line(error)}; remove it where "
+            "it is there, and start again: the other parts stay"
+        ) from error
+
+
+def _read(part: Path, num_parts: int, columns: list[str] | None = None) -> pyarrow.Table:
+    with _whole(part, num_parts):
+        return pyarrow.parquet.read_table(part, columns=columns, partitioning=None)
 
 
 def _common_type(files: Sequence[Path], name: str) -> pyarrow.DataType:
@@ -253,7 +272,7 @@ def _common_type(files: Sequence[Path], name: str) -> pyarrow.DataType:
         schemas = [pyarrow.schema([(name, one)]) for one in types]
         common = pyarrow.unify_schemas(schemas, promote_options="permissive").field(name).type
         for file in files:  # a whole number may be too large for a double
-            pyarrow.parquet.read_table(file, columns=[name], partitioning=None).column(name).cast(common)
+            _read(file, len(files), [name]).column(name).cast(common)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
         logger.warning("The kept column %s holds values of several kinds: it is written as text.", name)
         return pyarrow.string()

@@ -159,10 +159,10 @@ def test_kept_columns_may_change_their_numbers_kind(model: CrossEncoder, tmp_pat
     [
         ("{", r"pairs\.jsonl, line 32: not a JSON object"),
         ("3", r"line 32: expected a JSON object, got int 3"),
-        ('{"query": "a"}', r"line 32: no column document \(or docs, a list\); there are query"),
-        ('{"query": "a", "document": null}', r"line 32, column document: expected a string, got NoneType None"),
-        ('{"query": ["a"], "document": "b"}', r"line 32, column query: expected a string, got list"),
-        ('{"query": "a", "document": "\\ud800"}', r"line 32, column document: not valid Unicode"),
+        ('{"query": "a"}', r"line 32: no column document, which the file's first row has, a pair; there are query"),
+        ('{"query": "a", "document": null}', r"line 32, field document: expected a string, got NoneType None"),
+        ('{"query": ["a"], "document": "b"}', r"line 32, field query: expected a string, got list"),
+        ('{"query": "a", "document": "\\ud800"}', r"line 32, field document: not valid Unicode"),
     ],
 )
 def test_a_malformed_line_is_named_and_what_is_done_stays(
@@ -197,7 +197,7 @@ def test_a_malformed_parquet_row_is_named(model: CrossEncoder, tmp_path: Path):
     rows[37]["document"] = None
     source = write(tmp_path / "pairs.parquet", rows)
     with pytest.raises(
-        ValueError, match=r"pairs\.parquet, row 37, column document: expected a string, got NoneType"
+        ValueError, match=r"pairs\.parquet, row 37, field document: expected a string, got NoneType"
     ):
         score_file(model, source, tmp_path / "scores.parquet", rows_per_part=5)
 
@@ -338,6 +338,7 @@ def test_the_command_counts_what_it_truncated_once(directory: Path, tmp_path: Pa
     )
     assert main(command(directory, source, tmp_path / "scores.parquet", "--dtype", "int8")) == 0
     assert [record.message for record in caplog.records if "truncated" in record.message] == [
-        "2 of 5 pairs are longer than max_length=64 tokens and were truncated."
+        "2 of 5 pairs are longer than max_length=64 tokens and were truncated; this is said once, and the "
+        "model's truncated_pairs counts on."
     ]
     assert main(command(directory, tmp_path / "none.jsonl", tmp_path / "other.parquet")) == 2

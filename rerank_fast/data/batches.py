@@ -68,21 +68,13 @@ class BatchMaker:
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
-        said = said_none = False
+        said_none = False
         while True:
             order = self._stream_order if isinstance(self.lists, ListStream) else self._order
             at = -1
             for at, (indices, rows) in enumerate(order(epoch, number), start=number):
                 batch = self._prepare(indices, rows, epoch, at)
-                if batch.lists.truncated and not said:
-                    said = True
-                    logger.warning(
-                        "Pairs longer than max_length=%d tokens are truncated, %d of %d in the first batch that "
-                        "has one; truncated_share in the log counts them.",
-                        self.model.max_length,
-                        batch.lists.truncated,
-                        len(batch.lists.pairs),
-                    )
+                self.model.warn_of_truncation(batch.lists.truncated, len(batch.lists.pairs))
                 if batch.lists_without_pairs and not said_none:
                     said_none = True
                     log = logger.warning if self.rank == 0 else logger.debug  # all ranks know the same

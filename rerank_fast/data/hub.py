@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, load_dataset
+
+from rerank_fast.data.files import (
+    numbered_lines,
+    open_parquet,
+    parse_line,
+    python_values,
+    table_batches,
+)
+from rerank_fast.model.texts import shown
 
 
 def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout: str) -> Dataset:
@@ -29,23 +39,35 @@ def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout:
 
 
 def read_columns(source: Any, names: Sequence[str], where: str) -> dict[str, list[Any]]:
-    """Columns of Parquet or JSONL files of one schema, or of an Arrow table, as Python lists.
+    """Columns of Parquet or JSONL files, or of an Arrow table, as Python lists.
 
     Raises:
-        ValueError: a file can't be read, or a column is missing (lists those that there are).
+        ValueError: a file can't be read, a row of it is malformed, or a column is missing (lists
+            those that there are).
     """
-    import pyarrow
-    import pyarrow.dataset
-
     if isinstance(source, pyarrow.Table):
-        table = source
-    else:
-        kind = "parquet" if Path(source[0]).suffix == ".parquet" else "json"
-        try:
-            table = pyarrow.dataset.dataset([str(file) for file in source], format=kind).to_table()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{where} can't be read as {kind}: {error}") from error
-    missing = [name for name in names if name not in table.column_names]
+        _check_columns(names, source.column_names, where)
+        return {name: python_values(source.column(name), name, where) for name in names}
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for path in map(Path, source):
+        if path.suffix == ".parquet":
+            with open_parquet(path) as file:
+                _check_columns(names, file.schema_arrow.names, where)
+                for first, batch in table_batches(file, path, columns=list(names)):
+                    for name in names:
+                        columns[name] += python_values(batch.column(name), name, str(path), first)
+            continue
+        for number, line in numbered_lines(path):
+            row = parse_line(path, number, line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown(row)}")
+            _check_columns(names, row, f"{path}, line {number}")
+            for name in names:
+                columns[name].append(row[name])
+    return columns
+
+
+def _check_columns(names: Sequence[str], there: Collection[str], where: str) -> None:
+    missing = [name for name in names if name not in there]
     if missing:
-        raise ValueError(f"{where}: no column {' or '.join(missing)}; there are {sorted(table.column_names)}")
-    return {name: table.column(name).to_pylist() for name in names}
+        raise ValueError(f"{where}: no column {' or '.join(missing)}; there are {sorted(there)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import pyarrow
 from datasets import (
     Dataset,
     DatasetDict,
@@ -20,14 +21,22 @@ from datasets import (
     load_from_disk,
 )
 
+from rerank_fast.data.files import (
+    LINE_SUFFIXES,
+    numbered_lines,
+    open_parquet,
+    parse_line,
+    python_rows,
+    table_batches,
+)
 from rerank_fast.data.hub import load_hub_dataset
+from rerank_fast.model.texts import check_text, one_line, plain, shown
 
 FEATURES = Features({"query": Value("string"), "docs": List(Value("string")), "labels": List(Value("float32"))})
 # sentence-transformers takes any of these as the label column.
 _ALIASES = {"query": ("query",), "docs": ("docs",), "labels": ("labels", "label", "scores", "score")}
 _FLOAT32_MAX = 3.4028234663852886e38
 _HUB_URL = re.compile(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@")
-_LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 Source: TypeAlias = str | os.PathLike[str] | Dataset | IterableDataset | Sequence[Any]
 
@@ -118,6 +127,7 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str
     Raises:
         ValueError: the source can't be read, or is none of these.
     """
+    source = plain(source) if isinstance(source, np.ndarray) else source
     if isinstance(source, DatasetDict | IterableDatasetDict):
         if (split or "train") not in source:
             raise ValueError(f"the dataset has the splits {sorted(map(str, source))}, not {split or 'train'!r}")
@@ -130,7 +140,7 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[tuple[str
         return (row for item in source for row in _open(os.fspath(item), split))
     if isinstance(source, Sequence):
         return _placed(source, "list")
-    raise ValueError(f"expected a path, a dataset or a sequence of lists, got {type(source).__name__}")
+    raise ValueError(f"expected a path, a dataset or a sequence of lists, got {shown(source)}")
 
 
 def _name(source: Source) -> str:
@@ -138,7 +148,7 @@ def _name(source: Source) -> str:
         return os.fspath(source)
     if isinstance(source, Dataset | DatasetDict | IterableDataset | IterableDatasetDict):
         return "dataset"
-    if source and all(isinstance(item, str | os.PathLike) for item in source):
+    if len(source) and all(isinstance(item, str | os.PathLike) for item in source):
         return ", ".join(map(str, source))
     return "the sequence of lists"
 
@@ -160,15 +170,16 @@ def _open(path: str, split: str | None) -> Iterator[tuple[str, Any]]:
     if file.is_dir():
         try:
             saved = load_from_disk(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a dataset written by save_to_disk: {error}") from error
+        except Exception as error:  # of as many kinds as there are parts of its files
+            said = f"{path} is not a dataset written by save_to_disk: {one_line(error)}"
+            raise ValueError(said) from error
         if isinstance(saved, DatasetDict):
             name = split or "train"
             if name not in saved:
                 raise ValueError(f"{path} has the splits {sorted(map(str, saved))}, not {name!r}")
             saved = saved[name]
         return _dataset_rows(saved, path)
-    if file.suffix in _LINE_SUFFIXES or file.suffix == ".parquet":
+    if file.suffix in LINE_SUFFIXES or file.suffix == ".parquet":
         if not file.is_file():
             raise ValueError(f"file {path} does not exist")
         return _parquet_rows(path) if file.suffix == ".parquet" else _json_lines(path)
@@ -179,33 +190,33 @@ def _open(path: str, split: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    try:
-                        yield place, json.loads(line.rstrip())  # or the parser counts one more line
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{place}: not a JSON object: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    for number, line in numbered_lines(path):
+        yield f"{path}, line {number}", parse_line(path, number, line)
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    file = open_parquet(path)
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    return _placed((row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()), path)
+    def rows() -> Iterator[dict[str, Any]]:
+        with file:
+            for first, batch in table_batches(file, path, batch_size=1024):
+                yield from python_rows(batch, path, first)
+
+    return _placed(rows(), path)
 
 
 def _dataset_rows(dataset: Dataset | IterableDataset, where: str) -> Iterator[tuple[str, Any]]:
-    rows = (row for batch in dataset.with_format(None).iter(batch_size=1024) for row in _transpose(batch))
-    return _placed(rows, where)
+    def rows() -> Iterator[dict[str, Any]]:
+        read = 0
+        try:
+            for batch in dataset.with_format(None).iter(batch_size=1024):
+                for row in _transpose(batch):
+                    read += 1
+                    yield row
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}, from row {read} on: damaged: {one_line(error)}") from error
+
+    return _placed(rows(), where)
 
 
 def _placed(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -220,7 +231,7 @@ def _checked(rows: Iterable[tuple[str, Any]], columns: Mapping[str, str] | None)
     names: dict[str, str] | None = None
     for place, row in rows:
         if not isinstance(row, Mapping):
-            raise ValueError(f"{place}: expected an object with query, docs and labels, got {type(row).__name__}")
+            raise ValueError(f"{place}: expected an object with query, docs and labels, got {shown(row)}")
         if names is None or any(name not in row for name in names.values()):
             names = _column_names(row, place, columns)
         query, docs, labels = (row[names[field]] for field in ("query", "docs", "labels"))
@@ -243,28 +254,11 @@ def _column_names(row: Mapping[str, Any], place: str, columns: Mapping[str, str]
     return names
 
 
-def check_text(value: Any, place: str, *, allow_empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: expected a string, got {type(value).__name__} {value!r:.60}")
-    if not allow_empty and not value.strip():
-        raise ValueError(f"{place}: the string is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{place}: not valid Unicode: {error}") from error
-    return value
-
-
-def plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers and arrays as Python's own; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def check_documents(docs: Any, labels: Any, place: str, names: Mapping[str, str]) -> dict[str, list[Any]]:
     docs, labels = plain(docs), plain(labels)
     for field, values in (("docs", docs), ("labels", labels)):
         if not isinstance(values, list | tuple):
-            raise ValueError(f"{place}, field {names[field]}: expected a list, got {type(values).__name__}")
+            raise ValueError(f"{place}, field {names[field]}: expected a list, got {shown(values)}")
     if not docs:
         raise ValueError(f"{place}, field {names['docs']}: no documents")
     if len(docs) != len(labels):

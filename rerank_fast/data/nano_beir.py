@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_fast.data.hub import load_hub_dataset, read_columns
-from rerank_fast.data.lists import check_text
+from rerank_fast.model.texts import check_text
 
 DATASETS = {
     "climatefever": "ClimateFEVER",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rerank_fast.data.output_errors import writing
+
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
@@ -41,7 +43,8 @@ def locked(output: Path) -> Iterator[None]:
     try:
         since = datetime.now().isoformat(sep=" ", timespec="seconds")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-        note.write_text(json.dumps(holder), encoding="utf-8")
+        with writing(output):
+            note.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         for left in (note, file):

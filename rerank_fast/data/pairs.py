@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
-_LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
+from rerank_fast.data.files import (
+    LINE_SUFFIXES,
+    numbered_lines,
+    open_parquet,
+    parquet_batches,
+    parse_line,
+    python_rows,
+)
+from rerank_fast.model.texts import check_text, one_line, shown
+
 _FIELDS = ("query", "document", "docs")
 
 
@@ -26,6 +34,15 @@ class PairBlock:
 
 
 @dataclass(frozen=True)
+class _Names:
+    """The columns that are read, as the first row has them: a file is of pairs or of lists."""
+
+    query: str
+    documents: str
+    is_list: bool
+
+
+@dataclass(frozen=True)
 class PairFile:
     """A file of pairs (query, document), or of lists (query, docs).
 
@@ -37,7 +54,7 @@ class PairFile:
 
     Raises:
         ValueError: the file can't be read or a column is missing. While blocks are read: a malformed row, with the
-            file and its line or row (the first one is line 1, row 0).
+            file and its line or row (the first is line 1, row 0) and field.
     """
 
     path: Path
@@ -51,7 +68,9 @@ class PairFile:
                 raise ValueError(
                     f"columns maps query and document or docs to the file's names, got the key {name!r}"
                 )
-        if self.path.suffix not in (*_LINE_SUFFIXES, ".parquet"):
+        for name in self.keep:
+            check_text(name, "keep")
+        if self.path.suffix not in (*LINE_SUFFIXES, ".parquet"):
             raise ValueError(f"expected a .jsonl or .parquet file of pairs, got {self.path}")
         if not self.path.is_file():
             raise ValueError(f"file {self.path} does not exist")
@@ -60,120 +79,120 @@ class PairFile:
         """The wanted ones of the file's blocks; the others are not read where the file's kind allows it."""
         return (self._parquet if self.path.suffix == ".parquet" else self._lines)(wanted)
 
-    def _names(self, there: Sequence[str], where: str) -> tuple[str, str, bool]:
-        """The query's and the documents' columns, and whether a row is a list."""
+    def _names(self, there: Sequence[str], where: str) -> _Names:
         query, document, docs = (self.columns.get(field, field) for field in _FIELDS)
         is_list = "docs" in self.columns or ("document" not in self.columns and document not in there)
-        for name in (query, docs if is_list else document, *self.keep):
+        names = _Names(query, docs if is_list else document, is_list)
+        for name in (names.query, names.documents, *self.keep):
             if name not in there:
                 wanted = f"{document} (or {docs}, a list)" if name == docs and not self.columns else name
                 raise ValueError(f"{where}: no column {wanted}; there are {', '.join(sorted(map(str, there)))}")
-        return query, docs if is_list else document, is_list
+        return names
 
-    def _block(self, index: int, rows: list[tuple[str, Any]], names: tuple[str, str, bool], kept: Any) -> PairBlock:
-        query_name, documents_name, is_list = names
-        pairs, sizes = [], []
+    def _block(self, index: int, rows: list[tuple[str, Any]], names: _Names, kept: pyarrow.Table) -> PairBlock:
+        pairs: list[tuple[str, str]] = []
+        sizes = []
         for place, row in rows:
-            query, documents = _text(row[query_name], f"{place}, column {query_name}"), row[documents_name]
-            if not is_list:
-                pairs.append((query, _text(documents, f"{place}, column {documents_name}")))
+            query = check_text(row[names.query], f"{place}, field {names.query}")
+            documents, field = row[names.documents], f"{place}, field {names.documents}"
+            if not names.is_list:
+                pairs.append((query, check_text(documents, field)))
                 continue
             if not isinstance(documents, list):
-                raise ValueError(
-                    f"{place}, column {documents_name}: expected a list of strings, got {_shown(documents)}"
-                )
+                raise ValueError(f"{field}: expected a list of strings, got {shown(documents)}")
             sizes.append(len(documents))
             for n, document in enumerate(documents):
-                pairs.append((query, _text(document, f"{place}, column {documents_name}[{n}]")))
-        return PairBlock(index, pairs, sizes if is_list else None, kept)
+                pairs.append((query, check_text(document, f"{field}[{n}]")))
+        return PairBlock(index, pairs, sizes if names.is_list else None, kept)
 
     def _parquet(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
-        try:
-            file = pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.path} is not a Parquet file: {error}") from error
-        with file:
+        with open_parquet(self.path) as file:
             names = self._names(file.schema_arrow.names, str(self.path))
-            columns = list(dict.fromkeys([*names[:2], *self.keep]))
+            read = list(dict.fromkeys([names.query, names.documents]))
+            columns = list(dict.fromkeys([*read, *self.keep]))
             index = row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 indices = range(index, index + -(-size // self.rows_per_block))
                 if any(wanted(n) for n in indices):
-                    batches = file.iter_batches(self.rows_per_block, row_groups=[group], columns=columns)
-                    starts = range(row, row + size, self.rows_per_block)
-                    for n, start, batch in zip(indices, starts, batches, strict=True):
+                    batches = parquet_batches(
+                        file, self.path, group, row, batch_size=self.rows_per_block, columns=columns
+                    )
+                    for n, (start, batch) in enumerate(batches, start=index):
                         if wanted(n):
-                            table = pyarrow.Table.from_batches([batch])
-                            rows = [
-                                (f"{self.path}, row {start + k}", values)
-                                for k, values in enumerate(table.select(list(dict.fromkeys(names[:2]))).to_pylist())
-                            ]
-                            yield self._block(n, rows, names, table.select(list(self.keep)))
+                            yield self._parquet_block(n, start, batch, names, read)
                 index, row = indices.stop, row + size
 
+    def _parquet_block(
+        self, index: int, start: int, batch: pyarrow.RecordBatch, names: _Names, read: list[str]
+    ) -> PairBlock:
+        table = pyarrow.Table.from_batches([batch])
+        rows = python_rows(table.select(read), str(self.path), start)
+        placed = [(f"{self.path}, row {start + k}", values) for k, values in enumerate(rows)]
+        kept = table.select(list(self.keep))
+        try:
+            kept.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            list(python_rows(kept, str(self.path), start))  # names the row and the field of a text
+            raise ValueError(f"{self.path}, from row {start} on: damaged: {one_line(error)}") from error
+        return self._block(index, placed, names, kept)
+
     def _lines(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
-        names: tuple[str, str, bool] | None = None
+        names: _Names | None = None
         index, lines = 0, list[tuple[int, bytes]]()
 
-        def parsed() -> Iterator[tuple[str, Any]]:
-            nonlocal names
-            for number, line in lines:
-                place = f"{self.path}, line {number}"
-                try:
-                    row = json.loads(line.rstrip())  # or the parser counts one more line
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{place}: not a JSON object: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{place}: expected a JSON object, got {_shown(row)}")
-                if names is None or any(name not in row for name in (*names[:2], *self.keep)):
-                    names = self._names(list(row), place)
-                yield place, row
-
         def block() -> PairBlock:
-            rows = list(parsed())
             assert names is not None
-            kept = {name: _column([row[name] for _, row in rows]) for name in self.keep}
+            rows = [self._row(number, line, names) for number, line in lines]
+            kept = {name: _column([row[name] for _, row in rows], rows, name) for name in self.keep}
             return self._block(index, rows, names, pyarrow.table(kept))
 
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
-                    continue
-                lines.append((number, line if wanted(index) else b""))
-                if len(lines) == self.rows_per_block:
-                    if wanted(index):
-                        yield block()
-                    index, lines = index + 1, []
+        for number, line in numbered_lines(self.path):
+            if names is None:
+                names = self._names(list(self._object(number, line)), f"{self.path}, line {number}")
+            lines.append((number, line if wanted(index) else b""))
+            if len(lines) == self.rows_per_block:
+                if wanted(index):
+                    yield block()
+                index, lines = index + 1, []
         if lines and wanted(index):
             yield block()
 
+    def _object(self, number: int, line: bytes) -> dict[str, Any]:
+        row = parse_line(self.path, number, line)
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {shown(row)}")
+        return row
 
-def _column(values: list[Any]) -> pyarrow.Array:
+    def _row(self, number: int, line: bytes, names: _Names) -> tuple[str, dict[str, Any]]:
+        place, row = f"{self.path}, line {number}", self._object(number, line)
+        for name in (names.query, names.documents, *self.keep):
+            if name not in row:
+                kind = "a list" if names.is_list else "a pair"
+                raise ValueError(
+                    f"{place}: no column {name}, which the file's first row has, {kind}; there are "
+                    f"{', '.join(sorted(row))}"
+                )
+        return place, row
+
+
+def _column(values: list[Any], rows: list[tuple[str, Any]], name: str) -> pyarrow.Array:
     """A column of JSON values; of several kinds, or of numbers beyond 64 bits, as text."""
     try:
-        return pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
-        return as_text(values)
+        try:
+            return pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            return as_text(values)
+    except UnicodeEncodeError:
+        for value, (place, _) in zip(values, rows, strict=True):
+            try:
+                pyarrow.array([value])
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{place}, field {name}: not valid Unicode: {error}") from error
+        raise
 
 
 def as_text(values: Iterable[Any]) -> pyarrow.Array:
     """JSON values as strings: strings as they are, others as JSON writes them."""
     texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return pyarrow.array(texts, pyarrow.string())
-
-
-def _text(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: expected a string, got {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{place}: not valid Unicode: {error}") from error
-    return value
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.texts import check_labels
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
@@ -40,13 +41,22 @@ class TokenizedLists:
 
 
 def tokenize_lists(lists: Sequence[Any], model: CrossEncoder) -> TokenizedLists:
-    """Tokenise every (query, document) pair of lists as `load_lists` and `ListStream` give them."""
-    pairs = [(one["query"], doc) for one in lists for doc in one["docs"]]
+    """Tokenise every (query, document) pair of lists as `load_lists` and `ListStream` give them.
+
+    Raises:
+        ValueError: a list's labels are no numbers or not one for each document, or a text is no
+            string.
+    """
+    labels = [check_labels(one["labels"], f"list {i}, labels") for i, one in enumerate(lists)]
     sizes = [len(one["docs"]) for one in lists]
+    for i, (values, size) in enumerate(zip(labels, sizes, strict=True)):
+        if len(values) != size:
+            raise ValueError(f"list {i}: {size} documents but {len(values)} labels")
+    pairs = [(one["query"], doc) for one in lists for doc in one["docs"]]
     tokens, truncated = model.tokenize_counting(pairs)
     return TokenizedLists(
         tokens,
         np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        np.asarray([label for one in lists for label in one["labels"]], dtype=np.float32),
+        np.asarray([label for values in labels for label in values], dtype=np.float32),
         truncated,
     )

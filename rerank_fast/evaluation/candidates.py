@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
-from rerank_fast.data.lists import check_text, load_lists, plain
+from rerank_fast.data.lists import load_lists
+from rerank_fast.model.texts import check_text, plain, shown
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ def load_candidates(source: Any, *, always_rerank_positives: bool = True) -> lis
     Raises:
         ValueError: a list or sample is malformed; names it and what it has.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and not isinstance(source, DatasetDict | IterableDatasetDict):
         source = list(source.values())
+    source = plain(source) if isinstance(source, np.ndarray) else source
     if _holds_samples(source):
         return [_from_sample(row, i, always_rerank_positives) for i, row in enumerate(source)]
     lists = load_lists(source)
@@ -81,7 +83,7 @@ def _holds_samples(source: Any) -> bool:
 def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candidates:
     place = f"sample {index}"
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: expected query, positive and documents or negative, got {type(row).__name__}")
+        raise ValueError(f"{place}: expected query, positive and documents or negative, got {shown(row)}")
     missing = [key for key in ("query", "positive") if key not in row]
     # A Dataset fills what one row lacks with None.
     others = [key for key in ("documents", "negative") if row.get(key) is not None]
@@ -90,7 +92,8 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
             f"{place}: expected query, positive and either documents or negative; there are {sorted(map(str, row))}"
         )
     query = check_text(row["query"], f"{place}, field query", allow_empty=False)
-    positive = [row["positive"]] if isinstance(row["positive"], str) else row["positive"]
+    positive = plain(row["positive"])
+    positive = [positive] if isinstance(positive, str) else positive
     relevant = _texts_by_id(positive, "p", f"{place}, field positive")
     rest = _texts_by_id(row[others[0]], "d", f"{place}, field {others[0]}")
     if others[0] == "documents":
@@ -105,5 +108,5 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
 def _texts_by_id(values: Any, letter: str, place: str) -> dict[str, str]:
     values = plain(values)
     if not isinstance(values, list | tuple):
-        raise ValueError(f"{place}: expected a list of strings, got {values!r:.60}")
+        raise ValueError(f"{place}: expected a list of strings, got {shown(values)}")
     return {f"{letter}{i}": check_text(text, f"{place}[{i}]") for i, text in enumerate(values)}

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 from torch import nn
 
+from rerank_fast.data.output_errors import writing
 from rerank_fast.evaluation.candidates import Candidates
 from rerank_fast.evaluation.metrics import (
     default_metrics,
@@ -131,7 +132,7 @@ class MeasuredSet:
 
     def write_per_query(self, file: Path, values: dict[str, np.ndarray]) -> None:
         """One CSV row for each query: query_id, then its values."""
-        with file.open("w", newline="", encoding="utf-8") as handle:
+        with writing(file), file.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.writer(handle)
             writer.writerow(["query_id", *values])
             for q, one in enumerate(self.candidates):
@@ -144,7 +145,7 @@ class MeasuredSet:
         Where documents tie the run has one of the orders that the metrics are the mean over, for a
         query always the same. Whitespace and % in ids are percent-encoded; an empty id is %.
         """
-        with file.open("w", encoding="utf-8") as handle:
+        with writing(file), file.open("w", encoding="utf-8") as handle:
             for one, values in zip(self.candidates, self.split(scores), strict=True):
                 query_id = _column(one.query_id)
                 below = np.float32(np.inf)
@@ -199,7 +200,7 @@ class ResultsFile:
             raise ValueError(f"output_path {directory} can't be written: {error}") from error
 
     def append(self, epoch: float, steps: int, means: dict[str, float]) -> None:
-        with self.file.open("a", newline="", encoding="utf-8") as handle:
+        with writing(self.file), self.file.open("a", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerow([epoch, steps, *(means[metric] for metric in self.metrics)])
 
 

@@ -119,7 +119,7 @@ def check_lists(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> lis
         raise ValueError(f"got labels of {len(labels)} lists but scores of {len(scores)}")
     lists: list[Measured] = []
     for q, (y, s) in enumerate(zip(labels, scores, strict=True)):
-        y, s = np.asarray(y, dtype=np.float64), np.asarray(s, dtype=np.float64)
+        y, s = _numbers(y, f"list {q}: the labels"), _numbers(s, f"list {q}: the scores")
         if y.ndim != 1 or s.ndim != 1:
             raise ValueError(f"list {q}: expected one dimension, got {y.shape} and {s.shape}")
         if y.shape != s.shape:
@@ -131,6 +131,13 @@ def check_lists(labels: Sequence[ArrayLike], scores: Sequence[ArrayLike]) -> lis
             raise ValueError(f"list {q}: the label of document {i} is {y[i]}, not finite")
         lists.append((y, s))
     return lists
+
+
+def _numbers(values: ArrayLike, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} are no numbers: {error}") from error
 
 
 def _drawn(names: Mapping[Any, str], lists: Sequence[Measured]) -> dict[Any, np.ndarray]:

@@ -30,7 +30,9 @@ from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import PaddedStep, make_step, padded_scores, run
-from rerank_fast.model.tokenization import CHUNK, Pair, PairTokenizer, PromptTokenizer, check_pairs, chunks
+from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
+from rerank_fast.model.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
+from rerank_fast.model.truncation import TruncationLog
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +68,13 @@ class CrossEncoder(nn.Module):
     Attributes:
         prompts: texts by name, of a directory that sentence-transformers saved with some.
         default_prompt_name: of the prompt that stands for prompt=None in every method; None for no prompt.
+        truncated_pairs: how many pairs were truncated so far, by max_length; see its docstring.
 
     Raises:
-        ValueError: the model is missing, has no safetensors weights, has more than one label, or a score head
-            outside of the Hugging Face model; max_length is below 4 or above the model's positions; dtype is none
-            of the above.
+        ValueError: the model is missing, has no safetensors weights or tokenizer, more than one
+            label, or a score head outside of the Hugging Face model; a file of it is damaged, or
+            names one outside of its directory; a weight is not finite or not a float; max_length is
+            below 4 or above the model's positions; dtype is none of the above.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class CrossEncoder(nn.Module):
         self._compiler: Compiler | None = None
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
+        self._truncation = TruncationLog()
         self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
         if self._precision.int8:
             quantize_linears(self.model)
@@ -130,8 +135,9 @@ class CrossEncoder(nn.Module):
 
     @max_length.setter
     def max_length(self, value: int) -> None:
-        if value < 4:
-            raise ValueError(f"max_length must leave room for two texts and their separators, got {value}")
+        value = plain(value)
+        if not isinstance(value, int) or value < 4:
+            raise ValueError(f"max_length must leave room for two texts and their separators, got {value!r}")
         if self._max_positions is not None and value > self._max_positions:
             raise ValueError(f"max_length is {value}, but {self.name_or_path} has {self._max_positions} positions")
         self._max_length = value
@@ -148,6 +154,16 @@ class CrossEncoder(nn.Module):
     def _digest(self) -> str:
         # In bf16: a card stays with its model where only the dtype changes.
         return sample_digest(dict(self.model.named_parameters()), torch.bfloat16)
+
+    @property
+    def truncated_pairs(self) -> dict[int, int]:
+        """How many pairs were longer than max_length and truncated so far, {max_length: pairs}.
+
+        They are counted in every method that takes texts, and in training and evaluation; a
+        warning is logged at the first of each max_length only. Ask
+        `model.truncated_pairs.get(model.max_length, 0)` before and after a call for its own.
+        """
+        return dict(self._truncation.truncated)
 
     @property
     def device(self) -> torch.device:
@@ -187,10 +203,14 @@ class CrossEncoder(nn.Module):
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _prompt(self, prompt: str | None) -> str | None:
-        """The one given, or the default one."""
+        """The one given, or the default one.
+
+        Raises:
+            ValueError: it is no string, or not valid Unicode.
+        """
         if prompt is None and self.default_prompt_name is not None:
-            return self.prompts[self.default_prompt_name]
-        return prompt
+            prompt = self.prompts[self.default_prompt_name]
+        return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
         return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)
@@ -202,8 +222,8 @@ class CrossEncoder(nn.Module):
     ) -> TokenizedPairs:
         """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
 
-        How many were truncated is said in one warning. The prompt goes before each query; a causal model takes it
-        for the instruction.
+        That some were truncated is said once, and counted: see truncated_pairs. The prompt goes
+        before each query; a causal model takes it for the instruction.
 
         Raises:
             ValueError: an element is not a pair of strings; names its index.
@@ -216,14 +236,28 @@ class CrossEncoder(nn.Module):
         self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
     ) -> tuple[TokenizedPairs, int]:
         """The same, with the number of pairs that were truncated in place of the warning."""
-        check_pairs(pairs)
-        parts, truncated, prompt = [], 0, self._prompt(prompt)
+        pairs, prompt = check_pairs(pairs), self._prompt(prompt)
+        parts, truncated = [], 0
         tokenize = self._pair_tokenizer()
         for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
-            part, cut = tokenize(chunk, self.max_length, prompt)
+            part, cut = self._tokenized(tokenize, chunk, prompt)
             parts.append(part)
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
+
+    def _tokenized(
+        self, tokenize: PairTokenizer | PromptTokenizer, pairs: Sequence[Pair], prompt: str | None
+    ) -> tuple[TokenizedPairs, int]:
+        tokens, truncated = tokenize(pairs, self.max_length, prompt)
+        rows = getattr(self.model.config, "vocab_size", None)
+        number = int(tokens.input_ids.max(initial=0))
+        if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process
+            raise ValueError(
+                f"a text has the token {self.tokenizer.convert_ids_to_tokens(number)!r} with the "
+                f"number {number}, and the model has embeddings for {rows}"
+            )
+        self._truncation.count(truncated, self.max_length)
+        return tokens, truncated
 
     def tokenization_key(self) -> tuple[Any, ...]:
         """What tokenize depends on beside the pairs: with equal keys it gives equal tokens.
@@ -238,14 +272,8 @@ class CrossEncoder(nn.Module):
         return self.max_length, self._prompt(None), state
 
     def warn_of_truncation(self, truncated: int, total: int) -> None:
-        """One warning of how many pairs were longer than max_length, if any were."""
-        if truncated:
-            logger.warning(
-                "%d of %d pairs are longer than max_length=%d tokens and were truncated.",
-                truncated,
-                total,
-                self.max_length,
-            )
+        """One warning of how many pairs were truncated, if any were and none was said yet."""
+        self._truncation.warn(truncated, total, self.max_length)
 
     def preprocess(
         self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
@@ -314,8 +342,9 @@ class CrossEncoder(nn.Module):
         self, chunks: Iterator[TokenizedPairs], total: int, batch_size: int | None, show_progress_bar: bool
     ) -> Tensor:
         """(total,) fp32 raw scores of the pairs of all chunks; one chunk's are in flight while the next is made."""
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = plain(batch_size)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         scores = torch.empty(total, dtype=torch.float32, device=self.device)
         done = 0
         bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
@@ -328,8 +357,8 @@ class CrossEncoder(nn.Module):
         return scores
 
     def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
-        truncated, tokenize, prompt = 0, self._pair_tokenizer(), self._prompt(prompt)
-        parts = (tokenize(chunk, self.max_length, prompt) for chunk in chunks(pairs))
+        truncated, tokenize = 0, self._pair_tokenizer()
+        parts = (self._tokenized(tokenize, chunk, prompt) for chunk in chunks(pairs))
         if len(pairs) > CHUNK:  # for one part a thread would only cost
             parts = ahead(parts)
         for tokens, cut in parts:
@@ -367,13 +396,13 @@ class CrossEncoder(nn.Module):
             ValueError: an element is not a pair of strings; names its index.
             MemoryError: a batch does not fit memory, nor does half of it.
         """
-        if isinstance(pairs, np.ndarray):
-            pairs = pairs.tolist()
-        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
-        batch: Sequence[Pair] = [pairs] if single else pairs  # type: ignore[list-item]
+        pairs = plain(pairs)
+        two = isinstance(pairs, list | tuple) and len(pairs) == 2
+        single = two and all(isinstance(plain(text), str) for text in pairs)
+        batch = check_pairs([pairs] if single else pairs)  # all, before any is scored
+        prompt = self._prompt(prompt)
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
-        check_pairs(batch)  # all, before any is scored
         scores = self._scores(self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar)
         scores = self._activate(scores, activation_fn)
         if convert_to_tensor:
@@ -399,7 +428,6 @@ class CrossEncoder(nn.Module):
         Returns:
             [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
         """
-        documents = documents if isinstance(documents, str) else list(documents)
         return self.rank_many(
             [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn, prompt
         )[0]
@@ -420,10 +448,10 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
         """
-        check_lists(queries, documents_per_query, top_k)
-        if len(queries) == 0:
+        queries, lists = check_lists(queries, documents_per_query, top_k)
+        if not queries:
             return []
-        pairs = [(q, document) for q, docs in zip(queries, documents_per_query, strict=True) for document in docs]
+        pairs = [(query, document) for query, docs in zip(queries, lists, strict=True) for document in docs]
         all_scores = self.predict(
             pairs,
             batch_size=batch_size,
@@ -431,7 +459,7 @@ class CrossEncoder(nn.Module):
             show_progress_bar=show_progress_bar,
             prompt=prompt,
         )
-        return rankings(all_scores, documents_per_query, top_k, return_documents)
+        return rankings(all_scores, lists, top_k, return_documents)
 
     # -- to disk and hub --------------------------------------------------------------------------------
 

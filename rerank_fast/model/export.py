@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.cross_encoder import CrossEncoder, Pair
+from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.texts import Pair, check_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def export_onnx(
         raise ValueError(f"{target} is there already; pass overwrite=True (--overwrite) to replace it")
     if pairs is None:
         pairs = [(query, document) for query in _QUERIES for document in _DOCUMENTS]
+    pairs = check_pairs(pairs)
     if not pairs:
         raise ValueError("export needs at least one pair of texts to check with")
     names = list(model.preprocess(pairs[:2]))

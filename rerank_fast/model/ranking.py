@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rerank_fast.model.texts import check_documents_of, check_text, plain, shown
 
-def check_lists(queries: Sequence[str], documents_per_query: Sequence[Sequence[str]], top_k: int | None) -> None:
-    """ValueError where there is not a list of documents for each query, or top_k is below 1."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
-    if isinstance(queries, str) or len(queries) != len(documents_per_query):
+
+def check_lists(queries: Any, documents_per_query: Any, top_k: int | None) -> tuple[list[str], list[list[str]]]:
+    """The queries, and each one's documents, as lists of Python's strings.
+
+    Raises:
+        ValueError: there is not a list of documents for each query, a text is no string or not
+            valid Unicode, or top_k is no number from 1; names the query and the document.
+    """
+    top_k = plain(top_k)
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be None or at least 1, got {top_k!r}")
+    what = {"a list of queries": queries, "a list of documents a query": documents_per_query}
+    for expected, values in what.items():
+        if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+            raise ValueError(f"expected {expected}, got {shown(values)}")
+    queries = [check_text(query, f"query {q}") for q, query in enumerate(queries)]
+    lists = [check_documents_of(docs, f"query {q}") for q, docs in enumerate(documents_per_query)]
+    if len(queries) != len(lists):
         raise ValueError(
-            f"expected a list of queries and one list of documents for each, got "
-            f"{'a string' if isinstance(queries, str) else f'{len(queries)} queries'} "
-            f"and {len(documents_per_query)} lists of documents"
+            f"expected one list of documents for each query, got {len(queries)} queries and "
+            f"{len(lists)} lists of documents"
         )
-    for index, documents in enumerate(documents_per_query):
-        if isinstance(documents, str):
-            raise ValueError(f"query {index}: expected a list of documents, got a string")
+    return queries, [
+        [check_text(document, f"query {q}, document {d}") for d, document in enumerate(docs)]
+        for q, docs in enumerate(lists)
+    ]
 
 
 def rankings(

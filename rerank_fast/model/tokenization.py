@@ -8,7 +8,7 @@ with one tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Encoding
 
 from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.texts import Pair
 
-Pair = Sequence[str]
 CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory for ids
 CHARACTERS = 1 << 20  # of a tokenizer call's texts; until these are cut, each takes 100 bytes
 _QUERY, _DOCUMENT = 2**32 - 1, 2**32 - 2  # ids that no vocabulary has
@@ -35,16 +35,6 @@ QWEN3_RERANKER_TEMPLATE = (
     # Jinja drops a newline at the end of a template.
     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>{{ '\\n\\n' }}"
 )
-
-
-def check_pairs(pairs: Sequence[Pair], first: int = 0) -> None:
-    """ValueError, with its index, for the first element that is not a pair of strings."""
-    for index, pair in enumerate(pairs, start=first):
-        if isinstance(pair, str | Mapping) or not hasattr(pair, "__len__") or len(pair) != 2:
-            raise ValueError(f"pair {index}: expected (query, document), got {pair!r:.80}")
-        for side, text in zip(("query", "document"), pair, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"pair {index}: expected the {side} to be a string, got {type(text).__name__}")
 
 
 def chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
@@ -142,9 +132,9 @@ class PairTokenizer:
                     query_ids = _cut(query_ids, of_query, side)
                     document_ids = _cut(document_ids, of_document, side)
             texts += query_ids, document_ids
-        return self._framed(texts) if fast else self._prepared(texts, max_length), truncated
+        return self.framed(texts) if fast else self._prepared(texts, max_length), truncated
 
-    def _framed(self, texts: list[list[int]]) -> TokenizedPairs:
+    def framed(self, texts: list[list[int]]) -> TokenizedPairs:
         """The pairs of a fast tokenizer; texts: a query, its document, the next query, ...
 
         Where special tokens go is asked of what puts them there, with two marks in place of texts.
@@ -154,6 +144,8 @@ class PairTokenizer:
         document.pad(1, pad_id=_DOCUMENT, pad_type_id=1)
         marked = self.tokenizer.backend_tokenizer.post_process(query, document)
         frame = marked.ids
+        if frame.count(_QUERY) != 1 or frame.count(_DOCUMENT) != 1:
+            raise ValueError("the tokenizer's post-processor does not give each text of a pair once")
         rows = [[token] for token in frame] * (len(texts) // 2)
         rows[frame.index(_QUERY) :: len(frame)] = texts[::2]
         rows[frame.index(_DOCUMENT) :: len(frame)] = texts[1::2]

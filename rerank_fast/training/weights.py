@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
-from rerank_fast.model.storage import _quiet_transformers as quiet_transformers
+from rerank_fast.model.storage.files import quiet_transformers
 from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from datasets import IterableDataset
 
 from rerank_fast import CrossEncoder
-from rerank_fast.data import load_lists
+from rerank_fast.data import load_lists, tokenize_lists
 from rerank_fast.data.batches import (
     BatchMaker,
     sample_documents,
@@ -76,11 +77,13 @@ def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
 
 def test_truncation_is_said_once(model: CrossEncoder, caplog: pytest.LogCaptureFixture):
     rows = [{"query": "panda", "docs": ["sea " * 100, "bear"], "labels": [1.0, 0.0]}] * 6
+    model = copy.deepcopy(model)  # of which nothing has been said
     batches = list(islice(BatchMaker(load_lists(rows), model, batch_size=2).batches(), 5))
     assert [batch.lists.truncated for batch in batches] == [2] * 5
-    assert [record.message.split(",")[0] for record in caplog.records] == [
-        "Pairs longer than max_length=64 tokens are truncated"
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "2 of 4 pairs are longer than max_length=64 tokens and were truncated"
     ]
+    assert model.truncated_pairs == {64: 10}
 
 
 def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncoder):
@@ -179,3 +182,20 @@ def test_streams_are_read_lazily_and_checked(file: Path, tmp_path: Path):
         ListStream(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="does not exist"):
         ListStream(str(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": [1.0]}, "list 1: 2 documents but 1 labels"),
+        ({"labels": [1.0, None]}, r"list 1, labels\[1\]: expected a number, got NoneType None"),
+        ({"labels": 1.0}, "list 1, labels: expected a label for each document, got float 1.0"),
+        ({"docs": ["bear", None]}, "pair 3, document: expected a string, got NoneType None"),
+        ({"query": "\ud800"}, "pair 2, query: not valid Unicode"),
+    ],
+)
+def test_lists_that_can_not_be_tokenised(model: CrossEncoder, changes: dict, message: str):
+    row = {"query": "panda", "docs": ["bear", "fish"], "labels": np.array([1, 0])}
+    assert tokenize_lists([row], model).labels.tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match=message):
+        tokenize_lists([row, row | changes], model)

@@ -18,6 +18,7 @@ import transformers
 
 from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
+from tests.full_disk import files_up_to
 from tests.model_factory import make_tiny_bert
 
 LISTS = [
@@ -258,3 +259,16 @@ def test_saturating_activation_does_not_tie(model: CrossEncoder) -> None:
         assert evaluator(model) == raw
     finally:
         model.activation_fn = activation
+
+
+@pytest.mark.parametrize("file", ["_results_@10.csv", "_per_query.csv", ".run"])
+def test_a_full_disk_is_said_with_the_files_name(tmp_path: Path, file: str) -> None:
+    lists, model = random_lists(0)
+    options = {"write_csv": "results" in file, "write_per_query": "query" in file, "write_run": "run" in file}
+    evaluator = RerankingEvaluator(lists, **options)
+    if file == "_results_@10.csv":
+        evaluator(model, str(tmp_path))  # the header is there, and the next row does not fit
+    size = sum(one.stat().st_size for one in tmp_path.iterdir()) or 100
+    with files_up_to(size), pytest.raises(ValueError, match=rf"can't write \S*Evaluator{file}: \w+") as error:
+        evaluator(model, str(tmp_path))
+    assert "\n" not in str(error.value)

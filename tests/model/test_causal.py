@@ -112,7 +112,8 @@ def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.
     peer, model = PeerCrossEncoder(str(directory), device="cpu"), CrossEncoder(directory, device="cpu")
     np.testing.assert_allclose(model.predict(pairs), peer.predict(pairs), rtol=1e-5, atol=1e-5)
     assert [record.message for record in caplog.records if record.name.startswith("rerank_fast")] == [
-        "2 of 3 pairs are longer than max_length=384 tokens and were truncated."
+        "2 of 3 pairs are longer than max_length=384 tokens and were truncated; this is said once, and the "
+        "model's truncated_pairs counts on."
     ]
     ending = model.tokenize(PAIRS[:1]).input_ids[-12:].tolist()
     tokens = model.tokenize(pairs)
@@ -217,7 +218,7 @@ def test_causal_models_that_can_not_be_used(tmp_path: Path):
             (directory / name).write_text(text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
     with pytest.raises(ValueError, match="chat template can't carry a pair"):
         CrossEncoder(directory)
-    vocabulary = json.loads(original)
+    vocabulary = json.loads(file.read_text(encoding="utf-8"))
     vocabulary["model"]["vocab"]["##yes"] = vocabulary["model"]["vocab"].pop("yes")
     file.write_text(json.dumps(vocabulary), encoding="utf-8")
     with pytest.raises(ValueError, match="has no token yes or no"):

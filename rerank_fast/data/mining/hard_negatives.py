@@ -18,6 +18,7 @@ from rerank_fast.data.mining.retrieval import Retriever, model_fingerprint, text
 from rerank_fast.data.mining.selection import Selection, grade
 from rerank_fast.data.mining.sources import Collection, load_collection
 from rerank_fast.data.mining.writing import ListWriter, check_output
+from rerank_fast.data.output_lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ def mine_hard_negatives(
 
     Raises:
         ValueError: an option is out of its range; a row is malformed (names file and line); positive_ids are not
-            in the corpus; output exists and is not the interrupted or complete result of this very run.
+            in the corpus; output exists and is not the interrupted or complete result of this very
+            run, is being written by another process, or can't be written: what was written before
+            stays.
     """
     path = Path(output)
     check_output(path)
@@ -131,48 +134,48 @@ def mine_hard_negatives(
     if cross_encoder is not None and not hasattr(cross_encoder, "predict"):
         raise ValueError(f"cross_encoder must have predict, got {type(cross_encoder).__name__}")
     first_stage = _retriever(retriever)
-
-    collection = load_collection(queries, corpus, columns=columns)
-    selection = selection.with_range(max(map(len, collection.positives)), rescored=cross_encoder is not None)
-    settings = {
-        **first_stage.settings(),
-        "cross_encoder": None if cross_encoder is None else model_fingerprint(cross_encoder),
-        **selection.settings(),
-        "labels": labels,
-        "corpus": text_fingerprint(collection.corpus),
-        "queries": text_fingerprint([*collection.queries, *map(repr, collection.positives)]),
-    }
-    writer = ListWriter(path, settings, collection.queries, overwrite=overwrite)
-    result = MiningResult(
-        str(path),
-        lists=writer.lists,
-        resumed_lists=writer.lists,
-        documents=len(collection.corpus),
-        duplicate_documents=collection.duplicates,
-        queries=len(collection.queries),
-        queries_without_positive=collection.without_positive,
-    )
-    if collection.without_positive:
-        logger.warning("queries without a positive, left out: %d", collection.without_positive)
-    if writer.complete:
-        logger.info("%s is complete: nothing to do", path)
+    with locked(path):
+        collection = load_collection(queries, corpus, columns=columns)
+        selection = selection.with_range(max(map(len, collection.positives)), rescored=cross_encoder is not None)
+        settings = {
+            **first_stage.settings(),
+            "cross_encoder": None if cross_encoder is None else model_fingerprint(cross_encoder),
+            **selection.settings(),
+            "labels": labels,
+            "corpus": text_fingerprint(collection.corpus),
+            "queries": text_fingerprint([*collection.queries, *map(repr, collection.positives)]),
+        }
+        writer = ListWriter(path, settings, collection.queries, overwrite=overwrite)
+        result = MiningResult(
+            str(path),
+            lists=writer.lists,
+            resumed_lists=writer.lists,
+            documents=len(collection.corpus),
+            duplicate_documents=collection.duplicates,
+            queries=len(collection.queries),
+            queries_without_positive=collection.without_positive,
+        )
+        if collection.without_positive:
+            logger.warning("queries without a positive, left out: %d", collection.without_positive)
+        if writer.complete:
+            logger.info("%s is complete: nothing to do", path)
+            return result
+        if writer.position:
+            logger.info("%s: going on after %d lists", path, writer.lists)
+        with writer:
+            if writer.position < len(collection.queries):
+                first_stage.index(collection.corpus, collection.queries, show_progress_bar=show_progress_bar)
+                miner = _Miner(collection, first_stage, cross_encoder, selection, labels, batch_size)
+                miner.run(writer, result, query_batch_size, show_progress_bar)
+            if not writer.lists:
+                raise ValueError(
+                    f"no candidate passed for any of the {len(collection.queries)} queries; skipped: "
+                    f"{dict(selection.skipped) or 'none, the retriever found nothing'}"
+                )
+            writer.finish()
+        result.lists = writer.lists
+        result.skipped_candidates = dict(selection.skipped)
         return result
-    if writer.position:
-        logger.info("%s: going on after %d lists", path, writer.lists)
-    with writer:
-        if writer.position < len(collection.queries):
-            first_stage.index(collection.corpus, collection.queries, show_progress_bar=show_progress_bar)
-            miner = _Miner(collection, first_stage, cross_encoder, selection, labels, batch_size)
-            miner.run(writer, result, query_batch_size, show_progress_bar)
-        if not writer.lists:
-            raise ValueError(
-                f"no candidate passed for any of the {len(collection.queries)} queries; skipped: "
-                f"{dict(selection.skipped) or 'none, the retriever found nothing'}"
-            )
-        writer.finish()
-    result.lists = writer.lists
-    result.skipped_candidates = dict(selection.skipped)
-    return result
 
 
 def _retriever(retriever: Any) -> Retriever:

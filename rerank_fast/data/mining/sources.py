@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import DatasetDict
 
-from rerank_fast.data.lists import check_documents, check_text, read_rows
+from rerank_fast.data.lists import check_documents, read_rows
+from rerank_fast.model.texts import check_text, plain, shown
 
 # The names that a column is found by where `columns` gives none.
 _ALIASES = {
@@ -67,7 +69,7 @@ def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, s
     for place, row in read_rows(queries):
         rows += 1
         if not isinstance(row, Mapping):
-            raise ValueError(f"{place}: expected an object with a query and its positives, got {row!r:.60}")
+            raise ValueError(f"{place}: expected an object with a query and its positives, got {shown(row)}")
         column = _column(row, names["query"], place)
         query = check_text(row[column], f"{place}, field {column}", allow_empty=False)
         found = relevant[known[query]] if query in known else {}
@@ -99,11 +101,12 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
     """(place, id, text) of each document of the corpus; a list's ids are its positions."""
     if corpus is None:
         return
+    corpus = plain(corpus) if isinstance(corpus, np.ndarray) else corpus
     if isinstance(corpus, Mapping) and not isinstance(corpus, DatasetDict):
         if not corpus:
             raise ValueError("the corpus holds no document")
         for key, text in corpus.items():
-            yield f"corpus, id {key!r}", str(key), check_text(text, f"corpus, id {key!r}")
+            yield f"corpus, id {key!r}", str(plain(key)), check_text(text, f"corpus, id {key!r}")
         return
     if isinstance(corpus, Sequence) and not isinstance(corpus, str) and corpus and isinstance(corpus[0], str):
         for i, text in enumerate(corpus):
@@ -113,9 +116,9 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
     for place, row in read_rows(corpus):
         rows += 1
         if not isinstance(row, Mapping):
-            raise ValueError(f"{place}: expected an object with a text, got {type(row).__name__} {row!r:.60}")
+            raise ValueError(f"{place}: expected an object with a text, got {shown(row)}")
         column = _column(row, names["text"], place)
-        key = next((row[name] for name in names["id"] if name in row), None)
+        key = plain(next((row[name] for name in names["id"] if name in row), None))
         if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
             raise ValueError(f"{place}: expected a string or an integer as the id, got {key!r:.40}")
         yield place, None if key is None else str(key), check_text(row[column], f"{place}, field {column}")
@@ -143,10 +146,10 @@ def _positives(
             if label > 0:
                 yield index, label
         return
-    values = row[column]
+    values = plain(row[column])
     if values is None:
         return
-    values = values if isinstance(values, list | tuple) else [values]
+    values = [plain(value) for value in (values if isinstance(values, list | tuple) else [values])]
     if kind == "positives":
         for i, value in enumerate(values):
             yield add(check_text(value, f"{place}, field {column}[{i}]", allow_empty=False)), 1.0

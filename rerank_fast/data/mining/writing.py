@@ -12,7 +12,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from rerank_fast.data.files import open_parquet
 from rerank_fast.data.lists import FEATURES
+from rerank_fast.data.output_errors import writing
 
 _ROWS = 1024  # of a Parquet row group
 
@@ -31,6 +33,7 @@ class ListWriter:
 
     Raises:
         ValueError: another suffix, no such directory, a file that no mining run wrote, or one with other settings.
+            From every method: the output can't be written; what was flushed before stays.
     """
 
     def __init__(
@@ -43,52 +46,56 @@ class ListWriter:
         self.position = 0  # the first query that has not been written
         self.lists = 0  # written so far, by earlier runs too
         self._settings = json.loads(json.dumps(settings))
-        if overwrite:
-            for file in (output, self._lines, self._state):
-                file.unlink(missing_ok=True)
         self.complete = False
-        if self._state.exists():
-            self.complete = self._read_state()
-            self._resume(queries)
-        elif output.exists() or self._lines.exists():
-            raise ValueError(f"{output} exists, and no mining run wrote it: choose another output or overwrite it")
-        else:
-            self._write_state()
+        with writing(output):
+            if overwrite:
+                for file in (output, self._lines, self._state):
+                    file.unlink(missing_ok=True)
+            if self._state.exists():
+                self.complete = self._read_state()
+                self._resume(queries)
+            elif output.exists() or self._lines.exists():
+                raise ValueError(
+                    f"{output} exists, and no mining run wrote it: choose another output or overwrite it"
+                )
+            else:
+                self._write_state()
 
     def __enter__(self) -> ListWriter:
-        self._file = None if self.complete else open(self._lines, "a", encoding="utf-8", newline="\n")
+        with writing(self._lines):
+            self._file = None if self.complete else open(self._lines, "a", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self._lines):
+                self._file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with writing(self._lines):
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.lists += 1
 
     def flush(self) -> None:
         """What has been written survives the end of the process."""
         assert self._file is not None
-        self._file.flush()
+        with writing(self._lines):
+            self._file.flush()
 
     def finish(self) -> None:
-        """Close the file and mark it as complete.
-
-        Raises:
-            ValueError: there is no list.
-        """
+        """Close the file and mark it as complete."""
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self.output.suffix == ".parquet":
-            self._to_parquet()
-        self.complete = True
-        self._write_state()
-        if self._lines != self.output:
-            self._lines.unlink()
+        with writing(self.output):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if self.output.suffix == ".parquet":
+                self._to_parquet()
+            self.complete = True
+            self._write_state()
+            if self._lines != self.output:
+                self._lines.unlink()
 
     def _read_state(self) -> bool:
         try:
@@ -116,7 +123,7 @@ class ListWriter:
     def _resume(self, queries: Sequence[str]) -> None:
         """Find the position after the last whole line, and drop what follows it in an incomplete file."""
         if self.complete and self.output.suffix == ".parquet":
-            self.lists = pyarrow.parquet.ParquetFile(self.output).metadata.num_rows
+            self.lists = open_parquet(self.output).metadata.num_rows
             return
         if not self._lines.exists():
             return
@@ -140,10 +147,13 @@ class ListWriter:
     def _to_parquet(self) -> None:
         temporary = self.output.with_name(f"{self.output.name}.tmp")
         schema = FEATURES.arrow_schema
-        with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
-            for rows in _batches(self._lines):
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-        os.replace(temporary, self.output)
+        try:
+            with pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+                for rows in _batches(self._lines):
+                    writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            os.replace(temporary, self.output)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def check_output(output: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rerank_fast.data.mining import BM25Retriever, DenseRetriever
 from tests.data.mining.stubs import FixedEncoder
+from tests.full_disk import files_up_to
 
 CORPUS = [f"document {i}" for i in range(50)]
 QUERIES = [f"query {i}" for i in range(9)]
@@ -164,3 +165,30 @@ def test_wrong_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_corpus_without_terms() -> None:
     with pytest.raises(ValueError, match="none of the 2 documents has a term"):
         BM25Retriever().index(["the", "..."], ["query"], show_progress_bar=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00v\x00{}"])
+def test_a_damaged_cache_is_named(tmp_path: Path, content: bytes) -> None:
+    search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+    file = next(tmp_path.glob("document_embeddings_*.npy"))
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"embeddings in {file} are damaged, remove the file"):
+        search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"done": "3"}', '{"done": -1}', '{"done": 51}', "[3]"])
+def test_a_damaged_note_of_an_interrupted_run_is_named(tmp_path: Path, content: str) -> None:
+    search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+    file = next(tmp_path.glob("document_embeddings_*.npy"))
+    part = file.rename(file.with_name(f"{file.name}.part"))
+    part.with_name(f"{part.name}.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"interrupted run in {part} are damaged, remove it and"):
+        search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+
+
+def test_a_full_disk_is_said_before_anything_is_written_to_a_map(tmp_path: Path) -> None:
+    """A write to a map of blocks that the disk does not have would end the process."""
+    with files_up_to(200), pytest.raises(ValueError, match=r"can't write \S*document_embeddings_\w+\.npy\.part: "):
+        search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+    found = search(DenseRetriever(Hashed(), cache_folder=tmp_path))
+    np.testing.assert_array_equal(found.indices, search(DenseRetriever(Hashed())).indices)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from rerank_fast.data import load_lists, mine_hard_negatives
+from rerank_fast.data.mining.writing import ListWriter
 from tests.data.mining.stubs import FixedCrossEncoder, by_query
+from tests.full_disk import files_up_to
 
 ROWS = [{"query": f"term{i} shared", "positive": f"term{i} positive"} for i in range(300)]
 # Every third query has no negative: its only other term is its own.
@@ -206,3 +208,65 @@ def test_a_bad_score_late_in_the_run_keeps_what_came_before(tmp_path: Path, whol
         mine_hard_negatives(ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder_(), **OPTIONS)
     assert len(by_query(output)) == 128
     assert whole.startswith(output.read_bytes())
+
+
+def test_one_run_at_a_time_writes_an_output(tmp_path: Path, whole: bytes) -> None:
+    output = tmp_path / "lists.jsonl"
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(output)], cwd=Path(__file__).parents[3])
+    try:
+        deadline = time.monotonic() + 60
+        while not (output.exists() and output.read_bytes().count(b"\n") >= 85):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = output.read_bytes()
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=rf"lists\.jsonl is being written by process {child.pid} on "):
+                mine_hard_negatives(
+                    ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder(), **OPTIONS, **options
+                )
+        assert output.read_bytes() == before
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    mine_hard_negatives(ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder(), **OPTIONS)
+    assert output.read_bytes() == whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lists.jsonl", "lists.jsonl.mining.json"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("size", [0, 300, 2000, 20_000])
+def test_a_full_disk_is_one_line_and_what_was_written_stays(
+    tmp_path: Path, whole: bytes, suffix: str, size: int
+) -> None:
+    """The lock's note, the state, the first lists or later ones do not fit."""
+    output = tmp_path / f"lists{suffix}"
+    lines = output if suffix == ".jsonl" else tmp_path / "lists.parquet.partial.jsonl"
+    options = {"output": output, "cross_encoder": FixedCrossEncoder(), **OPTIONS}
+    with files_up_to(size), pytest.raises(ValueError, match=rf"can't write {tmp_path}/lists\S*: \w+") as error:
+        mine_hard_negatives(ROWS, CORPUS, **options)
+    assert "\n" not in str(error.value)
+    written = lines.read_bytes() if lines.exists() else b""
+    assert whole.startswith(written)
+    assert written.count(b"\n") > 20 or size < 20_000
+    result = mine_hard_negatives(ROWS, CORPUS, **options)
+    assert (result.lists, result.resumed_lists) == (200, written.count(b"\n"))
+    assert load_lists(output).to_list() == load_lists([json.loads(line) for line in whole.splitlines()]).to_list()
+
+
+def test_a_full_disk_for_the_table_keeps_the_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "lists.parquet"
+    to_parquet = ListWriter._to_parquet
+
+    def on_a_full_disk(self: ListWriter) -> None:
+        with files_up_to(1000):
+            to_parquet(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ListWriter, "_to_parquet", on_a_full_disk)
+        with pytest.raises(ValueError, match=r"can't write \S*lists\.parquet: "):
+            mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS)
+    names = ["lists.parquet.mining.json", "lists.parquet.partial.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS).resumed_lists == 200
+    assert len(load_lists(output)) == 200

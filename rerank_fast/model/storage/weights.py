@@ -1,0 +1,132 @@
+"""Weights of a checkpoint: safetensors files only, whole, inside of it, and of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rerank_fast.model.storage.files import Checkpoint
+from rerank_fast.model.texts import one_line, shown
+
+_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def check_weight_files(checkpoint: Checkpoint, named: Any) -> dict[str, str]:
+    """The dtype of each tensor of the checkpoint, as safetensors calls it, from the files' headers.
+
+    Args:
+        named: the file that config.json names as `transformers_weights`; None for the usual ones.
+
+    Returns:
+        {} where there is no file.
+
+    Raises:
+        ValueError: a file is damaged or missing, or not a safetensors file in the checkpoint.
+    """
+    if named is None:
+        first = next((name for name in (_FILE, _INDEX) if checkpoint.file(name) is not None), None)
+        if first is None:
+            return {}
+    else:
+        first = checkpoint.inside(named, "config.json")
+        if not first.endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(
+                f"{checkpoint.name}/config.json: expected safetensors weights, pickled ones are not "
+                f"loaded: got {shown(named)}"
+            )
+    _check_adapter(checkpoint)
+    names = _shards(checkpoint, first) if first.endswith(".json") else [first]
+    dtypes: dict[str, str] = {}
+    for name in names:
+        file = checkpoint.file(name)
+        if file is None:
+            where = first if first.endswith(".json") else "config.json"
+            raise ValueError(f"{checkpoint.name} has no {name}, which its {where} names")
+        dtypes |= _header(file)
+    return dtypes
+
+
+def _check_adapter(checkpoint: Checkpoint) -> None:
+    """An adapter beside the model is loaded with it, from a pickle where there is no other file."""
+    if checkpoint.file("adapter_config.json") is not None:
+        file = checkpoint.file("adapter_model.safetensors")
+        if file is None:
+            raise ValueError(
+                f"{checkpoint.name} has an adapter_config.json and no adapter_model.safetensors; "
+                "pickled weights are not loaded"
+            )
+        _header(file)
+
+
+def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The files that an index names."""
+    index = checkpoint.read_json(name)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{checkpoint.name}/{name}: expected a weight_map of names and files, got {shown(weight_map)}"
+        )
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(
+            f"{checkpoint.name}/{name}: expected metadata, an object, got {shown(index.get('metadata'))}"
+        )
+    for shard in weight_map.values():
+        if not checkpoint.inside(shard, name).endswith(".safetensors"):
+            raise ValueError(
+                f"{checkpoint.name}/{name}: expected safetensors files, pickled weights are not "
+                f"loaded: got {shown(shard)}"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _header(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        said = one_line(error).removeprefix("SafetensorError: ")
+        raise ValueError(f"{file} is damaged or no safetensors file: {said}") from error
+
+
+def check_weights(
+    name: str,
+    model: Any,
+    dtypes: dict[str, str],
+    mismatched: Iterable[tuple[str, Any, Any]],
+) -> None:
+    """What safetensors files can hold and a model can't.
+
+    Args:
+        name: of the checkpoint.
+        dtypes: of the tensors in its files.
+        mismatched: weights whose shape is another than the model's: (name, its shape, the model's).
+
+    Raises:
+        ValueError: a weight has another shape than config.json says, is of integers, or has a NaN
+            or an infinite value; names the weight.
+    """
+    for weight, shape, expected in sorted(mismatched, key=str):
+        raise ValueError(
+            f"{name}: config.json and the weights disagree: {weight} is {tuple(shape)} in the "
+            f"weights and {tuple(expected)} in the model"
+        )
+    parameters = dict(model.named_parameters())
+    for weight, dtype in dtypes.items():
+        # Buffers may be integers, as the numbers of positions that older checkpoints hold.
+        if not dtype.startswith(("F", "BF")) and any(_is_same(weight, other) for other in parameters):
+            raise ValueError(f"{name}: the weight {weight} is of the type {dtype}; expected a float type")
+    for weight, values in parameters.items():
+        if values.numel():
+            low, high = torch.aminmax(values.detach())  # one pass, no copy; NaN is both of them
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                what = "NaN" if torch.isnan(low) else "infinite"
+                raise ValueError(f"{name}: the weight {weight} has a value that is {what}")
+
+
+def _is_same(weight: str, other: str) -> bool:
+    """Whether a name in a file is that in a model, but for the part before the first dots."""
+    return weight == other or weight.endswith(f".{other}") or other.endswith(f".{weight}")
