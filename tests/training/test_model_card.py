@@ -181,7 +181,8 @@ METADATA = ("tags", "base_model", "pipeline_tag", "library_name", "metrics", "co
 SAID = (
     "generated_from_trainer", "dataset_size:", "loss:LambdaLoss", "`eval_steps`: ", "`learning_rate`: ",
     "`warmup_ratio`: 0.1", "`warmup_steps`: None", "`seed`: 12", "`load_best`: True", "`optimizer`: `adamw`",
-    "`adam_beta1`: 0.9", "`adam_beta2`: 0.999", "`adam_epsilon`: 1e-08", "`schedule`: `linear`", '"activation_fn": ',
+    "`adam_beta1`: 0.9", "`adam_beta2`: 0.999", "`adam_epsilon`: 1e-08", "`schedule`: `linear`",
+    '"activation_fn": ',
     '"mini_batch_size": ', '"k": null', '"sigma": 1.0', "| -1 | -1 | - | ", "| Validation loss |", "Python: ",
     "Transformers: ", "PyTorch: ", "Accelerate: ", "Datasets: ", "Tokenizers: ", "wang2018lambdaloss",
     "reimers-2019-sentence-bert",
