@@ -157,9 +157,9 @@ class LambdaLoss(nn.Module):
         check_positive("eps", eps)
         check_choice("reduction_log", reduction_log, get_args(ReductionLog))
         check_flag("packed", packed)
-        if mini_batch_size is not None:
-            if not isinstance(mini_batch_size, Integral) or isinstance(mini_batch_size, bool):
-                raise ValueError(f"mini_batch_size must be None or a whole number, got {mini_batch_size!r}")
+        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
+        if mini_batch_size is not None and not whole:
+            raise ValueError(f"mini_batch_size must be None or a whole number, got {mini_batch_size!r}")
         for name, function in (("weighting_scheme", weighting_scheme), ("activation_fn", activation_fn)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} must be None or a module, got {function!r}")

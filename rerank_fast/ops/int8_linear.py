@@ -61,7 +61,7 @@ def quantize_weight(weight: Tensor, bias: Tensor | None) -> Int8Weight:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()  # as oneDNN reads it
     scale = weight.abs().amax(dim=1) / 127
     values = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
     return _pack(values, scale, None if bias is None else bias.detach().float().contiguous())

@@ -75,7 +75,7 @@ def _active(dense: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         below = (1 + torch.erf(dense / math.sqrt(2))) / 2
         return dense * below, below + dense * torch.exp(-dense * dense / 2) / math.sqrt(2 * math.pi)
     if activation == "relu":
-        return dense.relu(), (dense > 0).to(dense.dtype)
+        return dense.relu(), (~(dense <= 0)).to(dense.dtype)  # of NaN 1, as torch has it
     return dense, torch.ones_like(dense)
 
 

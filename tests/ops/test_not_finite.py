@@ -72,7 +72,7 @@ def assert_rule(backend, diverged, dtype=torch.float32, **options):
     )
     (own,) = torch.autograd.grad(expected * max(int(count), 1), alone)
     assert losses.isnan().tolist() == [False, True, False]
-    assert torch.equal(losses[0], losses[2])
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
     torch.testing.assert_close(losses[0], expected.detach() * count, rtol=1e-6, atol=0)
     for part in (grad[:first], grad[last:]):
         torch.testing.assert_close(part, own, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
@@ -96,14 +96,10 @@ def assert_rule(backend, diverged, dtype=torch.float32, **options):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("k", [None, 2])
 def test_a_list_that_diverged_has_no_loss(backend, scheme, k):
-    for name, diverged in DIVERGED.items():
-        if backend == "triton" and name in (
-            "label nan alone",
-            "label infs",
-            "score inf below",
-            "score too small",
-        ):
-            continue  # the interpreter takes its time
+    cases = list(DIVERGED.values())
+    if backend == "triton":  # the interpreter takes its time: each scheme has some of them
+        cases = cases[SCHEMES.index(scheme) + (k or 0) % 2 :: len(SCHEMES)]
+    for diverged in cases:
         assert_rule(backend, diverged, scheme=scheme, k=k)
 
 

@@ -51,7 +51,7 @@ CALLS: dict[str, Any] = {
 }
 BACKENDS = {
     "count_pairs": [None],
-    **dict.fromkeys(["int8_linear", "int8_gelu", "int8_norm"], ["reference", "cpu"]),
+    **{op: ["reference", "cpu"] for op in ("int8_linear", "int8_gelu", "int8_norm")},
 }
 
 WORDS = [None, 2, "", "cosine", ["none"], torch.tensor(1)]

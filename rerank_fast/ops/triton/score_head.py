@@ -173,7 +173,8 @@ def forward_kernel(
         if DROP:
             active *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
         w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)
-        score += tl.sum(active * w[None, :], axis=1)
+        # Beyond D a product of infinity with 0 is NaN.
+        score += tl.sum(tl.where(in_out[None, :], active * w[None, :], 0.0), axis=1)
     if out_bias is not None:
         score += tl.load(out_bias).to(tl.float32)
     if index is not None:
