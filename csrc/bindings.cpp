@@ -81,11 +81,6 @@ double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::in
   return total;
 }
 
-void check(const AttentionShape& shape) {
-  if (!sequences_fit(shape))
-    throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens of q, and of k and v");
-}
-
 // For tests: a function of common/math.h at `count` values, whole blocks.
 void evaluate(const std::string& name, Address from, std::int64_t count, Address to) {
   for (const MathFunction* function = kernels().math->functions; function->name != nullptr; ++function)
@@ -144,18 +139,21 @@ void bind_attention(py::module_& module) {
            py::arg("num_kv_heads"), py::arg("head_size"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
            py::arg("dropout_rows"), py::arg("bf16"), py::arg("scale"), py::arg("window_left"), py::arg("window_right"),
            py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+  // False, and nothing done, where the cu_seqlens do not rise from 0 to the tokens.
   module.def("attention_forward", [](const AttentionShape& shape, const Rows& q, const Rows& k, const Rows& v,
                                      const Rows& out, Address lse) {
-    check(shape);
+    if (!sequences_fit(shape)) return false;
     py::gil_scoped_release release;
     attention_forward(shape, {q, k, v, out, at<float>(lse)});
+    return true;
   });
   module.def("attention_backward",
              [](const AttentionShape& shape, const Rows& q, const Rows& k, const Rows& v, const Rows& out, Address lse,
                 const Rows& grad_out, const Rows& dq, const Rows& dk, const Rows& dv) {
-               check(shape);
+               if (!sequences_fit(shape)) return false;
                py::gil_scoped_release release;
                attention_backward(shape, {q, k, v, out, at<float>(lse), grad_out, dq, dk, dv});
+               return true;
              });
 }
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from rerank_fast.model.scoring import make_packed_step, run, say_once
 from rerank_fast.model.texts import check_inputs, check_labels
 from rerank_fast.model.wrappers import find_cross_encoder
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
-from rerank_fast.ops.reference import discounts, normalized_gains, pair_mask, pair_weights, ranks
+from rerank_fast.ops.options import check_choice, check_cut, check_flag, check_number, check_positive
+from rerank_fast.ops.reference import discounts, diverged, normalized_gains, pair_mask, pair_weights, ranks
 
 
 class BaseWeightingScheme(nn.Module):
@@ -75,7 +77,7 @@ class NDCGLoss2PPScheme(BaseWeightingScheme):
 
     def __init__(self, mu: float = 10.0) -> None:
         super().__init__()
-        self.mu = mu
+        self.mu = check_number("mu", mu, least=0)
 
 
 # sentence-transformers' own scheme objects are known by name, so that it need not be installed.
@@ -127,8 +129,8 @@ class LambdaLoss(nn.Module):
         weighting_scheme: one of this module's schemes, one of sentence-transformers', or any module with
             `forward(gain, discount, true_sorted)`; None weighs every pair 1.
         k: count pairs with at least one document in the model's top k; None counts all.
-        sigma: slope of the sigmoid.
-        eps: least ideal DCG.
+        sigma: slope of the sigmoid, above 0.
+        eps: least ideal DCG, above 0.
         reduction_log: "binary" or "natural".
         activation_fn: applied to the logits before the loss. What the model's predict applies to its scores stays
             the model's own, as in the Trainer.
@@ -136,7 +138,7 @@ class LambdaLoss(nn.Module):
         packed: run without padding where the model's architecture allows it; False calls the model itself.
 
     Raises:
-        ValueError: the model has more than one output label.
+        ValueError: an option that is none, or a model with more than one output label.
     """
 
     def __init__(
@@ -152,6 +154,17 @@ class LambdaLoss(nn.Module):
         packed: bool = True,
     ) -> None:
         super().__init__()
+        check_cut(k)
+        check_positive("sigma", sigma)
+        check_positive("eps", eps)
+        check_choice("reduction_log", reduction_log, get_args(ReductionLog))
+        check_flag("packed", packed)
+        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
+        if mini_batch_size is not None and not whole:
+            raise ValueError(f"mini_batch_size must be None or a whole number, got {mini_batch_size!r}")
+        for name, function in (("weighting_scheme", weighting_scheme), ("activation_fn", activation_fn)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be None or a module, got {function!r}")
         self.model: Any = model
         self.weighting_scheme = weighting_scheme or NoWeightingScheme()
         self.k = k
@@ -286,6 +299,7 @@ class LambdaLoss(nn.Module):
         k, every_pair = self.k or 0, _takes_every_ordered_pair(self.weighting_scheme)
         width = max(docs_per_query)
         gains, true_sorted, differences, masks = [], [], [], []
+        seen = scores.new_zeros(())  # or NaN, with NaN gradients for the lists that diverged
         for s, y in zip(scores.split(docs_per_query), labels.split(docs_per_query), strict=True):
             padding = width - s.numel()
             if s.numel() == 0:
@@ -294,6 +308,7 @@ class LambdaLoss(nn.Module):
                 differences.append(s.new_zeros(width, width))
                 masks.append(torch.zeros(width, width, dtype=torch.bool, device=s.device))
                 continue
+            seen = seen + (s * torch.where(diverged(s.detach(), y, self.sigma), torch.nan, 0.0)).sum()
             rank = ranks(s.detach())
             order = torch.argsort(rank)
             mask = pair_mask(y[order], rank[order], scheme="ndcg1" if every_pair else "none", k=k)
@@ -307,7 +322,7 @@ class LambdaLoss(nn.Module):
         mask = torch.stack(masks)
         losses = (weights * nn.functional.logsigmoid(self.sigma * torch.stack(differences)))[mask]
         scale = 1 / math.log(2) if self.reduction_log == "binary" else 1.0
-        return -scale * losses.sum() / max(losses.numel(), 1)
+        return seen - scale * losses.sum() / max(losses.numel(), 1)
 
     def get_config_dict(self) -> dict[str, float | int | str | None]:
         """The loss parameters, for a model card."""

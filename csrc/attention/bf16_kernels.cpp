@@ -122,7 +122,8 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
           highest = right > highest ? right : highest;
         }
         const float top = maximum<float>(highest);
-        const bool empty = top == -kInfinity;  // a query that may read nothing gives 0
+        // A query that may read nothing gives 0; one with no score above minus infinity gives NaN.
+        const bool empty = sequence.reads_nothing(shape, first + r);
         const float off = empty ? 0.0f : top;
         const auto stream = static_cast<std::uint32_t>(head);
         const std::uint32_t drawn = dropout.row(stream, static_cast<std::uint32_t>(token + r));

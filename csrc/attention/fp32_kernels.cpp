@@ -205,7 +205,8 @@ RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const AttentionF
           highest = score > highest ? score : highest;
         }
         const float top = maximum<float>(highest);
-        const bool empty = top == -kInfinity;  // a query that may read nothing gives 0
+        // A query that may read nothing gives 0; one with no score above minus infinity gives NaN.
+        const bool empty = task.reads_nothing(shape, first + r);
         const float off = empty ? 0.0f : top;
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));

@@ -34,6 +34,11 @@ struct Sequence {
             shape.window_right < 0 ? num_k : larger(0, smaller(num_k, place + shape.window_right + 1))};
   }
 
+  RERANK_FAST_INLINE bool reads_nothing(const AttentionShape& shape, std::int64_t i) const {
+    const KeyRange range = readable(shape, i);
+    return range.to <= range.from;
+  }
+
   // The keys that any of the queries [first, last) may read, from a whole number of `step` keys on.
   RERANK_FAST_INLINE KeyRange readable(const AttentionShape& shape, std::int64_t first, std::int64_t last,
                                        std::int64_t step) const {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "common/dispatch.h"
 #include "lambda_loss/kernels.h"
@@ -19,6 +20,16 @@ double largest_small(const double* y, std::int64_t size) {
   for (std::int64_t i = 0; i < size; ++i)
     largest = y[i] >= 0 && y[i] < kNotSmall && y[i] == std::floor(y[i]) ? std::max(largest, y[i]) : kNotSmall;
   return largest;
+}
+
+template <typename T>
+bool is_nan(T label) {
+  return label != label;
+}
+
+template <typename T>
+bool is_below_infinity(T label) {  // false for NaN
+  return label < std::numeric_limits<T>::infinity();
 }
 
 template <typename T>
@@ -49,9 +60,10 @@ std::int64_t unequal_pairs(const std::int64_t* count, const std::int64_t* end, s
 template <typename T>
 void Labels<T>::sort(const T* y, std::int64_t size) {
   sorted.assign(y, y + size);
+  if (diverged) sorted.erase(std::remove_if(sorted.begin(), sorted.end(), is_nan<T>), sorted.end());
   std::sort(sorted.begin(), sorted.end(), std::greater<T>());
   runs.clear();
-  for (std::int64_t i = 0; i < size; ++i) {
+  for (std::size_t i = 0; i < sorted.size(); ++i) {
     if (i == 0 || sorted[i] != sorted[i - 1]) runs.push_back(0);
     ++runs.back();
   }
@@ -69,10 +81,9 @@ template <typename T>
 void Labels<T>::read(const T* y, std::int64_t size) {
   largest = static_cast<int>(largest_small(y, size));
   small = largest < kSmallLabels;
-  nan = !small && std::any_of(y, y + size, [](T label) { return label != label; });
+  diverged = !small && !std::all_of(y, y + size, is_below_infinity<T>);
   distinct = 0;
   majority_count = 0;
-  if (nan) return;
   if (small) {
     count_small(y, size, largest, counts);
     for (int label = 0; label <= largest; ++label)
@@ -86,7 +97,7 @@ void Labels<T>::read(const T* y, std::int64_t size) {
     note(static_cast<double>(sorted[start]), run);
     start += run;
   }
-  pairs = unequal_pairs(runs.data(), runs.data() + runs.size(), size);
+  pairs = pairs_of_runs();
 }
 
 template <typename T>
@@ -97,7 +108,12 @@ std::int64_t Labels<T>::pairs_among(const T* y, std::int64_t size) {
     return unequal_pairs(some, some + largest + 1, size);
   }
   sort(y, size);
-  return unequal_pairs(runs.data(), runs.data() + runs.size(), size);
+  return pairs_of_runs();
+}
+
+template <typename T>
+std::int64_t Labels<T>::pairs_of_runs() const {
+  return unequal_pairs(runs.data(), runs.data() + runs.size(), static_cast<std::int64_t>(sorted.size()));
 }
 
 template <typename T>

@@ -10,7 +10,7 @@ namespace rerank_fast {
 
 template <typename T>
 struct Labels {
-  bool nan;                            // then nothing else is known
+  bool diverged;                       // one is NaN, which is no label below, or infinity
   bool small;                          // whole numbers from 0 to kSmallLabels - 1
   int largest;                         // of small labels
   std::int64_t counts[kSmallLabels];   // of small labels, up to the largest
@@ -18,7 +18,7 @@ struct Labels {
   std::int64_t pairs;                  // unordered pairs of different labels
   double majority;                     // the most frequent label
   std::int64_t majority_count;
-  std::vector<T> sorted;               // largest first, where labels are not small
+  std::vector<T> sorted;               // largest first and without NaN, where labels are not small
   std::vector<std::int64_t> runs;      // of equal labels there
 
   void read(const T* y, std::int64_t size);
@@ -28,6 +28,7 @@ struct Labels {
 
  private:
   void sort(const T* y, std::int64_t size);
+  std::int64_t pairs_of_runs() const;
   void note(double label, std::int64_t count);
 };
 

@@ -14,6 +14,11 @@ namespace {
 template <typename T>
 constexpr double kExponentLimit = sizeof(T) == 4 ? 80.0 : 600.0;
 
+constexpr double kLn2 = 0.6931471805599453;
+// Scores beyond it, or beyond it once multiplied by sigma, are divergence: their margins, and sums
+// of them, could overflow.
+constexpr double kLargestScore = 18446744073709551616.0;  // 2^64
+
 void exponentials(const float* scores, std::int64_t size, double slope, float* result, float* reciprocal) {
   kernels().lambda_loss->exponentials(scores, size, slope, result, reciprocal);
 }
@@ -61,40 +66,43 @@ void ListScratch<T>::reserve(std::int64_t size) {
   list.rows = rows_;
 }
 
-// Scores, labels and gains in rank order.
+// Scores and labels in rank order.
 template <typename T>
-void ListScratch<T>::place(const T* scores, const T* y, const LambdaLossOptions& options) {
-  const std::int64_t size = list.size, width = padded(size);
-  find_ranks(scores, size, ranking_, rank_);
-  for (std::int64_t i = 0; i < size; ++i) {
+void ListScratch<T>::place(const T* scores, const T* y) {
+  find_ranks(scores, list.size, ranking_, rank_);
+  for (std::int64_t i = 0; i < list.size; ++i) {
     list.score[rank_[i]] = scores[i];
     list.label[rank_[i]] = y[i];
   }
-  // Preferences turn round with a negative sigma; for kEveryPair the pair loop sees to it.
-  const T sign = list.turned && weighting != Weighting::kEveryPair ? T(-1) : T(1);
+}
+
+// Their gains, and what lies behind the last document.
+template <typename T>
+void ListScratch<T>::place_gains(const LambdaLossOptions& options) {
+  const std::int64_t size = list.size, width = padded(size);
   T lowest = std::numeric_limits<T>::infinity();
   if (weighting == Weighting::kNone) {
     for (std::int64_t r = 0; r < size; ++r) {
-      list.gain[r] = sign * list.label[r];
+      list.gain[r] = list.label[r];
       lowest = std::min(lowest, list.gain[r]);
     }
-    list.majority_gain = sign * static_cast<T>(labels.majority);
+    list.majority_gain = static_cast<T>(labels.majority);
   } else {
     const Gains gains(labels, size, list.cut, options.eps, inverse_discount_.data(), ideal_.data());
     if (labels.small) {
       T gain_of[kSmallLabels];
       for (int label = 0; label <= labels.largest; ++label) {
-        gain_of[label] = sign * static_cast<T>(gains.small[label]);
+        gain_of[label] = static_cast<T>(gains.small[label]);
         if (labels.counts[label] != 0) lowest = std::min(lowest, gain_of[label]);
       }
       for (std::int64_t r = 0; r < size; ++r) list.gain[r] = gain_of[static_cast<int>(list.label[r])];
       list.majority_gain = gain_of[static_cast<int>(labels.majority)];
     } else {
       for (std::int64_t r = 0; r < size; ++r) {
-        list.gain[r] = sign * static_cast<T>(gains.of(static_cast<double>(list.label[r])));
+        list.gain[r] = static_cast<T>(gains.of(static_cast<double>(list.label[r])));
         lowest = std::min(lowest, list.gain[r]);
       }
-      list.majority_gain = sign * static_cast<T>(gains.of(labels.majority));
+      list.majority_gain = static_cast<T>(gains.of(labels.majority));
     }
   }
   if (weighting == Weighting::kEveryPair) {
@@ -109,21 +117,11 @@ void ListScratch<T>::place(const T* scores, const T* y, const LambdaLossOptions&
 }
 
 template <typename T>
-void ListScratch<T>::count_pairs(double* loss) {
-  const std::int64_t size = list.size, cut = list.cut;
-  if (weighting == Weighting::kEveryPair) {
-    num_pairs = size * size - (size - cut) * (size - cut);
-    double diagonal = 0;
-    for (std::int64_t r = 0; r < cut; ++r) {
-      // A score that is not finite must be seen.
-      const auto nothing = static_cast<double>(list.score[r] - list.score[r]);
-      diagonal += static_cast<double>(list.gain[r]) + nothing;
-      pull()[r] += nothing;
-    }
-    *loss = diagonal * 0.6931471805599453;
-    return;
-  }
-  num_pairs = labels.pairs - (cut < size ? labels.pairs_among(list.label + cut, size - cut) : 0);
+void ListScratch<T>::count_pairs() {
+  const std::int64_t size = list.size, beyond = size - list.cut;
+  num_pairs = weighting == Weighting::kEveryPair
+                  ? size * size - beyond * beyond
+                  : labels.pairs - (beyond > 0 ? labels.pairs_among(list.label + list.cut, beyond) : 0);
 }
 
 template <typename T>
@@ -132,20 +130,19 @@ bool ListScratch<T>::prepare(const T* scores, const T* y, std::int64_t size, con
   const bool every_pair = options.scheme == Scheme::kNdcg1;
   num_pairs = 0;
   *loss = 0;
-  if (size == 0 || (size == 1 && !every_pair)) return false;
+  if (size == 0) return false;
   labels.read(y, size);
-  if (labels.nan) {
-    *loss = std::numeric_limits<double>::quiet_NaN();
+  const double most = kLargestScore / std::max(options.sigma, 1.0);
+  if (labels.pairs == 0 && !every_pair) {
+    const bool within = std::all_of(scores, scores + size, [most](T score) { return std::fabs(score) <= most; });
+    if (labels.diverged || !within) *loss = std::numeric_limits<double>::quiet_NaN();
     return false;
   }
-  if (labels.distinct < 2 && !every_pair) return false;
 
   reserve(size);
-  const double slope = std::fabs(options.sigma);
   list.size = size;
   list.cut = options.k == 0 ? size : std::min(options.k, size);
-  list.turned = options.sigma < 0;
-  list.slope = static_cast<T>(slope);
+  list.slope = static_cast<T>(options.sigma);
   list.mu = static_cast<T>(options.scheme == Scheme::kNdcg2     ? 1.0
                            : options.scheme == Scheme::kNdcg2pp ? options.mu
                                                                 : 0.0);
@@ -154,13 +151,19 @@ bool ListScratch<T>::prepare(const T* scores, const T* y, std::int64_t size, con
   weighting = every_pair                        ? Weighting::kEveryPair
               : options.scheme == Scheme::kNone ? Weighting::kNone
                                                 : Weighting::kGain;
-  place(scores, y, options);
+  place(scores, y);
+  // NaN comes first, and no comparison with it is true.
+  const auto highest = static_cast<double>(list.score[0]), lowest = static_cast<double>(list.score[size - 1]);
+  if (labels.diverged || !(highest <= most && lowest >= -most)) {
+    count_pairs();
+    *loss = std::numeric_limits<double>::quiet_NaN();
+    return false;
+  }
+  place_gains(options);
 
   const std::int64_t width = padded(size);
-  // NaN comes first: one at either end makes the range NaN, and the comparison false.
-  const auto highest = static_cast<double>(list.score[0]), lowest = static_cast<double>(list.score[size - 1]);
-  list.fast = slope * (highest - lowest) <= kExponentLimit<T> && !(list.turned && every_pair);
-  if (list.fast) exponentials(list.score, size, slope, list.exponential, list.reciprocal);
+  list.fast = options.sigma * (highest - lowest) <= kExponentLimit<T>;
+  if (list.fast) exponentials(list.score, size, options.sigma, list.exponential, list.reciprocal);
   for (std::int64_t r = list.fast ? size : 0; r < width; ++r) list.exponential[r] = list.reciprocal[r] = T(0);
 
   // Visits of the triangle of all pairs against those of the rows of rare labels.
@@ -180,13 +183,15 @@ bool ListScratch<T>::prepare(const T* scores, const T* y, std::int64_t size, con
         list.is_majority[r] = r < size && list.label[r] == majority ? T(1) : T(0);
   }
   std::fill(pull(), pull() + width, 0.0);
-  count_pairs(loss);
+  count_pairs();
+  // The pairs (i, i).
+  for (std::int64_t r = 0; every_pair && r < list.cut; ++r) *loss += static_cast<double>(list.gain[r]) * kLn2;
   return true;
 }
 
 template <typename T>
 void ListScratch<T>::finish(const double* pull, const LambdaLossOptions& options, double* loss, T* grad) const {
-  const double factor = -options.scale * std::fabs(options.sigma);
+  const double factor = -options.scale * options.sigma;
   for (std::int64_t i = 0; i < list.size; ++i) grad[i] = static_cast<T>(factor * pull[rank_[i]]);
   *loss *= options.scale;
 }

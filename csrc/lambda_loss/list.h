@@ -24,8 +24,9 @@ struct ListScratch {
   std::int64_t num_pairs;  // preference pairs (for NDCGLoss1 all ordered pairs) under the cut
   Labels<T> labels;
 
-  // Lays a list out. False where it has no pair, or a NaN label: then *loss is its loss, and the gradient of every
-  // document equals it.
+  // Lays a list out. False where it has no pair, or diverged (a score is NaN or too large, a label
+  // NaN or infinity): then *loss is its loss, 0 or NaN, and the gradient of every document equals
+  // it.
   bool prepare(const T* scores, const T* labels, std::int64_t size, const LambdaLossOptions& options, double* loss);
   // Writes the gradient of the list's own sum, and scales its loss.
   void finish(const double* pull, const LambdaLossOptions& options, double* loss, T* grad) const;
@@ -35,8 +36,9 @@ struct ListScratch {
 
  private:
   void reserve(std::int64_t size);
-  void place(const T* scores, const T* y, const LambdaLossOptions& options);
-  void count_pairs(double* loss);
+  void place(const T* scores, const T* y);
+  void place_gains(const LambdaLossOptions& options);
+  void count_pairs();
 
   std::int64_t capacity_ = -1;
   Scratch<T> arrays_;

@@ -19,7 +19,7 @@ enum class Visits : int {
   kRareOfTwo,   // the same where there are two labels: no two rows prefer one another
 };
 
-// One list, best score first. With a negative sigma preferences turn round: gains are then negated, slope is |sigma|.
+// One list, best score first.
 // Arrays are padded to whole blocks of kBlock.
 template <typename T>
 struct RankedList {
@@ -27,7 +27,6 @@ struct RankedList {
   std::int64_t cut;  // pairs count where a rank lies below it: k, or size
   Visits visits;
   bool fast;                  // exponentials hold; else the pair loop takes an exponential a pair
-  bool turned;                // sigma is negative (for kEveryPair, whose gains are not negated)
   T slope, mu;
   T majority_gain;            // gain of the most frequent label
   T* score;                   // lowest score in padding

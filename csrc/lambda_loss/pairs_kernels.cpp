@@ -15,7 +15,7 @@ struct Row {
 
   const RankedList<T>& list;
   const std::int32_t i;
-  const T score, exponential, reciprocal, gain, inverse_discount, label;
+  const T score, exponential, reciprocal, gain, inverse_discount;
   const T slope;  // kRareOfTwo: negative where the other label is the preferred one
   const T* delta;
   V loss, pull;
@@ -28,7 +28,6 @@ struct Row {
         reciprocal(list.reciprocal[i]),
         gain(list.gain[i]),
         inverse_discount(list.inverse_discount[i]),
-        label(list.label[i]),
         slope(kVisits == Visits::kRareOfTwo && gain < list.majority_gain ? -list.slope : list.slope),
         delta(list.delta - i),
         loss{},
@@ -64,8 +63,7 @@ struct Row {
     V pulled, term;
     if constexpr (kWeighting == Weighting::kEveryPair) {
       // The weights of the pair that prefers the better ranked document, and of the one that prefers the other.
-      const V column = load(list.gain + j), row = every_lane(gain);
-      const V ordered = list.turned ? column : row, inverted = list.turned ? row : column;
+      const V ordered = every_lane(gain), inverted = load(list.gain + j);
       pulled = (ordered * t - inverted) * r;
       term = (ordered + inverted) * log_sum + inverted * d;
     } else {
@@ -82,10 +80,9 @@ struct Row {
       pulled = weight * (sign < 0 ? r : t * r);
       term = absolute(weight) * (sign < 0 ? log_sum + d : log_sum);
       if constexpr (!kFast) {
-        // Infinities and NaN must not leak from pairs that are none.
-        const V other = load(list.label + j);
-        pulled = only<false>(j, other == label ? V{} : pulled);
-        term = only<false>(j, other == label ? V{} : term);
+        // Of what is no document.
+        pulled = only<false>(j, pulled);
+        term = only<false>(j, term);
       }
     }
     if constexpr (kMask) {

@@ -12,7 +12,7 @@ struct Int8RowsShape {
 };
 
 // Each row as (levels + 1) + round(levels * row / max|row|) with the scale max|row| / levels of its own; levels is at
-// most 127. A row of zeros has the scale 0.
+// most 127. A row of zeros has the scale 0, one that holds NaN or an infinity the scale NaN.
 struct Int8Rows {
   std::uint8_t* values;  // (rows, width)
   float* scale;          // (rows,)

@@ -20,28 +20,35 @@ struct ValueAt {
   RERANK_FAST_INLINE float operator()(const float* row) const { return row[column]; }
 };
 
+// The magnitudes' bits: their order as whole numbers is that of the magnitudes, with infinity and
+// then NaN above all.
+template <typename V>
+RERANK_FAST_INLINE typename BitsOf<V>::type magnitude(V x) {
+  return same_bits<typename BitsOf<V>::type>(x) & 0x7fffffffu;
+}
+
 template <typename V>
 RERANK_FAST_INLINE V higher(V a, V b) {
   return a < b ? b : a;
 }
 
-// to = function(from, at) of a row, and the largest magnitude in it.
+// to = function(from, at) of a row, and the largest magnitude in it: NaN where there is one.
 template <bool kBf16, typename Function>
 RERANK_FAST_INLINE float map_row(const typename Stored<kBf16>::type* from, std::int64_t width, float* to,
                                  Function function) {
-  Vector largest{};
+  Lanes<std::uint32_t> largest{};
   std::int64_t e = 0;
   for (; e + kLanes <= width; e += kLanes) {
     const Vector value = function(load_wide<kBf16>(from + e), RegisterAt{e});
     store(value, to + e);
-    largest = higher(largest, absolute(value));
+    largest = higher(largest, magnitude(value));
   }
-  float top = maximum<float>(largest);
+  std::uint32_t top = maximum<std::uint32_t>(largest);
   for (; e < width; ++e) {
     to[e] = function(Stored<kBf16>::get(from[e]), ValueAt{e});
-    top = higher(top, absolute(to[e]));
+    top = higher(top, magnitude(to[e]));
   }
-  return top;
+  return same_bits<float>(top);
 }
 
 // The sum of function(row, at) over a row of fp32.
@@ -55,14 +62,19 @@ RERANK_FAST_INLINE float sum_row(const float* row, std::int64_t width, Function 
   return total;
 }
 
-// A row of fp32 to int8; largest is its largest magnitude.
+// A row of fp32 to int8; largest is its largest magnitude. Where that is no number, the scale is
+// NaN and the row 0.
 RERANK_FAST_INLINE void quantize(const float* from, std::int64_t width, float largest, const Int8Rows& rows,
                                  std::int64_t row) {
   const auto most = static_cast<float>(rows.levels);
   std::uint8_t* const to = rows.values + row * width;
+  if (!(largest <= __FLT_MAX__)) {
+    rows.scale[row] = __builtin_nanf("");
+    return fill(to, width, static_cast<std::uint8_t>(rows.levels + 1));
+  }
   rows.scale[row] = largest / most;
   // What is converted is never negative, so that the half in zero makes cutting it off rounding.
-  const float inverse = largest > 0 ? most / largest : 0.0f, zero = most + 1.5f;
+  const float inverse = most / higher(largest, most * __FLT_MIN__), zero = most + 1.5f;
 #pragma omp simd
   for (std::int64_t e = 0; e < width; ++e)
     to[e] = static_cast<std::uint8_t>(static_cast<std::int32_t>(from[e] * inverse + zero));

@@ -12,18 +12,11 @@ namespace {
 
 constexpr std::int64_t kRowsPerTask = 64;  // fixed, so that sums over rows do not depend on the number of threads
 
-template <typename Task>
-void for_rows(const ResidualNormShape& shape, Task&& task) {
-  parallel_for(shape.num_threads, (shape.rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t number) {
-    task(number, number * kRowsPerTask, std::min((number + 1) * kRowsPerTask, shape.rows));
-  });
-}
-
 }  // namespace
 
 void residual_norm_forward(const ResidualNormShape& shape, const ResidualNormForward& tensors) {
   const auto rows = kernels().rows->residual_norm_forward;
-  for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) { rows(shape, tensors, begin, end); });
+  for_rows<kRowsPerTask>(shape, [&](TaskRows part) { rows(shape, tensors, part.begin, part.end); });
 }
 
 void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormBackward& tensors) {
@@ -33,9 +26,9 @@ void residual_norm_backward(const ResidualNormShape& shape, const ResidualNormBa
   memory.assign(static_cast<std::size_t>(3 * tasks * width), 0.0f);
   float* const parts = memory.data();
   const auto rows = kernels().rows->residual_norm_backward;
-  for_rows(shape, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
-    float* const part = parts + 3 * task * width;
-    rows(shape, tensors, {part, part + width, part + 2 * width}, begin, end);
+  for_rows<kRowsPerTask>(shape, [&](TaskRows own) {
+    float* const part = parts + 3 * own.number * width;
+    rows(shape, tensors, {part, part + width, part + 2 * width}, own.begin, own.end);
   });
   std::fill_n(tensors.grad_weight, width, 0.0f);
   std::fill_n(tensors.grad_bias, width, 0.0f);

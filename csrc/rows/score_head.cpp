@@ -12,24 +12,16 @@ namespace {
 
 constexpr std::int64_t kRowsPerTask = 32;  // fixed, so that sums over rows do not depend on the number of threads
 
-// Calls task(number, first row, row past the last) for all rows.
-template <typename Task>
-void for_rows(const ScoreHeadShape& shape, Task&& task) {
-  parallel_for(shape.num_threads, (shape.rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t number) {
-    task(number, number * kRowsPerTask, std::min((number + 1) * kRowsPerTask, shape.rows));
-  });
-}
-
 }  // namespace
 
 void score_head_gather(const ScoreHeadShape& shape, const ScoreHeadGather& tensors) {
   const auto rows = kernels().rows->score_head_gather;
-  for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) { rows(shape, tensors, begin, end); });
+  for_rows<kRowsPerTask>(shape, [&](TaskRows part) { rows(shape, tensors, part.begin, part.end); });
 }
 
 void score_head_dot(const ScoreHeadShape& shape, const ScoreHeadDot& tensors) {
   const auto rows = kernels().rows->score_head_dot;
-  for_rows(shape, [&](std::int64_t, std::int64_t begin, std::int64_t end) { rows(shape, tensors, begin, end); });
+  for_rows<kRowsPerTask>(shape, [&](TaskRows part) { rows(shape, tensors, part.begin, part.end); });
 }
 
 void score_head_dot_backward(const ScoreHeadShape& shape, const ScoreHeadDotBackward& tensors) {
@@ -39,11 +31,11 @@ void score_head_dot_backward(const ScoreHeadShape& shape, const ScoreHeadDotBack
   memory.assign(static_cast<std::size_t>(2 * tasks * width), 0.0f);
   float* const parts = memory.data();
   const auto rows = kernels().rows->score_head_dot_backward;
-  for_rows(shape, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
+  for_rows<kRowsPerTask>(shape, [&](TaskRows own) {
     ScoreHeadDotBackward part = tensors;
-    part.grad_dense_bias = parts + 2 * task * width;
+    part.grad_dense_bias = parts + 2 * own.number * width;
     part.grad_out_weight = part.grad_dense_bias + width;
-    rows(shape, part, begin, end);
+    rows(shape, part, own.begin, own.end);
   });
   std::fill_n(tensors.grad_dense_bias, width, 0.0f);
   std::fill_n(tensors.grad_out_weight, width, 0.0f);

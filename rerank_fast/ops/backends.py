@@ -19,12 +19,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not loaded
 _warned: list[str] = []
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless value is one of choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
 def missing(backend: str) -> str:
     """What a backend lacks here, and how to get it; empty where it is there."""
     if backend == "cpu" and not cpu.available():
@@ -76,7 +70,7 @@ def resolve(
                     stacklevel=3,
                 )
         return "reference"
-    if backend not in choices:
+    if not isinstance(backend, str) or backend not in choices:
         raise ValueError(f"backend must be one of {choices} or None, got {backend!r}")
     if backend != "reference":
         if reason := (unserved is not None and unserved(backend)) or _refusal(backend, tensor.device):

@@ -120,7 +120,7 @@ def forward(
         grad.data_ptr(),
     )
     if not done:
-        raise ragged.offsets_error(offsets, scores.shape[0])
+        ragged.check_offsets(offsets, scores.shape[0])  # which says what is wrong
     return loss, grad
 
 
@@ -156,6 +156,12 @@ def _attention_shape(
     )
 
 
+def _refuse_ends(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """Says which of them the kernel refused, and why."""
+    ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+
+
 def varlen_attention_forward(
     q: Tensor,  # (Tq, heads, head_size)
     k: Tensor,  # (Tk, kv_heads, head_size)
@@ -169,7 +175,8 @@ def varlen_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
-    _C.attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
+    if not _C.attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr()):
+        _refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
     return out, lse
 
 
@@ -189,7 +196,8 @@ def varlen_attention_backward(
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
-    _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv))
+    if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):
+        _refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
     return dq, dk, dv
 
 
@@ -342,7 +350,7 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     addresses = (scores.data_ptr(), labels.data_ptr(), offsets.data_ptr())
     sizes = (scores.shape[0], result.shape[0])
     if not kernel(*addresses, *sizes, k, torch.get_num_threads(), result.data_ptr()):
-        raise ragged.offsets_error(offsets, scores.shape[0])
+        ragged.check_offsets(offsets, scores.shape[0])
     return result
 
 

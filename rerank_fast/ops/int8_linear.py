@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rerank_fast.ops import backends, cpu
+from rerank_fast.ops.options import check_positive
 
 Backend = Literal["reference", "cpu"]
 _BACKENDS = get_args(Backend)
@@ -53,7 +54,14 @@ class Int8Rows:
 
 def quantize_weight(weight: Tensor, bias: Tensor | None) -> Int8Weight:
     """A (N, K) weight and (N,) bias as int8 with one scale for each of the N outputs."""
-    weight = weight.detach().float()
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be a floating-point tensor of shape (N, K), N and K at least 1, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    weight = weight.detach().float().contiguous()  # as oneDNN reads it
     scale = weight.abs().amax(dim=1) / 127
     values = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
     return _pack(values, scale, None if bias is None else bias.detach().float().contiguous())
@@ -99,12 +107,13 @@ def activation_levels() -> int:
 
 
 def quantize_rows(x: Tensor) -> Int8Rows:
-    """(T, K) fp32 or bf16 as rows of int8."""
+    """(T, K) fp32 or bf16 as rows of int8; one that holds NaN or an infinity has the scale NaN."""
     levels = activation_levels()
     if x.device.type == "cpu" and cpu.available():
         return Int8Rows(*cpu.quantize_rows(x.contiguous(), levels), x.dtype)
     scale = x.float().abs().amax(dim=1) / levels
-    rounded = (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None] + 0.5).floor()
+    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
+    rounded = (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None] + 0.5).floor().nan_to_num(0)
     return Int8Rows((rounded + (levels + 1)).to(torch.uint8), scale, x.dtype)
 
 
@@ -152,7 +161,7 @@ def int8_linear(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | 
         backend: "cpu" (oneDNN's product between C++ passes) or "reference"; None takes the best that can run.
 
     Returns:
-        (T, N) in x's dtype.
+        (T, N) in x's dtype. A row of x that holds NaN or an infinity is NaN, and changes no other.
 
     Raises:
         ValueError: a wrong shape or dtype, a gradient is wanted, or a backend that can't run here.
@@ -184,8 +193,10 @@ def int8_norm(
 ) -> tuple[Tensor, Int8Rows]:
     """LayerNorm(residual + x @ weight.T + bias) in fp32 and as rows of int8, in one pass over the product.
 
-    See int8_linear; ValueError too where the residual or the norm's parameters are of another shape, or not fp32.
+    See int8_linear; ValueError too where the residual or the norm's parameters are of another
+    shape, or not fp32, or eps is not above 0.
     """
+    eps = check_positive("eps", eps)
     width = weight.values.shape[0]
     shapes = {"residual": (len(residual), width), "norm_weight": (width,), "norm_bias": (width,)}
     for (name, shape), tensor in zip(shapes.items(), (residual, norm_weight, norm_bias), strict=True):

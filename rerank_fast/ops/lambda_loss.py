@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rerank_fast.ops import backends, cpu
-from rerank_fast.ops.backends import Backend, check_choice
+from rerank_fast.ops import backends, cpu, ragged
+from rerank_fast.ops.backends import Backend
 from rerank_fast.ops.differentiated_once import differentiated_once
-from rerank_fast.ops.ragged import check_bounds, check_k, check_lists
+from rerank_fast.ops.options import check_choice, check_cut, check_number, check_positive
 
 Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
 ReductionLog = Literal["binary", "natural"]
@@ -63,12 +63,14 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     # Triton is imported when it is first asked for.
-    if backend == "cpu":
+    if backend == "cpu":  # which checks the offsets itself
         forward = cpu.forward
     elif backend == "triton":
         from rerank_fast.ops.triton.lambda_loss import forward
     else:
         from rerank_fast.ops.reference import forward
+    if backend == "reference" or (backend == "triton" and offsets.is_cpu):
+        ragged.check_offsets(offsets, scores.shape[0])
     return forward(
         scores.contiguous(),
         labels.contiguous(),
@@ -97,7 +99,7 @@ def _backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dty
 
         return backward(grad, grad_loss.contiguous(), offsets.contiguous(), dtype)
     if grad_loss.dim():  # one upstream gradient a list: give each document its list's
-        grad_loss = torch.repeat_interleave(grad_loss, offsets.diff(), output_size=grad.shape[0])
+        grad_loss = grad_loss[ragged.lists_of(offsets, grad.shape[0])]
     return (grad * grad_loss).to(dtype)
 
 
@@ -148,16 +150,25 @@ def lambda_loss(
 ) -> Tensor:
     """LambdaLoss (Wang et al., CIKM 2018) of ragged lists, with its gradient computed in the same pass.
 
+    Divergence is seen, and in its list: where a score is NaN, infinite or beyond 2^64 / max(sigma,
+    1), or a label is NaN or +inf in the loss's dtype, the list's loss is NaN and so is the gradient
+    of each of its documents, whatever the scheme, the cut and the other labels. With reduction
+    "none" the other lists keep their losses; every other reduction is NaN too. The other lists'
+    gradients stay what they are, and the list still counts its pairs, of which a NaN label has
+    none. A label of -inf is one below all others.
+
     Args:
         scores: (N,) model scores of all documents, list after list; fp16, bf16, fp32 or fp64.
         labels: (N,) relevance labels, binary or graded; gains are 2^max(label, 0) - 1.
-        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1].
+        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1]. A GPU's
+            values are not waited for: if they do not rise from 0 to N, the loss and the whole
+            gradient are NaN.
         scheme: weighting of a preference pair: "none", "ndcg1", "ndcg2", "lambdarank" or "ndcg2pp".
         k: count pairs with at least one document ranked in the top k, and take the ideal DCG at k;
             None or 0 counts all.
-        sigma: slope of the sigmoid.
-        mu: share of NDCGLoss2 beside LambdaRank in "ndcg2pp".
-        eps: least ideal DCG.
+        sigma: slope of the sigmoid, above 0.
+        mu: share of NDCGLoss2 beside LambdaRank in "ndcg2pp", at least 0.
+        eps: least ideal DCG, above 0.
         reduction_log: "binary" (log2) or "natural".
         reduction: "pairs" divides the sum over all pairs by the number of pairs in the batch, as
             sentence-transformers does; "lists" divides it by Q; "sum" does not divide; "none" gives
@@ -169,21 +180,55 @@ def lambda_loss(
         in their own dtype; differentiating twice raises RuntimeError.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
+        ValueError: a wrong shape, dtype, device or option, a backend that can't run here, or
+            offsets on the CPU that do not rise from 0 to N.
     """
-    check_lists(scores, labels, offsets)
+    ragged.check_lists(scores, labels, offsets)
     check_choice("scheme", scheme, _SCHEMES)
     check_choice("reduction_log", reduction_log, _LOGS)
     check_choice("reduction", reduction, _REDUCTIONS)
-    check_k(k)
+    slope, least = check_positive("sigma", sigma), check_positive("eps", eps)
+    weighting = (scheme, check_cut(k), slope, check_number("mu", mu, least=0), least)
     resolved = backends.resolve("lambda_loss", backend, scores)
-    if resolved != "cpu":  # which checks them itself
-        check_bounds(offsets, scores.shape[0])
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
-    options = (scheme, k or 0, float(sigma), float(mu), float(eps), reduction_log, reduction, resolved)
+    options = (*weighting, reduction_log, reduction, resolved)
     return _LambdaLoss.apply(scores, labels, offsets, options)
+
+
+_LIBRARY.define(
+    "count_pairs(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::count_pairs", lib=_LIBRARY)
+def _fake_count(scores: Tensor, labels: Tensor, offsets: Tensor, scheme: str, k: int) -> Tensor:
+    return offsets.new_empty(())
+
+
+def _count(scores: Tensor, labels: Tensor, offsets: Tensor, scheme: str, k: int) -> Tensor:
+    if offsets.is_cpu:
+        ragged.check_offsets(offsets, scores.shape[0])
+    sizes = offsets.diff()
+    if scheme == "ndcg1":
+        return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()
+    if scores.shape[0] == 0:
+        return offsets.new_zeros(())
+    group = ragged.lists_of(offsets, scores.shape[0])
+    total = _count_preferences(group, labels)
+    if not k:
+        return total
+    # Less the pairs of two documents below the cut. All others go to a group of their own, of one
+    # label.
+    order = _sort_within(group, scores, descending=True)
+    below = torch.empty_like(group, dtype=torch.bool)
+    below[order] = torch.arange(len(order), device=order.device) - offsets[group] >= k
+    return total - _count_preferences(group.where(below, -1), labels.where(below, 0))
+
+
+_LIBRARY.impl("count_pairs", _count, "CompositeExplicitAutograd")
 
 
 def count_pairs(
@@ -201,9 +246,11 @@ def count_pairs(
     for it.
 
     Args:
-        scores: (N,) as for lambda_loss; read only where k cuts, since the cut goes by rank.
-        labels: (N,) relevance labels.
-        offsets: (Q + 1,) int64.
+        scores: (N,) as for lambda_loss; read only where k cuts, since the cut goes by rank: NaN
+            ranks first.
+        labels: (N,) relevance labels; a NaN is preferred to nothing, and nothing to it.
+        offsets: (Q + 1,) int64. A GPU's values are not waited for: if they do not rise from 0 to N
+            the number means nothing.
         scheme: the loss's; "ndcg1" counts every ordered pair.
         k: the loss's cut.
 
@@ -211,25 +258,13 @@ def count_pairs(
         The number of pairs, () int64 on the device of the scores.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option.
+        ValueError: a wrong shape, dtype, device or option, or offsets on the CPU that do not rise
+            from 0 to N.
     """
-    check_lists(scores, labels, offsets)
-    check_bounds(offsets, scores.shape[0])
+    ragged.check_lists(scores, labels, offsets)
     check_choice("scheme", scheme, _SCHEMES)
-    check_k(k)
-    sizes = offsets.diff()
-    if scheme == "ndcg1":
-        return (sizes.square() - (sizes - k).clamp(min=0).square() if k else sizes.square()).sum()
     labels = labels.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    group = torch.repeat_interleave(sizes, output_size=scores.shape[0])
-    total = _count_preferences(group, labels)
-    if not k:
-        return total
-    # Less the pairs of two documents below the cut. All others go to a group of their own, of one label.
-    order = _sort_within(group, scores.detach(), descending=True)
-    below = torch.empty_like(group, dtype=torch.bool)
-    below[order] = torch.arange(len(order), device=order.device) - offsets[group] >= k
-    return total - _count_preferences(group.where(below, -1), labels.where(below, 0))
+    return torch.ops.rerank_fast.count_pairs.default(scores.detach(), labels, offsets, scheme, check_cut(k))
 
 
 def _sort_within(group: Tensor, values: Tensor, *, descending: bool = False) -> Tensor:

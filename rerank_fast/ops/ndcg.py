@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rerank_fast.ops import backends, cpu, ragged, reference
 from rerank_fast.ops.backends import Backend
+from rerank_fast.ops.options import check_cut
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -48,12 +49,14 @@ def _reference_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) 
 
 def _forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int, backend: str) -> Tensor:
     # Triton is imported when it is first asked for.
-    if backend == "cpu":
+    if backend == "cpu":  # which checks the offsets itself
         forward = cpu.ndcg_forward
     elif backend == "triton":
         from rerank_fast.ops.triton.ndcg import forward
     else:
         forward = _reference_forward
+    if backend == "reference" or (backend == "triton" and offsets.is_cpu):
+        ragged.check_offsets(offsets, scores.shape[0])
     return forward(scores.contiguous(), labels.contiguous(), offsets.contiguous(), k)
 
 
@@ -76,21 +79,24 @@ def ndcg(
     Args:
         scores: (N,) model scores of all documents, list after list; fp16, bf16, fp32 or fp64.
         labels: (N,) relevance labels, binary or graded.
-        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1].
+        offsets: (Q + 1,) int64; list q holds the documents offsets[q] to offsets[q + 1]. A GPU's
+            values are not waited for: a list that does not lie in 0 to N is NaN, and so is the
+            first where it does not begin at 0 and the last where it does not end at N.
         k: ranks that count; None or 0 counts all.
         backend: "cpu" (C++), "triton" or "reference"; None takes the device's own.
 
     Returns:
         (Q,) in fp32 (fp64 for fp64 scores), without gradient. A list with a score that is NaN, or a
-        label that is NaN or +inf, gives NaN; any other without a label above 0 gives 0.
+        label that is NaN or +inf, gives NaN; any other without a label above 0 gives 0. Infinite
+        scores are the extremes and tie with each other; a label of -inf gains nothing.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or k, or a backend that can't run here.
+        ValueError: a wrong shape, dtype, device or k, a backend that can't run here, or offsets on
+            the CPU that do not rise from 0 to N.
     """
     ragged.check_lists(scores, labels, offsets)
-    ragged.check_bounds(offsets, scores.shape[0])
-    ragged.check_k(k)
+    cut = check_cut(k)
     resolved = backends.resolve("ndcg", backend, scores)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels = scores.detach().to(dtype), labels.detach().to(dtype)
-    return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, k or 0, resolved)
+    return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, cut, resolved)

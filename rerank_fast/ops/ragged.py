@@ -1,4 +1,8 @@
-"""Checks of flat lists: scores (N,) and labels (N,) of all documents, list after list, and offsets (Q + 1,)."""
+"""Checks of lists and sequences that lie one after the other: their cumulative lengths rise from 0.
+
+Their values are read by an op's implementation, and not by the public function, whose checks
+torch.compile traces away. A GPU's are not read: that would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from torch import Tensor
 
 
 def check_lists(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    """Raises ValueError for shapes, dtypes and devices that don't go together."""
+    """Raises ValueError unless shapes, dtypes and devices go together: (N,), (N,) and (Q + 1,)."""
     if scores.dim() != 1 or not scores.dtype.is_floating_point:
         raise ValueError(
             f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
@@ -23,27 +27,34 @@ def check_lists(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
             "scores, labels and offsets must be on one device, "
             f"got {scores.device}, {labels.device} and {offsets.device}"
         )
+    if offsets.shape[0] == 1 and scores.shape[0]:
+        raise ValueError(f"offsets must rise from 0 to N = {scores.shape[0]}, got a single one")
 
 
-def check_bounds(offsets: Tensor, num_documents: int) -> None:
-    """Raises ValueError for wrong values of offsets on the CPU: reading a GPU's would wait for it."""
-    if not offsets.is_cpu or torch.compiler.is_compiling():
-        if offsets.shape[0] == 1 and num_documents:  # told by the shapes alone
-            raise ValueError(f"offsets must rise from 0 to N = {num_documents}, got a single one")
-        return
+def check_offsets(offsets: Tensor, num_documents: int) -> None:
+    """Raises ValueError for wrong values of offsets (Q + 1,)."""
     bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_documents or bounds != sorted(bounds):
-        raise offsets_error(offsets, num_documents)
+    if not _rise(bounds, num_documents):
+        raise ValueError(f"offsets must rise from 0 to N = {num_documents}, got {_shown(bounds)}")
 
 
-def offsets_error(offsets: Tensor, num_documents: int) -> ValueError:
-    """What is wrong with offsets (Q + 1,) whose values are at fault."""
-    bounds = offsets.tolist()
-    shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-4:]]
-    return ValueError(f"offsets must rise from 0 to N = {num_documents}, got {shown}")
+def check_ends(name: str, ends: Tensor, num_tokens: int) -> None:
+    """Raises ValueError for wrong values of cu_seqlens (N + 1,)."""
+    bounds = ends.tolist()
+    if not _rise(bounds, num_tokens):
+        raise ValueError(f"{name} must rise from 0 to {num_tokens} tokens, got {_shown(bounds)}")
 
 
-def check_k(k: int | None) -> None:
-    """Raises ValueError for a cut that is negative or no whole number."""
-    if k is not None and (isinstance(k, float) or k < 0):
-        raise ValueError(f"k must be None or a whole number of at least 0, got {k}")
+def _rise(bounds: list[int], last: int) -> bool:
+    return bounds[0] == 0 and bounds[-1] == last and bounds == sorted(bounds)
+
+
+def _shown(bounds: list[int]) -> list[object]:
+    return [*bounds[:4], "...", *bounds[-4:]] if len(bounds) > 8 else [*bounds]
+
+
+def lists_of(offsets: Tensor, num_documents: int) -> Tensor:
+    """(N,) int64: each document's list; one of the Q whatever the offsets (Q + 1,) say."""
+    documents = torch.arange(num_documents, device=offsets.device)
+    found = torch.searchsorted(offsets, documents, right=True) - 1
+    return found.clamp(min=0, max=offsets.shape[0] - 2)

@@ -7,7 +7,6 @@ It stores D x D matrices and reads offsets on the host: every backend is measure
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -38,6 +37,20 @@ def normalized_gains(labels: Tensor, k: int, eps: float) -> Tensor:
     ideal = torch.sort(gains, descending=True).values
     dcg = ideal / discounts(labels.numel(), dtype=labels.dtype, device=labels.device)
     return gains / torch.maximum(dcg[: k or None].sum(), eps * torch.exp2(-largest))
+
+
+# Scores beyond it, or beyond it once multiplied by sigma, are divergence: their margins, and sums
+# of them, could overflow, each backend's elsewhere.
+LARGEST_SCORE = 2.0**64
+
+
+def diverged(scores: Tensor, labels: Tensor, sigma: float) -> Tensor:
+    """() bool: whether a list of (D,) scores and labels has NaN for its loss.
+
+    Where a score is NaN or beyond LARGEST_SCORE / max(sigma, 1), or a label is NaN or +inf.
+    """
+    within = scores.abs() <= LARGEST_SCORE / max(sigma, 1.0)  # false for NaN
+    return ~(within & (labels < torch.inf)).all()
 
 
 def pair_mask(labels: Tensor, rank: Tensor, *, scheme: str, k: int) -> Tensor:
@@ -74,19 +87,15 @@ def pair_weights(gains: Tensor, rank: Tensor, *, scheme: str, mu: float) -> Tens
 
 
 def _weighted_differences(
-    scores: Tensor, labels: Tensor, bounds: list[int], *, scheme: str, k: int, mu: float, eps: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per list the (D, D) mask of its pairs, their weights, and s_i - s_j."""
-    for start, stop in pairwise(bounds):
-        s, y = scores[start:stop], labels[start:stop]
-        if start == stop:
-            nothing = s.new_zeros(0, 0)
-            yield nothing.bool(), nothing, s[:, None] - s[None, :]
-            continue
-        rank = ranks(s.detach())
-        mask = pair_mask(y, rank, scheme=scheme, k=k)
-        weights = pair_weights(normalized_gains(y, k, eps), rank, scheme=scheme, mu=mu)
-        yield mask, weights, s[:, None] - s[None, :]
+    s: Tensor, y: Tensor, *, scheme: str, k: int, mu: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one list of (D,) scores and labels: (D, D) mask of its pairs, weights, and s_i - s_j."""
+    differences = s[:, None] - s[None, :]
+    if s.numel() == 0:
+        return differences.bool(), differences.detach(), differences
+    rank = ranks(s.detach())
+    mask = pair_mask(y, rank, scheme=scheme, k=k)
+    return mask, pair_weights(normalized_gains(y, k, eps), rank, scheme=scheme, mu=mu), differences
 
 
 def _divisor(reduction: str, num_pairs: int, num_lists: int) -> int:
@@ -108,17 +117,19 @@ def lambda_loss(
 ) -> Tensor:
     """The loss as written, differentiable in the scores: () or, for reduction "none", (Q,).
 
-    fp16 and bf16 scores are upcast to fp32; weights, ranks and masks carry no gradient.
+    fp16 and bf16 scores are upcast to fp32; weights, ranks and masks carry no gradient. A list that
+    diverged has NaN for its loss and for the gradient of each of its scores, and counts its pairs.
     """
     compute_dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels, bounds = scores.to(compute_dtype), labels.to(compute_dtype), offsets.tolist()
     scale = 1 / math.log(2) if reduction_log == "binary" else 1.0
     losses, num_pairs = [], 0
-    for mask, weights, differences in _weighted_differences(
-        scores, labels, bounds, scheme=scheme, k=k, mu=mu, eps=eps
-    ):
+    for start, stop in pairwise(bounds):
+        s, y = scores[start:stop], labels[start:stop]
+        mask, weights, differences = _weighted_differences(s, y, scheme=scheme, k=k, mu=mu, eps=eps)
         log_probabilities = torch.nn.functional.logsigmoid(sigma * differences)
-        losses.append(-scale * (weights * log_probabilities)[mask].sum())
+        loss = -scale * (weights * log_probabilities)[mask].sum()
+        losses.append((s * torch.nan).sum() if diverged(s.detach(), y, sigma) else loss)
         num_pairs += int(mask.sum())
     # Without any list an empty slice of the scores keeps the result connected to the graph.
     per_list = torch.stack(losses) if losses else scores[:0]
@@ -148,16 +159,20 @@ def forward(
     scores, labels, bounds = scores.to(compute_dtype), labels.to(compute_dtype), offsets.tolist()
     scale = 1 / math.log(2) if reduction_log == "binary" else 1.0
     losses, grads, num_pairs = [], [scores[:0]], 0
-    for mask, weights, differences in _weighted_differences(
-        scores, labels, bounds, scheme=scheme, k=k, mu=mu, eps=eps
-    ):
+    for start, stop in pairwise(bounds):
+        s, y = scores[start:stop], labels[start:stop]
+        mask, weights, differences = _weighted_differences(s, y, scheme=scheme, k=k, mu=mu, eps=eps)
+        num_pairs += int(mask.sum())
+        if diverged(s, y, sigma):
+            losses.append(s.new_tensor(torch.nan))
+            grads.append(torch.full_like(s, torch.nan))
+            continue
         log_probabilities = torch.nn.functional.logsigmoid(sigma * differences)
         losses.append(-scale * (weights * log_probabilities)[mask].sum())
         pull = torch.zeros_like(differences)
         pull[mask] = (weights * torch.sigmoid(-sigma * differences))[mask]
         # Differences first: NDCGLoss1's pairs (i, i) then cancel without rounding what is small beside them.
         grads.append(-scale * sigma * (pull - pull.t()).sum(dim=1))
-        num_pairs += int(mask.sum())
     per_list, grad = torch.stack(losses) if losses else scores[:0].clone(), torch.cat(grads)
     if reduction == "none":
         return per_list, grad

@@ -13,6 +13,7 @@ from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import check_rows, dropout_factors
 from rerank_fast.ops.backends import Backend
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.options import check_positive, check_seed, check_share
 
 _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x in fp32 needs none
 
@@ -215,7 +216,7 @@ def residual_norm(
         residual: (T, H) fp32 (fp64 on the reference): the stream it is added to.
         weight: (H,) of the LayerNorm, in the residual's dtype.
         bias: (H,) of the LayerNorm, in the residual's dtype.
-        eps: of the LayerNorm.
+        eps: of the LayerNorm, above 0.
         dropout_p: share of x that is dropped.
         seed: chooses which; the same seed drops the same elements, on every backend and in backward.
         rows: (T,) int32 numbers that stand for the rows in that choice: some rows of a larger x, computed alone,
@@ -223,15 +224,17 @@ def residual_norm(
         backend: "cpu" (C++), "triton" (GPUs) or "reference"; None takes the best that can run.
 
     Returns:
-        The result twice: (T, H) in the residual's dtype for the next addition, and in x's dtype for the next
-        matrix product; one tensor where the dtypes are the same. Differentiating twice raises RuntimeError.
+        The result twice: (T, H) in the residual's dtype for the next addition, and in x's dtype for
+        the next matrix product; one tensor where the dtypes are the same. Differentiating twice
+        raises RuntimeError. A row that holds NaN or an infinity is NaN, and changes no other.
 
     Raises:
         ValueError: a wrong shape, dtype or option, or a backend that can't run here.
     """
-    if x.dim() != 2 or residual.shape != x.shape:
+    if x.dim() != 2 or residual.shape != x.shape or x.shape[1] == 0:
         raise ValueError(
-            f"x and residual must have one shape (T, H), got {tuple(x.shape)} and {tuple(residual.shape)}"
+            "x and residual must have one shape (T, H) with H of at least 1, "
+            f"got {tuple(x.shape)} and {tuple(residual.shape)}"
         )
     if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(
@@ -242,12 +245,10 @@ def residual_norm(
             "residual, weight and bias must all be fp32 or all fp64, "
             f"got {residual.dtype}, {weight.dtype} and {bias.dtype}"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    options = (check_positive("eps", eps), check_share("dropout_p", dropout_p), check_seed(seed))
     check_rows(rows, x)
     rows = rows if dropout_p > 0 else None
     unserved = partial(_unserved, x=x, residual=residual)
     resolved = backends.resolve("residual_norm", backend, x, unserved=unserved)
-    options = (float(eps), float(dropout_p), seed, resolved)
-    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, rows, options)
+    y, narrow = _ResidualNorm.apply(x, residual, weight, bias, rows, (*options, resolved))
     return y, narrow if x.dtype in _HALVES else y

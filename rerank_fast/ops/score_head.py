@@ -15,6 +15,7 @@ from rerank_fast.ops import backends, cpu
 from rerank_fast.ops.attention_reference import dropout_factors
 from rerank_fast.ops.backends import Backend
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.options import check_choice, check_flag, check_seed, check_share
 
 Activation = Literal["tanh", "gelu", "relu", "none"]
 _ACTIVATIONS = get_args(Activation)
@@ -74,7 +75,7 @@ def _active(dense: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         below = (1 + torch.erf(dense / math.sqrt(2))) / 2
         return dense * below, below + dense * torch.exp(-dense * dense / 2) / math.sqrt(2 * math.pi)
     if activation == "relu":
-        return dense.relu(), (dense > 0).to(dense.dtype)
+        return dense.relu(), (~(dense <= 0)).to(dense.dtype)  # of NaN 1, as torch has it
     return dense, torch.ones_like(dense)
 
 
@@ -166,6 +167,8 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if index is not None:
+        _check_rows(index, hidden.shape[0])
     # Triton is imported when it is first asked for.
     forward: Any = _reference_forward
     if backend == "cpu":
@@ -292,14 +295,21 @@ def _check(hidden: Tensor, index: Tensor | None, **weights: Tensor | None) -> No
         )
     if index.device != hidden.device:
         raise ValueError(f"first_token_index must be on hidden's device {hidden.device}, got {index.device}")
-    # Reading a GPU's values would wait for it.
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        rising = index if bool((index[1:] > index[:-1]).all()) else index.sort().values
-        if int(rising[0]) < 0 or int(rising[-1]) >= hidden.shape[0] or not bool((rising[1:] > rising[:-1]).all()):
-            raise ValueError(
-                f"first_token_index must hold different rows from 0 to {hidden.shape[0] - 1}, "
-                f"got {index.tolist()[:8]} ..."
-            )
+
+
+def _check_rows(index: Tensor, num_hidden: int) -> None:
+    """Raises ValueError unless an index on the CPU holds different rows; a GPU's is not waited for.
+
+    The op's implementation asks it, and not the public function, whose checks torch.compile traces
+    away.
+    """
+    if not index.is_cpu or index.numel() == 0:
+        return
+    rising = index if bool((index[1:] > index[:-1]).all()) else index.sort().values
+    if int(rising[0]) < 0 or int(rising[-1]) >= num_hidden or not bool((rising[1:] > rising[:-1]).all()):
+        raise ValueError(
+            f"first_token_index must hold different rows from 0 to {num_hidden - 1}, got {index.tolist()[:8]} ..."
+        )
 
 
 def _unserved(backend: str, hidden: Tensor) -> str:
@@ -330,8 +340,10 @@ def score_head(
     Args:
         hidden: (T, H) hidden states of all tokens, of which only the indexed rows are read; fp32, bf16 or fp16 (any
             floating dtype on the reference). Rows may lie apart, so `states[:, 0]` of a padded batch is not copied.
-        first_token_index: (N,) int32 or int64, the row of each pair's first token, no row twice; `cu_seqlens[:-1]`
-            of a packed batch. None takes every row, and the gradient of hidden is then not scattered.
+        first_token_index: (N,) int32 or int64, the row of each pair's first token, no row twice;
+            `cu_seqlens[:-1]` of a packed batch. None takes every row, and the gradient of hidden is
+            then not scattered. A GPU's values are not waited for: the score of an index that names
+            no row is NaN, and so are the weights' gradients.
         dense_weight: (D, H), in hidden's dtype like the other weights.
         dense_bias: (D,) or None.
         out_weight: (1, D).
@@ -345,11 +357,13 @@ def score_head(
             device's own.
 
     Returns:
-        (N,) scores in fp32 (fp64 for fp64), accumulated in it. Only gradients that are asked for are computed, each
-        in its tensor's dtype; differentiating twice raises RuntimeError.
+        (N,) scores in fp32 (fp64 for fp64), accumulated in it. Only gradients that are asked for
+        are computed, each in its tensor's dtype; differentiating twice raises RuntimeError. NaN and
+        infinities in a row give what the formula gives, in its own score alone.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option, or a backend that can't run here.
+        ValueError: a wrong shape, dtype, device or option, a backend that can't run here, or an
+            index on the CPU that names no row, or one twice.
     """
     _check(
         hidden,
@@ -359,11 +373,10 @@ def score_head(
         out_weight=out_weight,
         out_bias=out_bias,
     )
-    backends.check_choice("activation", activation, _ACTIVATIONS)
-    for name, p in (("dropout_p", dropout_p), ("dropout_in_p", dropout_in_p)):
-        if not 0 <= p < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
-    shares = (float(dropout_p), float(dropout_in_p)) if training else (0.0, 0.0)
+    check_choice("activation", activation, _ACTIVATIONS)
+    check_flag("training", training)
+    after, before = check_share("dropout_p", dropout_p), check_share("dropout_in_p", dropout_in_p)
+    shares = (after, before) if training else (0.0, 0.0)
     resolved = backends.resolve("score_head", backend, hidden, unserved=partial(_unserved, hidden=hidden))
-    options = (activation, *shares, seed, resolved)
+    options = (activation, *shares, check_seed(seed), resolved)
     return _ScoreHead.apply(hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options)

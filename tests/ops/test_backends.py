@@ -70,6 +70,9 @@ def assert_within_budget(backend, scores, labels, offsets, **options):
     for ours, theirs, true in zip(results, eager, exact, strict=True):
         assert ours.dtype == wide
         assert ours.shape == true.shape
+        known = ~true.isnan()
+        assert torch.equal(~ours.isnan(), known)
+        ours, theirs, true = ours[known], theirs[known], true[known]
         if true.numel():
             error, eager_error = (ours - true).abs().max(), (theirs - true).abs().max()
             floor = 1e-16 if wide == torch.float64 else 1e-30
@@ -108,23 +111,32 @@ generated_lists = st.lists(
 )
 
 
-def flat_lists(lists):
+# Where in such a batch a score or a label becomes what: most batches stay as they are.
+generated_damage = st.lists(
+    st.tuples(st.integers(0, 47), st.booleans(), st.sampled_from([math.nan, math.inf, -math.inf, 1e30])), max_size=2
+) | st.just([])
+
+
+def flat_lists(lists, damage=()):
     flat = [document for documents in lists for document in documents]
     scores = torch.tensor([score for score, _ in flat], dtype=torch.float32)
     labels = torch.tensor([label for _, label in flat], dtype=torch.float32)
+    for place, to_score, value in damage if flat else ():
+        (scores if to_score else labels)[place % len(flat)] = value
     return scores, labels, torch.tensor([0, *itertools.accumulate(map(len, lists))])
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     lists=generated_lists,
+    damage=generated_damage,
     scheme=st.sampled_from(SCHEMES),
     k=st.integers(0, 6),
     sigma=st.sampled_from([0.5, 1.0, 4.0]),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_cpu_on_generated_lists(dtype, lists, scheme, k, sigma):
-    scores, labels, offsets = flat_lists(lists)
+def test_cpu_on_generated_lists(dtype, lists, damage, scheme, k, sigma):
+    scores, labels, offsets = flat_lists(lists, damage)
     for reduction in ("pairs", "none"):
         options = {"scheme": scheme, "k": k, "sigma": sigma, "reduction": reduction}
         assert_within_budget("cpu", scores.to(dtype), labels, offsets, **options)
@@ -147,18 +159,6 @@ def test_large_labels_and_ties(backend):
         assert loss.isfinite()
         assert grad.isfinite().all()
         assert_within_budget(backend, scores, labels, torch.tensor([0, 6]), scheme=scheme)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_nan_is_seen_and_stays_in_its_list(backend):
-    scores, labels, offsets = ragged([6, 6], grades=2)
-    labels[:6] = torch.tensor([1.0, 0, 0, 1, 0, 0])
-    labels[6:] = labels[:6]
-    scores[2] = math.nan
-    loss, grad = forward(backend, scores, labels, offsets, **OPTIONS | {"reduction": "none"})
-    assert loss.isnan().tolist() == [True, False]
-    assert grad[6:].isfinite().all()
-    assert grad[2].isnan()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -247,14 +247,6 @@ def test_cpu_rows_of_rare_labels_and_triangles(scheme, k, share):
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("sigma", [-1.5, 0.0])
-def test_negative_and_zero_sigma(backend, scheme, sigma):
-    assert_within_budget(backend, *ragged([20, 9, 40]), scheme=scheme, sigma=sigma, k=5)
-
-
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("spread", [1.0, 1e3, 1e4])
 @pytest.mark.parametrize("labels", ["graded", "binary", "fractions", "large"])
@@ -269,32 +261,6 @@ def test_cpu_sums_of_long_lists(scheme, spread, labels):
     }
     assert_within_budget("cpu", scores, values[labels], offsets, scheme=scheme)
     assert_within_budget("cpu", scores, values[labels], offsets, scheme=scheme, k=100)
-
-
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_cpu_infinite_scores(scheme):
-    """A document at -inf below all that should be above it costs nothing; above one, it costs infinity."""
-    scores, labels, offsets = ragged([20])
-    scores[3], labels[3] = -math.inf, labels.min() - 1
-    options = OPTIONS | {"scheme": scheme, "reduction": "none"}
-    loss, grad = forward("cpu", scores, labels, offsets, **options)
-    true, true_grad = reference.forward(scores.double(), labels.double(), offsets, **options)
-    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0, equal_nan=True)
-    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-6, equal_nan=True)
-    labels[3] = labels.max() + 1
-    loss, _ = forward("cpu", scores, labels, offsets, **options)
-    true, _ = reference.forward(scores.double(), labels.double(), offsets, **options)
-    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0, equal_nan=True)
-
-
-@pytest.mark.usefixtures("instruction_set")
-def test_cpu_nan_labels_are_seen():
-    scores, labels, offsets = ragged([6, 6])
-    labels[1] = math.nan
-    loss, grad = forward("cpu", scores, labels, offsets, **OPTIONS | {"reduction": "none"})
-    assert loss.isnan().tolist() == [True, False]
-    assert grad.isnan().tolist() == [True] * 6 + [False] * 6
 
 
 def call(op, device, backend=None):

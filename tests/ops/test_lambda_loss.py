@@ -344,7 +344,7 @@ def test_bad_input_says_what_was_expected(change, message):
         lambda_loss(**arguments)
 
 
-@pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4], [0, -1, 4], [0, 5, 4], [4]])
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4], [0, -1, 4], [0, 5, 4]])
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_offsets_at_fault_are_shown(backend, bounds):
     scores = torch.zeros(4, requires_grad=True)

@@ -151,8 +151,8 @@ def test_public_name_errors_and_registration():
         ((scores, labels[1:], offsets), "labels must have the shape of scores"),
         ((scores, labels, offsets[1:]), "offsets must rise from 0"),
         ((scores, labels, offsets.int()), "offsets must be int64"),
-        ((scores, labels, offsets, -1), "k must be None or a whole number of at least 0, got -1"),
-        ((scores, labels, offsets, 1.5), "k must be None or a whole number of at least 0, got 1.5"),
+        ((scores, labels, offsets, -1), r"k must be None or a whole number from 0 to 2\*\*63 - 1, got -1"),
+        ((scores, labels, offsets, 1.5), r"k must be None or a whole number from 0 to 2\*\*63 - 1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ndcg(*arguments)

@@ -153,7 +153,7 @@ def test_compiles_as_one_graph():
 def test_errors_say_what_was_expected_and_what_came():
     (x, residual, weight, bias), _ = make(3, 8)
     wrong = [
-        (lambda: residual_norm(x, residual[:2], weight, bias, eps=EPS), r"one shape \(T, H\), got"),
+        (lambda: residual_norm(x, residual[:2], weight, bias, eps=EPS), r"one shape \(T, H\) with H of at"),
         (lambda: residual_norm(x, residual, weight[:4], bias, eps=EPS), r"shape \(8,\), got"),
         (lambda: residual_norm(x, residual.half(), weight, bias, eps=EPS), "all be fp32 or all fp64"),
         (lambda: residual_norm(x, residual, weight, bias, eps=EPS, dropout_p=-0.1), "dropout_p"),

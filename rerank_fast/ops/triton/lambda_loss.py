@@ -36,13 +36,15 @@ PAIRS_FP64 = {"BLOCK": 8, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
 PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
 # What tuning tries beside them. BLOCK stays: buffers are of its size.
 PAIRS_AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"TILE": 64}, {"TILE": 64, "num_warps": 8})
+# What the loss's specification takes for divergence.
+LARGEST_SCORE = 2.0**64
 FINISH = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["num_blocks", "n"])
 def mean_kernel(
     loss,  # (num_blocks,) compute dtype
-    pairs,  # (num_blocks,) int64
+    pairs,  # (num_blocks,) int64, or AT_FAULT
     grad,  # in and out (N,) compute dtype
     total,  # out () compute dtype
     num_blocks,
@@ -51,32 +53,62 @@ def mean_kernel(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of the batch; with OVER_PAIRS loss and gradient are divided by the batch's preference pairs."""
+    """The loss of the batch; with OVER_PAIRS it and the gradient are divided by the number of pairs.
+
+    All NaN where the offsets are at fault.
+    """
     loss_sum = tl.zeros([BLOCK], dtype)
     pair_sum = tl.zeros([BLOCK], tl.int64)
+    fewest = tl.zeros([BLOCK], tl.int64)
     for first in range(0, num_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
         loss_sum += tl.load(loss + block, mask=block < num_blocks, other=0.0)
-        if OVER_PAIRS:
-            pair_sum += tl.load(pairs + block, mask=block < num_blocks, other=0)
+        visited = tl.load(pairs + block, mask=block < num_blocks, other=0)
+        fewest = tl.minimum(fewest, visited)
+        pair_sum += visited
+    at_fault = tl.min(fewest, axis=0) < 0
     divisor = tl.full([], 1.0, dtype)
     if OVER_PAIRS:
         divisor = tl.maximum(tl.sum(pair_sum, axis=0), 1).to(dtype)
+        divisor = tl.where(at_fault, float("nan"), divisor)
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         tl.store(grad + i, tl.load(grad + i, mask=i < n, other=0.0) / divisor, mask=i < n)
+    elif at_fault:
+        divisor = tl.full([], float("nan"), dtype)
+        _fill_with_nan(grad, n, dtype, BLOCK)
     if tl.program_id(0) == 0:
         tl.store(total, tl.sum(loss_sum, axis=0) / divisor)
 
 
 @triton.jit
+def _fill_with_nan(grad, n, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        tl.store(grad + i, tl.full([BLOCK], float("nan"), dtype), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "n"])
 def list_sum_kernel(
     loss,  # (N,) compute dtype
+    pairs,  # (num_blocks,) int64: AT_FAULT, or not
     offsets,  # (Q + 1,) int64
+    grad,  # in and out (N,) compute dtype
     list_loss,  # out (Q,) compute dtype
+    num_blocks,
+    n,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each list's sum of its slots' terms."""
+    """Each list's sum of its slots' terms; NaN, with all gradients, where the offsets are at fault."""
+    fewest = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        fewest = tl.minimum(fewest, tl.load(pairs + block, mask=block < num_blocks, other=0))
+    if tl.min(fewest, axis=0) < 0:
+        tl.store(list_loss + tl.program_id(0), tl.full([], float("nan"), dtype))
+        if tl.program_id(0) == 0:
+            _fill_with_nan(grad, n, dtype, BLOCK)
+        return
     start = tl.load(offsets + tl.program_id(0))
     size = (tl.load(offsets + tl.program_id(0) + 1) - start).to(tl.int32)
     total = tl.zeros([BLOCK], dtype)
@@ -155,13 +187,16 @@ def forward(
     grad = torch.empty(n, dtype=compute_dtype, device=device)
     total = torch.empty((num_lists,) if per_list else (), dtype=compute_dtype, device=device)
     list_steps = (num_lists - 1).bit_length()
+    largest_score = LARGEST_SCORE / max(sigma, 1.0)
     scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (num_lists if reduction == "lists" else 1)
     pairs_kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
     documents = (scores, labels, offsets, slots, stride, ranks, places)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(scores):
         if ordered:
-            order_kernel[(num_blocks,)](*documents, longest + 1, num_lists, list_steps, n, dtype=dtype, **launch)
+            order_kernel[(num_blocks,)](
+                *documents, longest + 1, num_lists, list_steps, n, largest_score, dtype=dtype, **launch
+            )
         pairs_kernel[(num_blocks,)](
             *documents,
             loss,
@@ -173,6 +208,7 @@ def forward(
             eps,
             math.log(2) * scale,
             -sigma * scale,
+            largest_score,
             longest,
             num_lists,
             list_steps,
@@ -185,7 +221,7 @@ def forward(
             **pairs_launch,
         )
         if per_list:
-            list_sum_kernel[(num_lists,)](loss, offsets, total, dtype=dtype, **FINISH)
+            list_sum_kernel[(num_lists,)](loss, pairs, offsets, grad, total, num_blocks, n, dtype=dtype, **FINISH)
         else:
             over_pairs = reduction == "pairs"
             grid = (triton.cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
@@ -222,7 +258,7 @@ def backward(
 def shipped() -> Iterator[Variant]:
     scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
     fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
-    fixed |= dict.fromkeys(["slope", "mu", "eps", "loss_scale", "pull_scale"], "fp64")
+    fixed |= dict.fromkeys(["slope", "mu", "eps", "loss_scale", "pull_scale", "largest_score"], "fp64")
     fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i64"}
 
     def variant(kernel: Any, scores: str, config: dict[str, Any], **constants: Any) -> Variant:

@@ -65,18 +65,33 @@ def store_deltas(delta, d, in_d, dtype: tl.constexpr):
 
 @triton.jit
 def lists_of(offsets, i, in_i, num_lists, num_steps, n):
-    """Each document's list, its first document and the one after its last: n and 0 where in_i is false."""
+    """Each document's list, and that list's bounds: n and 0 where in_i is false.
+
+    Whatever the offsets say, lists lie in 0 to n and all documents of one agree on it. A document
+    of which they say nothing that makes sense is a list of its own.
+    """
     low = tl.zeros(i.shape, tl.int64)
     high = low + (num_lists - 1)
+    # Of the offsets that were met, the largest at or before i and the least after it. Where a
+    # list's bounds lie between them, every document from one bound to the other meets the same
+    # offsets, and finds the same list.
+    before = low
+    after = low + n
     # The last list that begins at or before i: the lists that share its beginning with it are empty.
     for _ in range(num_steps):
         middle = (low + high + 1) // 2
-        begins = tl.load(offsets + middle) <= i
+        offset = tl.load(offsets + middle)
+        begins = offset <= i
+        before = tl.where(begins, tl.maximum(before, offset), before)
+        after = tl.where(begins, after, tl.minimum(after, offset))
         low = tl.where(begins, middle, low)
         high = tl.where(begins, high, middle - 1)
-    start = tl.where(in_i, tl.load(offsets + low), n)
-    end = tl.where(in_i, tl.load(offsets + low + 1), 0)
-    return low, start, end
+    start = tl.load(offsets + low)
+    end = tl.load(offsets + low + 1)
+    holds = (start >= before) & (start <= i) & (i < end) & (end <= after)
+    start = tl.where(holds, start, i)
+    end = tl.where(holds, end, i + 1)
+    return low, tl.where(in_i, start, n), tl.where(in_i, end, 0)
 
 
 @triton.jit
@@ -94,6 +109,7 @@ def order_rows(
     num_lists,
     num_steps,
     n,
+    largest_score,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -123,6 +139,8 @@ def order_rows(
         y_j = tl.load(labels + first + j, mask=j < width, other=0.0)
         y_j = tl.where(y_j != y_j, float("inf"), y_j)[None, :]
         nan_j = s_j != s_j
+        # A score that is NaN or too large is seen as an infinite label is.
+        top_j = tl.where(tl.abs(s_j) <= largest_score, y_j, float("inf"))
         j = j[None, :]
         same_list = (j >= from_i) & (j < to_i)
         # Equal scores, and two NaNs, keep the input order.
@@ -130,15 +148,16 @@ def order_rows(
         before = (s_j > score_i) | (nan_j & (nan_i == 0)) | (equal & (j < own))
         above += (before & same_list).to(tl.int32)
         ahead += (((y_j > label_i) | ((y_j == label_i) & before)) & same_list).to(tl.int32)
-        largest = tl.maximum(largest, tl.where(same_list, y_j, 0.0))
+        largest = tl.maximum(largest, tl.where(same_list, top_j, 0.0))
     slot = start_i + tl.sum(ahead, axis=1)
     rank = tl.sum(above, axis=1) + 1
     top = tl.max(largest, axis=1)
     tl.store(slots + slot, s_i, mask=in_i)
     tl.store(slots + stride + slot, y_i, mask=in_i)
-    # Gains are divided by 2^max label: large labels stay finite.
+    # Gains are divided by 2^max label: large labels stay finite. Those of a list that diverged are
+    # all NaN.
     gain = tl.exp2(tl.maximum(y_i, 0.0) - top) - tl.exp2(-top)
-    tl.store(slots + 2 * stride + slot, tl.where(y_i != y_i, y_i, gain), mask=in_i)
+    tl.store(slots + 2 * stride + slot, tl.where(top < float("inf"), gain, float("nan")), mask=in_i)
     tl.store(slots + 3 * stride + slot, reciprocal(tl.log2(1.0 + rank.to(dtype)), dtype), mask=in_i)
     tl.store(ranks + slot, rank, mask=in_i)
     tl.store(places + slot, i, mask=in_i)
@@ -157,6 +176,7 @@ def order_kernel(
     num_lists,
     num_steps,
     n,
+    largest_score: tl.float64,  # above it, or NaN, a score is divergence
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -167,5 +187,23 @@ def order_kernel(
     store_deltas(slots + 4 * stride, i, i < n, dtype)
     order_rows(
         scores, labels, offsets, slots, stride, ranks, places, i, shortest, n, num_lists, num_steps, n,
-        dtype, BLOCK, TILE,
+        tl.full([], largest_score, dtype), dtype, BLOCK, TILE,
     )  # fmt: skip
+
+
+# What a block has for the number of its pairs where the offsets do not rise from 0 to n.
+AT_FAULT = tl.constexpr(-1)
+
+
+@triton.jit
+def offsets_at_fault(offsets, num_lists, n, BLOCK: tl.constexpr):
+    """1 where this program's share of the offsets does not rise, begin at 0 or end at n, else 0."""
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for first in range(tl.program_id(0) * BLOCK, num_lists, tl.num_programs(0) * BLOCK):
+        q = first + tl.arange(0, BLOCK)
+        there = q < num_lists
+        start = tl.load(offsets + q, mask=there, other=0)
+        end = tl.load(offsets + q + 1, mask=there, other=0)
+        falls = (start > end) | ((q == 0) & (start != 0)) | ((q == num_lists - 1) & (end != n))
+        wrong += (falls & there).to(tl.int32)
+    return (tl.max(wrong, axis=0) > 0).to(tl.int32)

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rerank_fast.ops.triton.lambda_loss_order import lists_of, log2_1p, order_rows, reciprocal, store_deltas
+from rerank_fast.ops.triton.lambda_loss_order import (
+    AT_FAULT,
+    lists_of,
+    log2_1p,
+    offsets_at_fault,
+    order_rows,
+    reciprocal,
+    store_deltas,
+)
 
 
 @triton.jit
@@ -148,7 +156,7 @@ def pair_kernel(
     ranks,  # (N,) int32, by slot
     places,  # (N,) int64, by slot
     loss,  # out: each block's sum, or each slot's (N,) with PER_SLOT; compute dtype
-    pairs,  # out: each block's preference pairs, int64
+    pairs,  # out: each block's preference pairs, int64, or AT_FAULT; with PER_SLOT 0 or that
     grad,  # out (N,) compute dtype: dL/dscore of the list's own sum
     k,
     slope: tl.float64,  # sigma / ln 2
@@ -156,6 +164,7 @@ def pair_kernel(
     eps: tl.float64,
     loss_scale: tl.float64,
     pull_scale: tl.float64,
+    largest_score: tl.float64,  # above it, or NaN, a score is divergence
     longest,
     num_lists,
     list_steps,
@@ -189,7 +198,7 @@ def pair_kernel(
     while row < short_end:
         order_rows(
             scores, labels, offsets, slots, stride, ranks, places, row + tl.arange(0, BLOCK), 0, longest,
-            num_lists, list_steps, n, dtype, BLOCK, TILE,
+            num_lists, list_steps, n, tl.full([], largest_score, dtype), dtype, BLOCK, TILE,
         )  # fmt: skip
         row += BLOCK
     if not ORDERED:
@@ -225,15 +234,23 @@ def pair_kernel(
             k, slope, mu, "worse", SCHEME, dtype, BLOCK, TILE,
         )  # fmt: skip
         pull_i += won_i
+    at_fault = offsets_at_fault(offsets, num_lists, n, BLOCK)
+    count = tl.full([], 0, tl.int64)
     if not PER_SLOT:
-        tl.store(pairs + tl.program_id(0), tl.sum(count_i.to(tl.int64), axis=0))
+        count += tl.sum(count_i.to(tl.int64), axis=0)
+    tl.store(pairs + tl.program_id(0), tl.where(at_fault != 0, AT_FAULT, count))
     in_i = to_i > from_i
     loss_i *= tl.full([], loss_scale, dtype)
     pull_i *= tl.full([], pull_scale, dtype)
-    if SCHEME != 0:
+    # Of the first slot the gain is 1 - 2^-max label, or NaN where the list diverged.
+    first_gain_i = tl.load(slots + 2 * stride + from_i)
+    if SCHEME == 0:
+        diverged_i = first_gain_i != first_gain_i
+        loss_i = tl.where(diverged_i, first_gain_i, loss_i)
+        pull_i = tl.where(diverged_i, first_gain_i, pull_i)
+    else:
         ideal_i = _ideal_dcg(slots + 2 * stride, from_i, to_i, k, dtype, BLOCK, TILE)
-        # Of the first slot the gain is 1 - 2^-max label: what eps is over.
-        unit_i = 1.0 - tl.load(slots + 2 * stride + from_i)
+        unit_i = 1.0 - first_gain_i  # what eps is over
         normalizer = tl.maximum(ideal_i, tl.full([], eps, dtype) * unit_i, tl.PropagateNan.ALL)
         loss_i = loss_i / normalizer
         pull_i = pull_i / normalizer

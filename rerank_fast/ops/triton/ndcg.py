@@ -19,22 +19,29 @@ LAUNCH_FP64 = LAUNCH | {"num_warps": 8}
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"BLOCK": 64})
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "n"])
 def ndcg_kernel(
     scores,  # (N,) compute dtype
     labels,  # (N,) compute dtype
     offsets,  # (Q + 1,) int64
     ndcg,  # out (Q,) compute dtype
     k,
+    n,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One list: how many documents go before each by score and by label, in tiles of its documents.
 
-    Each document has the mean gain of its tie in score: its rank within the tie is no matter.
+    Each document has the mean gain of its tie in score: its rank within the tie is no matter. A
+    list that does not lie in the documents is NaN, and so is the first or the last where documents
+    are left out.
     """
-    start = tl.load(offsets + tl.program_id(0))
-    size = (tl.load(offsets + tl.program_id(0) + 1) - start).to(tl.int32)
+    own = tl.program_id(0)
+    start = tl.load(offsets + own)
+    end = tl.load(offsets + own + 1)
+    lies = (start >= 0) & (start <= end) & (end <= n)
+    lies = lies & ((own > 0) | (start == 0)) & ((own < tl.num_programs(0) - 1) | (end == n))
+    size = tl.where(lies, end - start, 0).to(tl.int32)
     highest = tl.zeros([BLOCK], dtype)
     nans = tl.zeros([BLOCK], tl.int32)
     for first in range(0, size, BLOCK):
@@ -81,8 +88,8 @@ def ndcg_kernel(
         ideal += tl.where((k == 0) | (better < k), gain / tl.log2(2.0 + better.to(dtype)), 0.0)
     best = tl.sum(ideal, axis=0)
     value = tl.where(largest > 0.0, tl.sum(found, axis=0) / tl.where(largest > 0.0, best, 1.0), 0.0)
-    value = tl.where(tl.sum(nans, axis=0) > 0, float("nan"), value)
-    tl.store(ndcg + tl.program_id(0), value)
+    value = tl.where((tl.sum(nans, axis=0) > 0) | (lies == 0), float("nan"), value)
+    tl.store(ndcg + own, value)
 
 
 def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
@@ -97,11 +104,13 @@ def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
         )
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(scores):
-            kernel[(num_lists,)](scores, labels, offsets, result, min(k, scores.shape[0]), dtype=dtype, **config)
+            n = scores.shape[0]
+            kernel[(num_lists,)](scores, labels, offsets, result, min(k, n), n, dtype=dtype, **config)
     return result
 
 
 def shipped() -> Iterator[Variant]:
     for dtype, launch in ((tl.float32, LAUNCH), (tl.float64, LAUNCH_FP64)):
-        types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}", "k": "i32"}
+        types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}"}
+        types |= {"k": "i32", "n": "i32"}
         yield Variant(f"ndcg-ndcg_{dtype}", ndcg_kernel, types, launch, {"dtype": dtype})

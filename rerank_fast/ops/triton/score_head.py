@@ -77,16 +77,26 @@ def load_tile(matrix, stride, row, in_rows, column, in_columns):
 
 
 @triton.jit
-def load_x(source, row, in_rows, column, in_columns, DROP_IN: tl.constexpr):
-    """(rows, columns) of the rows that are read, dropped out, in their own dtype.
-
-    source: hidden, the stride of its rows, index or None, and the dropout's seed, threshold and rescale.
-    """
-    hidden, stride, index, seed, threshold, rescale = source
+def places(source, row, in_rows):
+    """Which rows of hidden are read, and which there are: an index that names none reads nothing."""
+    _, _, num_hidden, index, _, _, _ = source
     place = row.to(tl.int64)
     if index is not None:
         place = tl.load(index + row, mask=in_rows, other=0).to(tl.int64)
-    x = load_tile(hidden, stride, place, in_rows, column, in_columns)
+        in_rows = in_rows & (place >= 0) & (place < num_hidden)
+    return place, in_rows
+
+
+@triton.jit
+def load_x(source, row, in_rows, column, in_columns, DROP_IN: tl.constexpr):
+    """(rows, columns) of the rows that are read, dropped out, in their own dtype.
+
+    source: hidden, the stride and number of its rows, index or None, and the dropout's seed,
+        threshold and rescale.
+    """
+    hidden, stride, _, _, seed, threshold, rescale = source
+    place, there = places(source, row, in_rows)
+    x = load_tile(hidden, stride, place, there, column, in_columns)
     if DROP_IN:
         kept = dropout.tile_factors(seed, IN_STREAM, row, column, threshold, rescale)
         x = (x.to(tl.float32) * kept).to(x.dtype)
@@ -120,13 +130,14 @@ def dense_tile(
     return total
 
 
-NOT_SPECIALIZED = ["n", "seed", "threshold", "rescale", "threshold_in", "rescale_in"]
+NOT_SPECIALIZED = ["n", "num_hidden", "seed", "threshold", "rescale", "threshold_in", "rescale_in"]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     hidden,  # (T, H)
     stride,  # of its rows
+    num_hidden,  # T
     index,  # (N,) int32 or int64, or None
     dense_weight,  # (D, H)
     dense_bias,  # (D,) or None
@@ -149,8 +160,8 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """The scores of a block of rows."""
-    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    """The scores of a block of rows; NaN where the index names none."""
+    source = (hidden, stride, num_hidden, index, seed, threshold_in, rescale_in)
     row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
     score = tl.zeros([ROWS], tl.float32)
     for first in range(0, D, COLUMNS):
@@ -162,9 +173,13 @@ def forward_kernel(
         if DROP:
             active *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
         w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)
-        score += tl.sum(active * w[None, :], axis=1)
+        # Beyond D a product of infinity with 0 is NaN.
+        score += tl.sum(tl.where(in_out[None, :], active * w[None, :], 0.0), axis=1)
     if out_bias is not None:
         score += tl.load(out_bias).to(tl.float32)
+    if index is not None:
+        _, there = places(source, row, in_rows)
+        score = tl.where(there, score, float("nan"))
     tl.store(scores + row, score, mask=in_rows)
 
 
@@ -207,6 +222,7 @@ def forward(
             kernel[(triton.cdiv(n, launch["ROWS"]),)](
                 hidden,
                 hidden.stride(0),
+                hidden.shape[0],
                 index,
                 dense_weight,
                 dense_bias,
@@ -233,7 +249,8 @@ def variants(
 ) -> Iterator[Variant]:
     """Every dtype and activation, with neither gather nor dropout, with both, and, as packed execution trains,
     with dropout alone."""
-    types = dict.fromkeys(["stride", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"], "i32")
+    numbers = ["stride", "num_hidden", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"]
+    types = dict.fromkeys(numbers, "i32")
     types |= {"rescale": "fp32", "rescale_in": "fp32"}
     types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
     for dtype in DTYPES.values():

@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import autotune, dropout, guard, score_head
-from rerank_fast.ops.triton.score_head import IN_STREAM, STREAM, activate, dense_tile, load_tile, load_x, span
+from rerank_fast.ops.triton.score_head import (
+    IN_STREAM,
+    STREAM,
+    activate,
+    dense_tile,
+    load_tile,
+    load_x,
+    places,
+    span,
+)
 from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
@@ -39,6 +48,7 @@ def dense_grad_kernel(
     grad_scores,  # (N,) fp32
     hidden,  # (T, H)
     stride,
+    num_hidden,
     index,  # (N,) or None
     dense_weight,  # (D, H)
     dense_bias,  # (D,) or None
@@ -63,14 +73,17 @@ def dense_grad_kernel(
     INNER: tl.constexpr,
 ):
     """A tile of d_dense, the product computed again, and its rows' share of the vectors' gradients."""
-    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    source = (hidden, stride, num_hidden, index, seed, threshold_in, rescale_in)
     row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
     out, in_out = span(tl.program_id(1) * COLUMNS, D, COLUMNS)
     dense = dense_tile(source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER)
     active, slope = activate(dense, ACTIVATION)
-    upstream = tl.load(grad_scores + row, mask=in_rows, other=0.0)[:, None]
+    upstream = tl.load(grad_scores + row, mask=in_rows, other=0.0)
+    if index is not None:  # where it names no row the score was NaN, and so are the gradients
+        _, there = places(source, row, in_rows)
+        upstream = tl.where(there | (in_rows == 0), upstream, float("nan"))
     w = tl.load(out_weight + out, mask=in_out, other=0.0).to(tl.float32)[None, :]
-    kept = tl.zeros([ROWS, COLUMNS], tl.float32) + upstream
+    kept = tl.zeros([ROWS, COLUMNS], tl.float32) + upstream[:, None]
     if DROP:
         kept *= dropout.tile_factors(seed, STREAM, row, out, threshold, rescale)
     grad = kept * w * slope
@@ -97,7 +110,7 @@ def _hidden_tile(
     INNER: tl.constexpr,
 ):
     """d_dense @ dense_weight, dropped out, to the rows that were read."""
-    _, _, index, seed, threshold, rescale = source
+    _, _, _, _, seed, threshold, rescale = source
     across = tl.cdiv(H, COLUMNS)
     row, in_rows = span(tile // across * ROWS, n, ROWS)
     e, in_e = span(tile % across * COLUMNS, H, COLUMNS)
@@ -109,10 +122,8 @@ def _hidden_tile(
         total = tl.dot(grad.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if DROP_IN:
         total *= dropout.tile_factors(seed, IN_STREAM, row, e, threshold, rescale)
-    target = row
-    if index is not None:
-        target = tl.load(index + row, mask=in_rows, other=0)
-    _store_tile(d_hidden, H, total, target, in_rows, e, in_e)
+    target, there = places(source, row, in_rows)
+    _store_tile(d_hidden, H, total, target, there, e, in_e)
 
 
 @triton.jit
@@ -158,6 +169,7 @@ def grads_kernel(
     grad_scores,  # (N,) fp32
     hidden,  # (T, H)
     stride,
+    num_hidden,
     index,  # (N,) or None
     dense_weight,  # (D, H)
     d_dense,  # (N, D)
@@ -182,7 +194,7 @@ def grads_kernel(
     INNER: tl.constexpr,
 ):
     """First the tiles of d_hidden, then those of d_dense_weight, then blocks of the vectors: a program each."""
-    source = (hidden, stride, index, seed, threshold_in, rescale_in)
+    source = (hidden, stride, num_hidden, index, seed, threshold_in, rescale_in)
     tile = tl.program_id(0)
     across = tl.cdiv(H, COLUMNS)
     hidden_tiles = 0
@@ -264,6 +276,7 @@ def backward(
                 grad_scores,
                 hidden,
                 hidden.stride(0),
+                hidden.shape[0],
                 index,
                 dense_weight,
                 dense_bias,
@@ -283,6 +296,7 @@ def backward(
                 grad_scores,
                 hidden,
                 hidden.stride(0),
+                hidden.shape[0],
                 index,
                 dense_weight,
                 d_dense,

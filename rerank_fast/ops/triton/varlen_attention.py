@@ -79,13 +79,18 @@ def block_of(
     after,
     num_sequences,
     num_steps,
+    num_own,  # tokens of either side
+    num_other,
     HAS_BEFORE: tl.constexpr,
     HAS_AFTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The block of program 0's axis: its first row in its sequence, and of either side length and first token.
 
-    Last the range of the other side's rows that the block's may meet; places are counted from the sequences' ends.
+    Then the range of the other side's rows that the block's may meet; places are counted from the
+    sequences' ends. Last whether the sequence lies in the tokens of either side. Where it does not,
+    the other side's numbers are not to be used, and its own are of what of it lies there; the first
+    and the last sequence then reach to the ends.
     """
     block = tl.program_id(0)
     low = block * 0
@@ -96,10 +101,21 @@ def block_of(
         low = tl.where(begins, middle, low)
         high = tl.where(begins, high, middle - 1)
     token = tl.load(own + low)
-    size = tl.load(own + low + 1) - token
-    first = (block - token // BLOCK - low) * BLOCK
+    end_token = tl.load(own + low + 1)
     other_token = tl.load(other + low)
-    other_size = tl.load(other + low + 1) - other_token
+    other_end_token = tl.load(other + low + 1)
+    fits = (token >= 0) & (token <= end_token) & (end_token <= num_own)
+    fits = fits & (other_token >= 0) & (other_token <= other_end_token) & (other_end_token <= num_other)
+    is_first = low == 0
+    is_last = low == num_sequences - 1
+    fits = fits & ((is_first == 0) | ((token == 0) & (other_token == 0)))
+    fits = fits & ((is_last == 0) | ((end_token == num_own) & (other_end_token == num_other)))
+    if fits == 0:
+        token = tl.where(is_first, 0, tl.minimum(tl.maximum(token, 0), num_own))
+        end_token = tl.where(is_last, num_own, tl.minimum(end_token, num_own))
+    size = end_token - token
+    first = tl.maximum(block - token // BLOCK - low, 0) * BLOCK
+    other_size = other_end_token - other_token
     shift = other_size - size
     begin = first * 0
     end = other_size
@@ -107,7 +123,7 @@ def block_of(
         begin = tl.maximum(begin, first + shift - before)
     if HAS_AFTER:
         end = tl.minimum(end, tl.minimum(first + BLOCK, size) + shift + after)
-    return first, size, token, other_size, other_token, begin, end
+    return first, size, token, other_size, other_token, begin, end, fits
 
 
 @triton.jit
@@ -165,7 +181,16 @@ def reads(
     return allowed
 
 
-RUNTIME = ["num_sequences", "num_steps", "num_tokens", "window_left", "window_right", "seed", "threshold"]
+RUNTIME = [
+    "num_sequences",
+    "num_steps",
+    "num_tokens",
+    "num_keys",
+    "window_left",
+    "window_right",
+    "seed",
+    "threshold",
+]
 # What makes a case for tuning, beside the dtype.
 CASE = ("GROUP", "HEAD_SIZE", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT")
 
@@ -197,6 +222,7 @@ def forward_kernel(
     num_sequences,
     num_steps,
     num_tokens,
+    num_keys,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -208,15 +234,19 @@ def forward_kernel(
 ):
     """A block of queries of one head against the keys that any of them may read."""
     head = tl.program_id(1)
-    first, num_q, first_q, num_k, first_k, begin, end = block_of(
-        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps,
+    first, num_q, first_q, num_k, first_k, begin, end, fits = block_of(
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
     if first >= num_q:
         return
     i = first + tl.arange(0, BLOCK_M)
-    place = i[:, None] + num_k - num_q
     in_q = i < num_q
+    if fits == 0:
+        nothing = tl.full([BLOCK_M, WIDTH], float("nan"), tl.float32)
+        store_tile(out, nothing, out_token, out_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+        return
+    place = i[:, None] + num_k - num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     if HAS_DROPOUT:
         streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[:, None]
@@ -242,7 +272,14 @@ def forward_kernel(
         result = result * fade[:, None]
         result += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
         highest = higher
-    empty = total == 0.0
+    # Nothing to read gives 0; where there is something, but no score above -inf, 0 / 0 gives NaN.
+    first_place = i * 0
+    last_place = first_place + num_k - 1
+    if HAS_LEFT:
+        first_place = tl.maximum(first_place, i + num_k - num_q - window_left)
+    if HAS_RIGHT:
+        last_place = tl.minimum(last_place, i + num_k - num_q + window_right)
+    empty = first_place > last_place
     result = result / tl.where(empty, 1.0, total)[:, None]
     store_tile(out, result, out_token, out_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     log_sum = tl.where(empty, float("inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
@@ -300,6 +337,7 @@ def forward(
             num_sequences,
             (num_sequences - 1).bit_length(),
             q.shape[0],
+            k.shape[0],
             **constants_of(q, k, window_left, window_right, dropout_p),
             **config,
         )

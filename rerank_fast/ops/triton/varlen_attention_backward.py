@@ -85,6 +85,7 @@ def query_grad_kernel(
     num_sequences,
     num_steps,
     num_tokens,
+    num_keys,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -96,15 +97,19 @@ def query_grad_kernel(
 ):
     """The gradient of a block of queries of one head."""
     head = tl.program_id(1)
-    first, num_q, first_q, num_k, first_k, begin, end = block_of(
-        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps,
+    first, num_q, first_q, num_k, first_k, begin, end, fits = block_of(
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
     if first >= num_q:
         return
     i = first + tl.arange(0, BLOCK_M)
-    place = i[:, None] + num_k - num_q
     in_q = i < num_q
+    if fits == 0:
+        nothing = tl.full([BLOCK_M, WIDTH], float("nan"), tl.float32)
+        store_tile(dq, nothing, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+        return
+    place = i[:, None] + num_k - num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     out_tile = load_tile(out, out_token, out_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
@@ -166,6 +171,7 @@ def key_value_grad_kernel(
     num_sequences,
     num_steps,
     num_tokens,
+    num_keys,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -177,14 +183,19 @@ def key_value_grad_kernel(
 ):
     """The gradients of a block of keys and values, from all heads that share them. Tiles are (keys, queries)."""
     kv_head = tl.program_id(1)
-    first, num_k, first_k, num_q, first_q, begin, end = block_of(
-        cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps,
+    first, num_k, first_k, num_q, first_q, begin, end, fits = block_of(
+        cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps, num_keys, num_tokens,
         HAS_RIGHT, HAS_LEFT, BLOCK_N,
     )  # fmt: skip
     if first >= num_k:
         return
     j = first + tl.arange(0, BLOCK_N)
     in_k = j < num_k
+    if fits == 0:
+        nothing = tl.full([BLOCK_N, WIDTH], float("nan"), tl.float32)
+        store_tile(dk, nothing, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+        store_tile(dv, nothing, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+        return
     k_tile = load_tile(k, k_token, k_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     v_tile = load_tile(v, v_token, v_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     d_key = tl.zeros([BLOCK_N, WIDTH], tl.float32)
@@ -248,6 +259,7 @@ def backward(
         num_sequences,
         (num_sequences - 1).bit_length(),
         q.shape[0],
+        k.shape[0],
     )
     constants = constants_of(q, k, window_left, window_right, dropout_p)
     with torch.cuda.device_of(q):
