@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,11 @@ class PackedStep:
         compiles = torch.is_grad_enabled() or architecture.word_embeddings.weight.device.type != "cpu"
         self.compiled = compiled_layer(compiler) if compiler is not None and compiles else None
         # A caller's autocast would narrow the score head; what is to be narrow is cast here.
-        self.region = torch.autocast(architecture.word_embeddings.weight.device.type, enabled=False)
+        kind = architecture.word_embeddings.weight.device.type
+        autocasts = torch.amp.is_autocast_available(kind)  # a meta device has none
+        self.region: AbstractContextManager[object] = nullcontext()
+        if autocasts:
+            self.region = torch.autocast(kind, enabled=False)
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
         self.layers = []

@@ -142,7 +142,7 @@ def make_packed_step(
     weights_dtype = next(model.parameters()).dtype
     dtype = dtype or _own_dtype(model)
     halves = {torch.bfloat16} if model.device.type == "cpu" else {torch.bfloat16, torch.float16}
-    served = model.device.type in ("cpu", "cuda") and dtype in {torch.float32, *halves}
+    served = model.device.type in ("cpu", "cuda", "meta") and dtype in {torch.float32, *halves}
     if not served or weights_dtype.itemsize > torch.float32.itemsize:
         say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
         return None
