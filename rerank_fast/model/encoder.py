@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
 from rerank_fast.model.linear import StepLinear
-from rerank_fast.model.packing import TokenizedPairs, fill_up
+from rerank_fast.model.packing import TokenizedPairs, fill_up, upload
 from rerank_fast.model.random_state import nothing_drawn, random_state
 
 
@@ -53,10 +55,16 @@ class PackedStep:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
         self.draws_by_row, self._looks_at_draws = True, torch.is_grad_enabled()
-        compiles = torch.is_grad_enabled() or architecture.word_embeddings.weight.device.type != "cpu"
+        weight = architecture.word_embeddings.weight
+        self.device, self.width = weight.device, weight.shape[1]
+        kind = self.device.type
+        compiles = torch.is_grad_enabled() or kind != "cpu"
         self.compiled = compiled_layer(compiler) if compiler is not None and compiles else None
         # A caller's autocast would narrow the score head; what is to be narrow is cast here.
-        self.region = torch.autocast(architecture.word_embeddings.weight.device.type, enabled=False)
+        autocasts = torch.amp.is_autocast_available(kind)  # a meta device has none
+        self.region: AbstractContextManager[object] = nullcontext()
+        if autocasts:
+            self.region = torch.autocast(kind, enabled=False)
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
         self.layers = []
@@ -64,12 +72,11 @@ class PackedStep:
             one_token = depth == len(architecture.layers) and architecture.reads != "mean"
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
             self.layers.append(make(layer, dtype, len(tokens.input_ids), one_token=one_token))  # type: ignore[arg-type]
-        weight = architecture.word_embeddings.weight
         self._rows, self._rows_of_tokens = weight, tokens.input_ids
         if torch.is_grad_enabled() and weight.requires_grad:
-            used, self._rows_of_tokens = np.unique(tokens.input_ids, return_inverse=True)
+            used, self._rows_of_tokens = _distinct(tokens.input_ids, len(weight))
             padding = architecture.word_embeddings.padding_idx
-            self._rows = F.embedding(_upload(used, weight.device), weight, padding)
+            self._rows = F.embedding(upload(used, weight.device), weight, padding)
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
@@ -88,10 +95,10 @@ class PackedStep:
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
         architecture = self.architecture
-        position_ids = _upload(positions, device)[None]
+        position_ids = upload(positions, device)[None]
         embedded = architecture.embed(
-            F.embedding(_upload(self._rows_of_tokens[flat], device), self._rows)[None],
-            _upload(type_ids, device)[None],
+            F.embedding(upload(self._rows_of_tokens[flat], device), self._rows)[None],
+            upload(type_ids, device)[None],
             position_ids,
         )[0]
         tokens = pairs = None
@@ -104,18 +111,18 @@ class PackedStep:
             if fills:
                 added, starts = fill_up(starts)
                 places = places[added]
-            tokens, pairs = _upload(places, device), _upload(kept, device)
+            tokens, pairs = upload(places, device), upload(kept, device)
             embedded, position_ids = embedded.index_select(0, tokens), position_ids.index_select(1, tokens)
         lengths = np.diff(starts)
         # A view in one layer and none in the next would be two graphs.
         wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
         # Norms before the sublayers read the stream itself.
         x: Rows = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
-        cu_seqlens = _upload(starts.astype(np.int32), device)
+        cu_seqlens = upload(starts.astype(np.int32), device)
         batch = MicroBatch(
             cu_seqlens,
             torch.arange(len(starts), dtype=torch.int32, device=device),
-            _upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
+            upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
             {} if architecture.rotary is None else architecture.rotary(wide, position_ids),
             lengths,
             None if tokens is None else tokens.int(),
@@ -136,7 +143,7 @@ class PackedStep:
             wide = norm(wide, architecture.final_norm)
         if architecture.reads == "mean":
             sums = wide.new_zeros(len(lengths), wide.shape[1])
-            owner = _upload(np.repeat(np.arange(len(lengths)), lengths), device)
+            owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
             wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
         read = wide.to(self._rows.dtype)
         if pairs is None:
@@ -169,7 +176,14 @@ class PackedStep:
         return np.where(counts, before[1:] - before[first] + pad, pad)
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device; the host does not wait for a GPU to take it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _distinct(ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The (U,) ids below limit that are there, rising, and for each of the (T,) ids its place among them.
+
+    np.unique would sort them, which takes longer than the rest of a step's preparation.
+    """
+    there = np.zeros(limit, bool)
+    there[ids] = True
+    used = np.flatnonzero(there)
+    places = np.empty(limit, np.int64)
+    places[used] = np.arange(len(used))
+    return used, places[ids]

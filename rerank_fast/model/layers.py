@@ -79,7 +79,9 @@ class PostNormStep:
         if self.one_token:
             assert batch.read is not None
             key, value = self.key_value(x).view(len(wide), 2, heads, -1).unbind(1)
-            wide, x = wide[batch.read], x[batch.read]
+            # Not wide[...], whose gradient is sorted on a GPU.
+            wide = wide.index_select(0, batch.read)
+            x = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
             query = self.query(x).view(len(wide), heads, -1)
         else:
             query, key, value = self.query_key_value(x).view(len(wide), 3, heads, -1).unbind(1)
@@ -170,9 +172,10 @@ class PreNormStep:
         query, key = _rotate(query, *batch.rotary).to(self.dtype), _rotate(key, *batch.rotary).to(self.dtype)
         window = layer.window
         if batch.read is not None:
-            wide, query = wide[batch.read], query[batch.read]
+            wide, query = wide.index_select(0, batch.read), query.index_select(0, batch.read)
         if batch.kept is not None:
-            key, value, window = key[batch.kept], value[batch.kept], None
+            key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
+            window = None
         attended = varlen_attention(
             query,
             key,

@@ -102,13 +102,28 @@ class TokenizedPairs:
             padded = np.full(filled.shape, padding, np.int64)
             padded[filled] = values
             batch[name] = torch.from_numpy(padded)
-        if device is None or torch.device(device).type == "cpu":
+        if device is None:
             return batch
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: upload(tensor, torch.device(device)) for name, tensor in batch.items()}
 
 
-# A few thousand tokens keep every matrix product busy; more only leaves the caches.
+def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Values of the host on the device; the host does not wait for a GPU to take them."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type not in ("cuda", "meta"):
+        return tensor.to(device)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# A few thousand tokens keep every matrix product of a CPU busy; more only leaves the caches.
 MAX_TOKENS = 4096
+
+
+def most_tokens(device: torch.device) -> int:
+    """Of a forward pass: what keeps a device busy. A GPU takes many, and waits for the host with few."""
+    return 65536 if device.type in ("cuda", "meta") else MAX_TOKENS
 
 
 def plan_micro_batches(

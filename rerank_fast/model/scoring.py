@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
-from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, plan_micro_batches
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, upload
 from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class PaddedStep:
         answers: Answers | None = None,
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.device = model.device
+        self.width = int(getattr(model.config, "hidden_size", 1024))  # a large one where it is not said
         self.head = None if answers is None else find_answer_head(model, answers)
         self.answers = answers
         own = next(model.parameters()).dtype
@@ -63,7 +65,7 @@ class PaddedStep:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             padding_side=self.tokenizer.padding_side,
             pad_token_type_id=self.tokenizer.pad_token_type_id,
-            device=self.model.device,
+            device=self.device,
         )
         called = inputs, self.answers, self.head
         scores = (
@@ -71,7 +73,7 @@ class PaddedStep:
             if self.widened
             else padded_scores(self.model, *called)
         )
-        return scores if keep is None else scores[torch.from_numpy(keep).to(scores.device)]
+        return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """As PackedStep.separate."""
@@ -142,7 +144,7 @@ def make_packed_step(
     weights_dtype = next(model.parameters()).dtype
     dtype = dtype or _own_dtype(model)
     halves = {torch.bfloat16} if model.device.type == "cpu" else {torch.bfloat16, torch.float16}
-    served = model.device.type in ("cpu", "cuda") and dtype in {torch.float32, *halves}
+    served = model.device.type in ("cpu", "cuda", "meta") and dtype in {torch.float32, *halves}
     if not served or weights_dtype.itemsize > torch.float32.itemsize:
         say_once(f"packed execution has no kernels for {dtype} on {model.device.type}")
         return None
@@ -187,14 +189,14 @@ def run(
         step: from make_step.
         max_pairs: most pairs in a micro-batch; None sets no limit.
         max_tokens: most tokens in a micro-batch, with the padding where there is any; None and no max_pairs takes
-            a number that suits most processors.
+            what keeps the device busy and fits its memory.
         progress: told the number of pairs of every micro-batch that is done.
 
     Raises:
         MemoryError: a micro-batch does not fit memory, nor does either half of it.
     """
     if max_pairs is None and max_tokens is None:
-        max_tokens = MAX_TOKENS
+        max_tokens = _default_max_tokens(step)
     if step.tokens.input_ids.size > MAX_TOKENS:
         _keep_freed_memory()
     plan = plan_micro_batches(step.tokens.lengths, max_pairs=max_pairs, max_tokens=max_tokens, padded=step.padded)
@@ -206,7 +208,30 @@ def run(
             parts.append(_score_or_halve(step, indices))
             if progress is not None:
                 progress(len(indices))
-    return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]
+    return in_order(parts, plan)
+
+
+def in_order(parts: list[Tensor], plan: Sequence[np.ndarray]) -> Tensor:
+    """(N,) scores of all micro-batches in the order of the pairs."""
+    order = upload(np.argsort(np.concatenate(plan)), parts[0].device)
+    return torch.cat(parts).index_select(0, order)
+
+
+# About what a token takes in a forward pass that keeps no graph, in bytes a unit of the model's
+# width: the residual stream in fp32, and the widest products of a layer beside what they read.
+_BYTES_PER_UNIT = 64
+
+
+def _default_max_tokens(step: PackedStep | PaddedStep) -> int:
+    """Tokens of a micro-batch where nobody says how many; half of a GPU's free memory must hold them."""
+    device = step.device
+    most = most_tokens(device)
+    if device.type != "cuda" or step.tokens.input_ids.size <= MAX_TOKENS:
+        return most
+    # What torch keeps for itself is free for torch.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + kept
+    return max(min(most, free // 2 // (_BYTES_PER_UNIT * step.width)), 1)
 
 
 @functools.cache
@@ -243,9 +268,15 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
     raise MemoryError(f"a batch of {size} does not fit memory: expected a smaller batch_size or max_length")
 
 
-# As PyTorch's allocator, C++'s and oneDNN say it on a CPU. A primitive's descriptor that can't be created
-# is one that the processor has no code for.
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator|bad_alloc|could not create a primitive(?! descriptor)")
+# Where it is no torch.OutOfMemoryError: as PyTorch's allocator, C++'s and oneDNN say it on a CPU (a
+# primitive's descriptor that can't be created is one that the processor has no code for); drivers and
+# runtimes of GPUs ("CUDA error: out of memory", "Triton Error [HIP]: out of memory", "MPS backend out of
+# memory", "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"), and their libraries, which allocate past PyTorch.
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator|bad_alloc|could not create a primitive(?! descriptor)"
+    r"|out of memory|OUT_OF_(DEVICE_|HOST_)?MEMORY|_ALLOC(ATION)?_FAILED"
+    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|rocblas_status_memory_error"
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:

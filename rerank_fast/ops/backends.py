@@ -56,7 +56,9 @@ def resolve(
     if backend is None:
         # Not device.type: to make that string takes as long as the kernel of a short batch. On the CPU Triton would
         # be its interpreter: only on request.
-        best = ("cpu",) if tensor.is_cpu else ("flash", "triton") if tensor.is_cuda else ()
+        # A meta tensor stands for a GPU's: the ops' fakes then show what a step would launch.
+        gpu = ("flash", "triton") if tensor.is_cuda else ("triton",) if tensor.is_meta else ()
+        best = ("cpu",) if tensor.is_cpu else gpu
         for name in best:
             if name not in choices or (unserved is not None and unserved(name)):
                 continue

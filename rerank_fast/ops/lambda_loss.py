@@ -111,7 +111,8 @@ class _LambdaLoss(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
         # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a short batch it
         # costs more than the kernel.
-        plain = type(scores) is Tensor and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+        traced = scores.is_meta or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        plain = type(scores) is Tensor and not traced
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
         loss, grad = run(scores, labels, offsets, *options)
         if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product

@@ -187,14 +187,18 @@ class _ResidualNorm(torch.autograd.Function):
 
 def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
     """Why a backend doesn't take this; empty where it does."""
-    what = f"x is {x.dtype} on {x.device} of width {x.shape[1]}, residual {residual.dtype}"
     if residual.dtype != torch.float32:
-        return f"takes an fp32 residual, and {what}"
-    if backend == "cpu":
-        served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        return "" if served else f"takes bf16 or fp32 on the CPU, and {what}"
-    served = x.dtype in (torch.float32, *_HALVES) and x.shape[1] <= 4096
-    return "" if served else f"takes bf16, fp16 or fp32 of width up to 4096, and {what}"
+        takes = "an fp32 residual"
+    elif backend == "cpu":
+        if x.is_cpu and x.dtype in (torch.float32, torch.bfloat16):
+            return ""
+        takes = "bf16 or fp32 on the CPU"
+    else:
+        if x.dtype in (torch.float32, *_HALVES) and x.shape[1] <= 4096:
+            return ""
+        takes = "bf16, fp16 or fp32 of width up to 4096"
+    what = f"x is {x.dtype} on {x.device} of width {x.shape[1]}, residual {residual.dtype}"
+    return f"takes {takes}, and {what}"
 
 
 def residual_norm(

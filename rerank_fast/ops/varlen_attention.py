@@ -170,26 +170,29 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
     """Why a backend doesn't take this; empty where it does."""
-    what = f"{q.dtype} on {q.device} of head size {q.shape[2]}"
     if backend == "cpu":
-        served = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
-        return "" if served else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {what}"
+        served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
+        return "" if served else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
     if backend == "triton":
         served = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= 256
-        return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {what}"
+        return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {_what(q)}"
     if backend == "flash":
-        if q.device.type != "cuda" or torch.version.hip is not None:
-            return f"takes tensors on an NVIDIA GPU, got {what}"
+        if not q.is_cuda or torch.version.hip is not None:
+            return f"takes tensors on an NVIDIA GPU, got {_what(q)}"
         if _flash() is None:
             lacks = "torch.nn.attention.varlen with scale, windows and groups"
             return f"can't run: torch {torch.__version__} has no {lacks}"
         if _capability(q.device) < (8, 0):
             return "needs a GPU of compute capability 8.0 or above"
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
-            return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {what}"
+            return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
         if dropout_p > 0 or max_seqlens is None:
             return "has no dropout and needs max_seqlens"
     return ""
+
+
+def _what(q: Tensor) -> str:
+    return f"{q.dtype} on {q.device} of head size {q.shape[2]}"
 
 
 def _resolve_backend(backend: str | None, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import is_out_of_memory
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
@@ -125,7 +125,7 @@ class Backward:
 
     def _add_part(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
         config, device = self.config, self.model.device
-        labels, offsets = (torch.from_numpy(array).to(device) for array in (lists.labels, lists.list_offsets))
+        labels, offsets = (upload(array, device) for array in (lists.labels, lists.list_offsets))
         loss: Any = functools.partial(summed_loss(config), labels=labels, offsets=offsets)
 
         def limit(scores: Tensor) -> Tensor | float:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packing import upload
 from rerank_fast.model.random_state import nothing_drawn, random_state, set_random_state
-from rerank_fast.model.scoring import PaddedStep
+from rerank_fast.model.scoring import PaddedStep, in_order
 
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
 
@@ -34,7 +35,7 @@ def backward_direct(
 ) -> Pushed:
     """Score all pairs, keep every graph, go back once. `scale` multiplies the loss before that."""
     with step.region:
-        scores = _in_order([step(indices) for indices in plan], plan)
+        scores = in_order([step(indices) for indices in plan], plan)
     value = loss(scores)
     scale(value).backward()
     return Pushed(value.detach(), scores.detach())
@@ -67,7 +68,7 @@ def backward_cached(
         for indices in plan:
             parts.append(step(indices))
             states.append(random_state(device))
-    scores = _in_order(parts, plan).requires_grad_()
+    scores = in_order(parts, plan).requires_grad_()
     value = loss(scores)
     (gradient,) = torch.autograd.grad(value, scores)
     # The one wait for the device. Not "above": a NaN must go on.
@@ -86,15 +87,10 @@ def backward_cached(
             set_random_state(before, device)
             again = step(indices, keep)
             run = indices[keep]
-            again.backward(gradient[torch.from_numpy(run).to(device)])
+            again.backward(gradient.index_select(0, upload(run, device)))
             num_run += len(run)
     set_random_state(states[-1], device)
     shared = [(tensor, leaf) for tensor, leaf in shared if leaf.grad is not None]
     if shared:
         torch.autograd.backward([tensor for tensor, _ in shared], [leaf.grad for _, leaf in shared])
     return Pushed(value.detach(), scores.detach(), len(scores) - num_run)
-
-
-def _in_order(parts: list[Tensor], plan: Sequence[np.ndarray]) -> Tensor:
-    """(N,) scores of all micro-batches in the order of the pairs."""
-    return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(plan))).to(parts[0].device)]

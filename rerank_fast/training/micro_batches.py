@@ -7,16 +7,14 @@ import logging
 import torch
 
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import MAX_TOKENS
+from rerank_fast.model.packing import most_tokens
 from rerank_fast.training import distributed
 from rerank_fast.training.memory import activation_bytes, available_bytes
 
 logger = logging.getLogger(__name__)
 
-# On a CPU the seconds of a step hardly depend on it (benchmarks/microbatch_tokens.py); a GPU takes many tokens to
-# be busy, and waits for the host with few.
+# On a CPU the seconds of a step hardly depend on it (benchmarks/microbatch_tokens.py).
 _LEAST = 512
-_MOST = {"cpu": MAX_TOKENS, "cuda": 65536}
 
 
 def probe_max_tokens(model: CrossEncoder, dtype: torch.dtype) -> int:
@@ -26,8 +24,8 @@ def probe_max_tokens(model: CrossEncoder, dtype: torch.dtype) -> int:
     """
     share = available_bytes(model.device) // 8
     a_token = activation_bytes(model.model, 1, dtype, gradient_checkpointing=False)
-    most = _MOST.get(model.device.type, MAX_TOKENS)
-    tokens = min(distributed.gather(max(_LEAST, power_of_two(min(share / a_token, most)))))
+    most = min(share / a_token, most_tokens(model.device))
+    tokens = min(distributed.gather(max(_LEAST, power_of_two(most))))
     reason = f"a token takes {a_token / 1024:.0f} KiB, a micro-batch may take {share / 2**20:.0f} MiB"
     logger.info("max_tokens_per_microbatch: %d on %s: %s", tokens, model.device, reason)
     return tokens

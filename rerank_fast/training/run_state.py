@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rerank_fast.model.random_state import device_state, set_device_state
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
 from rerank_fast.training.energy import Energy
@@ -250,11 +251,12 @@ def random_state(device: torch.device) -> dict[str, Any]:
     legacy: Any = np.random.get_state()
     name, keys, place, has_gauss, gauss = legacy
     version, internal, next_gauss = random.getstate()
+    own = device_state(device)
     return {
         "python": [version, list(internal), next_gauss],
         "numpy": [name, keys.tolist(), place, has_gauss, gauss],
         "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
+        "cuda": None if own is None else own.tolist(),  # or another device's
     }
 
 
@@ -263,8 +265,8 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(python.getstate())
     np.random.set_state(numpy.get_state())
     torch.set_rng_state(cpu.get_state())
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+    if device_state(device) is not None and state["cuda"] is not None:
+        set_device_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
 
 
 def _generators(state: Mapping[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:

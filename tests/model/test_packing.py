@@ -2,10 +2,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, fill_up, plan_micro_batches, row_count
+from rerank_fast.model.packing import (
+    MAX_TOKENS,
+    TokenizedPairs,
+    fill_up,
+    most_tokens,
+    plan_micro_batches,
+    row_count,
+    upload,
+)
 
 
 def make_pairs(lengths: list[int], *, types: bool = True) -> TokenizedPairs:
@@ -92,3 +101,15 @@ def test_a_filled_run_is_the_run_and_copies_of_its_first_token(lengths: list[int
     assert len(filled) + 1 in {row_count(n) for n in range(1, len(filled) + 2)}
     assert not {len(filled), len(filled) - 1} & {row_count(n) for n in range(1, len(filled) + 2)}
     assert len(places) in {row_count(n) for n in range(1, len(places) + 1)}
+
+
+def test_values_arrive_as_they_were():
+    values = np.arange(6, dtype=np.int64)
+    for one in (values, torch.from_numpy(values)):
+        assert torch.equal(upload(one, torch.device("cpu")), torch.from_numpy(values))
+        assert upload(one, torch.device("meta")).shape == (6,)
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 4096), ("cuda", 65536), ("mps", 4096)])
+def test_a_gpu_takes_many_tokens(device: str, tokens: int):
+    assert most_tokens(torch.device(device)) == tokens

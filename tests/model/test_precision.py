@@ -164,9 +164,21 @@ def test_adapters_are_called_whatever_the_dtypes():
         ("could not create a primitive descriptor for the inner product forward propagation primitive.", False),
         ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory", True),
         ("mat1 and mat2 must have the same dtype", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("HIP error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("MPS backend out of memory (MPS allocated: 9.0 GB, other allocations: 1.0 GB)", True),
+        ("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("out of resource: shared memory, Required: 114688, Hardware limit: 101376", False),
     ],
 )
-def test_a_primitive_that_there_is_not_is_no_lack_of_memory(message: str, memory: bool):
+def test_lack_of_memory_is_known_by_its_messages(message: str, memory: bool):
     assert is_out_of_memory(RuntimeError(message)) == memory
 
 

@@ -1,0 +1,274 @@
+"""A step's launches, waits, bytes and times on a GPU, without one.
+
+    python benchmarks/tools/gpu_model.py [--shapes MiniLM-L12] [--output benchmarks/tools]
+    python benchmarks/tools/gpu_model.py --renew-limits
+
+The real path runs on meta tensors: every operation that would be launched is seen with its tensors.
+The device's time is the sum over all operations of the larger of bytes / bandwidth and arithmetic /
+peak, at a card's datasheet and a stated share of it. The host's is measured on this CPU with a
+model of as many layers and few numbers, so that operations are dispatched and their kernels have
+nothing to do; what a driver takes of each launch is added. The step takes the larger of both.
+Writes gpu_model.md and gpu_model.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, it measures the tree it is in
+
+from benchmarks.tools import gpu_counts, gpu_workloads
+from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
+from benchmarks.tools.gpu_workloads import SHAPES, HostClock, Observer, PeerStep, Scoring, Training
+
+LIMITS = Path(__file__).with_name("gpu_limits.json")
+RENEW = "python benchmarks/tools/gpu_model.py --renew-limits"
+# Besides what torch does for an operation: cudaLaunchKernel on a current server, and Triton's
+# launcher.
+LAUNCH_SECONDS = 2.5e-6
+TRITON_SECONDS = 10e-6
+# What a commit must not raise: by phase.
+LIMITED = ("launches", "syncs", "bytes")
+
+Run = Callable[[Observer], None]
+
+
+@dataclass
+class Row:
+    """One thing that was run, in its phases."""
+
+    shape: str
+    what: str
+    phases: dict[str, Tally]
+    host: dict[str, float] = field(default_factory=dict)  # seconds measured by phase; empty: not measured
+
+    def total(self) -> Tally:
+        total = Tally()
+        for one in self.phases.values():
+            total.operations += one.operations
+            total.uploads += one.uploads
+            total.uploaded_bytes += one.uploaded_bytes
+            total.waits += one.waits
+            total.reads += one.reads
+        return total
+
+    def host_seconds(self, phase: str | None = None) -> float | None:
+        """With the driver's share."""
+        if not self.host:
+            return None
+        tally = self.total() if phase is None else self.phases[phase]
+        measured = sum(self.host.values()) if phase is None else self.host.get(phase, 0.0)
+        own = sum(one.launches for one in tally.operations if one.name in TRITON)
+        return measured + tally.launches * LAUNCH_SECONDS + own * TRITON_SECONDS
+
+    def as_json(self) -> dict[str, Any]:
+        phases = {}
+        for name, tally in self.phases.items():
+            phases[name] = {
+                "launches": tally.launches,
+                "uploads": tally.uploads,
+                "uploaded_bytes": tally.uploaded_bytes,
+                "waits": tally.waits,
+                "reads": tally.reads,
+                "bytes": tally.bytes,
+                "flops": tally.flops,
+                "launches_by_name": tally.by_name(),
+                "device_seconds": {card.name: tally.seconds(card) for card in CARDS},
+                "host_seconds": self.host_seconds(name),
+            }
+        return {"shape": self.shape, "what": self.what, "phases": phases}
+
+
+def count(shape: str, what: str, run: Run, lengths: np.ndarray, **options: Any) -> Row:
+    with counting(lengths, **options) as counts:
+        run(counts)
+    return Row(shape, what, counts.phases)
+
+
+def host_times(run: Run, repeats: int = 15) -> dict[str, float]:
+    """Seconds by phase of the fastest of some calls, the first left out."""
+    best: dict[str, float] = {}
+    for call in range(repeats + 1):
+        clock = HostClock()
+        run(clock)
+        clock.seconds.pop("", None)
+        if call and (not best or sum(clock.seconds.values()) < sum(best.values())):
+            best = clock.seconds
+    return best
+
+
+def our_rows(shape: str, *, host: bool = False) -> list[Row]:
+    """Training, direct and cached, predict and an evaluation inside a run."""
+    config = gpu_workloads.config_of(shape)
+    lists, pairs = (
+        gpu_workloads.training_lists(config.vocab_size),
+        gpu_workloads.inference_pairs(config.vocab_size),
+    )
+    reranker, few = gpu_workloads.reranker_of(shape), gpu_workloads.training_lists(64, small=True)
+    rows = []
+    for what, cache in (("training, direct", "off"), ("training, cached", "on")):
+        rows.append(count(shape, what, Training(reranker, lists, cache), lists.pairs.lengths))
+        if host:
+            small = gpu_workloads.reranker_of(shape, small=True)
+            rows[-1].host = host_times(Training(small, few, cache))
+    for what, dtype in (("predict", torch.bfloat16), ("evaluation in a run", torch.float32)):
+        scoring = Scoring(gpu_workloads.reranker_of(shape, dtype), pairs)
+        row = count(shape, f"{what}, 1,000 pairs", scoring, pairs.lengths)
+        rows.append(row)
+        if host:
+            forwards = row.total().by_name()["varlen_attention"] // config.num_hidden_layers
+            small = gpu_workloads.reranker_of(shape, dtype, small=True)
+            tokens = gpu_workloads.pairs_of(np.full(2 * forwards, 3), 64)
+            row.host = host_times(Scoring(small, tokens, batch_size=2))
+    return rows
+
+
+def peer_rows(shape: str, *, host: bool = False) -> list[Row]:
+    """sentence-transformers' forward and backward, at its published number of pairs a forward and
+    at once."""
+    tokens = gpu_workloads.training_lists(gpu_workloads.config_of(shape).vocab_size).pairs
+    few = gpu_workloads.training_lists(64, small=True).pairs
+    rows = []
+    for pairs in (16, len(tokens)):
+        step = PeerStep(gpu_workloads.model_of(shape), tokens, pairs_a_forward=pairs)
+        with counting(tokens.lengths, autocast=torch.bfloat16) as counts:
+            step.after_forward = counts.forget_casts
+            step(counts)
+        row = Row(shape, f"sentence-transformers, {pairs} pairs a forward", counts.phases)
+        rows.append(row)
+        if host:  # in as many forwards
+            small = gpu_workloads.model_of(shape, small=True)
+            row.host = host_times(PeerStep(small, few, pairs_a_forward=len(few) * pairs // len(tokens)))
+    return rows
+
+
+def limited(row: Row) -> dict[str, dict[str, int]]:
+    """Of each phase what is limited."""
+    return {name: {key: int(getattr(tally, key)) for key in LIMITED} for name, tally in row.phases.items()}
+
+
+def read_limits() -> dict[str, Any]:
+    return json.loads(LIMITS.read_text(encoding="utf-8"))
+
+
+def beyond(rows: list[Row], limits: dict[str, Any]) -> list[str]:
+    """What of the rows is above its limit, or has none."""
+    found = []
+    for row in rows:
+        for phase, counts in limited(row).items():
+            known = limits["limits"].get(row.shape, {}).get(row.what, {}).get(phase, {})
+            for key, value in counts.items():
+                if value > known.get(key, -1):
+                    found.append(f"{row.shape}, {row.what}, {phase}: {value:,} {key}, limit {known.get(key)}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each row, and for each phase of the first of a shape."""
+    cards = [card.name for card in CARDS]
+    names = ["launches", "copies", "waits", "reads", "GB", "TFLOP", *(f"{one}, ms" for one in cards)]
+    lines = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        lines += [f"## {shape}", "", _line(["", *names, "host, ms", f"held by, {cards[0]}"])]
+        lines.append(_line(["---", *["---:"] * (len(names) + 1), "---"]))
+        for row in (one for one in rows if one.shape == shape):
+            total = row.total()
+            host = row.host_seconds()
+            device = total.seconds(CARDS[0])
+            holder = "" if host is None else "host" if host > device else "device"
+            lines.append(_line([f"**{row.what}**", *_cells(total), _ms(host), holder]))
+            for phase, tally in row.phases.items() if row.what.startswith("training") else ():
+                lines.append(_line([phase, *_cells(tally), _ms(row.host_seconds(phase)), ""]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
+def _cells(tally: Tally) -> list[str]:
+    counts = [str(one) for one in (tally.launches, tally.uploads, tally.waits, tally.reads)]
+    times = [_ms(tally.seconds(card)) for card in CARDS]
+    return [*counts, f"{tally.bytes / 1e9:.2f}", f"{tally.flops / 1e12:.2f}", *times]
+
+
+def introduction() -> str:
+    cards = "; ".join(
+        f"{card.name} {card.bytes_per_second / 1e12:.2f} TB/s x {card.memory_share}, "
+        f"{card.narrow_flops / 1e12:.0f} TFLOP/s x {card.product_share}"
+        for card in CARDS
+    )
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"""# A GPU's step, modelled on meta tensors
+
+Made by `python benchmarks/tools/gpu_model.py` ({made}; host: {platform.machine()}). Nothing here
+ran on a GPU.
+
+- Training: 104 pairs of 40 to 180 tokens in 16 lists, fp32 weights, products in bf16, all pairs in
+  one forward; inference: 1,000 pairs of some 91 tokens. sentence-transformers: its model's forward
+  and backward alone of the 104 pairs, without its loss, clipping and optimizer.
+- Launches: kernels, views aside. Copies: from host to device. Waits: copies that the host waits
+  for. Reads: values that the host asks the device for. GB: all operands. TFLOP: products and
+  attention.
+- Device: each operation takes the larger of its bytes and its arithmetic, and {
+        1e6 * gpu_counts.LEAST_SECONDS
+    } microseconds a kernel at least. {cards}.
+- Host: processor time of one thread here for the same layers with next to nothing in their tensors,
+  and {1e6 * LAUNCH_SECONDS} microseconds of a driver a launch, {1e6 * TRITON_SECONDS:.0f} more for
+  one of Triton's. It counts the loss to the forward pass.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="directory of table and JSON")
+    parser.add_argument("--renew-limits", action="store_true", help=f"write {LIMITS.name} and nothing else")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.renew_limits:
+        limits: dict[str, Any] = {"versions": versions(), "limits": {}}
+        for shape in SHAPES:
+            limits["limits"][shape] = {row.what: limited(row) for row in our_rows(shape)}
+        LIMITS.write_text(json.dumps(limits, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {LIMITS}")
+        return
+    rows = []
+    for shape in options.shapes:
+        rows += [*our_rows(shape, host=True), *peer_rows(shape, host=True)]
+        print(table([row for row in rows if row.shape == shape]), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = introduction() + "\n" + table(rows)
+    (options.output / "gpu_model.md").write_text(text, encoding="utf-8")
+    content = {
+        "versions": versions(),
+        "cards": [asdict(card) for card in CARDS],
+        "least_kernel_seconds": gpu_counts.LEAST_SECONDS,
+        "launch_seconds": LAUNCH_SECONDS,
+        "rows": [row.as_json() for row in rows],
+    }
+    (options.output / "gpu_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

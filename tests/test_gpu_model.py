@@ -1,0 +1,122 @@
+"""What a step asks of a GPU stays within the limits beside its model: launches, waits, bytes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.tools import gpu_model
+from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
+from benchmarks.tools.gpu_workloads import SHAPES
+from rerank_fast.ops.backends import HAS_TRITON
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="what a GPU runs is Triton's")
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_step_asks_for_more(shape: str):
+    limits = gpu_model.read_limits()
+    above = gpu_model.beyond(gpu_model.our_rows(shape), limits)
+    made = limits["versions"]
+    assert not above, "\n".join(
+        [*above, f"the limits are of {made}, this is {gpu_model.versions()}; renew them: {gpu_model.RENEW}"]
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", gpu_model.LIMITED)
+def test_one_more_is_too_many(kind: str):
+    rows = gpu_model.our_rows("MiniLM-L6")
+    limits = {"limits": {"MiniLM-L6": {row.what: gpu_model.limited(row) for row in rows}}}
+    assert gpu_model.beyond(rows, limits) == []
+    fewer = copy.deepcopy(limits)
+    fewer["limits"]["MiniLM-L6"]["training, cached"]["backward"][kind] -= 1
+    (line,) = gpu_model.beyond(rows, fewer)
+    assert line.startswith("MiniLM-L6, training, cached, backward: ")
+    assert kind in line
+    del fewer["limits"]["MiniLM-L6"]["training, cached"]["backward"]
+    assert len(gpu_model.beyond(rows, fewer)) == len(gpu_model.LIMITED)
+
+
+def test_views_and_allocations_are_no_launches():
+    with counting(np.ones(1, np.int64)) as counts:
+        counts.begin("all")
+        x = torch.empty(6, 4, device="meta")
+        x.view(4, 6).t().unbind(1)
+        x.split(2)
+        x + 1
+    tally = counts.phases["all"]
+    assert tally.by_name() == {"add": 1}
+    assert tally.bytes == 2 * 6 * 4 * 4
+
+
+def test_copies_and_reads_are_waits_unless_pinned():
+    values = torch.ones(10)
+    with counting(np.ones(1, np.int64)) as counts:
+        counts.begin("uploads")
+        pageable = values.to("meta")
+        values.to("meta", non_blocking=True)
+        counts.begin("reads")
+        assert not pageable.sum() > 0
+        assert pageable.cpu().tolist() == [0.0] * 10
+    uploads, reads = counts.phases["uploads"], counts.phases["reads"]
+    assert (uploads.uploads, uploads.uploaded_bytes, uploads.waits, uploads.launches) == (2, 80, 1, 0)
+    assert (reads.waits, reads.reads, reads.syncs) == (1, 1, 2)
+
+
+def test_arithmetic_and_bytes_of_products():
+    with counting(np.ones(1, np.int64)) as counts, torch.inference_mode():
+        counts.begin("product")
+        x = torch.empty(8, 4, device="meta", dtype=torch.bfloat16)
+        weight = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
+        torch.nn.functional.linear(x, weight, torch.empty(3, device="meta", dtype=torch.bfloat16))
+        counts.begin("wide")
+        torch.mm(x, weight.t(), out_dtype=torch.float32)
+        counts.begin("expanded")
+        torch.empty(1, 5, device="meta").expand(100, 5).contiguous()
+    product = counts.phases["product"]
+    assert (product.launches, product.flops) == (1, 2 * 8 * 4 * 3)
+    assert product.bytes == 2 * (8 * 4 + 3 * 4 + 3 + 8 * 3)
+    assert counts.phases["wide"].bytes == 2 * (8 * 4 + 3 * 4) + 4 * 8 * 3
+    assert counts.phases["expanded"].bytes == 4 * (5 + 500)
+
+
+def test_attention_is_counted_by_its_lengths():
+    from rerank_fast.ops.varlen_attention import varlen_attention
+
+    lengths = np.array([2, 6])
+    ends = torch.empty(3, dtype=torch.int32, device="meta")
+    q, k, v = (torch.empty(8, 2, 4, device="meta", requires_grad=True) for _ in range(3))
+    with counting(lengths) as counts:
+        counts.begin("forward")
+        out = varlen_attention(q, k, v, ends, ends)
+        counts.begin("backward")
+        out.sum().backward()
+        counts.begin("causal")
+        varlen_attention(q, k, v, ends, ends, causal=True)
+        counts.begin("window")
+        varlen_attention(q, k, v, ends, ends, window=(1, 1))
+    pairs = 2 * 2 + 6 * 6
+    assert counts.phases["forward"].flops == 4 * 2 * 4 * pairs
+    assert counts.phases["backward"].flops == 14 * 2 * 4 * pairs
+    assert counts.phases["causal"].flops == pytest.approx(4 * 2 * 4 * (pairs + 8) / 2)
+    assert counts.phases["window"].flops == 4 * 2 * 4 * (2 * 2 + 6 * 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lists", "launches"),
+    [
+        ([100] * 110, 1, 1),
+        ([100] * 111, 1, 2),
+        ([320 * 65536], 2, 1),
+        ([320 * 65536 + 1], 2, 2),
+        ([0, 0], 4, 0),
+        ([1] * 72, 4, 2),
+    ],
+)
+def test_launches_of_many_tensors(sizes: list[int], lists: int, launches: int):
+    assert multi_tensor_launches(sizes, lists) == launches
