@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.parser import CommandParser, command_parser
 
-from rerank_fast.cli.lists import add_columns, lists_of
 
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Rerank lists or NanoBEIR and print MAP, MRR and NDCG; compare two models.")
+def make_parser() -> CommandParser:
+    parser = command_parser(
+        "Rerank lists or NanoBEIR and print MAP, MRR and NDCG; compare two models."
+    )
     parser.add_argument(
         "--model",
         type=str,
@@ -60,14 +61,13 @@ def run(options: dict[str, Any]) -> None:
             raise ValueError(f"--{name} is given once or twice, got {len(values)}")
     count = max(len(models), len(dtypes))
     models, dtypes = (values * (count // len(values)) for values in (models, dtypes))
-    output = Path(options["output"]) if options["output"] else None
-    if output and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: directory {output.parent} does not exist")
+    output, details = (
+        None if path is None else Path(path) for path in (options["output"], options["details"])
+    )
+    _check_outputs(output, details, options["data"])
     evaluator = _evaluator(options)
 
     from rerank_fast.model.cross_encoder import CrossEncoder
-
-    details = Path(options["details"]) if options["details"] else None
 
     def loaded(path: str, dtype: str | None) -> CrossEncoder:
         return CrossEncoder(path, max_length=options["max_length"], dtype=dtype)
@@ -91,10 +91,26 @@ def run(options: dict[str, Any]) -> None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_outputs(output: Path | None, details: Path | None, data: str | None) -> None:
+    """Before hours of measuring."""
+    from rerank_fast.data.writable import check_directory, check_file
+
+    if output is not None:
+        check_file(output, "output")
+        if data is not None and output.resolve() == Path(data).resolve():
+            raise ValueError(f"output {output} is the data: expected another file")
+    if details is not None:
+        check_directory(details, "details")
+
+
 def _evaluator(options: dict[str, Any]) -> Any:
     """The evaluator of --data or of --nano_beir."""
     if (options["data"] is None) == (options["nano_beir"] is None):
         raise ValueError("evaluate takes either --data or --nano_beir")
+    if options["data"] is not None:
+        refuse(options, make_parser().get_defaults(), ["nano_beir_id", "rerank_k"], "it is of --nano_beir")
+    else:
+        refuse(options, make_parser().get_defaults(), ["columns"], "it is of --data")
     from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
 
     common = {

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from rerank_fast.cli.lists import refuse
+from rerank_fast.cli.parser import CommandParser, command_parser
+
+_ENCODERS = (
+    "query_prompt", "corpus_prompt", "similarity", "cache_folder", "embedding_dtype", "use_faiss",
+)  # fmt: skip
 
 
-def make_parser() -> ArgumentParser:
-    mine = ArgumentParser(description="Mine hard negatives: ranking lists from queries, positives and a corpus.")
-    mine.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+def make_parser() -> CommandParser:
+    mine = command_parser(
+        "Mine hard negatives: ranking lists from queries, positives and a corpus."
+    )
     mine.add_argument(
         "--queries",
         type=str,
@@ -63,11 +69,8 @@ def make_parser() -> ArgumentParser:
 
 
 def run(options: dict[str, Any]) -> None:
-    dense = {
-        name: options.pop(name)
-        for name in ("query_prompt", "corpus_prompt", "similarity", "cache_folder", "embedding_dtype", "use_faiss")
-    }
-    options.pop("config", None)
+    _refuse_unused(options)
+    dense = {name: options.pop(name) for name in _ENCODERS}
     max_length, dtype = options.pop("max_length"), options.pop("dtype")
 
     from rerank_fast.data.mining import DenseRetriever, mine_hard_negatives
@@ -90,6 +93,18 @@ def run(options: dict[str, Any]) -> None:
     print(f"{result.lists_with_fewer_negatives} lists have fewer than {options['num_negatives']} negatives")
     for name, count in result.skipped_candidates.items():
         print(f"{count} candidates skipped by {name} {options[name]}")
+
+
+def _refuse_unused(options: dict[str, Any]) -> None:
+    defaults, bm25 = make_parser().get_defaults(), options["retriever"] == "bm25"
+    rescored = options["cross_encoder"] is not None
+    if bm25:
+        refuse(options, defaults, _ENCODERS, "it is an encoder's, and --retriever is bm25")
+    if not rescored:
+        refuse(options, defaults, ["max_length", "dtype"], "it is of --cross_encoder")
+    if bm25 and not rescored:
+        why = "it is of --cross_encoder and of an encoder as --retriever"
+        refuse(options, defaults, ["batch_size"], why)
 
 
 def _sentence_transformer(path: str) -> Any:

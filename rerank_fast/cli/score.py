@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli.parser import CommandParser, command_parser
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
+def make_parser() -> CommandParser:
+    parser = command_parser(
+        "Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
     )
     parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
     parser.add_argument(
