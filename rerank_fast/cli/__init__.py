@@ -28,13 +28,15 @@ def make_parser() -> CommandParser:
     parser = CommandParser(prog="rerank-fast", description="Train and run cross-encoder rerankers.")
     parser.add_argument("--version", action=VersionAction, help="what is installed and what runs")
     parser.add_argument(
-        "--debug", action="store_true", help="show an error's traceback; also after the command"
+        "--debug",
+        action="store_true",
+        help="show an error's traceback; also after the command",
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, file in _FILES.items():
         command = file.make_parser()
         command.accept_hyphens()
-        commands.add_subcommand(name, command)
+        commands.add_subcommand(name, command, help=command.description)
     return parser
 
 

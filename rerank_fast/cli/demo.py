@@ -8,11 +8,12 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser(
-        "Train a reranker on the documentation of installed packages, offline."
-    )
+    parser = command_parser("Train a reranker on the documentation of installed packages, offline.")
     parser.add_argument(
-        "--output", type=str, default="rerank-fast-demo", help="directory of the model"
+        "--output",
+        type=str,
+        default="rerank-fast-demo",
+        help="directory of the model",
     )
     parser.add_argument(
         "--overwrite",
@@ -26,7 +27,10 @@ def make_parser() -> CommandParser:
         help="optimizer steps, fewer for a quick look; -1: one pass over the lists",
     )
     parser.add_argument(
-        "--seed", type=int, default=12, help="of the lists, the fresh head and dropout"
+        "--seed",
+        type=int,
+        default=12,
+        help="of the lists, the fresh head and dropout",
     )
     return parser
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 _USERS = (ValueError, OSError, ImportError, MemoryError, FloatingPointError)  # OSError: a full disk
 # Neither part of a path nor quoted.
-_WHOLE = r"""(?<![\w./\\'"-])(?<!--set )(?:{names})(?![\w./\\'"-])"""
-# Where errors name their argument, as in "seed must be ..." and "freeze_layers and freeze must ...".
+_WHOLE = r"""(?<![\w./\\'"-])(?:{names})(?![\w./\\'"-])"""
+# Where errors name their argument: "seed must be ...", "freeze_layers and freeze must ...".
 _FIRST = r"^(?:{names})(?=[ :=])|(?<= and )(?:{names})(?= must )"
 
 
@@ -35,6 +35,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         message: of an error.
         flags: what is typed for each argument's name: {"seed": "--seed"}.
     """
+    if "--set" in message:  # said by who reads the command line
+        return message
     message = re.sub(r"\w+(?:=[^\s(]+)? \((--[^)]+)\)", r"\1", message)
     for pattern, several in ((_WHOLE, True), (_FIRST, False)):
         names = "|".join(re.escape(name) for name in flags if ("_" in name) is several)

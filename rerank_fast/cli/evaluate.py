@@ -13,13 +13,12 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser(
-        "Rerank lists or NanoBEIR and print MAP, MRR and NDCG; compare two models."
-    )
+    parser = command_parser("Rerank lists or NanoBEIR; print MAP, MRR, NDCG; compare two models.")
     parser.add_argument(
         "--model",
         type=str,
-        action="append",
+        nargs="+",
+        action="extend",
         required=True,
         help="directory or hub id of a reranker; given twice, the two are compared with a paired test",
     )
@@ -33,20 +32,27 @@ def make_parser() -> CommandParser:
         help="rerank these NanoBEIR sets (none named: all but two)",
     )
     parser.add_argument(
-        "--nano_beir_id", type=str, default="sentence-transformers/NanoBEIR-en", help="hub id or local copy"
+        "--nano_beir_id",
+        type=str,
+        default="sentence-transformers/NanoBEIR-en",
+        help="hub id or local copy",
     )
     parser.add_argument("--rerank_k", type=int, default=100, help="documents of NanoBEIR's BM25 rankings")
     parser.add_argument("--metrics", type=str, nargs="+", default=[], help="further ones of ir-measures: R@100 ...")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the metrics")
     parser.add_argument(
-        "--details", type=str | None, default=None, help="directory for per-query CSV files and TREC runs"
+        "--details",
+        type=str | None,
+        default=None,
+        help="directory for per-query CSV files and TREC runs",
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
     parser.add_argument(
         "--dtype",
         type=str,
-        action="append",
+        nargs="+",
+        action="extend",
         default=None,
         help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another one",
     )
@@ -62,7 +68,8 @@ def run(options: dict[str, Any]) -> None:
     count = max(len(models), len(dtypes))
     models, dtypes = (values * (count // len(values)) for values in (models, dtypes))
     output, details = (
-        None if path is None else Path(path) for path in (options["output"], options["details"])
+        None if path is None else Path(path)  # "" is a directory
+        for path in (options["output"], options["details"])
     )
     _check_outputs(output, details, options["data"])
     evaluator = _evaluator(options)
@@ -108,9 +115,14 @@ def _evaluator(options: dict[str, Any]) -> Any:
     if (options["data"] is None) == (options["nano_beir"] is None):
         raise ValueError("evaluate takes either --data or --nano_beir")
     if options["data"] is not None:
-        refuse(options, make_parser().get_defaults(), ["nano_beir_id", "rerank_k"], "it is of --nano_beir")
+        refuse(
+            options,
+            make_parser().get_defaults().as_dict(),
+            ["nano_beir_id", "rerank_k"],
+            "it is of --nano_beir",
+        )
     else:
-        refuse(options, make_parser().get_defaults(), ["columns"], "it is of --data")
+        refuse(options, make_parser().get_defaults().as_dict(), ["columns"], "it is of --data")
     from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
 
     common = {
@@ -124,7 +136,10 @@ def _evaluator(options: dict[str, Any]) -> Any:
     if options["data"] is not None:
         return RerankingEvaluator(lists_of(options["data"], options["columns"]), **common)
     return NanoBEIREvaluator(
-        options["nano_beir"] or None, options["nano_beir_id"], rerank_k=options["rerank_k"], **common
+        options["nano_beir"] or None,
+        options["nano_beir_id"],
+        rerank_k=options["rerank_k"],
+        **common,
     )
 
 

@@ -16,7 +16,10 @@ def make_parser() -> CommandParser:
     parser.add_argument("--format", type=Literal["onnx"], default="onnx")
     parser.add_argument("--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically")
     parser.add_argument(
-        "--output", type=str | None, default=None, help="directory of the whole model; by default --model's own"
+        "--output",
+        type=str | None,
+        default=None,
+        help="directory of the whole model; by default --model's own",
     )
     parser.add_argument("--data", type=str | None, default=None, help="lists to check with, 200 pairs of them")
     add_columns(parser)
@@ -27,7 +30,7 @@ def make_parser() -> CommandParser:
 
 def run(options: dict[str, Any]) -> None:
     if options["data"] is None:
-        refuse(options, make_parser().get_defaults(), ["columns"], "it is of --data")
+        refuse(options, make_parser().get_defaults().as_dict(), ["columns"], "it is of --data")
     output = None if options["output"] is None else Path(options["output"])
     if output is not None:
         from rerank_fast.data.writable import check_directory
@@ -35,16 +38,16 @@ def run(options: dict[str, Any]) -> None:
 
         check_directory(output, "output")
         if holds_model(output) and not options["overwrite"]:
-            raise ValueError(f"output {output} already holds a model or a README.md; --overwrite replaces it")
+            held = "a model or a README.md"
+            raise ValueError(f"output {output} already holds {held}; --overwrite replaces it")
 
     from rerank_fast.model.cross_encoder import CrossEncoder
     from rerank_fast.model.export import export_onnx
 
     model = CrossEncoder(options["model"], device="cpu")
     if output is None and not Path(options["model"]).is_dir():
-        raise ValueError(
-            f"model {options['model']} is no directory to write to: --output names one"
-        )
+        path = options["model"]
+        raise ValueError(f"model {path} is no directory to write to: --output names one")
     pairs = None
     if options["data"] is not None:
         from rerank_fast.data.lists import load_lists

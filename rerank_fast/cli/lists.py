@@ -27,7 +27,10 @@ def lists_of(source: str, columns: dict[str, str] | None) -> Any:
 
 
 def refuse(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Iterable[str], why: str
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    names: Iterable[str],
+    why: str,
 ) -> None:
     """Raises ValueError for a setting that is not at its default and would decide nothing."""
     for name in names:

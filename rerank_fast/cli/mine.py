@@ -13,9 +13,7 @@ _ENCODERS = (
 
 
 def make_parser() -> CommandParser:
-    mine = command_parser(
-        "Mine hard negatives: ranking lists from queries, positives and a corpus."
-    )
+    mine = command_parser("Mine hard negatives: ranking lists of queries, positives and a corpus.")
     mine.add_argument(
         "--queries",
         type=str,
@@ -23,7 +21,10 @@ def make_parser() -> CommandParser:
         help="query with positives (texts), positive_ids, or docs and labels: .jsonl, .parquet, saved or hub id",
     )
     mine.add_argument(
-        "--corpus", type=str | None, default=None, help="text and id; left out: the texts that the queries have"
+        "--corpus",
+        type=str | None,
+        default=None,
+        help="text and id; left out: the texts that the queries have",
     )
     mine.add_argument("--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists")
     mine.add_argument("--overwrite", action="store_true", help="begin anew where output exists")
@@ -49,10 +50,16 @@ def make_parser() -> CommandParser:
     mine.add_argument("--max_score", type=float | None, default=None, help="skip higher-scored candidates")
     mine.add_argument("--min_score", type=float | None, default=None, help="skip lower-scored candidates")
     mine.add_argument(
-        "--absolute_margin", type=float | None, default=None, help="least distance below the lowest positive"
+        "--absolute_margin",
+        type=float | None,
+        default=None,
+        help="least distance below the lowest positive",
     )
     mine.add_argument(
-        "--relative_margin", type=float | None, default=None, help="the same as a fraction of the positive's score"
+        "--relative_margin",
+        type=float | None,
+        default=None,
+        help="the same as a fraction of the positive's score",
     )
     mine.add_argument("--sampling_strategy", type=Literal["top", "random"], default="top")
     mine.add_argument(
@@ -96,7 +103,7 @@ def run(options: dict[str, Any]) -> None:
 
 
 def _refuse_unused(options: dict[str, Any]) -> None:
-    defaults, bm25 = make_parser().get_defaults(), options["retriever"] == "bm25"
+    defaults, bm25 = make_parser().get_defaults().as_dict(), options["retriever"] == "bm25"
     rescored = options["cross_encoder"] is not None
     if bm25:
         refuse(options, defaults, _ENCODERS, "it is an encoder's, and --retriever is bm25")

@@ -12,8 +12,21 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-_LIBRARYS_KEY = re.compile(r'Parser key "(?:\w+\.)?(\w+)":?')
+_REQUIRED = re.compile(r"arguments are required: (.*)")
 _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?:\w+\.)?([^']+)'.*")
+_PLAINLY = (
+    (r'Parser key "(?:\w+\.)?(\w+)":?', r"--\1:"),
+    (r"^argument (--\w+)(?:/--[\w-]+)*:", r"\1:"),
+    (r"^(Unexpected config|Problems parsing config)", r"--config: \1"),
+    (r"<class 'NoneType'>|NoneType", "null"),
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"typing\.Literal\[", "one of ["),
+    (
+        r"Does not validate .*? Subtypes: \[(.*)\] Errors: .* Given value: ",
+        r"expected one of \1, got ",
+    ),
+    (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
+)
 
 
 class _Help(DefaultHelpFormatter):
@@ -42,11 +55,24 @@ class CommandParser(ArgumentParser):
                 action.option_strings = [*action.option_strings, hyphens]
                 self._option_string_actions[hyphens] = action
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Any:
         args = sys.argv[1:] if args is None else args
         # The one flag that the library knows in one spelling only.
         spelled = ["--print_config" if one == "--print-config" else one for one in args]
         return super().parse_args(spelled, *rest, **options)
+
+    def _check_value_key(
+        self,
+        action: argparse.Action,
+        value: Any,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        if isinstance(value, str) and action.nargs in ("+", "*"):  # one of several, in a YAML file
+            value = [value]
+        return super()._check_value_key(action, value, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -73,7 +99,17 @@ class CommandParser(ArgumentParser):
             return f"unknown command {match[1]}{_nearest(match[1], commands) or known}"
         if commands and "was not provided" in message:
             return f"expected a command: {', '.join(commands)}"
-        return _LIBRARYS_KEY.sub(r"--\1:", message)
+        if match := _REQUIRED.search(message):
+            missing = ", ".join(f"--{key.rpartition('.')[2]}" for key in match[1].split(", "))
+            return f"{missing} must be given"
+        return _plainly(message)
+
+
+def _plainly(message: str) -> str:
+    """jsonargparse's and argparse's errors of a value, in fewer words."""
+    for pattern, plain in _PLAINLY:
+        message = re.sub(pattern, plain, message)
+    return message
 
 
 def _nearest(unknown: str, known: Sequence[str], prefix: str = "") -> str:
@@ -81,13 +117,13 @@ def _nearest(unknown: str, known: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def command_parser(
-    description: str, kind: type[CommandParser] = CommandParser
-) -> CommandParser:
+def command_parser(description: str, kind: type[CommandParser] = CommandParser) -> CommandParser:
     """Of one command: --config and --print_config, and whatever is added."""
     parser = kind(description=description)
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with any of these settings"
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file with any of these settings",
     )
     return parser
 

@@ -18,7 +18,7 @@ _DEFAULTS = TrainingConfig()
 
 
 class _TrainParser(CommandParser):
-    def dump(self, namespace: Any, **options: Any) -> str:  # type: ignore[override]
+    def dump(self, namespace: Any, **options: Any) -> str:
         """Of a run by recipe only what was given: the rest are the recipe's settings, not these."""
         if namespace.get("recipe") is not None:
             options["skip_default"] = True
@@ -42,7 +42,10 @@ def make_parser() -> CommandParser:
         help="key=value ... in place of the recipe's own",
     )
     parser.add_argument(
-        "--model", type=str | None, default=None, help="directory or hub id of an encoder or reranker"
+        "--model",
+        type=str | None,
+        default=None,
+        help="directory or hub id of an encoder or reranker",
     )
     parser.add_argument(
         "--train",
@@ -50,24 +53,19 @@ def make_parser() -> CommandParser:
         default=None,
         help="lists: .jsonl, .parquet, saved dataset or hub id",
     )
-    parser.add_argument(
-        "--eval", type=str | None, default=None, help="lists to choose the best model by"
-    )
+    parser.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
     add_columns(parser)
     parser.add_argument(
         "--dry_run",
         action="store_true",
         help="read and count all lists, say what the run would do, write nothing",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that output already holds"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
     parser.add_argument(
         "--push",
         type=str | None,
         default=None,
-        help="hub repository (user/name) for the trained model and its card; made private where "
-        "it is not there",
+        help="hub repository (user/name) for the trained model and its card; made private where it is not there",
     )
     parser.add_argument(
         "--resume",
@@ -81,22 +79,22 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--resume_changed",
         action="store_true",
-        help="go on also with other settings or lists than the interrupted run's; the card tells "
-        "the change",
+        help="go on also with other settings or lists than the interrupted run's; the card tells the change",
     )
     parser.add_argument(
         "--trackers",
         type=list[str] | str,
         default=[],
-        help="where the log goes beside train_log.jsonl: tensorboard, or several as in "
-        "tensorboard,wandb",
+        help="where the log goes beside train_log.jsonl: tensorboard, or several as in tensorboard,wandb",
     )
     parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
     return parser
 
 
 def check(
-    options: Mapping[str, Any], given: Collection[str], usage: Callable[[str], object]
+    options: Mapping[str, Any],
+    given: Collection[str],
+    usage: Callable[[str], object],
 ) -> None:
     """Refuse a run without a model or lists, and a setting that would not be applied.
 
@@ -158,8 +156,7 @@ def run(options: dict[str, Any]) -> None:
     if not trainer.processes.is_main_process:
         return
     print(
-        f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved "
-        f"to {result.output}"
+        f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved to {result.output}"
     )
     if result.metrics:
         print_metrics(result.metrics)
@@ -199,9 +196,7 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
 
 def _trainer(options: dict[str, Any]) -> Any:
-    model, train, evaluation, columns = (
-        options[name] for name in ("model", "train", "eval", "columns")
-    )
+    model, train, evaluation, columns = (options[name] for name in ("model", "train", "eval", "columns"))
     names = {field.name for field in fields(TrainingConfig)}
     if isinstance(options["trackers"], str):
         trackers = [name.strip() for name in options["trackers"].split(",")]

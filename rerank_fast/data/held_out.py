@@ -1,4 +1,4 @@
-"""Lists set aside before training, whole queries at a time: none is trained on in other spelling."""
+"""Lists set aside before training, query by query: none is trained on in another spelling."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def hold_out(lists: Dataset, count: int, *, seed: int) -> tuple[Dataset, Dataset
     kept = np.flatnonzero(turn > last)
     if not len(kept):
         raise ValueError(
-            f"held_out is {count}, but the {len(lists)} lists are of {len(distinct)} queries in all "
-            "(but for case, spacing and Unicode form): setting that many aside leaves none to train "
-            "on"
+            f"held_out is {count}, but the {len(lists)} lists are of {len(distinct)} queries in "
+            "all (but for case, spacing and Unicode form): setting that many aside leaves none "
+            "to train on"
         )
     assert not len(np.intersect1d(keys[kept], keys[held]))
     logger.info(
-        "%d lists of %d queries to train on; %d lists of %d other queries held out, drawn with seed "
-        "%d; %d more lists of those are in neither",
+        "%d lists of %d queries to train on; %d lists of %d other queries held out, drawn with "
+        "seed %d; %d more lists of those are in neither",
         len(kept),
         len(distinct) - last - 1,
         count,

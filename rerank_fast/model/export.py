@@ -111,7 +111,7 @@ def export_onnx(
         raise ValueError("export needs at least one pair of texts to check with")
     names = list(model.preprocess(pairs[:2]))
     copy = _copy_in_fp32(model)
-    missing = [path for path in (target.parent, Path(directory)) if not path.exists()]
+    new = [path for path in (target.parent, Path(directory)) if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as staging:
@@ -125,7 +125,7 @@ def export_onnx(
     except OSError as error:
         raise ValueError(f"can't write to {target.parent}: {error}") from error
     finally:
-        for made in missing:
+        for made in new:
             with contextlib.suppress(OSError):  # it holds the file
                 made.rmdir()
     return exported

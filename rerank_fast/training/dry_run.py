@@ -94,13 +94,13 @@ def _epochs(trainer: Trainer) -> str:
 
 def _output(trainer: Trainer) -> str:
     config, output = trainer.config, Path(trainer.config.output)
+    made = "there" if output.is_dir() else "to be made"
     begins = f"goes on from {trainer.resumed_from}" if trainer.resumed_from else "begins anew"
     chosen = "the last model"
     if trainer.evaluators:
-        chosen = f"the best model by {config.metric_for_best}, measured every {config.eval_steps} steps"
+        chosen = f"the best model by {config.metric_for_best} of every {config.eval_steps} steps"
     files = ["README.md", "metrics.json", "train_log.jsonl", *config.trackers]
     return (
-        f"Would write to {output} ({'there' if output.is_dir() else 'to be made'}; the run {begins}): "
-        f"{chosen}; a checkpoint every {config.save_steps} steps, the newest "
-        f"{config.save_total_limit} kept; {', '.join(files)}"
+        f"Would write to {output} ({made}; the run {begins}): {chosen}; a checkpoint every "
+        f"{config.save_steps} steps, the newest {config.save_total_limit} kept; {', '.join(files)}"
     )

@@ -81,7 +81,7 @@ _NO_OTHER = {("export", "format")}
 def options_of(command: str) -> list[str]:
     """All of a command, without those of jsonargparse and argparse."""
     parser = cli.make_parser()._subcommands_action.choices[command]
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "config", "==SUPPRESS==")]
+    names = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
     assert len(names) == len(set(names))
     return names
 
@@ -122,7 +122,10 @@ def arguments(command: str, settings: dict[str, Any]) -> list[str]:
         elif isinstance(value, list) and action.nargs in ("+", "*"):
             result += [*flags, *value]
         else:
-            result += [*flags, value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)]
+            result += [
+                *flags,
+                value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True),
+            ]
     return [one.removesuffix("\n...\n").strip("\n") for one in result]
 
 
@@ -135,7 +138,14 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     def note(**values: Any) -> None:
         noted.update(values)
 
-    for behind in (_behind_train, _behind_evaluate, _behind_score, _behind_mine, _behind_export, _behind_demo):
+    for behind in (
+        _behind_train,
+        _behind_evaluate,
+        _behind_score,
+        _behind_mine,
+        _behind_export,
+        _behind_demo,
+    ):
         behind(monkeypatch, note)
     return noted
 
@@ -280,10 +290,14 @@ def received(command: str, name: str, seen: dict[str, Any]) -> Any:
     ("command", "name"), [(command, name) for command in _NEEDED for name in options_of(command)]
 )
 def test_an_option_arrives(
-    command: str, name: str, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: str,
+    name: str,
+    seen: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ):
     value, others = value_of(command, name)
-    default = cli.make_parser()._subcommands_action.choices[command].get_default(name)
+    default = cli.make_parser()._subcommands_action.choices[command].get_defaults().get(name)
     assert value != default or (command, name) in _NO_OTHER
     if command == "export":
         from rerank_fast.data import lists
@@ -324,6 +338,16 @@ def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Pa
         assert from_file == from_line
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("train", "set"), ("evaluate", "model"), ("evaluate", "dtype"), ("evaluate", "metrics"), ("score", "keep")],
+)
+def test_of_several_values_one_may_stand_alone_in_yaml(command: str, name: str, tmp_path: Path):
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**_NEEDED[command], name: "x"}))
+    parsed = cli.make_parser().parse_args([command, "--config", str(tmp_path / "settings.yaml")])
+    assert parsed[command][name] == ["x"]
+
+
 @pytest.mark.parametrize("command", _NEEDED)
 def test_the_settings_of_a_command_are_printed_and_can_be_given_back(
     command: str, seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
@@ -334,7 +358,7 @@ def test_the_settings_of_a_command_are_printed_and_can_be_given_back(
     assert stop.value.code == 0
     assert not seen
     printed = capsys.readouterr().out
-    assert set(yaml.safe_load(printed)) == set(options_of(command))
+    assert set(yaml.safe_load(printed)) == {*options_of(command)} - {"name"}  # without one they are all printed
     (tmp_path / "printed.yaml").write_text(printed)
     assert cli.main(line) == 0
     by_flags = dict(seen)
@@ -348,24 +372,33 @@ def test_of_a_recipe_what_was_given_is_printed(capsys: pytest.CaptureFixture, tm
     with pytest.raises(SystemExit):
         cli.main([*line, "--print_config"])
     # Nothing of TrainingConfig's defaults, which are not the recipe's.
-    assert yaml.safe_load(capsys.readouterr().out) == {"recipe": OWN, "set": ["lists=a.jsonl", "seed=7"]}
+    assert yaml.safe_load(capsys.readouterr().out) == {
+        "recipe": OWN,
+        "set": ["lists=a.jsonl", "seed=7"],
+    }
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--eval_steps", str(TrainingConfig().eval_steps)], ["--columns", "null"], ["--batch_size", "4"]],
+    [
+        ["--eval_steps", str(TrainingConfig().eval_steps)],
+        ["--columns", "null"],
+        ["--batch_size", "4"],
+    ],
     ids=["the default, which is not the recipe's", "nothing", "another value"],
 )
 @pytest.mark.parametrize("by_file", [False, True])
 def test_beside_a_recipe_no_setting_is_dropped_in_silence(
-    flags: list[str], by_file: bool, seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+    flags: list[str],
+    by_file: bool,
+    seen: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ):
     line = ["train", "--recipe", OWN, "--set", "lists=a.jsonl"]
     if by_file:
         (tmp_path / "run.yaml").write_text(f"{flags[0][2:]}: {flags[1]}\n")
         flags = ["--config", str(tmp_path / "run.yaml")]
-        if "null" in (tmp_path / "run.yaml").read_text():
-            pytest.skip("null in a file is what is not there")
     assert cli.main([*line, *flags]) == 2
     assert "with --recipe, settings go as --set " in capsys.readouterr().err
     assert not seen
@@ -402,7 +435,11 @@ def test_how_a_run_starts_is_said_beside_a_recipe_too(name: str, seen: dict[str,
     ],
 )
 def test_an_option_that_would_decide_nothing_is_refused(
-    command: str, settings: dict[str, Any], refused: str, seen: dict[str, Any], capsys: pytest.CaptureFixture
+    command: str,
+    settings: dict[str, Any],
+    refused: str,
+    seen: dict[str, Any],
+    capsys: pytest.CaptureFixture,
 ):
     assert cli.main(arguments(command, {**_NEEDED[command], **settings})) == 2
     assert f"error: --{refused} " in (errors := capsys.readouterr().err)

@@ -90,10 +90,13 @@ def test_documents_are_cut_and_those_that_are_then_equal_are_left_out(package: P
 
 def test_a_summary_in_another_spelling_is_no_second_query(package: Path):
     names = docstrings.documented_names()
-    function = 'def f():\n    """RETURN the ｂＲＥＡＤ of kind 00.\n\n    A rest that nothing else here has, long enough.\n    """\n'
+    summary = "RETURN the \uff42\uff32\uff25\uff21\uff24 of kind 00."
+    rest = "A rest that nothing else here has, long enough."
+    function = f'def f():\n    """{summary}\n\n    {rest}\n    """\n'
     (package / "same.py").write_text(function, encoding="utf-8")
-    assert docstrings.documented_names() == [one for one in names if one.summary != "Return the bread of kind 00."]
-    assert len(docstrings.documented_names()) == len(names) - 1
+    left = [one for one in names if one.summary != "Return the bread of kind 00."]
+    assert docstrings.documented_names() == left
+    assert len(left) == len(names) - 1
 
 
 @pytest.mark.parametrize(

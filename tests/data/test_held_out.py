@@ -88,7 +88,7 @@ def test_too_few_lists_or_queries_are_refused():
     with pytest.raises(ValueError, match="held_out is 3, but there are 3 lists in all"):
         hold_out(_lists(["a", "b", "c"]), 3, seed=12)
     with pytest.raises(ValueError, match="held_out is 1, but the 4 lists are of 1 queries in all"):
-        hold_out(_lists(["a b", "A  B", "a b ", "Ａ b"]), 1, seed=12)
+        hold_out(_lists(["a b", "A  B", "a b ", "\uff21 b"]), 1, seed=12)
 
 
 def test_views_of_the_lists_and_no_copies_of_them(caplog: pytest.LogCaptureFixture):

@@ -40,7 +40,10 @@ def flags(tiny_bert: Path, tmp_path: Path, *more: str, rows: list = _ROWS) -> li
 def test_everything_is_counted_and_nothing_written(
     streaming: bool, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    evaluated = [{**_ROWS[0], "query": "What  is the PANDA"}, {**_ROWS[1], "query": "what is the rain"}]
+    evaluated = [
+        {**_ROWS[0], "query": "What  is the PANDA"},
+        {**_ROWS[1], "query": "what is the rain"},
+    ]
     held_out = write(tmp_path / "eval.jsonl", evaluated)
     more = ["--streaming", "true", "--max_steps", "5"] if streaming else ["--num_epochs", "3"]
     arguments = flags(tiny_bert, tmp_path, "--eval", str(held_out), "--push", "me/it", *more)
@@ -59,7 +62,9 @@ def test_everything_is_counted_and_nothing_written(
     steps = "5 of 3 lists, of a stream" if streaming else "6 of 3 lists, 3 epochs of 2 steps"
     assert lines[3] == f"Steps: {steps}"
     assert lines[4] == "Precision: fp32 on cpu"
-    assert lines[5].startswith(f"Would write to {tmp_path / 'out'} (to be made; the run begins anew): the best model")
+    assert lines[5].startswith(
+        f"Would write to {tmp_path / 'out'} (to be made; the run begins anew): the best model"
+    )
     assert lines[6:] == ["Would push to me/it", "Nothing was trained or written."]
 
 
@@ -94,9 +99,7 @@ def test_a_run_that_would_go_on_says_from_where(tiny_bert: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_malformed_row_is_named(
-    streaming: bool, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_a_malformed_row_is_named(streaming: bool, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     rows = [*_ROWS, {"query": "q", "docs": ["d", "e"], "labels": [1]}]
     more = ["--streaming", "true", "--max_steps", "1"] if streaming else []
     arguments = flags(tiny_bert, tmp_path, *more, rows=rows)

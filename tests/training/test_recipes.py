@@ -30,7 +30,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_nano_beir(directory / "nano")
     queries = [f"what is the panda {i}" for i in range(16)]
     known = load_ms_marco(directory / "ms_marco")["query"][:4]
-    queries += [f" {query.upper()}" for query in known[:2]] + [query.replace(" ", "\u00a0\t") for query in known[2:]]
+    queries += [f" {query.upper()}" for query in known[:2]] + [
+        query.replace(" ", "\u00a0\t") for query in known[2:]
+    ]
     rows = [{**row, "query": query} for row, query in zip(make_lists(20), queries, strict=True)]
     (directory / "mined.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
@@ -129,7 +131,12 @@ def test_no_query_is_on_both_sides_however_it_is_spelled(
 
 def test_too_few_queries_are_refused_however_many_lists(tiny_bert: Path, tmp_path: Path):
     make_lists(20).to_json(tmp_path / "one.jsonl")  # all of one query
-    overrides = [f"model={tiny_bert}", f"lists={tmp_path / 'one.jsonl'}", f"output={tmp_path / 'out'}", "held_out=4"]
+    overrides = [
+        f"model={tiny_bert}",
+        f"lists={tmp_path / 'one.jsonl'}",
+        f"output={tmp_path / 'out'}",
+        "held_out=4",
+    ]
     with pytest.raises(ValueError, match="held_out is 4, but the 20 lists are of 1 queries in all"):
         build_trainer(load_recipe(OWN, overrides))
 
