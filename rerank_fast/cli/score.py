@@ -8,7 +8,7 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Score a file's pairs; after a kill it goes on. Shards in accelerate launch.")
+    parser = command_parser("Score a file's pairs. A killed run goes on; several processes shard.")
     parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
     parser.add_argument(
         "--input",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,41 @@ def read_columns(source: Any, names: Sequence[str], where: str) -> dict[str, lis
     """Columns of Parquet or JSONL files of one schema, or of an Arrow table, as Python lists.
 
     Raises:
-        ValueError: a file can't be read, or a column is missing (lists those that there are).
+        ValueError: a file can't be read, a line of it is no JSON object, or a column is missing
+            (lists those that there are).
     """
     import pyarrow
     import pyarrow.dataset
 
     if isinstance(source, pyarrow.Table):
         table = source
-    else:
-        kind = "parquet" if Path(source[0]).suffix == ".parquet" else "json"
+    elif Path(source[0]).suffix == ".parquet":
         try:
-            table = pyarrow.dataset.dataset([str(file) for file in source], format=kind).to_table()
+            files = [str(file) for file in source]
+            table = pyarrow.dataset.dataset(files, format="parquet").to_table()
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{where} can't be read as {kind}: {error}") from error
+            raise ValueError(f"{where} can't be read as parquet: {error}") from error
+    else:
+        return _json_columns(source, names, where)
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise ValueError(f"{where}: no column {' or '.join(missing)}; there are {sorted(table.column_names)}")
     return {name: table.column(name).to_pylist() for name in names}
+
+
+def _json_columns(files: Sequence[Path], names: Sequence[str], where: str) -> dict[str, list[Any]]:
+    """read_columns of JSONL files; not by pyarrow's reader, whose process a line of null ends."""
+    from rerank_fast.data.lists import read_rows  # which reads the hub through this file
+
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    there: set[str] = set()
+    for place, row in read_rows([str(file) for file in files]):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        there.update(row)
+        for name, values in columns.items():
+            values.append(row.get(name))
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(f"{where}: no column {' or '.join(missing)}; there are {sorted(there)}")
+    return columns

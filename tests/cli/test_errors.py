@@ -89,6 +89,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (f"{_SCORE} --batch_size 0", "--batch_size must be at least 1"),
         (f"{_SCORE} --max_length 3", "--max_length must"),
         (f"{_SCORE} --dtype fp7", "--dtype must be"),
+        (f"{_SCORE} --dtype float8_e4m3fn", "--dtype must be"),
         (f"{_SCORE} --keep score", "--keep can't hold score"),
         (f"{_EVALUATE} --batch_size 0", "--batch_size must be at least 1"),
         (f"{_EVALUATE} --at_k 0", "--at_k must be"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from rerank_fast import Trainer, TrainingConfig, cli
 from rerank_fast.training.dry_run import count
 from tests.training.conftest import make_lists
+from tests.training.test_distributed import TORCHRUN, environment
 
 _LONG = "rain " * 60
 _ROWS = [
@@ -106,4 +109,18 @@ def test_a_malformed_row_is_named(streaming: bool, tiny_bert: Path, tmp_path: Pa
     before = snapshot(tmp_path)
     assert cli.main(arguments) == 2
     assert f"{tmp_path / 'lists.jsonl'}, line 5: 2 documents in docs but 1 labels" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_two_processes_count_what_one_counts(tiny_bert: Path, tmp_path: Path):
+    arguments = flags(tiny_bert, tmp_path, "--eval", str(tmp_path / "lists.jsonl"))
+    before = snapshot(tmp_path)
+    found = []
+    for start in ([sys.executable], [*TORCHRUN, "29681"]):
+        command = [*start, "-m", "rerank_fast", *arguments]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[1]  # by one of them
+    assert ", 1 of them longer than 32 tokens and truncated" in found[0]
     assert snapshot(tmp_path) == before
