@@ -15,6 +15,7 @@ from rerank_fast.data.docstrings import build_docstring_lists
 from rerank_fast.evaluation import RerankingEvaluator, compare
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.training import TrainingConfig
+from rerank_fast.training.checkpoints import check_output
 from rerank_fast.training.trainer import Trainer
 
 _QUERY = "Return True if the path refers to an existing file"
@@ -46,11 +47,16 @@ def _is_earlier_demo(output: Path) -> bool:
     return (output / "demo.json").is_file()
 
 
-def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 12) -> dict[str, Any]:
+def run_demo(
+    output: str = "rerank-fast-demo",
+    max_steps: int = -1,
+    seed: int = 12,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Build the task, train, measure before and after, save, rank one query.
 
-    Writes what it returns to demo.json in output. That the model does not beat BM25 is a result,
-    not an error.
+    Writes what it returns to demo.json in output; an earlier demo there is replaced. That the model
+    does not beat BM25 is a result, not an error.
 
     Returns:
         {"bm25" | "before" | "after": {"ndcg@10", "mrr@10", "map"}} on the held-out modules;
@@ -59,12 +65,13 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         query's documents, best first; RIGHT_DOCUMENT should lead.
 
     Raises:
-        ValueError: the demo extra is not installed, or output holds a model that no demo made.
+        ValueError: the demo extra is not installed, or output can't be written or holds a model
+            that no demo made and overwrite is False; before anything is built.
     """
     encoder, directory = encoder_directory(), Path(output)
     config = TrainingConfig(
         output=output,
-        overwrite=_is_earlier_demo(directory),
+        overwrite=overwrite or _is_earlier_demo(directory),
         max_length=64,
         # A fresh head and few steps: many times the recipe's rate.
         learning_rate=3e-4,
@@ -78,6 +85,7 @@ def run_demo(output: str = "rerank-fast-demo", max_steps: int = -1, seed: int = 
         eval_steps=10**9,
         save_steps=10**9,
     )
+    check_output(directory, resume=config.resume, overwrite=config.overwrite)
     print("Building a ranking task from installed documentation ...", flush=True)
     # Short documents are read soon. BM25 has all of their words, the model what fits max_length.
     train, held_out = build_docstring_lists(num_random=9, max_lists=720, max_words=40, seed=seed)

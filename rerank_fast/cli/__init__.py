@@ -3,69 +3,73 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli import demo, evaluate, export, mine, recipes, score, train
+from rerank_fast.cli.errors import in_flags, is_users, one_line
+from rerank_fast.cli.parser import CommandParser, VersionAction
 
-from rerank_fast.cli import evaluate, export, mine, score, train
+_FILES: dict[str, Any] = {
+    "train": train,
+    "evaluate": evaluate,
+    "score": score,
+    "mine": mine,
+    "export": export,
+    "recipes": recipes,
+    "demo": demo,
+}
 
-_FILES = {"train": train, "evaluate": evaluate, "score": score, "mine": mine, "export": export}
 
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="rerank-fast", description="Train and run cross-encoder rerankers.")
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="rerank-fast", description="Train and run cross-encoder rerankers.")
+    parser.add_argument("--version", action=VersionAction, help="what is installed and what runs")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="show an error's traceback; also after the command",
+    )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, file in _FILES.items():
-        commands.add_subcommand(name, file.make_parser())
-
-    recipes = ArgumentParser(description="Print the names of the recipes, or the YAML of one.")
-    recipes.add_argument("name", type=str | None, nargs="?", default=None)
-    commands.add_subcommand("recipes", recipes)
-
-    demo = ArgumentParser(description="Train a reranker on the documentation of installed packages, offline.")
-    demo.add_argument("--output", type=str, default="rerank-fast-demo", help="directory of the model")
-    demo.add_argument("--max_steps", type=int, default=-1, help="fewer optimizer steps, for a quick look")
-    demo.add_argument("--seed", type=int, default=12)
-    commands.add_subcommand("demo", demo)
+        command = file.make_parser()
+        command.accept_hyphens()
+        commands.add_subcommand(name, command, help=command.description)
     return parser
-
-
-def _recipes(options: dict[str, Any]) -> None:
-    from rerank_fast.recipes import recipe_names, recipe_text
-
-    if options["name"] is not None:
-        print(recipe_text(options["name"]), end="")
-        return
-    for name in recipe_names():
-        print(f"{name}\n{recipe_text(name)}")
-
-
-def _demo(options: dict[str, Any]) -> None:
-    from rerank_fast.demo import run_demo
-
-    run_demo(**options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, 2 for a bad argument or input, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = _parser()
-    parsed = parser.parse_args(argv)
-    options = parsed[parsed.command].as_dict()
-    if parsed.command == "train" and options["recipe"] is None and None in (options["model"], options["train"]):
-        parser.error("train needs --model and --train, or --recipe")
-    commands: dict[str, Callable[[dict[str, Any]], None]] = {
-        **{name: file.run for name, file in _FILES.items()},
-        "recipes": _recipes,
-        "demo": _demo,
-    }
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [one for one in arguments if one != "--debug"]
+    # What is set aside or left out of the data belongs to a run's record; one process says it.
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("rerank_fast.data").setLevel(logging.INFO)
+    parser, command, options = make_parser(), "", dict[str, Any]()
     try:
-        commands[parsed.command](options)
-    except (ValueError, FloatingPointError, MemoryError, OSError) as error:  # OSError: a full disk
-        print(f"rerank-fast {parsed.command}: error: {error}", file=sys.stderr)
-        return 2
+        command = (parsed := parser.parse_args(arguments)).command
+        options = parsed[command].as_dict()
+        options.pop("config", None)
+        if command == "train":
+            # A setting that has its default may have been asked for all the same.
+            given = parser.parse_args(arguments, defaults=False).train
+            train.check(options, given.as_dict(), parser.error)
+        _FILES[command].run(dict(options))
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not is_users(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        flags = {name: f"--{name}" for name in options}
+        if command == "train":
+            flags = train.spelled(options)
+        message = in_flags(one_line(error), flags)
+        print(f"rerank-fast {command}: error: {message}", file=sys.stderr)
+        return 2
     return 0

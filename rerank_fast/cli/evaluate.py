@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.parser import CommandParser, command_parser
 
-from rerank_fast.cli.lists import add_columns, lists_of
 
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Rerank lists or NanoBEIR and print MAP, MRR and NDCG; compare two models.")
+def make_parser() -> CommandParser:
+    parser = command_parser("Rerank lists or NanoBEIR; print MAP, MRR, NDCG; compare two models.")
     parser.add_argument(
         "--model",
         type=str,
-        action="append",
+        nargs="+",
+        action="extend",
         required=True,
         help="directory or hub id of a reranker; given twice, the two are compared with a paired test",
     )
@@ -32,20 +32,27 @@ def make_parser() -> ArgumentParser:
         help="rerank these NanoBEIR sets (none named: all but two)",
     )
     parser.add_argument(
-        "--nano_beir_id", type=str, default="sentence-transformers/NanoBEIR-en", help="hub id or local copy"
+        "--nano_beir_id",
+        type=str,
+        default="sentence-transformers/NanoBEIR-en",
+        help="hub id or local copy",
     )
     parser.add_argument("--rerank_k", type=int, default=100, help="documents of NanoBEIR's BM25 rankings")
     parser.add_argument("--metrics", type=str, nargs="+", default=[], help="further ones of ir-measures: R@100 ...")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the metrics")
     parser.add_argument(
-        "--details", type=str | None, default=None, help="directory for per-query CSV files and TREC runs"
+        "--details",
+        type=str | None,
+        default=None,
+        help="directory for per-query CSV files and TREC runs",
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
     parser.add_argument(
         "--dtype",
         type=str,
-        action="append",
+        nargs="+",
+        action="extend",
         default=None,
         help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another one",
     )
@@ -60,14 +67,14 @@ def run(options: dict[str, Any]) -> None:
             raise ValueError(f"--{name} is given once or twice, got {len(values)}")
     count = max(len(models), len(dtypes))
     models, dtypes = (values * (count // len(values)) for values in (models, dtypes))
-    output = Path(options["output"]) if options["output"] else None
-    if output and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: directory {output.parent} does not exist")
+    output, details = (
+        None if path is None else Path(path)  # "" is a directory
+        for path in (options["output"], options["details"])
+    )
+    _check_outputs(output, details, options["data"])
     evaluator = _evaluator(options)
 
     from rerank_fast.model.cross_encoder import CrossEncoder
-
-    details = Path(options["details"]) if options["details"] else None
 
     def loaded(path: str, dtype: str | None) -> CrossEncoder:
         return CrossEncoder(path, max_length=options["max_length"], dtype=dtype)
@@ -91,10 +98,31 @@ def run(options: dict[str, Any]) -> None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_outputs(output: Path | None, details: Path | None, data: str | None) -> None:
+    """Before hours of measuring."""
+    from rerank_fast.data.writable import check_directory, check_file
+
+    if output is not None:
+        check_file(output, "output")
+        if data is not None and output.resolve() == Path(data).resolve():
+            raise ValueError(f"output {output} is the data: expected another file")
+    if details is not None:
+        check_directory(details, "details")
+
+
 def _evaluator(options: dict[str, Any]) -> Any:
     """The evaluator of --data or of --nano_beir."""
     if (options["data"] is None) == (options["nano_beir"] is None):
         raise ValueError("evaluate takes either --data or --nano_beir")
+    if options["data"] is not None:
+        refuse(
+            options,
+            make_parser().get_defaults().as_dict(),
+            ["nano_beir_id", "rerank_k"],
+            "it is of --nano_beir",
+        )
+    else:
+        refuse(options, make_parser().get_defaults().as_dict(), ["columns"], "it is of --data")
     from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
 
     common = {
@@ -108,7 +136,10 @@ def _evaluator(options: dict[str, Any]) -> Any:
     if options["data"] is not None:
         return RerankingEvaluator(lists_of(options["data"], options["columns"]), **common)
     return NanoBEIREvaluator(
-        options["nano_beir"] or None, options["nano_beir_id"], rerank_k=options["rerank_k"], **common
+        options["nano_beir"] or None,
+        options["nano_beir_id"],
+        rerank_k=options["rerank_k"],
+        **common,
     )
 
 

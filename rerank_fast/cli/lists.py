@@ -1,13 +1,14 @@
-"""The lists a command reads, under the names of their own columns."""
+"""The lists a command reads, under the names of their own columns; options that need another."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli.parser import CommandParser
 
 
-def add_columns(parser: ArgumentParser) -> None:
+def add_columns(parser: CommandParser) -> None:
     parser.add_argument(
         "--columns",
         type=dict[str, str] | None,
@@ -23,3 +24,15 @@ def lists_of(source: str, columns: dict[str, str] | None) -> Any:
     from rerank_fast.data.lists import load_lists
 
     return load_lists(source, columns=columns)
+
+
+def refuse(
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    names: Iterable[str],
+    why: str,
+) -> None:
+    """Raises ValueError for a setting that is not at its default and would decide nothing."""
+    for name in names:
+        if settings[name] != defaults[name]:
+            raise ValueError(f"{name} {settings[name]} would not be applied: {why}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from rerank_fast.cli.lists import refuse
+from rerank_fast.cli.parser import CommandParser, command_parser
+
+_ENCODERS = (
+    "query_prompt", "corpus_prompt", "similarity", "cache_folder", "embedding_dtype", "use_faiss",
+)  # fmt: skip
 
 
-def make_parser() -> ArgumentParser:
-    mine = ArgumentParser(description="Mine hard negatives: ranking lists from queries, positives and a corpus.")
-    mine.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+def make_parser() -> CommandParser:
+    mine = command_parser("Mine hard negatives: ranking lists of queries, positives and a corpus.")
     mine.add_argument(
         "--queries",
         type=str,
@@ -17,7 +21,10 @@ def make_parser() -> ArgumentParser:
         help="query with positives (texts), positive_ids, or docs and labels: .jsonl, .parquet, saved or hub id",
     )
     mine.add_argument(
-        "--corpus", type=str | None, default=None, help="text and id; left out: the texts that the queries have"
+        "--corpus",
+        type=str | None,
+        default=None,
+        help="text and id; left out: the texts that the queries have",
     )
     mine.add_argument("--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists")
     mine.add_argument("--overwrite", action="store_true", help="begin anew where output exists")
@@ -43,10 +50,16 @@ def make_parser() -> ArgumentParser:
     mine.add_argument("--max_score", type=float | None, default=None, help="skip higher-scored candidates")
     mine.add_argument("--min_score", type=float | None, default=None, help="skip lower-scored candidates")
     mine.add_argument(
-        "--absolute_margin", type=float | None, default=None, help="least distance below the lowest positive"
+        "--absolute_margin",
+        type=float | None,
+        default=None,
+        help="least distance below the lowest positive",
     )
     mine.add_argument(
-        "--relative_margin", type=float | None, default=None, help="the same as a fraction of the positive's score"
+        "--relative_margin",
+        type=float | None,
+        default=None,
+        help="the same as a fraction of the positive's score",
     )
     mine.add_argument("--sampling_strategy", type=Literal["top", "random"], default="top")
     mine.add_argument(
@@ -63,11 +76,8 @@ def make_parser() -> ArgumentParser:
 
 
 def run(options: dict[str, Any]) -> None:
-    dense = {
-        name: options.pop(name)
-        for name in ("query_prompt", "corpus_prompt", "similarity", "cache_folder", "embedding_dtype", "use_faiss")
-    }
-    options.pop("config", None)
+    _refuse_unused(options)
+    dense = {name: options.pop(name) for name in _ENCODERS}
     max_length, dtype = options.pop("max_length"), options.pop("dtype")
 
     from rerank_fast.data.mining import DenseRetriever, mine_hard_negatives
@@ -90,6 +100,18 @@ def run(options: dict[str, Any]) -> None:
     print(f"{result.lists_with_fewer_negatives} lists have fewer than {options['num_negatives']} negatives")
     for name, count in result.skipped_candidates.items():
         print(f"{count} candidates skipped by {name} {options[name]}")
+
+
+def _refuse_unused(options: dict[str, Any]) -> None:
+    defaults, bm25 = make_parser().get_defaults().as_dict(), options["retriever"] == "bm25"
+    rescored = options["cross_encoder"] is not None
+    if bm25:
+        refuse(options, defaults, _ENCODERS, "it is an encoder's, and --retriever is bm25")
+    if not rescored:
+        refuse(options, defaults, ["max_length", "dtype"], "it is of --cross_encoder")
+    if bm25 and not rescored:
+        why = "it is of --cross_encoder and of an encoder as --retriever"
+        refuse(options, defaults, ["batch_size"], why)
 
 
 def _sentence_transformer(path: str) -> Any:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from rerank_fast.cli.parser import CommandParser, command_parser
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Score a file's pairs; started again after a kill, it goes on. Shards under accelerate launch."
-    )
+def make_parser() -> CommandParser:
+    parser = command_parser("Score a file's pairs. A killed run goes on; several processes shard.")
     parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
     parser.add_argument(
-        "--input", type=str, required=True, help=".jsonl or .parquet with query and document, or query and docs"
+        "--input",
+        type=str,
+        required=True,
+        help=".jsonl or .parquet with query and document, or query and docs",
     )
     parser.add_argument(
-        "--output", type=str, required=True, help=".parquet file for the scores, in the input's order"
+        "--output",
+        type=str,
+        required=True,
+        help=".parquet file for the scores, in the input's order",
     )
     parser.add_argument(
         "--columns",
@@ -28,14 +32,19 @@ def make_parser() -> ArgumentParser:
         "--keep", type=str, nargs="+", default=[], help="columns of the input to copy to the output"
     )
     parser.add_argument(
-        "--dtype", type=str | None, default=None, help="auto, int8, bfloat16 ...; the checkpoint's own if left out"
+        "--dtype",
+        type=str | None,
+        default=None,
+        help="auto, int8, bfloat16 ...; the checkpoint's own if left out",
     )
     parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
     parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
     parser.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
     parser.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output, and parts of a run with other settings"
+        "--overwrite",
+        action="store_true",
+        help="replace the output, and parts of a run with other settings",
     )
     return parser
 
@@ -51,7 +60,10 @@ def run(options: dict[str, Any]) -> None:
     # What is measured is measured once: no two processes may score in different dtypes.
     (precision,) = broadcast_object_list([choose_precision(options.pop("dtype"), state.device)])
     model = CrossEncoder(
-        options.pop("model"), device=state.device, dtype=precision, max_length=options.pop("max_length")
+        options.pop("model"),
+        device=state.device,
+        dtype=precision,
+        max_length=options.pop("max_length"),
     )
     source, output = options.pop("input"), options.pop("output")
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
-
 from rerank_fast.cli.evaluate import print_metrics
-from rerank_fast.cli.lists import add_columns, lists_of
+from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.parser import CommandParser, command_parser
 from rerank_fast.training.config import TrainingConfig
 
+# What is of a start and not of the run: beside a recipe too these are flags.
+_OF_A_START = ("overwrite", "resume", "resume_changed")
+_BESIDE_RECIPE = ("recipe", "set", "push", "dry_run", *_OF_A_START)
+_DEFAULTS = TrainingConfig()
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Fine-tune a reranker on ranking lists with LambdaLoss.")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+
+class _TrainParser(CommandParser):
+    def dump(self, namespace: Any, **options: Any) -> str:
+        """Of a run by recipe only what was given: the rest are the recipe's settings, not these."""
+        if namespace.get("recipe") is not None:
+            options["skip_default"] = True
+        return super().dump(namespace, **options)
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("Fine-tune a reranker on ranking lists with LambdaLoss.", _TrainParser)
     parser.add_argument(
-        "--recipe", type=str | None, default=None, help="a whole run by name; see rerank-fast recipes"
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="a whole run by name; see rerank-fast recipes",
     )
     parser.add_argument(
         "--set",
@@ -27,13 +42,24 @@ def make_parser() -> ArgumentParser:
         help="key=value ... in place of the recipe's own",
     )
     parser.add_argument(
-        "--model", type=str | None, default=None, help="directory or hub id of an encoder or reranker"
+        "--model",
+        type=str | None,
+        default=None,
+        help="directory or hub id of an encoder or reranker",
     )
     parser.add_argument(
-        "--train", type=str | None, default=None, help="lists: .jsonl, .parquet, saved dataset or hub id"
+        "--train",
+        type=str | None,
+        default=None,
+        help="lists: .jsonl, .parquet, saved dataset or hub id",
     )
     parser.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
     add_columns(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="read and count all lists, say what the run would do, write nothing",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
     parser.add_argument(
         "--push",
@@ -47,8 +73,8 @@ def make_parser() -> ArgumentParser:
         nargs="?",
         const="auto",
         default="never",
-        help="go on from the newest checkpoint in output, if there is one (auto, or nothing after it), or from a "
-        "checkpoint's path",
+        help="go on from the newest checkpoint in output, if there is one (auto, or nothing after "
+        "it), or from a checkpoint's path",
     )
     parser.add_argument(
         "--resume_changed",
@@ -61,20 +87,66 @@ def make_parser() -> ArgumentParser:
         default=[],
         help="where the log goes beside train_log.jsonl: tensorboard, or several as in tensorboard,wandb",
     )
-    parser.add_class_arguments(TrainingConfig, skip={"overwrite", "resume", "resume_changed", "trackers"})
+    parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
     return parser
 
 
+def check(
+    options: Mapping[str, Any],
+    given: Collection[str],
+    usage: Callable[[str], object],
+) -> None:
+    """Refuse a run without a model or lists, and a setting that would not be applied.
+
+    Args:
+        options: all settings of the command.
+        given: those that the command line or its YAML file names.
+        usage: ends the command with what it is to be told.
+    """
+    if options["recipe"] is None:
+        if None in (options["model"], options["train"]):
+            usage("train needs --model and --train, or --recipe")
+        if options["set"]:
+            raise ValueError("--set overrides a recipe: it needs --recipe")
+        return
+    beside = [name for name in given if name not in (*_BESIDE_RECIPE, "config")]
+    if beside:
+        flags = ", ".join(f"--{name}" for name in beside)
+        raise ValueError(f"with --recipe, settings go as --set {beside[0]}=...; got {flags}")
+
+
+def spelled(options: Mapping[str, Any]) -> dict[str, str]:
+    """How each setting is typed: as a flag, beside a recipe as --set key=value."""
+    flags = {name: f"--{name}" for name in options}
+    if options.get("recipe") is None:
+        return flags
+    from rerank_fast.recipes import Recipe
+
+    keys = {*options, *(field.name for field in fields(Recipe))} - {*_BESIDE_RECIPE, "training"}
+    return flags | {name: f"--set {name}" for name in keys}
+
+
 def run(options: dict[str, Any]) -> None:
-    if options["push"] is not None:  # a repository that can't be made is known before hours of training
+    trainer = _trainer(options) if options["recipe"] is None else _recipe_trainer(options)
+    if options["dry_run"]:
+        from rerank_fast.training.dry_run import describe
+
+        lines = describe(trainer)
+        if options["push"] is not None:
+            lines.append(f"Would push to {options['push']}")
+        trainer.processes.destroy_process_group()
+        if trainer.processes.is_main_process:
+            print(*lines, "Nothing was trained or written.", sep="\n")
+        return
+    if options["push"] is not None:
+        # One that can't be made is known before hours of training, but no wrong path makes one.
         from rerank_fast.model.storage import create_repository
 
         create_repository(options["push"], private=True, token=None)
     from rerank_fast.training.events import TrainingInterrupted
 
-    trainer = _recipe_trainer(options) if options["recipe"] is not None else _trainer(options)
-    # The group's threads would abort a process that exits before they are done. After an error the other processes
-    # may never come to this.
+    # The group's threads would abort a process that exits before they are done. After an error the
+    # other processes may never come to this.
     try:
         result = trainer.train()
     except TrainingInterrupted:
@@ -94,16 +166,29 @@ def run(options: dict[str, Any]) -> None:
         print(CrossEncoder(result.output, device="cpu").push_to_hub(options["push"]))
 
 
+def _refuse_unused(config: TrainingConfig) -> None:
+    settings, defaults = vars(config), vars(_DEFAULTS)
+    if not config.lora_rank:
+        names = ["lora_alpha", "lora_dropout", "lora_target_modules"]
+        refuse(settings, defaults, names, "lora_rank is 0")
+    if not config.streaming:
+        refuse(settings, defaults, ["shuffle_buffer"], "streaming is off")
+    if config.scheme != "ndcg2pp":
+        refuse(settings, defaults, ["mu"], f"scheme is {config.scheme}")
+    if config.gradient_cache == "off":
+        refuse(settings, defaults, ["skip_below"], "gradient_cache is off")
+    if config.resume == "never":
+        refuse(settings, defaults, ["resume_changed"], "resume is never")
+
+
 def _recipe_trainer(options: dict[str, Any]) -> Any:
     from rerank_fast.recipes import load_recipe
 
-    # A flag beside the recipe would be ignored: say so.
-    defaults = make_parser().parse_args([]).as_dict()
-    beside = ("recipe", "set", "push", "config")
-    given = [name for name, value in options.items() if name not in beside and value != defaults[name]]
-    if given:
-        raise ValueError(f"with --recipe, settings go as --set {given[0]}=...; got {', '.join(given)}")
     recipe = load_recipe(options["recipe"], options["set"] or [])
+    given = {name: options[name] for name in _OF_A_START}
+    flags = {name: value for name, value in given.items() if value != vars(_DEFAULTS)[name]}
+    recipe = replace(recipe, training=replace(recipe.training, **flags))
+    _refuse_unused(recipe.training)
 
     from rerank_fast.training.from_recipe import build_trainer
 
@@ -111,14 +196,17 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
 
 def _trainer(options: dict[str, Any]) -> Any:
-    if options["set"]:
-        raise ValueError("--set overrides a recipe: it needs --recipe")
     model, train, evaluation, columns = (options[name] for name in ("model", "train", "eval", "columns"))
     names = {field.name for field in fields(TrainingConfig)}
     if isinstance(options["trackers"], str):
-        options = {**options, "trackers": options["trackers"].split(",")}
+        trackers = [name.strip() for name in options["trackers"].split(",")]
+        options = {**options, "trackers": trackers}
     # A wrong value is said before torch is imported.
     config = TrainingConfig(**{name: value for name, value in options.items() if name in names})
+    _refuse_unused(config)
+    if evaluation is None:
+        why = "nothing is evaluated, it needs --eval"
+        refuse(vars(config), vars(_DEFAULTS), ["metric_for_best"], why)
 
     from rerank_fast.data.lists import ListStream
     from rerank_fast.training.trainer import Trainer

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rerank_fast.data.held_out import normalized
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -132,7 +134,9 @@ def is_held_out(group: str, *, seed: int = 12) -> bool:
 
 
 def documented_names(*, max_words: int = 150) -> list[DocumentedName]:
-    """Every usable docstring once, sorted by module; texts that occur twice are left out altogether.
+    """Every usable docstring once, sorted by module.
+
+    Texts that occur twice, in whatever case, spacing or Unicode form, are left out altogether.
 
     Args:
         max_words: of the rest of a docstring, the first ones.
@@ -141,9 +145,14 @@ def documented_names(*, max_words: int = 150) -> list[DocumentedName]:
     found = [replace(name, rest=" ".join(name.rest.split()[:max_words])) for name in found]
     found.sort(key=lambda name: (name.module, name.name))
     # A repeated summary has several right answers, a repeated rest is right under several summaries.
-    summaries = Counter(name.summary.lower() for name in found)
-    rests = Counter(name.rest for name in found)
-    return [name for name in found if summaries[name.summary.lower()] == 1 and rests[name.rest] == 1]
+    keys = [(normalized(name.summary), normalized(name.rest)) for name in found]
+    summaries = Counter(summary for summary, _ in keys)
+    rests = Counter(rest for _, rest in keys)
+    return [
+        name
+        for name, (summary, rest) in zip(found, keys, strict=True)
+        if summaries[summary] == 1 and rests[rest] == 1
+    ]
 
 
 def _roots() -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,15 @@ def load_ms_marco(source: str | Path = "microsoft/ms_marco", *, split: str = "tr
     columns = read_columns(rows, ("query", "passages"), where)
     lists = []
     for i, (query, passages) in enumerate(zip(columns["query"], columns["passages"], strict=True)):
-        missing = {"passage_text", "is_selected"} - set(passages or {})
+        passages = {} if passages is None else passages
+        if not isinstance(passages, Mapping):
+            raise ValueError(f"{where}, row {i}: passages must be an object, got {passages!r:.60}")
+        missing = {"passage_text", "is_selected"} - set(passages)
         if missing:
-            raise ValueError(
-                f"{where}, row {i}: passages lacks {sorted(missing)}; there are {sorted(passages or {})}"
-            )
+            raise ValueError(f"{where}, row {i}: passages lacks {sorted(missing)}; there are {sorted(passages)}")
+        if not isinstance(passages["is_selected"], list):
+            got = f"{passages['is_selected']!r:.60}"
+            raise ValueError(f"{where}, row {i}: is_selected must be a list, got {got}")
         if any(passages["is_selected"]):
             lists.append({"query": query, "docs": passages["passage_text"], "labels": passages["is_selected"]})
     logger.info("%s: %d of %d queries have a selected passage", where, len(lists), len(columns["query"]))

@@ -113,6 +113,7 @@ def export_onnx(
         raise ValueError("export needs at least one pair of texts to check with")
     names = list(model.preprocess(pairs[:2]))
     copy = _copy_in_fp32(model)
+    new = [path for path in (target.parent, Path(directory)) if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as staging:
@@ -125,6 +126,10 @@ def export_onnx(
                 os.replace(part, target.parent / part.name)
     except OSError as error:
         raise ValueError(f"can't write to {target.parent}: {error}") from error
+    finally:
+        for made in new:
+            with contextlib.suppress(OSError):  # it holds the file
+                made.rmdir()
     return exported
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -64,12 +65,26 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             settings[key] = float(text) if of_training.get(key) == "float" and isinstance(value, str) else value
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"--set {override}: not a value: {error}") from error
-    training = TrainingConfig(**{key: value for key, value in settings.items() if key in of_training})
+    chosen = {key: value for key, value in settings.items() if key in of_training}
+    _check_kinds(chosen)
+    training = TrainingConfig(**chosen)
     for key in ("lists", "nano_beir"):
         settings[key] = [settings[key]] if isinstance(settings[key], str) else settings[key] or []
     recipe = Recipe(**{key: settings[key] for key in sources}, training=training)
     _check(recipe, name)
     return recipe
+
+
+def _check_kinds(settings: Mapping[str, Any]) -> None:
+    """Of settings that may be text or nothing; numbers TrainingConfig checks itself."""
+    for key, kind in get_type_hints(TrainingConfig).items():
+        kinds = get_args(kind) or (kind,)
+        plain = all(one in (str, int, float, NoneType) for one in kinds)
+        if key not in settings or not plain or kinds in ((int,), (float,)):
+            continue
+        if type(settings[key]) not in kinds:
+            names = " or ".join({str: "text", NoneType: "null"}.get(one, one.__name__) for one in kinds)
+            raise ValueError(f"{key} must be {names}, got {settings[key]!r}")
 
 
 def _check(recipe: Recipe, name: str) -> None:

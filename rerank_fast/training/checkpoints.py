@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rerank_fast.data.output_lock import locked
+from rerank_fast.data.writable import check_directory
 from rerank_fast.model.storage import holds_model
 from rerank_fast.training.checksums import verify_checksums, write_checksums
 from rerank_fast.training.run_log import LOG_FILE
@@ -53,14 +53,7 @@ def check_output(
     """
     checkpoint = _find_checkpoint(directory, resume, say)
     check_replaceable(directory, checkpoint, resume=resume, overwrite=overwrite)
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"output {directory} can't be written: {there} is a file; expected a directory")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(f"output {directory} can't be written: {error}") from error
+    check_directory(directory, "output")
     return checkpoint
 
 
@@ -70,10 +63,11 @@ def check_replaceable(directory: Path, checkpoint: Path | None, *, resume: str, 
     model, earlier = holds_model(directory), checkpoints(directory)
     if overwrite or goes_on or not (model or earlier):
         return
-    held = "a model" if model else "the checkpoints of a run"
+    weights = any(directory.glob("*.safetensors")) or (directory / "config.json").exists()
+    held = "a model" if weights else "the checkpoints of a run" if earlier else "a README.md"
     message = (
         f"output {directory} already holds {held}; pass overwrite=True (--overwrite) to replace "
-        f"{'it' if model else 'them'}"
+        f"{'them' if earlier and not weights else 'it'}"
     )
     if earlier:
         message += ", or resume='auto' (--resume auto) to go on from its checkpoint"

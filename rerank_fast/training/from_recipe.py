@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from datasets import concatenate_datasets
 
+from rerank_fast.data.held_out import hold_out
 from rerank_fast.data.lists import load_lists
 from rerank_fast.data.ms_marco import load_ms_marco
 from rerank_fast.evaluation.nano_beir import NanoBEIREvaluator
@@ -14,14 +14,16 @@ from rerank_fast.recipes import Recipe
 from rerank_fast.training.checkpoints import check_output
 from rerank_fast.training.trainer import Trainer
 
-logger = logging.getLogger(__name__)
-
 
 def build_trainer(recipe: Recipe) -> Trainer:
     """Read everything a recipe names; nothing is trained yet.
 
+    The lists of a query, from whichever source and however it is spelled, are all held out or all
+    trained on.
+
     Raises:
-        ValueError: a source can't be read, fewer lists than would be held out, or an output that holds a model.
+        ValueError: a source can't be read, there are too few lists or queries to hold out as many
+            lists, or an output that holds a model.
     """
     config = recipe.training
     # Before hours of reading.
@@ -35,11 +37,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     parts += [load_lists(source) for source in recipe.lists]
     lists, held_out = concatenate_datasets(parts), None
     if recipe.held_out:
-        if recipe.held_out >= len(lists):
-            raise ValueError(f"held_out is {recipe.held_out}, but there are {len(lists)} lists in all")
-        split = lists.train_test_split(test_size=recipe.held_out, seed=config.seed)
-        lists, held_out = split["train"], split["test"]
-    logger.info("%d lists to train on, %d held out", len(lists), recipe.held_out)
+        lists, held_out = hold_out(lists, recipe.held_out, seed=config.seed)
     trainer = Trainer(recipe.model, lists, eval=held_out, evaluator=evaluator, config=config)
     trainer.card.sources = [*filter(None, [recipe.ms_marco]), *recipe.lists]
     return trainer

@@ -88,6 +88,17 @@ def test_documents_are_cut_and_those_that_are_then_equal_are_left_out(package: P
     assert docstrings.documented_names(max_words=8) == cut
 
 
+def test_a_summary_in_another_spelling_is_no_second_query(package: Path):
+    names = docstrings.documented_names()
+    summary = "RETURN the \uff42\uff32\uff25\uff21\uff24 of kind 00."
+    rest = "A rest that nothing else here has, long enough."
+    function = f'def f():\n    """{summary}\n\n    {rest}\n    """\n'
+    (package / "same.py").write_text(function, encoding="utf-8")
+    left = [one for one in names if one.summary != "Return the bread of kind 00."]
+    assert docstrings.documented_names() == left
+    assert len(left) == len(names) - 1
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -56,6 +56,27 @@ def test_what_is_missing_is_said(tmp_path: Path, row: dict, message: str) -> Non
         load_ms_marco(write(tmp_path / "rows.parquet", [row]))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", r"train.jsonl, line 2: expected a JSON object, got NoneType"),
+        ("3", "line 2: expected a JSON object, got int"),
+        ('{"query":', "line 2: not a JSON object"),
+        ('{"query": "q", "passages": [1]}', r"row 1: passages must be an object, got \[1\]"),
+        ('{"query": "q", "passages": null}', "row 1: passages lacks"),
+        (
+            '{"query": "q", "passages": {"passage_text": ["a"], "is_selected": 1}}',
+            "row 1: is_selected must be a list, got 1",
+        ),
+    ],
+)
+def test_a_malformed_line_is_named_and_does_not_end_the_process(tmp_path: Path, line: str, message: str) -> None:
+    good = {"query": "q", "passages": {"passage_text": ["a"], "is_selected": [1]}}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        load_ms_marco(tmp_path)
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"microsoft/ms_marco \(v1.1, train\).*offline.*local copy.*train-\*"):
         load_ms_marco()

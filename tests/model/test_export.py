@@ -70,7 +70,7 @@ def test_fp32_and_int8_from_the_command_line(reranker: Path, capsys: pytest.Capt
     assert sorted(path.name for path in (reranker / "onnx").iterdir()) == [file.name, small.name]
 
     assert cli.main(arguments) == 2
-    assert "is there already; pass overwrite=True" in capsys.readouterr().err
+    assert "is there already; pass --overwrite to replace it" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
 
 
@@ -113,7 +113,7 @@ def test_a_file_beyond_the_tolerance_is_not_written(
     monkeypatch.setattr(export, "_write", other_weights)
     with pytest.raises(ValueError, match="is not written: its scores differ from PyTorch's by up to"):
         export.export_onnx(model, tmp_path / "out")
-    assert not list((tmp_path / "out" / "onnx").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @needs_onnx

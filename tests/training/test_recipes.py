@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig, cli
 from rerank_fast.data import load_lists, load_ms_marco
+from rerank_fast.data.held_out import hold_out, normalized
 from rerank_fast.evaluation import NanoBEIREvaluator
 from rerank_fast.recipes import load_recipe, recipe_names, recipe_text
 from rerank_fast.training.from_recipe import build_trainer
@@ -24,12 +24,17 @@ QUICK = ["precision=fp32", "show_progress_bar=false", "batch_size=8", "learning_
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Local copies of both data sets, and mined lists."""
+    """Local copies of both data sets, and mined lists: four of them of MS MARCO's queries, in other spelling."""
     directory = tmp_path_factory.mktemp("hub")
     make_ms_marco(directory / "ms_marco", count=60)
     make_nano_beir(directory / "nano")
-    rows = "".join(json.dumps(row) + "\n" for row in make_lists(20))
-    (directory / "mined.jsonl").write_text(rows)
+    queries = [f"what is the panda {i}" for i in range(16)]
+    known = load_ms_marco(directory / "ms_marco")["query"][:4]
+    queries += [f" {query.upper()}" for query in known[:2]] + [
+        query.replace(" ", "\u00a0\t") for query in known[2:]
+    ]
+    rows = [{**row, "query": query} for row, query in zip(make_lists(20), queries, strict=True)]
+    (directory / "mined.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return directory
 
 
@@ -86,7 +91,7 @@ def test_the_published_run_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path
     assert again[name] == pytest.approx(best[name], abs=1e-9)
 
 
-def test_the_held_out_lists_are_drawn_with_the_seed_and_not_trained_on(hub: Path, tiny_bert: Path, tmp_path: Path):
+def test_the_held_out_lists_are_drawn_with_the_seed(hub: Path, tiny_bert: Path, tmp_path: Path):
     overrides = [
         *local(hub, tiny_bert, tmp_path / "out"),
         "held_out=10",
@@ -96,11 +101,44 @@ def test_the_held_out_lists_are_drawn_with_the_seed_and_not_trained_on(hub: Path
     with pytest.raises(ValueError, match="metric_for_best is eval_map, but there are map, mrr@10, ndcg@10"):
         build_trainer(load_recipe(PUBLISHED, overrides))
     trainer = build_trainer(load_recipe(PUBLISHED, [*overrides, "metric_for_best=map"]))
-    rows = [*load_ms_marco(hub / "ms_marco"), *load_lists(hub / "mined.jsonl")]
-    expected = Dataset.from_list(rows).train_test_split(test_size=10, seed=12)["test"]
+    rows = load_lists([*load_ms_marco(hub / "ms_marco"), *load_lists(hub / "mined.jsonl")])
+    kept, expected = hold_out(rows, 10, seed=12)
     (evaluator,) = trainer.validation.evaluators
     assert [one.query for one in evaluator.set.candidates] == expected["query"][:]
-    assert len(trainer.lists) == len(rows) - 10
+    assert trainer.lists["query"][:] == kept["query"][:]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", [PUBLISHED, OWN])
+def test_no_query_is_on_both_sides_however_it_is_spelled(
+    name: str, seed: int, hub: Path, tiny_bert: Path, tmp_path: Path
+):
+    overrides = local(hub, tiny_bert, tmp_path / "out")
+    if name == OWN:  # the same lists, all of them one's own
+        (tmp_path / "more").mkdir()
+        load_ms_marco(hub / "ms_marco").to_json(tmp_path / "more" / "own.jsonl")
+        overrides[1:3] = ["ms_marco=null", f"lists=[{hub / 'mined.jsonl'}, {tmp_path / 'more' / 'own.jsonl'}]"]
+    settings = ["held_out=30", "nano_beir=null", "metric_for_best=map", f"seed={seed}"]
+    trainer = build_trainer(load_recipe(name, [*overrides, *settings]))
+    (evaluator,) = trainer.validation.evaluators
+    held = [normalized(one.query) for one in evaluator.set.candidates]
+    trained = [normalized(query) for query in trainer.lists["query"]]
+    assert len(held) == 30  # lists, of which queries may have several
+    assert not {*held} & {*trained}
+    # All are there but what the last drawn query has beyond the number.
+    assert 48 + 20 - 1 <= len(held) + len(trained) <= 48 + 20
+
+
+def test_too_few_queries_are_refused_however_many_lists(tiny_bert: Path, tmp_path: Path):
+    make_lists(20).to_json(tmp_path / "one.jsonl")  # all of one query
+    overrides = [
+        f"model={tiny_bert}",
+        f"lists={tmp_path / 'one.jsonl'}",
+        f"output={tmp_path / 'out'}",
+        "held_out=4",
+    ]
+    with pytest.raises(ValueError, match="held_out is 4, but the 20 lists are of 1 queries in all"):
+        build_trainer(load_recipe(OWN, overrides))
 
 
 def test_own_lists_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path):
@@ -140,6 +178,10 @@ def test_recipes_are_printed(capsys: pytest.CaptureFixture):
         (["--recipe", PUBLISHED, "--set", "batch_size"], "--set takes key=value, got 'batch_size'"),
         (["--recipe", PUBLISHED, "--set", "batch_size=x"], "batch_size must be a finite int, got 'x'"),
         (["--recipe", PUBLISHED, "--set", "learning_rate=x"], "--set learning_rate=x: not a value"),
+        (["--recipe", OWN, "--set", "lists=x", "output=3"], "--set output must be text, got 3"),
+        (["--recipe", OWN, "--set", "lists=x", "k=x"], "--set k must be int or null, got 'x'"),
+        (["--recipe", OWN, "--set", "lists=x", "max_length=2.5"], "--set max_length must be int or null, got 2.5"),
+        (["--recipe", OWN, "--set", "lists=x", "metric_for_best=3"], "--set metric_for_best must be text, got 3"),
         (["--recipe", PUBLISHED, "--set", "held_out=-1"], "held_out must be an int of at least 0, got -1"),
         (["--recipe", PUBLISHED, "--set", "lists=3"], "lists must be a string or a list of strings, got 3"),
         (["--recipe", PUBLISHED, "--batch_size", "4"], "with --recipe, settings go as --set batch_size=..."),

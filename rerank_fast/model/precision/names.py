@@ -8,6 +8,8 @@ import torch
 
 from rerank_fast.model.precision.hardware import fastest
 
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -41,6 +43,6 @@ def choose_precision(dtype: str | torch.dtype | Precision | None, device: torch.
             )
         return Precision(compute=fastest(device), int8=True)
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    if dtype is not None and kind not in _WEIGHTS:
         raise ValueError(f'dtype must be float32, bfloat16, float16, "auto", "int8" or None, got {dtype!r}')
     return Precision(weights=kind)

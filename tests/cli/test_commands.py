@@ -306,10 +306,10 @@ def test_mine_with_an_encoder_and_a_cross_encoder(work: Path, tmp_path: Path, ca
     ("arguments", "message"),
     [
         (["--corpus", "no.jsonl"], "no.jsonl does not exist"),
-        (["--labels", "teacher"], "needs a cross_encoder"),
+        (["--labels", "teacher"], "needs a --cross_encoder"),
         (["--retriever", "no/model"], "--retriever no/model is no sentence-transformers model"),
         (["--cross_encoder", "no/model"], "no/model"),
-        (["--range_max", "3"], "range_max - range_min must leave num_negatives=9"),
+        (["--range_max", "3"], "--range_max - --range_min must leave --num_negatives=9"),
     ],
 )
 def test_mine_with_wrong_arguments(

@@ -1,0 +1,24 @@
+"""rerank-fast recipes: whole runs by name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rerank_fast.cli.parser import CommandParser, command_parser
+
+
+def make_parser() -> CommandParser:
+    parser = command_parser("Print the names of the recipes, or the YAML of one.")
+    parser.add_argument("name", type=str | None, nargs="?", default=argparse.SUPPRESS)
+    return parser
+
+
+def run(options: dict[str, Any]) -> None:
+    from rerank_fast.recipes import recipe_names, recipe_text
+
+    if (name := options.get("name")) is not None:
+        print(recipe_text(name), end="")
+        return
+    for name in recipe_names():
+        print(f"{name}\n{recipe_text(name)}")
