@@ -124,7 +124,8 @@ def check_weights(
             low, high = torch.aminmax(values.detach())  # one pass, no copy; NaN is both of them
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 what = "NaN" if torch.isnan(low) else "infinite"
-                raise ValueError(f"{name}: the weight {weight} has a value that is {what}")
+                kind = str(values.dtype).removeprefix("torch.")  # which may be narrower than the file's
+                raise ValueError(f"{name}: the weight {weight} has a value that is {what} in {kind}")
 
 
 def _is_same(weight: str, other: str) -> bool:

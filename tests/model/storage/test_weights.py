@@ -183,3 +183,10 @@ def test_a_model_of_the_hub_is_checked_like_a_directory(cached: Path, directory:
     edit(cached, "config.json", hidden_size="32")
     with pytest.raises(ValueError, match=r"somebody/model/config\.json can't be read as a model's: .*hidden_size"):
         CrossEncoder("somebody/model", device="cpu")
+
+
+def test_a_weight_that_a_narrower_dtype_does_not_hold(directory: Path):
+    edit_weights(directory, lambda tensors: tensors["classifier.weight"].fill_(1e5))
+    assert np.isfinite(CrossEncoder(directory, device="cpu").predict(PAIRS)).all()
+    with pytest.raises(ValueError, match=r"classifier\.weight has a value that is infinite in float16"):
+        CrossEncoder(directory, device="cpu", dtype="float16")
