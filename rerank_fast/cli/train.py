@@ -217,5 +217,6 @@ def _trainer(options: dict[str, Any]) -> Any:
         eval=evaluation and lists_of(evaluation, columns),
         config=config,
     )
+    trainer.card.eval_sources = [] if evaluation is None else [evaluation]
     trainer.card.sources = [train]  # what lists_of has read here no longer says where it came from
     return trainer
