@@ -358,6 +358,9 @@ def test_the_settings_of_a_command_are_printed_and_can_be_given_back(
     assert stop.value.code == 0
     assert not seen
     printed = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--print-config"])
+    assert capsys.readouterr().out == printed
     assert set(yaml.safe_load(printed)) == {*options_of(command)} - {"name"}  # without one they are all printed
     (tmp_path / "printed.yaml").write_text(printed)
     assert cli.main(line) == 0
