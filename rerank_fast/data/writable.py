@@ -29,8 +29,6 @@ def check_file(file: Path, name: str) -> None:
         ValueError: it can't; begins with the name of the argument that it came in.
     """
     try:
-        if file.is_dir():
-            raise IsADirectoryError("it is a directory; expected a file")
         if not file.parent.is_dir():
             raise NotADirectoryError(f"directory {file.parent} does not exist")
         if file.exists():

@@ -55,6 +55,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     sources = [field.name for field in fields(Recipe) if field.name != "training"]
     for override in overrides:
         key, equals, text = override.partition("=")
+        key = key.replace("-", "_")
         if not equals:
             raise ValueError(f"--set takes key=value, got {override!r}")
         if key not in of_training and key not in sources:

@@ -42,14 +42,17 @@ _VALUES: dict[str, dict[str, Any]] = {
         "dry_run": True, "push": "me/it", "resume": "auto",
         "trackers": ["tensorboard", "wandb"], "output": "elsewhere",
         "metric_for_best": ("mrr@7", {"eval": "c.jsonl"}), "streaming": (True, {"max_steps": 3}),
-        "shuffle_buffer": (7, {"streaming": True, "max_steps": 3}), "resume_changed": (True, {"resume": "auto"}),
+        "shuffle_buffer": (7, {"streaming": True, "max_steps": 3}),
+        "resume_changed": (True, {"resume": "auto"}),
         "lora_alpha": (7.0, {"lora_rank": 2}), "lora_dropout": (0.5, {"lora_rank": 2}),
         "lora_target_modules": (["query"], {"lora_rank": 2}),
     },
     "evaluate": {
-        "model": ["other"], "data": "b.jsonl", "columns": {"query": "q"}, "nano_beir": (["nq"], {"data": None}),
+        "model": ["other"], "data": "b.jsonl", "columns": {"query": "q"},
+        "nano_beir": (["nq"], {"data": None}),
         "nano_beir_id": ("me/nano", _NANO), "rerank_k": (7, _NANO), "metrics": ["R@5"],
-        "output": "out.json", "details": "runs", "at_k": 7, "max_length": 77, "dtype": ["int8"], "batch_size": 7,
+        "output": "out.json", "details": "runs", "at_k": 7, "max_length": 77, "dtype": ["int8"],
+        "batch_size": 7,
     },
     "score": {
         "model": "other", "input": "b.jsonl", "output": "b.parquet", "columns": {"query": "q"},
@@ -59,16 +62,19 @@ _VALUES: dict[str, dict[str, Any]] = {
     "mine": {
         "queries": "b.jsonl", "corpus": "c.jsonl", "output": "b.parquet", "overwrite": True,
         "columns": {"text": "t"}, "retriever": "an-encoder",
-        "query_prompt": ("q: ", _DENSE), "corpus_prompt": ("d: ", _DENSE), "similarity": ("dot", _DENSE),
+        "query_prompt": ("q: ", _DENSE), "corpus_prompt": ("d: ", _DENSE),
+        "similarity": ("dot", _DENSE),
         "cache_folder": ("cache", _DENSE), "embedding_dtype": ("float16", _DENSE),
         "use_faiss": (True, _DENSE), "cross_encoder": "a-reranker", "max_length": (77, _RESCORED),
-        "dtype": ("bfloat16", _RESCORED), "batch_size": (7, _RESCORED), "num_negatives": 7, "range_min": 7,
+        "dtype": ("bfloat16", _RESCORED), "batch_size": (7, _RESCORED),
+        "num_negatives": 7, "range_min": 7,
         "range_max": 77, "max_score": 0.7, "min_score": 0.7, "absolute_margin": 0.7,
         "relative_margin": 0.7, "sampling_strategy": "random", "labels": "scores", "seed": 7,
         "query_batch_size": 7, "show_progress_bar": False,
     },
     "export": {
-        "model": "other", "format": "onnx", "dtype": "int8", "output": "elsewhere", "data": "b.jsonl",
+        "model": "other", "format": "onnx", "dtype": "int8", "output": "elsewhere",
+        "data": "b.jsonl",
         "columns": ({"query": "q"}, {"data": "b.jsonl"}), "tolerance": 0.7, "overwrite": True,
     },
     "recipes": {"name": OWN},
@@ -81,13 +87,14 @@ _NO_OTHER = {("export", "format")}
 def options_of(command: str) -> list[str]:
     """All of a command, without those of jsonargparse and argparse."""
     parser = cli.make_parser()._subcommands_action.choices[command]
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    others = ("help", "config", "print_config")
+    names = [action.dest for action in parser._actions if action.dest not in others]
     assert len(names) == len(set(names))
     return names
 
 
 def value_of(command: str, name: str) -> tuple[Any, dict[str, Any]]:
-    """A value other than the default; those of TrainingConfig that any value of the type serves from their type."""
+    """A value other than the default, from the type where any value of that will do."""
     chosen = _VALUES[command].get(name)
     if chosen is not None:
         return chosen if isinstance(chosen, tuple) else (chosen, {})
@@ -106,7 +113,7 @@ def value_of(command: str, name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def arguments(command: str, settings: dict[str, Any]) -> list[str]:
-    """The command line of settings; a list is one flag and several values where the option takes those."""
+    """The command line of settings; a list is several values where the option takes those."""
     parser = cli.make_parser()._subcommands_action.choices[command]
     actions = {action.dest: action for action in parser._actions}
     result = [command]
@@ -309,7 +316,8 @@ def test_an_option_arrives(
 
         monkeypatch.setattr(lists, "load_lists", read)
         Path("other").mkdir()
-    assert cli.main(arguments(command, {**_NEEDED[command], **others, name: value})) == 0, capsys.readouterr().err
+    line = arguments(command, {**_NEEDED[command], **others, name: value})
+    assert cli.main(line) == 0, capsys.readouterr().err
     if command == "recipes":
         assert yaml.safe_load(capsys.readouterr().out)["metric_for_best"] == "ndcg@10"
     else:
@@ -330,7 +338,8 @@ def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Pa
         assert parser.parse_args(spelled) == parser.parse_args(line)
         file = tmp_path / "settings.yaml"
         settings = {**_NEEDED[command], **others, name: value}
-        file.write_text(yaml.safe_dump({key.replace("_", "-"): one for key, one in settings.items()}))
+        hyphened = {key.replace("_", "-"): one for key, one in settings.items()}
+        file.write_text(yaml.safe_dump(hyphened))
         from_file = parser.parse_args([command, "--config", str(file)])[command].as_dict()
         del from_file["config"]
         from_line = parser.parse_args(line)[command].as_dict()
@@ -340,7 +349,13 @@ def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [("train", "set"), ("evaluate", "model"), ("evaluate", "dtype"), ("evaluate", "metrics"), ("score", "keep")],
+    [
+        ("train", "set"),
+        ("evaluate", "model"),
+        ("evaluate", "dtype"),
+        ("evaluate", "metrics"),
+        ("score", "keep"),
+    ],
 )
 def test_of_several_values_one_may_stand_alone_in_yaml(command: str, name: str, tmp_path: Path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**_NEEDED[command], name: "x"}))
@@ -350,7 +365,10 @@ def test_of_several_values_one_may_stand_alone_in_yaml(command: str, name: str, 
 
 @pytest.mark.parametrize("command", _NEEDED)
 def test_the_settings_of_a_command_are_printed_and_can_be_given_back(
-    command: str, seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+    command: str,
+    seen: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ):
     line = arguments(command, _NEEDED[command])
     with pytest.raises(SystemExit) as stop:
@@ -358,7 +376,11 @@ def test_the_settings_of_a_command_are_printed_and_can_be_given_back(
     assert stop.value.code == 0
     assert not seen
     printed = capsys.readouterr().out
-    assert set(yaml.safe_load(printed)) == {*options_of(command)} - {"name"}  # without one they are all printed
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--print-config"])
+    assert capsys.readouterr().out == printed
+    # Recipes have no name by default.
+    assert set(yaml.safe_load(printed)) == {*options_of(command)} - {"name"}
     (tmp_path / "printed.yaml").write_text(printed)
     assert cli.main(line) == 0
     by_flags = dict(seen)

@@ -62,7 +62,11 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["evaluate", "--model", "m", "--columns", "[1]"], "--columns: "),
     ],
 )
-def test_a_wrong_usage_is_answered_in_two_lines(arguments: list[str], expected: str, capsys: pytest.CaptureFixture):
+def test_a_wrong_usage_is_answered_in_two_lines(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture,
+):
     assert expected in answer(arguments, capsys)
 
 

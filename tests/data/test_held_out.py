@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ _SPELLINGS = [
 
 
 def _lists(queries: list[str]) -> Dataset:
-    rows = [{"query": query, "docs": [f"d{i}", "e"], "labels": [1, 0]} for i, query in enumerate(queries)]
-    return load_lists(rows)
+    documents = [[f"d{i}", "e"] for i in range(len(queries))]
+    rows = zip(queries, documents, strict=True)
+    return load_lists([{"query": query, "docs": docs, "labels": [1, 0]} for query, docs in rows])
 
 
 @pytest.mark.parametrize("spellings", _SPELLINGS)
@@ -47,7 +49,7 @@ def test_a_normalised_text_is_left_as_it_is(text: str):
 
 
 @given(
-    st.lists(st.sampled_from([one for some in _SPELLINGS for one in some]), min_size=2, max_size=40),
+    st.lists(st.sampled_from([*chain(*_SPELLINGS)]), min_size=2, max_size=40),
     st.integers(1, 12),
     st.integers(0, 2**32 - 1),
 )
@@ -64,19 +66,20 @@ def test_no_query_is_on_both_sides_and_the_held_out_lists_are_as_many_as_asked(
         return
     assert len(held) == count
     assert len(kept)
-    assert not {normalized(one) for one in kept["query"]} & {normalized(one) for one in held["query"]}
+    drawn = {normalized(one) for one in held["query"]}
+    assert not drawn & {normalized(one) for one in kept["query"]}
     places = [doc[0] for doc in [*kept["docs"], *held["docs"]]]
     assert len(set(places)) == len(places)  # no list twice
     # What is in neither is of a held-out query.
     left = {f"d{i}" for i in range(len(queries))} - set(places)
-    drawn = {normalized(one) for one in held["query"]}
     assert {normalized(queries[int(place[1:])]) for place in left} <= drawn
 
 
 def test_the_draw_is_the_seeds_and_keeps_the_order_of_the_lists():
     lists = _lists([f"query {i % 30}" for i in range(60)])
     kept, held = hold_out(lists, 10, seed=12)
-    assert [kept["query"][:], held["query"][:]] == [part["query"][:] for part in hold_out(lists, 10, seed=12)]
+    again = hold_out(lists, 10, seed=12)
+    assert [kept["query"][:], held["query"][:]] == [part["query"][:] for part in again]
     assert held["query"][:] != hold_out(lists, 10, seed=13)[1]["query"][:]
     for part in (kept, held):
         places = [int(docs[0][1:]) for docs in part["docs"]]
@@ -95,7 +98,8 @@ def test_views_of_the_lists_and_no_copies_of_them(caplog: pytest.LogCaptureFixtu
     lists = _lists([f"query {i}" for i in range(5000)])
     with caplog.at_level(logging.INFO, logger="rerank_fast"):
         kept, held = hold_out(lists, 100, seed=12)
-    assert "4900 lists of 4900 queries to train on; 100 lists of 100 other queries held out" in caplog.text
+    assert "4900 lists of 4900 queries to train on; " in caplog.text
+    assert "100 lists of 100 other queries held out" in caplog.text
     assert "seed 12" in caplog.text
     for part in (kept, held):
         assert part.data.nbytes == lists.data.nbytes  # the same table, behind indices

@@ -29,19 +29,24 @@ def write(file: Path, rows: list) -> Path:
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+    paths = sorted(directory.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def flags(tiny_bert: Path, tmp_path: Path, *more: str, rows: list = _ROWS) -> list[str]:
     lists = write(tmp_path / "lists.jsonl", rows)
-    return ["train", "--model", str(tiny_bert), "--train", str(lists), "--output", str(tmp_path / "out"),
-            "--precision", "fp32", "--show_progress_bar", "false", "--max_length", "32", "--batch_size", "3",
-            "--dry_run", *more]  # fmt: skip
+    output = str(tmp_path / "out")
+    return ["train", "--model", str(tiny_bert), "--train", str(lists), "--output", output,
+            "--precision", "fp32", "--show_progress_bar", "false", "--max_length", "32",
+            "--batch_size", "3", "--dry_run", *more]  # fmt: skip
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_everything_is_counted_and_nothing_written(
-    streaming: bool, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    streaming: bool,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ):
     evaluated = [
         {**_ROWS[0], "query": "What  is the PANDA"},
@@ -54,14 +59,13 @@ def test_everything_is_counted_and_nothing_written(
     assert cli.main(arguments) == 0
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()
-    # 1 list of 3 with one label above the rest, 1 of 2, 1 of 4 with 6: 2 + 1 + 6 pairs of 3 + 2 + 4 documents.
-    assert lines[0].startswith("Training lists: 4 with 11 documents; 1 lists have no preference pair")
+    # 2 + 1 + 6 preference pairs of 3 + 2 + 4 documents; a list of 2 has none.
+    assert lines[0].startswith("Training lists: 4 with 11 documents; 1 lists have no preference")
     assert lines[1] == (
         "Epoch: 9 preference pairs, 9 pairs to score, 1 of them longer than 32 tokens and truncated"
     )
-    assert lines[2] == (
-        "Evaluation: 2 lists with 5 documents, 1 of them truncated; 1 of the queries are trained on too"
-    )
+    counts = "2 lists with 5 documents, 1 of them truncated"
+    assert lines[2] == f"Evaluation: {counts}; 1 of the queries are trained on too"
     steps = "5 of 3 lists, of a stream" if streaming else "6 of 3 lists, 3 epochs of 2 steps"
     assert lines[3] == f"Steps: {steps}"
     assert lines[4] == "Precision: fp32 on cpu"
@@ -72,7 +76,11 @@ def test_everything_is_counted_and_nothing_written(
 
 
 @pytest.mark.parametrize("sampled", [None, 3])
-def test_it_counts_what_the_first_epoch_then_takes(sampled: int | None, tiny_bert: Path, tmp_path: Path):
+def test_it_counts_what_the_first_epoch_then_takes(
+    sampled: int | None,
+    tiny_bert: Path,
+    tmp_path: Path,
+) -> None:
     lists = make_lists(30)
     config = TrainingConfig(
         output=str(tmp_path / "out"), batch_size=7, precision="fp32", max_docs_per_list=sampled,
@@ -90,7 +98,11 @@ def test_it_counts_what_the_first_epoch_then_takes(sampled: int | None, tiny_ber
     trainer.train()  # and it stands in nothing's way
 
 
-def test_a_run_that_would_go_on_says_from_where(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_run_that_would_go_on_says_so(
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
     arguments = flags(tiny_bert, tmp_path, "--max_steps", "2", "--save_steps", "1")
     assert cli.main([one for one in arguments if one != "--dry_run"]) == 0
     before = snapshot(tmp_path)
@@ -102,25 +114,33 @@ def test_a_run_that_would_go_on_says_from_where(tiny_bert: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_malformed_row_is_named(streaming: bool, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_malformed_row_is_named(
+    streaming: bool,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
     rows = [*_ROWS, {"query": "q", "docs": ["d", "e"], "labels": [1]}]
     more = ["--streaming", "true", "--max_steps", "1"] if streaming else []
     arguments = flags(tiny_bert, tmp_path, *more, rows=rows)
     before = snapshot(tmp_path)
     assert cli.main(arguments) == 2
-    assert f"{tmp_path / 'lists.jsonl'}, line 5: 2 documents in docs but 1 labels" in capsys.readouterr().err
+    place = f"{tmp_path / 'lists.jsonl'}, line 5"
+    assert f"{place}: 2 documents in docs but 1 labels" in capsys.readouterr().err
     assert snapshot(tmp_path) == before
 
 
 def test_two_processes_count_what_one_counts(tiny_bert: Path, tmp_path: Path):
-    arguments = flags(tiny_bert, tmp_path, "--eval", str(tmp_path / "lists.jsonl"))
+    rows = [_ROWS[0]] * 4  # each process has truncated pairs
+    arguments = flags(tiny_bert, tmp_path, "--eval", str(tmp_path / "lists.jsonl"), rows=rows)
     before = snapshot(tmp_path)
     found = []
     for start in ([sys.executable], [*TORCHRUN, "29681"]):
         command = [*start, "-m", "rerank_fast", *arguments]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
+        options = {"capture_output": True, "text": True, "timeout": 180}
+        done = subprocess.run(command, env=environment(), check=False, **options)
         assert done.returncode == 0, done.stderr
         found.append(done.stdout)
     assert found[0] == found[1]  # by one of them
-    assert ", 1 of them longer than 32 tokens and truncated" in found[0]
+    assert ", 4 of them longer than 32 tokens and truncated" in found[0]
     assert snapshot(tmp_path) == before

@@ -141,6 +141,11 @@ def test_too_few_queries_are_refused_however_many_lists(tiny_bert: Path, tmp_pat
         build_trainer(load_recipe(OWN, overrides))
 
 
+def test_a_key_takes_hyphens_for_underscores():
+    recipe = load_recipe(OWN, ["lists=x", "batch-size=4", "held-out=7"])
+    assert (recipe.training.batch_size, recipe.held_out) == (4, 7)
+
+
 def test_own_lists_end_to_end(hub: Path, tiny_bert: Path, tmp_path: Path):
     overrides = [f"model={tiny_bert}", f"lists=[{hub / 'mined.jsonl'}]", f"output={tmp_path / 'own'}", "held_out=4"]
     assert cli.main(["train", "--recipe", OWN, "--set", *overrides, *QUICK]) == 0
