@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,8 @@ Schedule = Literal[
 Optimizer = Literal[
     "adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd", "adafactor"
 ]
+
+_TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's smallest normal number and its largest
 
 
 @dataclass
@@ -193,13 +195,15 @@ class TrainingConfig:
         for name in (
             "learning_rate",
             "adam_epsilon",
-            "sigma",
-            "eps",
             "lora_alpha",
             "distributed_timeout",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, smallest in (("sigma", _TINY), ("eps", _TINY), ("mu", 0.0)):
+            if not smallest <= getattr(self, name) <= _LARGEST:
+                bound = "above 0" if smallest else "of at least 0"
+                raise ValueError(f"{name} must be a finite fp32 number {bound}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.max_length is not None and self.max_length < 4:
@@ -222,6 +226,7 @@ class TrainingConfig:
             if get_origin(hint) is Literal and value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         none_or_at_least = {
+            "k": 0,
             "warmup_steps": 0,
             "mini_batch_size": 1,
             "max_tokens_per_microbatch": 1,
@@ -231,7 +236,7 @@ class TrainingConfig:
         for name, least in none_or_at_least.items():
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= least):
-                raise ValueError(f"{name} must be None or at least {least}, got {value!r}")
+                raise ValueError(f"{name} must be None or at least {least} and below 2**63, got {value!r}")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
                 f"schedule must be another one with warmup_steps {self.warmup_steps}, as constant_with_warmup: "
@@ -252,8 +257,6 @@ class TrainingConfig:
             )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
-        if self.k is not None and self.k < 0:
-            raise ValueError(f"k must be None or at least 0, got {self.k}")
         if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):
             raise ValueError(f"metric_for_best must be map, mrr@K or ndcg@K, got {self.metric_for_best!r}")
         if not self.output:
@@ -266,11 +269,12 @@ class TrainingConfig:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) <= sys.float_info.max  # also a whole number that no float can be
 
 
 _KINDS = {int: _is_integer, float: _is_finite, bool: lambda value: isinstance(value, bool)}
