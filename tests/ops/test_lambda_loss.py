@@ -246,6 +246,12 @@ def test_opcheck(backend, reduction):
     torch.library.opcheck(torch.ops.rerank_fast.lambda_loss.default, (scores, labels, offsets, *options))
 
 
+@pytest.mark.parametrize("scheme", ["ndcg1", "ndcg2pp"])
+def test_opcheck_of_count_pairs(scheme):
+    lists = ragged(dtype=torch.float32)
+    torch.library.opcheck(torch.ops.rerank_fast.count_pairs.default, (*lists, scheme, 3))
+
+
 def test_compiles_whole_with_dynamic_shapes():
     graphs = 0
 
