@@ -95,13 +95,16 @@ class Observed(CrossEncoder):
 
     observer: Observer | None = None
 
-    def step(self, *arguments: Any, **options: Any) -> Any:
-        if self.observer is None:
-            return super().step(*arguments, **options)
+    def steps(self, **options: Any) -> Any:
+        make = super().steps(**options)
+        return make if self.observer is None else lambda tokens: self._made(make, tokens)
+
+    def _made(self, make: Callable[..., Any], tokens: TokenizedPairs) -> Any:
+        assert self.observer is not None
         self.observer.begin("make step")
-        made = super().step(*arguments, **options)
+        step = make(tokens)
         self.observer.begin("forward")
-        return made
+        return step
 
 
 def pairs_of(lengths: np.ndarray, vocabulary: int) -> TokenizedPairs:

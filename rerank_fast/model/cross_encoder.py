@@ -29,7 +29,7 @@ from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
-from rerank_fast.model.scoring import PaddedStep, make_step, padded_scores, run
+from rerank_fast.model.scoring import PaddedStep, StepMaker, padded_scores, run
 from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
 from rerank_fast.model.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
 from rerank_fast.model.truncation import TruncationLog
@@ -298,10 +298,13 @@ class CrossEncoder(nn.Module):
         self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
     ) -> PackedStep | PaddedStep:
         """What scores these pairs with the weights as they are now; see `rerank_fast.model.scoring`."""
-        return make_step(
+        return self.steps(dtype=dtype, packed=packed)(tokens)
+
+    def steps(self, *, dtype: torch.dtype | None = None, packed: bool = True) -> StepMaker:
+        """What makes steps, one after the other, while the model's modules stay what they are."""
+        return StepMaker(
             self.model,
             self.tokenizer,
-            tokens,
             dtype=dtype or self._dtype_of_steps,
             packed=packed,
             packed_dtype=self._precision.compute,
@@ -349,9 +352,10 @@ class CrossEncoder(nn.Module):
         done = 0
         bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
         with self._eval_mode.of(self), bar:
+            make_step = self.steps()
             for tokens in chunks:
                 scores[done : done + len(tokens)] = run(
-                    self.step(tokens), max_pairs=batch_size, progress=bar.update
+                    make_step(tokens), max_pairs=batch_size, progress=bar.update
                 )
                 done += len(tokens)
         return scores

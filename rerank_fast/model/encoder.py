@@ -14,7 +14,7 @@ from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
-from rerank_fast.model.linear import StepLinear
+from rerank_fast.model.linear import NarrowCopies, StepLinear
 from rerank_fast.model.packing import TokenizedPairs, fill_up, upload
 from rerank_fast.model.random_state import nothing_drawn, random_state
 
@@ -68,10 +68,14 @@ class PackedStep:
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
         self.layers = []
+        copies = None if kind == "cpu" else NarrowCopies()  # a CPU lays them out anew one by one
         for depth, layer in enumerate(architecture.layers, start=1):
             one_token = depth == len(architecture.layers) and architecture.reads != "mean"
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            self.layers.append(make(layer, dtype, len(tokens.input_ids), one_token=one_token))  # type: ignore[arg-type]
+            ready = make(layer, dtype, len(tokens.input_ids), one_token=one_token, copies=copies)  # type: ignore[arg-type]
+            self.layers.append(ready)
+        if copies is not None:
+            copies.fill()
         self._rows, self._rows_of_tokens = weight, tokens.input_ids
         if torch.is_grad_enabled() and weight.requires_grad:
             used, self._rows_of_tokens = _distinct(tokens.input_ids, len(weight))
@@ -160,9 +164,8 @@ class PackedStep:
             .grad is what the shared tensor must still pass on.
         """
         linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
-        places = [(part, name) for part in linears if part.has_weight for name in ("weight", "bias")]
-        cuts = [pair for owner, name in [(self, "_rows"), *places] for pair in cut(owner, name)]
-        return cuts + cut_head(self.architecture.head)
+        cuts = [pair for part in linears for pair in part.separate()]
+        return [*cut(self, "_rows"), *cuts, *cut_head(self.architecture.head)]
 
     def _positions(self, flat: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """(T,) int64 position of every token, counted as the architecture counts."""

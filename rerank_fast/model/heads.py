@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.linear import is_gelu, must_be_called
+from rerank_fast.model.linear import is_gelu, leaf_for, must_be_called
 from rerank_fast.ops.score_head import Activation, score_head
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -122,9 +122,9 @@ def cut(owner: Any, name: str) -> list[tuple[Tensor, Tensor]]:
     The leaf's .grad is what the tensor must still pass on.
     """
     shared = getattr(owner, name)
-    if shared is None or not shared.requires_grad or shared.is_leaf:
+    leaf = None if shared is None else leaf_for(shared)
+    if leaf is None:
         return []
-    leaf = shared.detach().requires_grad_()
     setattr(owner, name, leaf)
     return [(shared, leaf)]
 

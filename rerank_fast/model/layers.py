@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
-from rerank_fast.model.linear import StepLinear
+from rerank_fast.model.linear import NarrowCopies, StepLinear
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.varlen_attention import varlen_attention
@@ -58,16 +58,27 @@ def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: L
 class PostNormStep:
     """A PostNormLayer with its weights made ready for one step; one_token computes only the token that is read."""
 
-    def __init__(self, layer: PostNormLayer, dtype: torch.dtype, num_tokens: int, *, one_token: bool) -> None:
+    def __init__(
+        self,
+        layer: PostNormLayer,
+        dtype: torch.dtype,
+        num_tokens: int,
+        *,
+        one_token: bool,
+        copies: NarrowCopies | None = None,
+    ) -> None:
+        # Of the last layer most is computed for one token of each pair.
+        few = 0 if one_token else num_tokens
         self.layer, self.one_token = layer, one_token
         if one_token:
-            self.query = StepLinear([layer.query], dtype, 0)
-            self.key_value = StepLinear([layer.key, layer.value], dtype, num_tokens)
+            self.query = StepLinear([layer.query], dtype, 0, copies=copies)
+            self.key_value = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
         else:
-            self.query_key_value = StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens)
-        self.attention_out = StepLinear([layer.attention_out], dtype, 0 if one_token else num_tokens)
-        self.up = StepLinear([layer.up], dtype, 0 if one_token else num_tokens, layer.activation)
-        self.down = StepLinear([layer.down], dtype, 0 if one_token else num_tokens)
+            projections = [layer.query, layer.key, layer.value]
+            self.query_key_value = StepLinear(projections, dtype, num_tokens, copies=copies)
+        self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
+        self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
+        self.down = StepLinear([layer.down], dtype, few, copies=copies)
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
@@ -143,12 +154,22 @@ def _add_norm(
 class PreNormStep:
     """The same for a PreNormLayer."""
 
-    def __init__(self, layer: PreNormLayer, dtype: torch.dtype, num_tokens: int, *, one_token: bool) -> None:
+    def __init__(
+        self,
+        layer: PreNormLayer,
+        dtype: torch.dtype,
+        num_tokens: int,
+        *,
+        one_token: bool,
+        copies: NarrowCopies | None = None,
+    ) -> None:
+        # Of the last layer most is computed for one token of each pair.
+        few = 0 if one_token else num_tokens
         self.layer, self.one_token, self.dtype = layer, one_token, dtype
-        self.projections = StepLinear(layer.projections, dtype, num_tokens)
-        self.attention_out = StepLinear([layer.attention_out], dtype, 0 if one_token else num_tokens)
-        self.gate_up = StepLinear(layer.gate_up, dtype, 0 if one_token else num_tokens)
-        self.down = StepLinear([layer.down], dtype, 0 if one_token else num_tokens)
+        self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
+        self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
+        self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
+        self.down = StepLinear([layer.down], dtype, few, copies=copies)
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer

@@ -20,33 +20,85 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class _NarrowLinear(torch.autograd.Function):
-    """A product in bf16 whose weight gradients reach the fp32 weight in fp32.
+    """A product in 16 bits whose weight gradients reach the wider weights in their own dtypes.
 
-    The bf16 copy is made once a step and shared by its micro-batches; were it part of the graph, their gradients
-    would be added up in bf16.
+    The narrow copy is made once a step and shared by its micro-batches; were it part of the graph, their gradients
+    would be added up in 16 bits. It holds the rows of one weight after the other, each with a bias or none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, narrow_weight: Tensor, narrow_bias: Tensor | None
+        ctx: Any, x: Tensor, narrow_weight: Tensor, narrow_bias: Tensor | None, *parameters: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, narrow_weight)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        # The weights, then as many biases or none.
+        ctx.num_weights = len(parameters) if narrow_bias is None else len(parameters) // 2
+        ctx.dtypes = [one.dtype for one in parameters]
+        ctx.rows = [one.shape[0] for one in parameters[: ctx.num_weights]]
         return F.linear(x, narrow_weight, narrow_bias)
 
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, narrow_weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            grad @ narrow_weight if wants_x else None,
-            (grad.t() @ x).to(weight_dtype) if wants_weight else None,
-            grad.sum(0).to(bias_dtype) if wants_bias else None,
-            None,
-            None,
-        )
+        wants_x, _, _, *wants = ctx.needs_input_grad
+        count, dtypes = ctx.num_weights, ctx.dtypes
+        parts: list[Tensor | None] = [None] * len(wants)
+        if any(wants[:count]):
+            parts[:count] = _split(_weight_gradient(grad, x, dtypes[0]), ctx.rows)
+        if any(wants[count:]):
+            parts[count:] = _split(_bias_gradient(grad, dtypes[count]), ctx.rows)
+        gradients = [
+            part.to(dtype) if want and part is not None else None
+            for part, want, dtype in zip(parts, wants, dtypes, strict=True)
+        ]
+        return grad @ narrow_weight if wants_x else None, None, None, *gradients
+
+
+def _split(gradient: Tensor, rows: list[int]) -> Sequence[Tensor]:
+    return [gradient] if len(rows) == 1 else gradient.split(rows)
+
+
+def _widens(grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product or sum of 16-bit numbers comes out in fp32 at once.
+
+    That is one launch instead of two, and nothing is rounded to 16 bits in between. ROCm's library has no such
+    product, and torch.compile no shape of it.
+    """
+    served = grad.is_meta or (grad.is_cuda and torch.version.hip is None)
+    return served and dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if _widens(grad, dtype):
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
+
+
+def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.sum(0, dtype=dtype) if _widens(grad, dtype) else grad.sum(0).to(dtype)
+
+
+class NarrowCopies:
+    """Copies of weights in a step's dtype, all made at once: one launch for many on a GPU."""
+
+    def __init__(self) -> None:
+        # By the dtypes of both: one kernel copies from one to another.
+        self._made: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+
+    def joined(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Room for the rows of one weight after the other, which fill() writes."""
+        rows = [one.shape[0] for one in weights]
+        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=weights[0].device)
+        for copy, weight in zip(joined.split(rows), weights, strict=True):
+            copies, originals = self._made.setdefault((weight.dtype, dtype), ([], []))
+            copies.append(copy)
+            originals.append(weight.detach())
+        return joined
+
+    def fill(self) -> None:
+        for copies, originals in self._made.values():
+            torch._foreach_copy_(copies, originals)
 
 
 @functools.cache
@@ -77,7 +129,13 @@ def _joins_product(activation: Activation | None) -> bool:
 class StepLinear:
     """One or more linear modules that read the same rows, as one product; weights are cast once.
 
-    The activation, if there is one, is applied to the product.
+    Args:
+        modules: whose outputs lie side by side in the product's.
+        dtype: of the product.
+        num_tokens: about how many rows it will be given in all.
+        activation: is applied to the product.
+        copies: makes the narrow copies of many such products together, before the first is asked for; None makes
+            these now.
     """
 
     def __init__(
@@ -86,6 +144,7 @@ class StepLinear:
         dtype: torch.dtype,
         num_tokens: int,
         activation: Activation | None = None,
+        copies: NarrowCopies | None = None,
     ) -> None:
         self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
@@ -98,26 +157,44 @@ class StepLinear:
         if not all(type(module) is nn.Linear and not must_be_called(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return
-        weights: list[Any] = [module.weight for module in modules]
+        self.weights: list[Tensor] = [module.weight for module in modules]  # type: ignore[misc]
         biases: list[Any] = [module.bias for module in modules]
-        self.weight: Tensor = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.bias: Tensor | None = None
-        if biases[0] is not None:
-            self.bias = biases[0] if len(biases) == 1 else torch.cat(biases)
-        self.narrow = None
-        if self.weight.dtype != dtype:
+        self.biases: list[Tensor] = [] if biases[0] is None else biases
+        self.narrow: tuple[Tensor, Tensor | None] | None = None
+        if any(weight.dtype != dtype for weight in self.weights):
+            own = NarrowCopies() if copies is None else copies
             self.narrow = (
-                self.weight.detach().to(dtype),
-                None if self.bias is None else self.bias.detach().to(dtype),
+                own.joined(self.weights, dtype),
+                own.joined(self.biases, dtype) if self.biases else None,
             )
-        on_cpu = self.weight.device.type == "cpu"
+            if copies is None:
+                own.fill()
+        elif len(self.weights) > 1:
+            self.weights = [torch.cat(self.weights)]
+            self.biases = [torch.cat(self.biases)] if self.biases else []
+        on_cpu = self.weights[0].device.type == "cpu"
         if on_cpu and not torch.is_grad_enabled() and _onednn_multiplies(dtype):
-            weight, bias = self.narrow or (self.weight, self.bias)
+            weight, bias = self.narrow or self._only()
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
             self.inference = weight, bias, "none", [], ""
             if _joins_product(activation):
                 self.inference, self.activation = (weight, bias, "gelu", [], "none"), None
+
+    def _only(self) -> tuple[Tensor, Tensor | None]:
+        return self.weights[0], self.biases[0] if self.biases else None
+
+    def separate(self) -> list[tuple[Tensor, Tensor]]:
+        """Cut what was made from weights off from them, as PackedStep.separate does."""
+        if not self.has_weight:
+            return []
+        pairs = []
+        for tensors in (self.weights, self.biases):
+            for place, shared in enumerate(tensors):
+                if (leaf := leaf_for(shared)) is not None:
+                    tensors[place] = leaf
+                    pairs.append((shared, leaf))
+        return pairs
 
     @property
     def has_weight(self) -> bool:
@@ -149,8 +226,15 @@ class StepLinear:
         if self.inference is not None:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
         if self.narrow is None:
-            return F.linear(x, self.weight, self.bias)
-        return _NarrowLinear.apply(x, self.weight, self.bias, *self.narrow)
+            return F.linear(x, *self._only())
+        return _NarrowLinear.apply(x, *self.narrow, *self.weights, *self.biases)
+
+
+def leaf_for(shared: Tensor) -> Tensor | None:
+    """A leaf to stand for a tensor that was made from weights; None where there is nothing to cut."""
+    if not shared.requires_grad or shared.is_leaf:
+        return None
+    return shared.detach().requires_grad_()
 
 
 def must_be_called(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rerank_fast.model.architectures import find_architecture, reason_to_pad
+from rerank_fast.model.architectures import Architecture, find_architecture, reason_to_pad
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
@@ -38,6 +39,7 @@ class PaddedStep:
         tokens: TokenizedPairs,
         *,
         dtype: torch.dtype,
+        recomputes: bool = False,
         answers: Answers | None = None,
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
@@ -51,7 +53,7 @@ class PaddedStep:
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
         # Autocast only narrows. Checkpointing would compute again with the model's own weights.
         self.widened: dict[str, Tensor] = {}
-        if own.itemsize < dtype.itemsize and not _recomputes(model):
+        if own.itemsize < dtype.itemsize and not recomputes:
             self.widened = {
                 f"model.{name}": one.to(dtype)
                 for name, one in (*model.named_parameters(), *model.named_buffers())
@@ -102,23 +104,15 @@ def padded_scores(
     return head(model.base_model(**inputs).last_hidden_state[:, -1]).float()
 
 
-def make_step(
-    model: Any,
-    tokenizer: Any,
-    tokens: TokenizedPairs,
-    *,
-    dtype: torch.dtype | None = None,
-    packed: bool = True,
-    packed_dtype: torch.dtype | None = None,
-    answers: Answers | None = None,
-    compiler: Compiler | None = None,
-) -> PackedStep | PaddedStep:
-    """What scores the pairs of one step, micro-batch by micro-batch, with the weights as they are now.
+class StepMaker:
+    """Makes steps of a model whose modules stay what and where they are: their parts are found once.
+
+    Weights, the mode of training and whether gradients are on may change from step to step. After a
+    module, a hook or an adapter has come or gone it needs a new one.
 
     Args:
         model: a Hugging Face sequence-classification model with one label, or a causal language model.
         tokenizer: of the model; says how to pad.
-        tokens: all pairs of the step.
         dtype: of matrix products and attention; None takes the weights' own, or fp32 where the processor
             only emulates that. bf16 beside fp32 weights is what autocast does.
         packed: False pads whatever the architecture.
@@ -126,21 +120,72 @@ def make_step(
         answers: of a causal language model.
         compiler: of packed execution; see PackedStep.
     """
-    step = None
-    if packed:
-        step = make_packed_step(model, tokens, dtype=dtype or packed_dtype, answers=answers, compiler=compiler)
-    return step or PaddedStep(model, tokenizer, tokens, dtype=dtype or _own_dtype(model), answers=answers)
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        packed: bool = True,
+        packed_dtype: torch.dtype | None = None,
+        answers: Answers | None = None,
+        compiler: Compiler | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.dtype, self.packed_dtype = dtype, dtype or packed_dtype
+        self.answers, self.compiler = answers, compiler
+        self.recomputes = _recomputes(model)
+        self.architecture = find_packed(model, self.packed_dtype, answers) if packed else None
+
+    def __call__(self, tokens: TokenizedPairs) -> PackedStep | PaddedStep:
+        """What scores the pairs of one step, micro-batch by micro-batch, with the weights as they are now.
+
+        Args:
+            tokens: all pairs of the step.
+        """
+        recomputes = self.recomputes and self.model.training
+        if self.architecture is None:
+            return PaddedStep(
+                self.model,
+                self.tokenizer,
+                tokens,
+                dtype=self.dtype or _own_dtype(self.model),
+                recomputes=recomputes,
+                answers=self.answers,
+            )
+        architecture = self.architecture
+        if self.answers is not None:  # this head has rows of the weights
+            head = find_answer_head(self.model, self.answers)
+            assert head is not None
+            architecture = replace(architecture, head=head)
+        return PackedStep(
+            architecture,
+            tokens,
+            dtype=self.packed_dtype or _own_dtype(self.model),
+            gradient_checkpointing=recomputes,
+            compiler=self.compiler,
+        )
 
 
-def make_packed_step(
-    model: Any,
-    tokens: TokenizedPairs,
-    *,
-    dtype: torch.dtype | None = None,
-    answers: Answers | None = None,
-    compiler: Compiler | None = None,
-) -> PackedStep | None:
-    """The same, or None, and one line in the log, where the model can't run packed."""
+def make_step(
+    model: Any, tokenizer: Any, tokens: TokenizedPairs, **options: Any
+) -> PackedStep | PaddedStep:
+    """The one step of a StepMaker with these options."""
+    return StepMaker(model, tokenizer, **options)(tokens)
+
+
+def make_packed_step(model: Any, tokens: TokenizedPairs, **options: Any) -> PackedStep | None:
+    """The one step of a StepMaker, or None, and one line in the log, where the model can't run packed."""
+    make = StepMaker(model, None, **options)
+    step = None if make.architecture is None else make(tokens)
+    return step if isinstance(step, PackedStep) else None
+
+
+def find_packed(model: Any, dtype: torch.dtype | None, answers: Answers | None = None) -> Architecture | None:
+    """The parts of a model that runs packed in a dtype, None for its own; None, and one line in the log, for one
+    that can't.
+    """
     weights_dtype = next(model.parameters()).dtype
     dtype = dtype or _own_dtype(model)
     halves = {torch.bfloat16} if model.device.type == "cpu" else {torch.bfloat16, torch.float16}
@@ -151,14 +196,7 @@ def make_packed_step(
     architecture = find_architecture(model, answers)
     if architecture is None:
         say_once(reason_to_pad(model, answers))
-        return None
-    return PackedStep(
-        architecture,
-        tokens,
-        dtype=dtype,
-        gradient_checkpointing=_recomputes(model),
-        compiler=compiler,
-    )
+    return architecture
 
 
 def _own_dtype(model: Any) -> torch.dtype:
@@ -186,7 +224,7 @@ def run(
     """(N,) fp32 scores of all pairs of a step, in their order, on the model's device.
 
     Args:
-        step: from make_step.
+        step: from a StepMaker.
         max_pairs: most pairs in a micro-batch; None sets no limit.
         max_tokens: most tokens in a micro-batch, with the padding where there is any; None and no max_pairs takes
             what keeps the device busy and fits its memory.
@@ -287,9 +325,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _recomputes(model: nn.Module) -> bool:
-    """Whether layers compute their activations again in the backward pass."""
-    checkpoints = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    return model.training and checkpoints
+    """Whether layers compute their activations again in the backward pass, in training."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def say_once(reason: str) -> None:

@@ -15,7 +15,7 @@ from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
-from rerank_fast.model.scoring import is_out_of_memory
+from rerank_fast.model.scoring import StepMaker, is_out_of_memory
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.gradient_cache import Loss, backward_cached, backward_direct
@@ -66,6 +66,7 @@ class Backward:
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
         state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self.memory = (available_bytes(model.device) - state) // 2
+        self._make_step: StepMaker | None = None
         self._most_tokens = 0  # of a micro-batch so far in this step
 
     def __call__(self, parts: Sequence[TokenizedLists], divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,9 @@ class Backward:
             )
             return config.skip_below * left / pairs.clamp(min=1)
 
-        step = self.model.step(lists.pairs, dtype=self.dtype)
+        if self._make_step is None:  # not before the first: the run then has its weights and adapters
+            self._make_step = self.model.steps(dtype=self.dtype)
+        step = self._make_step(lists.pairs)
         lengths = step.tokens.lengths
         plan = plan_micro_batches(
             lengths,

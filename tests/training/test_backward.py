@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rerank_fast import CrossEncoder
+from rerank_fast.model import scoring
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
@@ -106,3 +107,35 @@ def test_other_errors_pass(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(PackedStep, "__call__", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         backward(model, "on")([lists], 1.0, Rates())
+
+
+def test_a_run_finds_the_models_parts_once(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    """And each step has the weights as they are then."""
+    model, lists = opened(tiny_bert)
+    found = []
+    real = scoring.find_architecture
+
+    def find(*arguments: Any) -> Any:
+        found.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(scoring, "find_architecture", find)
+    run = backward(model, "off")
+    gradients(run, [lists])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    again, loss, _ = gradients(run, [lists])
+    assert len(found) == 1
+    anew, expected, _ = gradients(backward(model, "off"), [lists])
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(again[name], anew[name]) for name in anew)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_computed_again_in_training_only(tiny_bert: Path, checkpointing: bool):
+    model, lists = opened(tiny_bert, checkpointing=checkpointing)
+    make = model.train().steps()
+    assert make(lists.pairs).gradient_checkpointing == checkpointing
+    model.eval()
+    assert not make(lists.pairs).gradient_checkpointing
