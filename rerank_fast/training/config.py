@@ -273,8 +273,9 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) <= sys.float_info.max  # also a whole number that no float can be
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # nor a whole number that no float can be
 
 
 _KINDS = {int: _is_integer, float: _is_finite, bool: lambda value: isinstance(value, bool)}
