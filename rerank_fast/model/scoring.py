@@ -168,9 +168,7 @@ class StepMaker:
         )
 
 
-def make_step(
-    model: Any, tokenizer: Any, tokens: TokenizedPairs, **options: Any
-) -> PackedStep | PaddedStep:
+def make_step(model: Any, tokenizer: Any, tokens: TokenizedPairs, **options: Any) -> PackedStep | PaddedStep:
     """The one step of a StepMaker with these options."""
     return StepMaker(model, tokenizer, **options)(tokens)
 
