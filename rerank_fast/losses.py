@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import TokenizedPairs, upload
 from rerank_fast.model.scoring import make_packed_step, run, say_once
 from rerank_fast.model.wrappers import find_cross_encoder
 from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
@@ -207,8 +207,8 @@ class LambdaLoss(nn.Module):
 
         logits = self._score(pairs, len(queries), prompt=prompt, task=task).float()
         scores = self.activation_fn(logits)
-        flat_labels = torch.cat([values.reshape(-1) for values in labels]).to(scores.device, torch.float32)
-        offsets = torch.tensor([0, *docs_per_query]).cumsum(0).to(scores.device)
+        flat_labels = upload(torch.cat([values.reshape(-1) for values in labels]).float(), scores.device)
+        offsets = upload(torch.tensor([0, *docs_per_query]).cumsum(0), scores.device)
         scheme = _fused_scheme(self.weighting_scheme)
         if scheme is None:
             return self._eager(scores, flat_labels, docs_per_query)
@@ -267,7 +267,7 @@ class LambdaLoss(nn.Module):
                 for key, value in features.items()
             }
             logits.append(self._logits(micro_batch))
-        return torch.cat(logits)[torch.argsort(order).to(device)]
+        return torch.cat(logits).index_select(0, upload(torch.argsort(order), device))
 
     def _logits(self, features: Mapping[str, Any]) -> Tensor:
         device = self.model.device
