@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import TokenizedPairs, upload
 from rerank_fast.model.scoring import make_packed_step, run, say_once
 from rerank_fast.model.texts import check_inputs, check_labels
 from rerank_fast.model.wrappers import find_cross_encoder
@@ -225,8 +225,8 @@ class LambdaLoss(nn.Module):
 
         logits = self._score(pairs, len(queries), prompt=prompt, task=task).float()
         scores = self.activation_fn(logits)
-        flat_labels = torch.cat([values.reshape(-1) for values in labels]).to(scores.device, torch.float32)
-        offsets = torch.tensor([0, *docs_per_query]).cumsum(0).to(scores.device)
+        flat_labels = upload(torch.cat([values.reshape(-1) for values in labels]).float(), scores.device)
+        offsets = upload(torch.tensor([0, *docs_per_query]).cumsum(0), scores.device)
         scheme = _fused_scheme(self.weighting_scheme)
         if scheme is None:
             return self._eager(scores, flat_labels, docs_per_query)
@@ -285,7 +285,7 @@ class LambdaLoss(nn.Module):
                 for key, value in features.items()
             }
             logits.append(self._logits(micro_batch))
-        return torch.cat(logits)[torch.argsort(order).to(device)]
+        return torch.cat(logits).index_select(0, upload(torch.argsort(order), device))
 
     def _logits(self, features: Mapping[str, Any]) -> Tensor:
         device = self.model.device

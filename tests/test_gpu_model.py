@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
 from benchmarks.tools.gpu_workloads import SHAPES
 from rerank_fast.ops.backends import HAS_TRITON
 
+rows_of = functools.cache(gpu_model.our_rows)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="what a GPU runs is Triton's")
 
 
@@ -20,7 +22,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="what a GPU runs is Tri
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_step_asks_for_more(shape: str):
     limits = gpu_model.read_limits()
-    above = gpu_model.beyond(gpu_model.our_rows(shape), limits)
+    above = gpu_model.beyond(rows_of(shape), limits)
     made = limits["versions"]
     assert not above, "\n".join(
         [*above, f"the limits are of {made}, this is {gpu_model.versions()}; renew them: {gpu_model.RENEW}"]
@@ -30,7 +32,7 @@ def test_no_step_asks_for_more(shape: str):
 @needs_triton
 @pytest.mark.parametrize("kind", gpu_model.LIMITED)
 def test_one_more_is_too_many(kind: str):
-    rows = gpu_model.our_rows("MiniLM-L6")
+    rows = rows_of("MiniLM-L6")
     limits = {"limits": {"MiniLM-L6": {row.what: gpu_model.limited(row) for row in rows}}}
     assert gpu_model.beyond(rows, limits) == []
     fewer = copy.deepcopy(limits)

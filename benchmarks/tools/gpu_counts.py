@@ -116,7 +116,7 @@ _NO_KERNEL = {
 # Kernels of an operation on CUDA, where they are not one. Sorting is a radix sort of 32-bit keys.
 _KERNELS = {
     "varlen_attention_backward": 2,
-    "residual_norm_backward": 3,  # the last two sum what the programs found for weight and bias
+    "residual_norm_backward": 2,  # the last one sums what the programs found for weight and bias
     "score_head_backward": 2,
     "lambda_loss": 2,
     "embedding_dense_backward": 10,

@@ -68,7 +68,8 @@ class PackedStep:
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
         self.layers = []
-        copies = None if kind == "cpu" else NarrowCopies()  # a CPU lays them out anew one by one
+        # Without gradients a CPU lays them out anew, one by one.
+        copies = NarrowCopies() if compiles else None
         for depth, layer in enumerate(architecture.layers, start=1):
             one_token = depth == len(architecture.layers) and architecture.reads != "mean"
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep

@@ -79,6 +79,8 @@ class PostNormStep:
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
+        self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies)
+        self.output_norm = _ready_norm(layer.output_norm, dtype, copies)
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
@@ -108,12 +110,27 @@ class PostNormStep:
             rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
-        attention = self.attention_out, attended.flatten(1), layer.attention_norm, layer.attention_out_dropout
+        attention = self.attention_out, attended.flatten(1), self.attention_norm, layer.attention_out_dropout
         wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
         widened = self.up.before(self.down, x)
-        return _add_norm(
-            wide, self.down, widened, layer.output_norm, layer.down_dropout, batch.seeds[2], batch.rows
-        )
+        return _add_norm(wide, self.down, widened, self.output_norm, layer.down_dropout, batch.seeds[2], batch.rows)
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """Of a LayerNorm, in the residual stream's dtype."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def _ready_norm(norm: nn.LayerNorm, dtype: torch.dtype, copies: NarrowCopies | None) -> nn.LayerNorm | NormWeights:
+    """A norm whose weights need no cast in each micro-batch; with gradients on they must reach the module's own."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if copies is None or torch.is_grad_enabled() or norm.weight.dtype == wide:
+        return norm
+    return NormWeights(copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps)
 
 
 def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
@@ -139,7 +156,7 @@ def _add_norm(
     wide: Tensor,
     linear: StepLinear,
     x: Rows,
-    norm: nn.LayerNorm,
+    norm: nn.LayerNorm | NormWeights,
     dropout: nn.Dropout | None,
     seed: int,
     rows: Tensor | None,

@@ -161,7 +161,8 @@ class StepLinear:
         biases: list[Any] = [module.bias for module in modules]
         self.biases: list[Tensor] = [] if biases[0] is None else biases
         self.narrow: tuple[Tensor, Tensor | None] | None = None
-        if any(weight.dtype != dtype for weight in self.weights):
+        joins = copies is not None and len(self.weights) > 1 and not torch.is_grad_enabled()
+        if joins or any(weight.dtype != dtype for weight in self.weights):
             own = NarrowCopies() if copies is None else copies
             self.narrow = (
                 own.joined(self.weights, dtype),
@@ -225,9 +226,9 @@ class StepLinear:
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if self.inference is not None:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
-        if self.narrow is None:
-            return F.linear(x, *self._only())
-        return _NarrowLinear.apply(x, *self.narrow, *self.weights, *self.biases)
+        if self.narrow is not None and torch.is_grad_enabled():
+            return _NarrowLinear.apply(x, *self.narrow, *self.weights, *self.biases)
+        return F.linear(x, *(self.narrow or self._only()))
 
 
 def leaf_for(shared: Tensor) -> Tensor | None:

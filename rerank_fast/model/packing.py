@@ -108,11 +108,14 @@ class TokenizedPairs:
 
 
 def upload(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Values of the host on the device; the host does not wait for a GPU to take them."""
+    """Values of the host on the device; the host does not wait for a GPU to take them.
+
+    A tensor that is there already stays what it is.
+    """
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type not in ("cuda", "meta"):
         return tensor.to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packing import TokenizedPairs, upload
 
 _MESSAGE = 32 * 2**20  # elements
 
@@ -122,7 +122,7 @@ class ShardedScorer:
         scores = torch.zeros(len(tokens), dtype=torch.float32, device=self._model.device)
         if len(mine):
             raw = self._model.score_tokens(tokens.select(mine), activation_fn=torch.nn.Identity(), **options)
-            scores[torch.from_numpy(mine).to(scores.device)] = raw
+            scores.index_copy_(0, upload(mine, scores.device), raw)
         sum_over_processes([scores])  # the others' are 0: nothing is rounded
         activation: Any = activation_fn or self._model.activation_fn
         return activation(scores)

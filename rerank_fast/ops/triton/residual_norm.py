@@ -177,12 +177,12 @@ def backward(
     guard.require_gpu(x)
     dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
     programs = triton.cdiv(x.shape[0], ROWS)
-    d_weight, d_bias = residual.new_empty(programs, x.shape[1]), residual.new_empty(programs, x.shape[1])
+    parts = residual.new_empty(2, programs, x.shape[1])  # of the gradients of weight and bias
     if x.numel():
         kernel, config = autotune.choose(backward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):
             kernel[(programs,)](
-                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, d_weight, d_bias),
+                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, *parts),
                 *x.shape,
                 *dropout.scalars(dropout_p, seed),
                 HAS_WIDE=grad_y is not None,
@@ -191,7 +191,7 @@ def backward(
                 ROWS=ROWS,
                 **config,
             )
-    return dx, d_residual, d_weight.sum(0), d_bias.sum(0)
+    return dx, d_residual, *parts.sum(1)
 
 
 def shipped() -> Iterator[Variant]:
