@@ -137,12 +137,17 @@ def inference_pairs(vocabulary: int) -> TokenizedPairs:
 def _directory() -> Any:
     """Of the smallest model that a CrossEncoder opens: its own parts then have a tokenizer."""
     directory = tempfile.TemporaryDirectory()
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "word": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory.name)
     tiny = BertConfig(
-        vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, **_ONE_LABEL
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        **_ONE_LABEL,
     )
     BertForSequenceClassification(tiny).save_pretrained(directory.name)
     return directory

@@ -44,6 +44,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "metric_for_best": ("mrr@7", {"eval": "c.jsonl"}), "streaming": (True, {"max_steps": 3}),
         "shuffle_buffer": (7, {"streaming": True, "max_steps": 3}),
         "resume_changed": (True, {"resume": "auto"}),
+        "schedule_options": {"num_cycles": 2}, "optimizer_options": {"momentum": 0.5},
         "lora_alpha": (7.0, {"lora_rank": 2}), "lora_dropout": (0.5, {"lora_rank": 2}),
         "lora_target_modules": (["query"], {"lora_rank": 2}),
     },
