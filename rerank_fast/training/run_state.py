@@ -240,7 +240,7 @@ def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, wh
     for rank, state in enumerate(values.random):
         try:
             _generators(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"{where}, field random[{rank}]: expected states of generators: {error!r:.200}"
             ) from error

@@ -254,6 +254,7 @@ def put(value: object, *path: str | int) -> Callable[[dict], object]:
         (put([], "random"), "field random: expected the state of each process, got none"),
         (put([{}], "random"), r"field random\[0\]: expected states of generators"),
         (put([1], "random", 0, "torch"), r"field random\[0\]: expected states of generators"),
+        (put([1] * 623, "random", 0, "numpy", 1), r"field random\[0\]: expected states of generators"),
         (put("many", "memory"), "field memory: expected finite int, got str"),
         (put(0, "max_tokens_per_microbatch"), "max_tokens_per_microbatch: expected from 1 to inf, got 0"),
         (put([], "run"), "field run: expected dict, got list"),
