@@ -1,4 +1,4 @@
-"""Peak memory of the published training step, each in a process of its own, above what the model takes at rest."""
+"""Peak memory of the published training step, each in a process of its own: above the model, with AdamW's state."""
 
 from __future__ import annotations
 
