@@ -190,7 +190,7 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
     recipe = replace(recipe, training=replace(recipe.training, **flags))
     _refuse_unused(recipe.training)
 
-    from rerank_fast.training.from_recipe import build_trainer
+    from rerank_fast.recipes.building import build_trainer
 
     return build_trainer(recipe)
 

@@ -168,11 +168,6 @@ class StepMaker:
         )
 
 
-def make_step(model: Any, tokenizer: Any, tokens: TokenizedPairs, **options: Any) -> PackedStep | PaddedStep:
-    """The one step of a StepMaker with these options."""
-    return StepMaker(model, tokenizer, **options)(tokens)
-
-
 def make_packed_step(model: Any, tokens: TokenizedPairs, **options: Any) -> PackedStep | None:
     """The one step of a StepMaker, or None, and one line in the log, where the model can't run packed."""
     make = StepMaker(model, None, **options)

@@ -171,7 +171,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field, for a value out of its range."""
-        for name, hint in get_type_hints(type(self)).items():
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
             if hint in _KINDS and not _KINDS[hint](getattr(self, name)):
                 raise ValueError(f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}")
         at_least = {
@@ -221,7 +222,7 @@ class TrainingConfig:
             raise ValueError(f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        for name, hint in get_type_hints(type(self)).items():
+        for name, hint in hints.items():
             value, allowed = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

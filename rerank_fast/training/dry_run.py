@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ class Counted:
     pairs: int = 0  # (query, document), of the lists that train
     truncated: int = 0  # of these
     preference_pairs: int = 0
+    queries: set[int] = field(default_factory=set)  # keys of query_keys
 
 
 def count(trainer: Trainer) -> Counted:
@@ -34,7 +36,14 @@ def count(trainer: Trainer) -> Counted:
     Raises:
         ValueError: a row of a stream is malformed; names the file and the line.
     """
-    counted = Counted(documents=sum(len(row["docs"]) for row in trainer.lists))
+    counted = Counted()
+
+    def queries() -> Iterator[str]:  # of lists as they are, before documents are drawn of them
+        for row in trainer.lists:
+            counted.documents += len(row["docs"])
+            yield row["query"]
+
+    counted.queries = set(query_keys(queries()).tolist())
     shows = trainer.config.show_progress_bar and trainer.processes.is_main_process
     with tqdm(total=trainer.num_batches, desc="Counting", unit="batch", disable=not shows) as bar:
         for batch in trainer.batches():
@@ -61,18 +70,17 @@ def describe(trainer: Trainer) -> list[str]:
         f"{'First epoch' if sampled else 'Epoch'}: {counted.preference_pairs:,} preference pairs, "
         f"{counted.pairs:,} pairs to score, {counted.truncated:,} of them longer than "
         f"{model.max_length} tokens and truncated",
-        *_evaluations(trainer),
+        *_evaluations(trainer, counted.queries),
         f"Steps: {trainer.num_steps:,} of {config.batch_size} lists, {_epochs(trainer)}",
         f"Precision: {config.precision} on {model.device}",
         _output(trainer),
     ]
 
 
-def _evaluations(trainer: Trainer) -> list[str]:
+def _evaluations(trainer: Trainer, trained: set[int]) -> list[str]:
     sets = [one for evaluator in trainer.validation.evaluators for one in measured_sets(evaluator)]
     if not sets:
         return ["Evaluation: none"]
-    trained = set(query_keys(row["query"] for row in trainer.lists).tolist())
     lines = []
     for one in sets:
         keys = query_keys(candidates.query for candidates in one.candidates)

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rerank_fast.training.validation import LOSS
+
 logger = logging.getLogger(__name__)
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
@@ -36,7 +38,7 @@ def plot_run(
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("No plot of the run: matplotlib is not installed (pip install 'rerank-fast[card]').")
         return None
-    series = {name: _series(rows, name) for name in ("loss", "eval_loss", "learning_rate", *metrics)}
+    series = {name: _series(rows, name) for name in ("loss", LOSS, "learning_rate", *metrics)}
     drawn = [name for name in metrics if series[name]]
     panels = [name for name in ("loss", "learning_rate") if series[name]] + (["metric"] if drawn else [])
     if not panels:
@@ -58,7 +60,7 @@ def plot_run(
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         if panel == "loss":
-            _draw_loss(axis, series["loss"], series["eval_loss"])
+            _draw_loss(axis, series["loss"], series[LOSS])
         elif panel == "learning_rate":
             axis.plot(*_columns(series["learning_rate"]), color=_COLORS[0], linewidth=1.6)
             axis.set_ylim(bottom=0)

@@ -177,7 +177,8 @@ def _model(note: Note) -> Callable[..., Any]:
 def _behind_train(monkeypatch: pytest.MonkeyPatch, note: Note) -> None:
     from rerank_fast.data import lists
     from rerank_fast.model import storage
-    from rerank_fast.training import dry_run, from_recipe, trainer
+    from rerank_fast.recipes import building
+    from rerank_fast.training import dry_run, trainer
 
     result = SimpleNamespace(steps=1, seconds=1, best_step=1, output="x", metrics={})
     processes = SimpleNamespace(is_main_process=True, destroy_process_group=lambda: None)
@@ -195,7 +196,7 @@ def _behind_train(monkeypatch: pytest.MonkeyPatch, note: Note) -> None:
         return source
 
     monkeypatch.setattr(trainer, "Trainer", make)
-    monkeypatch.setattr(from_recipe, "build_trainer", build)
+    monkeypatch.setattr(building, "build_trainer", build)
     monkeypatch.setattr(lists, "load_lists", read)
     monkeypatch.setattr(lists, "ListStream", read)
     monkeypatch.setattr(storage, "create_repository", lambda name, **options: note(made=name))

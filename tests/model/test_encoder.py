@@ -34,7 +34,7 @@ from rerank_fast.model import layers
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs, fill_up
-from rerank_fast.model.scoring import make_packed_step, make_step, run
+from rerank_fast.model.scoring import StepMaker, make_packed_step, run
 
 VOCABULARY, POSITIONS = 97, 70
 SIZES = dict(
@@ -515,7 +515,7 @@ def test_models_that_are_not_known_are_padded(kind: str, options: dict) -> None:
     assert f"{kind}ForSequenceClassification" in reason_to_pad(model)
     tokens = make_tokens(LENGTHS, types=False)
     tokenizer = SimpleNamespace(pad_token_id=config.pad_token_id, padding_side="right", pad_token_type_id=0)
-    step = make_step(model, tokenizer, tokens)
+    step = StepMaker(model, tokenizer)(tokens)
     assert step.padded
     with torch.no_grad():
         together, alone = (run(step, max_pairs=pairs) for pairs in (4, 1))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from rerank_fast import CrossEncoder, Trainer, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.model.packing import plan_micro_batches
-from rerank_fast.model.scoring import make_step
+from rerank_fast.model.scoring import StepMaker
 from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from tests.training.conftest import config_for, log_rows, make_lists
 
@@ -38,7 +38,7 @@ def push(
     """Gradients by name, the result and a number drawn afterwards."""
     torch.manual_seed(7)
     model.zero_grad(set_to_none=True)
-    step = make_step(model.model, model.tokenizer, lists.pairs, packed=packed)
+    step = StepMaker(model.model, model.tokenizer, packed=packed)(lists.pairs)
     plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
     labels, offsets = torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
     loss = lambda scores: lambda_loss(scores, labels, offsets, k=k)  # noqa: E731
@@ -66,7 +66,7 @@ def test_cached_gives_the_gradient_of_direct_with_dropout(tiny_bert: Path, packe
     # Dropout is at work, and without the first run's random numbers the gradient would be another.
     torch.manual_seed(8)
     direct_model.zero_grad()
-    step = make_step(direct_model.model, direct_model.tokenizer, lists.pairs, packed=packed)
+    step = StepMaker(direct_model.model, direct_model.tokenizer, packed=packed)(lists.pairs)
     assert not torch.equal(step(np.arange(4)), direct.scores[:4])
 
 
@@ -93,13 +93,13 @@ def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch:
     without = int((scores.grad == 0).sum())
     assert 0 < without < len(scores)
     steps: list[Counted] = []
-    make = make_step
+    make = StepMaker.__call__
 
-    def counted(*arguments, **options) -> Counted:
-        steps.append(Counted(make(*arguments, **options)))
+    def counted(*arguments) -> Counted:
+        steps.append(Counted(make(*arguments)))
         return steps[-1]
 
-    monkeypatch.setattr("tests.training.test_gradient_cache.make_step", counted)
+    monkeypatch.setattr(StepMaker, "__call__", counted)
     found, cached, _ = push(model, lists, cached=True, k=1, packed=False)
     again = [i for run in steps[-1].runs[(len(scores) + 4) // 5 :] for i in run]
     assert sorted(again) == (scores.grad != 0).nonzero().flatten().tolist()

@@ -14,7 +14,7 @@ from rerank_fast.data import load_lists, load_ms_marco
 from rerank_fast.data.held_out import hold_out, normalized
 from rerank_fast.evaluation import NanoBEIREvaluator
 from rerank_fast.recipes import load_recipe, recipe_names, recipe_text
-from rerank_fast.training.from_recipe import build_trainer
+from rerank_fast.recipes.building import build_trainer
 from tests.stand_ins import make_ms_marco, make_nano_beir
 from tests.training.conftest import make_lists
 

@@ -29,10 +29,16 @@ def stopped(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    """The whole checkpoint, to be damaged, beside nothing of a run before."""
+    for left in ("checkpoint-2", "again"):
+        shutil.rmtree(tmp_path / left, ignore_errors=True)
+    return shutil.copytree(stopped / "checkpoint-2", tmp_path / "checkpoint-2")
+
+
 def goes_on(tiny_bert: Path, checkpoint: Path, expected: Path, done: str) -> bool:
     """Whether the run goes on, and then to the same bits; else it is refused in one line that names a file."""
     output = checkpoint.parent / "again"
-    shutil.rmtree(output, ignore_errors=True)
     config = config_for(output, resume=str(checkpoint), **SETTINGS)
     try:
         Trainer(tiny_bert, make_lists(24), config=config).train()
@@ -60,10 +66,7 @@ def test_no_byte_of_many_checkpoints_changes_unseen(tiny_bert: Path, stopped: Pa
 def fuzz_bytes(tiny_bert: Path, stopped: Path, tmp_path: Path, seeds: range) -> None:
     refused = 0
     for seed in seeds:
-        draw = random.Random(seed)
-        checkpoint = tmp_path / "checkpoint-2"
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        shutil.copytree(stopped / "checkpoint-2", checkpoint)
+        draw, checkpoint = random.Random(seed), copied(stopped, tmp_path)
         file = draw.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file()))
         before = file.read_bytes()
         done = f"seed {seed}: {file.name}: {damage(draw, file)}"
@@ -90,16 +93,11 @@ def fuzz_state(tiny_bert: Path, stopped: Path, tmp_path: Path, seeds: range) -> 
     """Whatever the files say, nothing but a ValueError of one line keeps a run from its end."""
     refused = 0
     for seed in seeds:
-        draw = random.Random(seed)
-        checkpoint = tmp_path / "checkpoint-2"
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        shutil.copytree(stopped / "checkpoint-2", checkpoint)
+        draw, checkpoint = random.Random(seed), copied(stopped, tmp_path)
         change = change_values if draw.random() < 0.6 else change_tensors
         done = f"seed {seed}: {change(draw, checkpoint)}"
         write_checksums(checkpoint)
-        output = tmp_path / "again"
-        shutil.rmtree(output, ignore_errors=True)
-        config = config_for(output, resume=str(checkpoint), resume_changed=True, **SETTINGS)
+        config = config_for(tmp_path / "again", resume=str(checkpoint), resume_changed=True, **SETTINGS)
         logging.disable(logging.WARNING)
         said = ""
         try:

@@ -44,16 +44,17 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
         )
     for version in versions:
         checkpoint.inside(version, _CONFIG)
-    vocabularies = [name for name in (*_VOCABULARIES, *versions) if checkpoint.file(name)]
-    there = ", ".join([*vocabularies, *(name for name in others if contents[name] is not None)])
+    # The first that is there: of a model on the hub each question is a request.
+    found = next((name for name in (*_VOCABULARIES, *versions) if checkpoint.file(name)), None)
+    there = ", ".join([*([found] if found else []), *(name for name in others if contents[name] is not None)])
     what = f"the tokenizer of {checkpoint.name} can't be made of {there}"
-    if not vocabularies:
+    if found is None:
         what = f"{checkpoint.name} has no tokenizer: expected the file tokenizer.json or a vocabulary"
     with named(what):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **hub)
     own = {file for kind, file in type(tokenizer).vocab_files_names.items() if kind != "merges_file"}
     # Of none transformers makes a tokenizer of special tokens: every word is unknown to it.
-    if own and not vocabularies and not any(checkpoint.file(name) for name in own):
+    if own and found is None and not any(checkpoint.file(name) for name in own):
         raise ValueError(f"{checkpoint.name} has no tokenizer: expected the file {' or '.join(sorted(own))}")
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     if all(token in special for token in vocabulary):
