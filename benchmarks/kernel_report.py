@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    column_sums,
+    gelu,
     guard,
     lambda_loss,
     ndcg,
@@ -45,6 +47,8 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
+    column_sums,
+    gelu,
     lambda_loss,
     ndcg,
     residual_norm,
