@@ -28,12 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    add_norm,
     column_sums,
+    gated,
     gelu,
     guard,
     lambda_loss,
     ndcg,
     residual_norm,
+    rotary,
     score_head,
     score_head_backward,
     varlen_attention,
@@ -47,11 +50,14 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
+    add_norm,
     column_sums,
+    gated,
     gelu,
     lambda_loss,
     ndcg,
     residual_norm,
+    rotary,
     score_head,
     score_head_backward,
     varlen_attention,

@@ -138,7 +138,9 @@ TRITON = {
     f"{name}{suffix}"
     for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss")
     for suffix in ("", "_backward")
-} | {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums"}
+}
+TRITON |= {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums"}
+TRITON |= {f"{name}{suffix}" for name in ("add_norm", "rotary", "gated") for suffix in ("", "_grad", "_grads")}
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "bernoulli_", "normal_", "uniform_"}
 _GATHERS = {"embedding", "index_select", "index", "gather"}

@@ -129,8 +129,8 @@ class PackedStep:
         lengths = np.diff(starts)
         # A view in one layer and none in the next would be two graphs.
         wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
-        # Norms before the sublayers read the stream itself.
-        x: Rows = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
+        # Before the first layer nothing is left to be added.
+        x: Rows | None = None if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
         cu_seqlens = upload(starts.astype(np.int32), device)
         batch = MicroBatch(
             cu_seqlens,
@@ -152,6 +152,8 @@ class PackedStep:
                 wide, x = run(layer, wide, x, layer_batch)
         if before is not None and not nothing_drawn(before, random_state(device)):
             self.draws_by_row = False
+        if isinstance(self.layers[-1], PreNormStep) and isinstance(x, Tensor):
+            wide = wide + x
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
         if architecture.reads == "mean":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
 from rerank_fast.model.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.post_norm import TrainedPostNorm
+from rerank_fast.model.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -51,9 +52,11 @@ class LayerBatch:
     rows: Tensor | None = None  # int32: the numbers in the dropout of the tokens that go on; None: their places
 
 
-def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
-    """(T, H) results of a layer, in the residual stream's dtype and in what products read."""
-    return layer(wide, x, batch)
+def run_layer(
+    layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows | None, batch: LayerBatch
+) -> tuple[Tensor, Rows | None]:
+    """(T, H) results of a layer: the residual stream, and what products read of it or what is to be added to it."""
+    return layer(wide, x, batch)  # type: ignore[arg-type]
 
 
 class PostNormStep:
@@ -220,7 +223,11 @@ def _add_norm(
 
 
 class PreNormStep:
-    """The same for a PreNormLayer."""
+    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the second result.
+
+    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped but attention's
+    weights.
+    """
 
     def __init__(
         self,
@@ -239,6 +246,17 @@ class PreNormStep:
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
+        linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        self.parts: TrainedParts | None = None
+        self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
+        if not trains or copies is None or not all(one.has_weight for one in linears):
+            return
+        if has_kernels(self.down.weights[0].device, dtype):
+            self.parts = TrainedParts.of(layer, copies)
+        if self.parts is not None:
+            self.trained = [weight for one in linears for weight in one.weights]
+            self.trained += [bias for one in linears for bias in one.biases]
+            self.trained += self.parts.parameters
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
@@ -251,8 +269,19 @@ class PreNormStep:
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
         return prepared
 
-    def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
+    def options(self, batch: LayerBatch) -> tuple[Any, ...]:
+        """What the unchecked attention takes behind its tensors."""
         layer = self.layer
+        left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
+        dropout_p = _p(layer.attention, layer.attention_dropout)
+        places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
+        return *places, layer.scale, left, 0 if layer.causal else right, dropout_p, batch.seeds[0], "triton"
+
+    def __call__(self, wide: Tensor, x: Tensor | None, batch: LayerBatch) -> tuple[Tensor, Tensor | None]:
+        layer = self.layer
+        if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
+            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
+        wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
         query, key, value = heads.split([layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1)
@@ -282,8 +311,7 @@ class PreNormStep:
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
         gate, up = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype)).chunk(2, dim=1)
-        wide = wide + self.down(_dropped(layer.activation(gate) * up, layer.mlp_dropout))
-        return wide, wide
+        return wide + self.down(_dropped(layer.activation(gate) * up, layer.mlp_dropout)), None
 
 
 def norm(wide: Tensor, module: nn.Module) -> Tensor:

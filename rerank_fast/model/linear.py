@@ -190,6 +190,12 @@ class StepLinear:
             return [None] * len(self.weights)
         return _split(_weight_gradient(grad, x, self.weights[0].dtype), [len(weight) for weight in self.weights])
 
+    def bias_gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
+        """Of each bias, from the product's gradient."""
+        if not any(bias.requires_grad for bias in self.biases):
+            return [None] * len(self.biases)
+        return _split(bias_gradient(grad, self.biases[0].dtype), [len(bias) for bias in self.biases])
+
     @property
     def has_weight(self) -> bool:
         """Whether it multiplies by a weight of its own making, rather than calling modules or int8's product."""

@@ -86,7 +86,7 @@ class _SumsOfKernels:
         self._parts = iter(self._sums.split([3 * width, inner, 3 * width], dim=1))
 
     def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *tensors, eps, dropout_p, seed, backend = rest
+        *tensors, _eps, dropout_p, seed, _backend = rest
         return self._grads(x, residual, *tensors, next(self._parts), dropout_p, seed)
 
     def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _SumsOfKernels:
     def attention(self, q: Tensor, k: Tensor, *arguments: Any) -> None:
         from rerank_fast.ops.triton import varlen_attention_backward as kernels
 
-        *tensors, scale, left, right, dropout_p, seed, backend = arguments
+        *tensors, scale, left, right, dropout_p, seed, _backend = arguments
         self._attention_sums = kernels.sums_for(q, k, num_sequences=tensors[4].shape[0] - 1)
         outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
         kernels.attention_grads(q, k, *tensors, *outputs, scale, left, right, dropout_p, seed)
