@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from rerank_fast.ops.triton import (
     add_norm,
     column_sums,
+    embedding,
     gated,
     gelu,
     guard,
@@ -52,6 +53,7 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SOURCES = (
     add_norm,
     column_sums,
+    embedding,
     gated,
     gelu,
     lambda_loss,

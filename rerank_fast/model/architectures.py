@@ -75,6 +75,7 @@ class Architecture:
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
     pad_position: int | None = None  # RoBERTa and its kin count positions from here + 1, a padding token has this
     unread_token_id: int | None = None  # the last token is the last that is not this one
+    embeddings: nn.Module | None = None  # all that embed calls, where that is one module
 
 
 def find_architecture(model: nn.Module, answers: Answers | None = None) -> Architecture | None:
@@ -180,6 +181,7 @@ def _bert_like(base_name: str, pad_positions: bool) -> Callable[[Any], Architect
         return Architecture(
             word_embeddings=base.embeddings.word_embeddings,
             embed=embed,
+            embeddings=None if hasattr(base, "embeddings_project") else base.embeddings,
             pad_position=base.embeddings.padding_idx if pad_positions else None,
             layers=[_bert_layer(layer) for layer in base.encoder.layer],
             head=head,

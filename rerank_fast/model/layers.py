@@ -87,13 +87,16 @@ class PostNormStep:
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.up, self.attention_out, *self.projections]
+        self.linears = linears
         plain = all(one.has_weight and one.biases for one in linears)
         self.trains = trains and plain and joins_product(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
+        self._backends: tuple[str, str] | None = None  # of attention and norms
         self.trained: list[Tensor] = []  # as TrainedPostNorm takes them
         if self.trains:
             self.width, self.inner_width = self.down.weights[0].shape
+            self.weights = [one.ready[0] for one in linears]
             self.trained = [weight for one in linears for weight in one.weights]
             for norm, first, second in (
                 (layer.output_norm, self.down, [self.up]),
@@ -103,7 +106,8 @@ class PostNormStep:
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        seeds = [_seed(one) for one in (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)]
+        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
+        seeds = _seeds([_p(one) for one in dropouts])
         return _layer_batch(batch, seeds, one_token=self.one_token)
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
@@ -144,22 +148,25 @@ class PostNormStep:
         """(T, heads, head size) queries, keys and values in the results of these products."""
         heads = self.layer.num_heads
         if len(projected) == 1:
-            query, key, value = projected[0].view(len(projected[0]), 3, heads, -1).unbind(1)
+            query, key, value = projected[0].view(projected[0].shape[0], 3, heads, -1).unbind(1)
         else:
-            query = projected[0].view(len(projected[0]), heads, -1)
-            key, value = projected[1].view(len(projected[1]), 2, heads, -1).unbind(1)
+            query = projected[0].view(projected[0].shape[0], heads, -1)
+            key, value = projected[1].view(projected[1].shape[0], 2, heads, -1).unbind(1)
         return query, key, value
 
     def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
         """What the unchecked ops take behind their tensors: of attention and of both norms."""
         layer = self.layer
-        backend, heads = backend_for(rows, wide), rows.view(len(rows), layer.num_heads, -1)
+        if self._backends is None:  # the same for all that the step computes
+            heads = rows.view(rows.shape[0], layer.num_heads, -1)
+            self._backends = own_backend_for(heads), backend_for(rows, wide)
+        attention_backend, backend = self._backends
         dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
         drawn = [(_p(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
         numbers = [batch.rows if p > 0 else None for p, _ in drawn]
         places = batch.cu_queries, batch.cu_keys, numbers[0]
         return (
-            (*places, layer.scale, -1, -1, *drawn[0], own_backend_for(heads)),
+            (*places, layer.scale, -1, -1, *drawn[0], attention_backend),
             (numbers[1], self.attention_norm.eps, *drawn[1], backend),
             (numbers[2], self.output_norm.eps, *drawn[2], backend),
         )
@@ -201,9 +208,10 @@ def _p(module: nn.Module | None, p: float | None = None) -> float:
     return float(module.p) if isinstance(module, nn.Dropout) else p or 0.0
 
 
-def _seed(module: nn.Module | None, p: float | None = None) -> int:
-    """For such a dropout, from torch's generator of the host, so that a saved state repeats it."""
-    return int(torch.randint(2**62, ())) if _p(module, p) else 0
+def _seeds(shares: list[float]) -> list[int]:
+    """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0 for one of 0."""
+    drawn = iter(torch.randint(2**62, (count,)).tolist() if (count := sum(p > 0 for p in shares)) else ())
+    return [next(drawn) if p > 0 else 0 for p in shares]
 
 
 def _add_norm(
@@ -246,7 +254,7 @@ class PreNormStep:
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
-        linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        self.linears = linears = [self.down, self.gate_up, self.attention_out, self.projections]
         self.parts: TrainedParts | None = None
         self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
         if not trains or copies is None or not all(one.has_weight for one in linears):
@@ -254,13 +262,14 @@ class PreNormStep:
         if has_kernels(self.down.weights[0].device, dtype):
             self.parts = TrainedParts.of(layer, copies)
         if self.parts is not None:
+            self.weights = [one.ready[0] for one in linears]
             self.trained = [weight for one in linears for weight in one.weights]
             self.trained += [bias for one in linears for bias in one.biases]
             self.trained += self.parts.parameters
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        seeds = [_seed(layer.attention, layer.attention_dropout)]
+        seeds = _seeds([_p(layer.attention, layer.attention_dropout)])
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
         prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and layer.window is not None and not layer.causal:

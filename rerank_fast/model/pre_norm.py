@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.architectures import PreNormLayer
-from rerank_fast.model.linear import NarrowCopies, is_gelu, must_be_called
+from rerank_fast.model.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
 from rerank_fast.ops import varlen_attention
 from rerank_fast.ops.backends import HAS_TRITON
 from rerank_fast.ops.differentiated_once import differentiated_once
@@ -149,7 +149,7 @@ class TrainedPreNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from rerank_fast.ops.triton.gated import gated
 
-        parts, layer = step.parts, step.layer
+        parts = step.parts
         assert parts is not None
         total, normed, *stats = _add_norm(wide, x, parts.attention_norm, step.dtype)
         projected = F.linear(normed, *step.projections.ready)
@@ -169,7 +169,8 @@ class TrainedPreNorm(torch.autograd.Function):
         down = F.linear(active, *step.down.ready)
         ctx.step, ctx.batch, ctx.options, ctx.has_x = step, batch, attention, x is not None
         saved = (total, normed, *stats, projected, query, key, value, attended, lse)
-        ctx.save_for_backward(*saved, result, last_normed, *last_stats, gate_up, active)
+        # With the weights: their change would be noticed.
+        ctx.save_for_backward(*saved, result, last_normed, *last_stats, gate_up, active, *step.weights)
         ctx.set_materialize_grads(False)
         return result, down
 
@@ -182,18 +183,19 @@ class TrainedPreNorm(torch.autograd.Function):
 
         step, batch, parts = ctx.step, ctx.batch, ctx.step.parts
         total, normed, mean, rstd, projected, query, key, value, attended, lse, *saved = ctx.saved_tensors
-        result, last_normed, last_mean, last_rstd, gate_up, active = saved
-        d_gate_up = gated_grad(gate_up, d_down @ step.down.ready[0], parts.gate)
+        result, last_normed, last_mean, last_rstd, gate_up, active, *weights = saved
+        down_weight, gate_up_weight, out_weight, projections_weight = weights
+        d_gate_up = gated_grad(gate_up, d_down @ down_weight, parts.gate)
         sums = parts.mlp_norm.sums_for(len(result))
         norm = (parts.mlp_norm.weight, last_mean, last_rstd)
-        d_last_normed = d_gate_up @ step.gate_up.ready[0]
+        d_last_normed = d_gate_up @ gate_up_weight
         d_added, d_total = add_norm_grads(result, *norm, d_last_normed, d_result, sums, True)
-        d_attended = (d_added @ step.attention_out.ready[0]).view_as(attended)
+        d_attended = (d_added @ out_weight).view_as(attended)
         saved = (query, key, value, attended, lse, d_attended)
         d_projected, head_sums = _attention_gradients(step, batch, projected, saved, ctx.options)
         if batch.read is not None:
             d_total = d_total.new_zeros(total.shape).index_copy_(0, batch.read, d_total)
-        d_normed = d_projected @ step.projections.ready[0]
+        d_normed = d_projected @ projections_weight
         d_x, d_wide, first_sums = None, d_total, None
         if parts.attention_norm is None:
             d_wide = d_total.add_(d_normed)
@@ -211,12 +213,9 @@ class TrainedPreNorm(torch.autograd.Function):
             (step.attention_out, d_added, attended.flatten(1)),
             (step.projections, d_projected, normed),
         )
-        weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
-        biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
-        found = [
-            None if gradient is None else gradient.to(weight.dtype)
-            for gradient, weight in zip([*weights, *biases, *vectors], step.trained, strict=True)
-        ]
+        d_weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
+        d_biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
+        found = in_own_dtypes([*d_weights, *d_biases, *vectors], step.trained)
         return d_wide, d_x if ctx.has_x else None, None, None, *found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rerank_fast.ops.triton.launcher import launcher
 from rerank_fast.ops.triton.variant import Variant
 
-TOKENS = 16  # a program
+TOKENS = 8  # a program
 
 
 def launch(head_size: int) -> dict[str, Any]:
