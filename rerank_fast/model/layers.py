@@ -112,7 +112,9 @@ class PostNormStep:
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
-            result, narrow = TrainedPostNorm.apply(wide, None if x is wide else x, self, batch, *self.trained)
+            # By the dtype: checkpointing's second run has two tensors for one.
+            narrow_rows = None if x.dtype == wide.dtype else x
+            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, self, batch, *self.trained)
             return result, result if narrow is None else narrow
         queries_of = x
         if batch.read is not None:
