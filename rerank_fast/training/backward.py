@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import StepMaker, is_out_of_memory
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.training.memory import activation_bytes, available_bytes
 from rerank_fast.training.precision import products_in
 from rerank_fast.training.run_log import Rates
