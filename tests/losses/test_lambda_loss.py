@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 
 from rerank_fast import losses
 from rerank_fast.model.encoder import PackedStep
+from tests.losses.beside_theirs import DOCUMENTS, LABELS, QUERIES, assert_same
+from tests.losses.beside_theirs import loss_and_gradients as gradients_of
 from tests.model_factory import make_tiny_bert
 
 SCHEMES = [
@@ -25,43 +27,10 @@ SCHEMES = [
     "LambdaRankScheme",
     "NDCGLoss2PPScheme",
 ]
-QUERIES = ["what is a panda", "capital of france", "a long question about the weather and the sea"]
-DOCUMENTS = [
-    ["a panda is a bear", "a fish", "a panda is a kind of bear that eats bamboo all day long"],
-    ["paris", "paris is the capital of france"],
-    ["the sea is wet", "weather", "rain and wind and sun over the sea", "a bear", "no"],
-]
-LABELS = [[1.0, 0.0, 2.0], [0.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0]]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(make_tiny_bert(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def model(directory):
-    torch.manual_seed(0)
-    # Dropout off: the two losses order their forwards differently, so their random draws differ.
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
-
-
-def loss_and_gradients(loss, batch=None):
-    model = loss.model
-    model.zero_grad()
-    inputs, labels = batch or ([QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS])
-    value = loss(inputs, labels)
-    value.backward()
-    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, peer):
-    torch.testing.assert_close(ours[0], peer[0], rtol=1e-5, atol=1e-7)
-    assert ours[1].keys() == peer[1].keys()
-    scale = max(grad.abs().max() for grad in peer[1].values())
-    for name, grad in peer[1].items():
-        assert (ours[1][name] - grad).abs().max() <= 1e-5 * scale, name
+def loss_and_gradients(loss):
+    return gradients_of(loss, [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -192,7 +161,7 @@ def test_config_and_citation(model):
     config = ours.get_config_dict()
     assert config.keys() - peer.get_config_dict().keys() == {"mu"}
     assert config["mu"] == 5.0
-    assert config["weighting_scheme"] == "rerank_fast.losses.NDCGLoss2PPScheme"
+    assert config["weighting_scheme"] == "rerank_fast.losses.weighting_schemes.NDCGLoss2PPScheme"
     assert "wang2018lambdaloss" in ours.citation
 
 
@@ -299,7 +268,7 @@ from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from rerank_fast.losses import LambdaLoss
 from rerank_fast.model.encoder import PackedStep
-from tests.test_losses import DOCUMENTS, LABELS, QUERIES
+from tests.losses.test_lambda_loss import DOCUMENTS, LABELS, QUERIES
 
 calls, call = [], PackedStep.__call__
 PackedStep.__call__ = lambda step, indices: (calls.append(1), call(step, indices))[1]
