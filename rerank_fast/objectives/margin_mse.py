@@ -24,10 +24,10 @@ PairReduction = Literal["pairs", "list_means"]
 class MarginMSE(Objective):
     """Squared error of margins between scores s and labels t, which are a teacher's scores.
 
-    The sum of ((s_i - s_j) - (t_i - t_j))^2 over pairs of documents of one list; Hofstätter et al.,
-    "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation", 2020
-    (arXiv:2010.02666). Units are pairs, and a list of fewer than two documents has none. A constant
-    between a list's scores and its labels costs nothing. Ties mean nothing here.
+    The sum of ((s_i - s_j) - (t_i - t_j))^2 over pairs of documents of one list; Hofstätter et
+    al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation",
+    2020 (arXiv:2010.02666). Units are pairs; a list of fewer than two documents has none. A
+    constant between a list's scores and its labels costs nothing. Ties mean nothing here.
 
     Args:
         pairs: "positive" takes the list's first document against each of the others: the columns

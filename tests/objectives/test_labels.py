@@ -7,12 +7,15 @@ import math
 import numpy as np
 import pytest
 
+from rerank_fast.objectives.adr_mse import ADRMSE
+from rerank_fast.objectives.approx_ndcg import ApproxNDCG
 from rerank_fast.objectives.binary_cross_entropy import BinaryCrossEntropy
 from rerank_fast.objectives.infonce import InfoNCE
 from rerank_fast.objectives.listmle import ListMLE
 from rerank_fast.objectives.listnet import ListNet
 from rerank_fast.objectives.margin_mse import MarginMSE
 from rerank_fast.objectives.mse import MSE
+from rerank_fast.objectives.ranknet import RankNet
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,12 @@ from rerank_fast.objectives.mse import MSE
         (ListNet, {"kl": 1}, "kl must be True or False, got 1"),
         (ListMLE, {"respect_input_order": "no"}, "respect_input_order must be True or False"),
         (InfoNCE, {"temperature": -1}, "temperature must be"),
+        (RankNet, {"k": -1}, "k must be None or a whole number"),
+        (RankNet, {"reduction": "sum"}, "reduction must be one of .'pairs', 'lists'"),
+        (RankNet, {"reduction_log": "e"}, "reduction_log must be one of"),
+        (ADRMSE, {"alpha": 0}, "alpha must be .* above 0, got 0"),
+        (ADRMSE, {"reduction": "sum"}, "reduction must be one of"),
+        (ApproxNDCG, {"alpha": True}, "alpha must be .* above 0, got True"),
         (InfoNCE, {"positives": "all"}, "positives must be one of .'each', 'any'"),
     ],
 )
@@ -79,7 +88,8 @@ def test_a_loss_that_distils_has_a_word_on_binary_labels(objective):
 
 def test_a_loss_of_relevance_has_a_word_on_raw_scores():
     labels = np.array([-11.25, 3.5, -2, 10], dtype=np.float32)
-    assert "2 of 4 labels are below 0 (from -11.2 to 10)" in InfoNCE().advice(labels)
+    for objective in (InfoNCE(), ApproxNDCG()):
+        assert "2 of 4 labels are below 0 (from -11.2 to 10)" in objective.advice(labels)
     assert InfoNCE().advice(np.array([0, 1, 4])) is None
     assert BinaryCrossEntropy().advice(labels) is None  # which refuses them
 
@@ -92,6 +102,9 @@ def test_a_loss_of_relevance_has_a_word_on_raw_scores():
         (MarginMSE(), [[1, 1]], [[], [1]]),
         (ListNet(), [[1, 1]], [[], [1]]),
         (ListMLE(), [[1, 0]], [[], [1]]),
+        (RankNet(), [[1, 0]], [[], [1], [2, 2]]),
+        (ADRMSE(), [[1, 1]], [[], [1]]),
+        (ApproxNDCG(), [[1, 1], [0, 2]], [[], [1], [0, -1]]),
         (InfoNCE(), [[1, 0], [2, 1, -1]], [[], [1], [1, 2], [0, -1]]),
     ],
 )

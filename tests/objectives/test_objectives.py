@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from rerank_fast.objectives.adr_mse import ADRMSE
+from rerank_fast.objectives.approx_ndcg import ApproxNDCG
 from rerank_fast.objectives.binary_cross_entropy import BinaryCrossEntropy
 from rerank_fast.objectives.infonce import InfoNCE
 from rerank_fast.objectives.listmle import ListMLE
@@ -17,6 +19,7 @@ from rerank_fast.objectives.listnet import ListNet
 from rerank_fast.objectives.margin_mse import MarginMSE
 from rerank_fast.objectives.mse import MSE
 from rerank_fast.objectives.plistmle import PListMLE
+from rerank_fast.objectives.ranknet import RankNet
 from tests.objectives import by_hand
 
 OBJECTIVES = [
@@ -38,6 +41,13 @@ OBJECTIVES = [
     InfoNCE(),
     InfoNCE(temperature=0.3, positives="any"),
     InfoNCE(temperature=2.0),
+    RankNet(),
+    RankNet(sigma=0.5, reduction_log="natural", reduction="lists"),
+    RankNet(k=3),
+    ADRMSE(),
+    ADRMSE(alpha=3.0, reduction="list_means"),
+    ApproxNDCG(),
+    ApproxNDCG(alpha=1.0),
 ]
 SIZES = [3, 0, 7, 1, 10, 2, 0]
 
@@ -88,9 +98,14 @@ def gradient(objective, scores, labels, offsets):
 def test_equals_the_sum_written_out(objective, seed):
     scores, labels, offsets = lists(objective, seed=seed)
     total, units = summed_by_hand(objective, scores, labels, offsets)
-    found = objective(scores, labels, offsets).total.item()
-    assert found == pytest.approx(total, rel=1e-9, abs=1e-12)
-    assert objective.num_units(labels.numpy(), offsets.numpy()) == units
+    found, counted = objective(scores, labels, offsets)
+    assert found.item() == pytest.approx(total, rel=1e-9, abs=1e-12)
+    if objective.cut_by_rank:
+        assert counted.dtype == torch.int64
+        assert counted.item() == units
+    else:
+        assert counted is None
+        assert objective.num_units(labels.numpy(), offsets.numpy()) == units
 
 
 @every

@@ -9,6 +9,7 @@ import torch
 from sentence_transformers.cross_encoder import CrossEncoder, losses
 from torch import nn
 
+from rerank_fast.objectives.adr_mse import ADRMSE
 from rerank_fast.objectives.binary_cross_entropy import BinaryCrossEntropy
 from rerank_fast.objectives.infonce import InfoNCE
 from rerank_fast.objectives.listmle import ListMLE
@@ -16,6 +17,7 @@ from rerank_fast.objectives.listnet import ListNet
 from rerank_fast.objectives.margin_mse import MarginMSE
 from rerank_fast.objectives.mse import MSE
 from rerank_fast.objectives.plistmle import PListMLE
+from rerank_fast.objectives.ranknet import RankNet
 
 SIZES = [3, 7, 1, 10, 32, 2]
 
@@ -92,6 +94,12 @@ def cases():
     everything = {"mini_batch_size": -1}
     yield "listnet", ListNet(), losses.ListNetLoss, everything, listwise, grades
     yield "listnet-teacher", ListNet(), losses.ListNetLoss, everything, listwise, teacher
+    yield "ranknet", RankNet(), losses.RankNetLoss, everything, listwise, grades
+    cut = {"k": 3, "sigma": 2.0, "reduction_log": "natural"}
+    yield "ranknet-cut", RankNet(**cut), losses.RankNetLoss, everything | cut, listwise, teacher
+    yield "adr_mse", ADRMSE(), losses.ADRMSELoss, everything, listwise, grades
+    sharp = everything | {"alpha": 4.0}
+    yield "adr_mse-sharp", ADRMSE(alpha=4.0), losses.ADRMSELoss, sharp, listwise, teacher
     kept, sorted_by_label = {"respect_input_order": True}, {"respect_input_order": False}
     for name, ours, theirs in (
         ("listmle", ListMLE, losses.ListMLELoss),
@@ -122,8 +130,8 @@ def test_agrees_with_sentence_transformers(ours, theirs, options, run, draw, see
     peer_logits, own_logits = (logits.clone().requires_grad_() for _ in range(2))
     expected = run(theirs(Logits(peer_logits), **options), labels, offsets)
     expected.backward()
-    units = ours.num_units(labels.numpy(), offsets.numpy())
-    loss = ours(own_logits, labels, offsets).total / units
+    total, units = ours(own_logits, labels, offsets)
+    loss = total / (ours.num_units(labels.numpy(), offsets.numpy()) if units is None else units)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
     scale = peer_logits.grad.abs().max()
