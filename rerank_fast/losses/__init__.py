@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from rerank_fast.losses.lambda_loss import LambdaLoss, RankNetLoss
+from rerank_fast.losses.list_mle import ListMLELoss, PListMLELambdaWeight, PListMLELoss
+from rerank_fast.losses.list_net import ListNetLoss
 from rerank_fast.losses.margin_mse import MarginMSELoss
 from rerank_fast.losses.multiple_negatives_ranking import (
     CachedMultipleNegativesRankingLoss,
@@ -29,6 +31,8 @@ __all__ = [
     "CachedMultipleNegativesRankingLoss",
     "LambdaLoss",
     "LambdaRankScheme",
+    "ListMLELoss",
+    "ListNetLoss",
     "MSELoss",
     "MarginMSELoss",
     "MultipleNegativesRankingLoss",
@@ -36,6 +40,8 @@ __all__ = [
     "NDCGLoss2PPScheme",
     "NDCGLoss2Scheme",
     "NoWeightingScheme",
+    "PListMLELambdaWeight",
+    "PListMLELoss",
     "RankNetLoss",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rerank_fast.losses.columns import ColumnsLoss, check_columns
 from rerank_fast.losses.scoring import fullname
 from rerank_fast.model.packing import upload
+from rerank_fast.objectives.margin_mse import MarginMSE
 
 
 class MarginMSELoss(ColumnsLoss):
@@ -89,16 +90,7 @@ class MarginMSELoss(ColumnsLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the paper."""
-        return """
-@misc{hofstätter2021improving,
-    title={Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation},
-    author={Sebastian Hofstätter and Sophia Althammer and Michael Schröder and Mete Sertkan and Allan Hanbury},
-    year={2021},
-    eprint={2010.02666},
-    archivePrefix={arXiv},
-    primaryClass={cs.IR}
-}
-"""
+        return MarginMSE.citation
 
 
 def _margins(labels: Tensor, batch_size: int, num_negatives: int) -> Tensor:

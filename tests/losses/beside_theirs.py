@@ -76,6 +76,9 @@ CASES = [
         ({}, {"num_negatives": 1, "scale": 3}, {"num_negatives": None, "activation_fn": None, "scale": 0}),
     ),
     Case("CachedMultipleNegativesRankingLoss", "tuples", ({}, {"num_negatives": 2, "mini_batch_size": 4})),
+    Case("ListNetLoss", "lists", ({}, {"mini_batch_size": 4, **SIGMOID})),
+    Case("ListMLELoss", "lists", ({}, {"respect_input_order": False})),
+    Case("PListMLELoss", "lists", ({}, {"lambda_weight": None}, {"respect_input_order": False, **SIGMOID})),
     Case("LambdaLoss", "lists", ({}, {"k": 2, "sigma": 2.0, **SIGMOID})),
     Case("RankNetLoss", "lists", ({}, {"k": 1, "reduction_log": "natural", "mini_batch_size": 4})),
 ]
@@ -100,13 +103,11 @@ def loss_and_gradients(loss: nn.Module, inputs: list[Any], labels: Any) -> Resul
     return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(
-    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], limit: float = 1e-5
-):
-    """Values and gradients agree, each gradient to `limit` of the largest."""
-    torch.testing.assert_close(ours[0], theirs[0], rtol=limit, atol=limit / 100)
+def assert_same(ours: Result, theirs: Result, *, value: float = 1e-5, gradients: float = 1e-5) -> None:
+    """The values agree, relatively, and the gradients to that share of the largest of them."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=value, atol=value / 100)
     assert ours[1].keys() == theirs[1].keys()
     scale = max(grad.abs().max() for grad in theirs[1].values())
     assert scale > 0
     for name, grad in theirs[1].items():
-        assert (ours[1][name] - grad).abs().max() <= limit * scale, name
+        assert (ours[1][name] - grad).abs().max() <= gradients * scale, name

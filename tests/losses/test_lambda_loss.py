@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
-from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder import losses as peer_losses
-from transformers import TrainerCallback
 
 from rerank_fast import losses
 from rerank_fast.model.encoder import PackedStep
@@ -196,120 +189,3 @@ def test_our_cross_encoder_can_stand_in(directory, model):
     batch = [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS]
     ours = losses.LambdaLoss(mine)(*batch)
     torch.testing.assert_close(ours, peer_losses.LambdaLoss(model.eval())(*batch), rtol=1e-5, atol=1e-6)
-
-
-class _Curve(TrainerCallback):
-    def __init__(self):
-        self.losses = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
-
-
-def _train(directory, output, loss_class, scheme, **settings):
-    torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
-    repeated = 14
-    dataset = Dataset.from_dict(
-        {"query": QUERIES * repeated, "docs": DOCUMENTS * repeated, "labels": LABELS * repeated}
-    )
-    curve = _Curve()
-    CrossEncoderTrainer(
-        model=model,
-        args=CrossEncoderTrainingArguments(
-            output_dir=str(output),
-            max_steps=10,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            warmup_steps=1,
-            seed=12,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=dataset,
-        loss=loss_class(model, weighting_scheme=scheme, mini_batch_size=8),
-        callbacks=[curve],
-    ).train()
-    return curve.losses
-
-
-def test_changing_the_import_in_their_trainer_keeps_the_loss_curve(directory, tmp_path):
-    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme())
-    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme())
-    assert len(ours) == 10
-    assert len(set(peer)) == 10  # it moves
-    assert ours == pytest.approx(peer, rel=1e-5, abs=1e-5)
-
-
-def test_in_bf16_their_trainer_runs_it_packed(directory, tmp_path, monkeypatch):
-    """Accelerate puts an autocast on the model's forward, which packed execution does without."""
-    dtypes = []
-    call = PackedStep.__call__
-    monkeypatch.setattr(
-        PackedStep, "__call__", lambda step, indices: (dtypes.append(step.dtype), call(step, indices))[1]
-    )
-    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme(), bf16=True)
-    assert not dtypes
-    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme(), bf16=True)
-    assert set(dtypes) == {torch.bfloat16}
-    assert ours == pytest.approx(peer, rel=0.02)
-
-
-_IN_TWO_PROCESSES = """
-import sys
-import torch
-from datasets import Dataset
-from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
-from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.encoder import PackedStep
-from tests.losses.test_lambda_loss import DOCUMENTS, LABELS, QUERIES
-
-calls, call = [], PackedStep.__call__
-PackedStep.__call__ = lambda step, indices: (calls.append(1), call(step, indices))[1]
-weights = []
-for packed in (False, True):
-    torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = CrossEncoder(sys.argv[1], num_labels=1, device="cpu", config_kwargs=dropout)
-    dataset = Dataset.from_dict({"query": QUERIES * 4, "docs": DOCUMENTS * 4, "labels": LABELS * 4})
-    arguments = CrossEncoderTrainingArguments(
-        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
-        optim="sgd", ddp_backend="gloo", save_strategy="no", report_to=[], disable_tqdm=True,
-        gradient_accumulation_steps=2,
-    )
-    loss = LambdaLoss(model, mini_batch_size=2, packed=packed)
-    CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
-    assert type(loss.model).__name__ == "DistributedDataParallel"
-    assert "forward" not in vars(model)
-    assert bool(calls) == packed
-    weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
-start = torch.cat([w.detach().flatten() for w in CrossEncoder(sys.argv[1], device="cpu").parameters()])
-torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-assert (weights[1] - start).abs().max() > 1e-3
-others = [torch.empty_like(weights[1]) for _ in range(2)]
-torch.distributed.all_gather(others, weights[1])
-assert torch.equal(*others)
-torch.distributed.destroy_process_group()  # its threads would abort a process that exits before they are done
-"""
-
-
-def test_their_trainer_in_two_processes_runs_it_packed(directory, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(_IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*command, str(script), directory, str(tmp_path / "output")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
