@@ -105,15 +105,21 @@ def check_inputs(queries: Iterable[Any], documents: Iterable[Any]) -> tuple[list
     """
     lists = [check_documents_of(docs, f"query {q}") for q, docs in enumerate(documents)]
     return (
-        [_check_input(query, f"query {q}") for q, query in enumerate(queries)],
+        [check_input(query, f"query {q}") for q, query in enumerate(queries)],
         [
-            [_check_input(document, f"query {q}, document {d}") for d, document in enumerate(docs)]
+            [check_input(document, f"query {q}, document {d}") for d, document in enumerate(docs)]
             for q, docs in enumerate(lists)
         ],
     )
 
 
-def _check_input(value: Any, place: str) -> Any:
+def check_input(value: Any, place: str) -> Any:
+    """What a model reads: a text, checked, or, as it is, an image, audio or another that it may take beside texts.
+
+    Raises:
+        ValueError: a number, bytes or None stands in place of a text, or it is not valid Unicode;
+            begins with the place.
+    """
     scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
     if scalar or value is None or isinstance(value, str | bytes | bool | int | float | complex):
         return check_text(value, place)
