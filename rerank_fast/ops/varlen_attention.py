@@ -158,11 +158,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _unserved(
     backend: str,
     q: Tensor,
-    k: Tensor,
-    scale: float,
-    window: tuple[int, int],
     dropout_p: float,
     max_seqlens: tuple[int, int] | None,
+    library_call: tuple[Tensor, float, tuple[int, int]] | None = None,  # k, scale, window
 ) -> str:
     """Why a backend doesn't take this; empty where it does."""
     if backend == "cpu":
@@ -174,7 +172,7 @@ def _unserved(
     if backend == "flash":
         if not q.is_cuda or torch.version.hip is not None:
             return f"takes tensors on an NVIDIA GPU, got {_what(q)}"
-        if dropout_p > 0 or max_seqlens is None:
+        if dropout_p > 0 or max_seqlens is None or library_call is None:
             return "has no dropout and needs max_seqlens"
         if q.shape[0] == 0:
             return "takes one query at least, got none"
@@ -182,7 +180,7 @@ def _unserved(
             return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
         if _capability(q.device) < (8, 0):
             return "needs a GPU of compute capability 8.0 or above"
-        return flash.refusal(q, k, scale, window)
+        return flash.refusal(q, *library_call)
     return ""
 
 
@@ -200,7 +198,7 @@ def _resolve_backend(
     max_seqlens: tuple[int, int] | None,
 ) -> str:
     unserved = partial(
-        _unserved, q=q, k=k, scale=scale, window=window, dropout_p=dropout_p, max_seqlens=max_seqlens
+        _unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens, library_call=(k, scale, window)
     )
     return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
 

@@ -111,7 +111,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def unserved(backend: str, **call: Any) -> str:
         if backend != "flash":
             return "no"
-        return flash.refusal(call["q"], call["k"], call["scale"], call["window"])
+        return flash.refusal(call["q"], *call["library_call"])
 
     monkeypatch.setattr(op, "_unserved", unserved)
     monkeypatch.setattr(op.backends, "_refusal", lambda backend, device: "")

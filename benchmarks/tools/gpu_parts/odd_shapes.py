@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ def losses(device: str, sizes: Sequence[int]) -> None:
     ndcg(torch.randn(total, device=device), labels, offsets, 10, backend="triton")
 
 
+# Arguments of the functions above for the interpreter, which takes its time and has no bf16.
+INTERPRETED: dict[str, tuple[Any, ...]] = {
+    "attention": ("cpu", torch.float32, (3, 0, 17), (12,)),
+    "norms_and_heads": ("cpu", torch.float32, 5, (9,)),
+    "losses": ("cpu", (5, 0, 7, 1)),
+}
+
+
 def main() -> None:
     torch.manual_seed(0)
     if torch.cuda.is_available():
@@ -66,10 +75,10 @@ def main() -> None:
             norms_and_heads("cuda", dtype, 37, (97, 384))
         losses("cuda", (5, 0, 37, 1, 700))
         torch.cuda.synchronize()
-    else:  # the interpreter, which has no bf16
-        attention("cpu", torch.float32, (3, 0, 17), (12,))
-        norms_and_heads("cpu", torch.float32, 5, (9,))
-        losses("cpu", (5, 0, 7, 1))
+    else:
+        attention(*INTERPRETED["attention"])
+        norms_and_heads(*INTERPRETED["norms_and_heads"])
+        losses(*INTERPRETED["losses"])
 
 
 if __name__ == "__main__":
