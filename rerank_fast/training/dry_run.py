@@ -63,13 +63,15 @@ def describe(trainer: Trainer) -> list[str]:
     """Lines that say what there is to train and to evaluate on, how, and what would be written."""
     counted, config, model = count(trainer), trainer.config, trainer.model
     sampled = config.max_docs_per_list is not None
+    truncated = f"{counted.truncated:,} of them longer than {model.max_length} tokens and truncated"
+    if model.max_length is None:
+        truncated = "none of them truncated"
     return [
         f"Training lists: {counted.lists:,} with {counted.documents:,} documents; "
         f"{counted.lists_without_pairs:,} lists have no preference pair (all labels equal) and "
         "train nothing",
         f"{'First epoch' if sampled else 'Epoch'}: {counted.preference_pairs:,} preference pairs, "
-        f"{counted.pairs:,} pairs to score, {counted.truncated:,} of them longer than "
-        f"{model.max_length} tokens and truncated",
+        f"{counted.pairs:,} pairs to score, {truncated}",
         *_evaluations(trainer, counted.queries),
         f"Steps: {trainer.num_steps:,} of {config.batch_size} lists, {_epochs(trainer)}",
         f"Precision: {config.precision} on {model.device}",
