@@ -42,8 +42,8 @@ class Batch:
 class BatchMaker:
     """Makes the batches of a run, from any position.
 
-    A list that can't give a gradient is counted, but neither tokenised nor scored unless it adds to the loss's value.
-    Every process reads all lists and tokenises its own.
+    A list that can't give a gradient is counted, but neither tokenised nor scored unless it adds to
+    the value of the loss. Every process reads all lists and tokenises its own.
 
     Args:
         lists: all lists in memory (or mapped), or a stream of them.

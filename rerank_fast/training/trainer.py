@@ -317,7 +317,7 @@ class Trainer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings of the run as plain values, with the objective that was given in place of those it replaces."""
+        """All settings as plain values; an objective that was given stands in for those it replaces."""
         return described_settings(self.config, self._own_objective)
 
     def stop(self) -> None:
