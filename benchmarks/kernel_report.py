@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    approx_ranks,
     guard,
     lambda_loss,
     ndcg,
@@ -45,6 +46,7 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
+    approx_ranks,
     lambda_loss,
     ndcg,
     residual_norm,

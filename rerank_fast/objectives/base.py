@@ -99,6 +99,13 @@ class Objective:
     def check(self, labels: np.ndarray) -> None:
         """Raises ValueError, with what was expected and what came, where a list's (D,) labels do not fit."""
 
+    def advice(self, labels: np.ndarray) -> str | None:
+        """One sentence for the log where these (N,) labels can be trained on, but hardly should; else None.
+
+        Asked once before training, of all labels that are known by then.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """The options by name as plain values, for the model's card and the run's state."""
         return asdict(self)

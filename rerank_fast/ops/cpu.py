@@ -355,6 +355,34 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     return result
 
 
+def approx_ranks_forward(scores: Tensor, offsets: Tensor, alpha: float) -> Tensor:
+    """The backend contract: ranks (N,) in the dtype of scores, fp32 or fp64."""
+    ranks = torch.empty_like(scores)
+    kernel = _C.approx_ranks_double if scores.dtype == torch.float64 else _C.approx_ranks_float
+    addresses = (scores.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), ranks.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return ranks
+
+
+def approx_ranks_backward(
+    scores: Tensor,
+    grad_ranks: Tensor,
+    offsets: Tensor,
+    alpha: float,
+) -> Tensor:
+    """The backend contract: the gradient of (N,) scores by that of (N,) ranks, fp32 or fp64."""
+    grad = torch.empty_like(scores)
+    wide = scores.dtype == torch.float64
+    kernel = _C.approx_ranks_backward_double if wide else _C.approx_ranks_backward_float
+    addresses = (scores.data_ptr(), grad_ranks.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), grad.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return grad
+
+
 def _int8_shape(x: Tensor) -> Any:
     threads = torch.get_num_threads()
     return _C.Int8RowsShape(rows=x.shape[0], width=x.shape[1], bf16=x.dtype == torch.bfloat16, num_threads=threads)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rerank_fast.ops import backends, cpu, reference
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.residual_norm import residual_norm
@@ -276,10 +277,12 @@ def call(op, device, backend=None):
         dense, out = torch.zeros(8, 8, device=device), torch.zeros(1, 8, device=device)
         return score_head(rows, None, dense, None, out, None, backend=backend)
     offsets = torch.tensor([0, 8], device=device)
+    if op == "approx_ranks":
+        return approx_ranks(vector, offsets, backend=backend)
     return {"lambda_loss": lambda_loss, "ndcg": ndcg}[op](vector, vector, offsets, backend=backend)
 
 
-OPS = ["lambda_loss", "ndcg", "residual_norm", "score_head", "varlen_attention"]
+OPS = ["approx_ranks", "lambda_loss", "ndcg", "residual_norm", "score_head", "varlen_attention"]
 
 
 @pytest.fixture
