@@ -50,6 +50,7 @@ class LambdaLoss(Objective):
     reduction: BatchReduction = "pairs"
 
     name: ClassVar[str] = "lambda_loss"
+    idle: ClassVar[str] = "without a preference pair (all labels equal)"
     citation: ClassVar[str] = """@inproceedings{wang2018lambdaloss,
     title = {The LambdaLoss Framework for Ranking Metric Optimization},
     author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
@@ -109,10 +110,6 @@ class LambdaLoss(Objective):
     @property
     def unit(self) -> str:
         return {"pairs": "preference pairs", "lists": "lists", "sum": ""}[self.reduction]
-
-    @property
-    def idle(self) -> str:
-        return "without a preference pair (all labels equal)"
 
     @property
     def scores_idle(self) -> bool:

@@ -128,7 +128,9 @@ class Trainer:
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         if not isinstance(self.lists, ListStream):  # a stream's are checked as they are read
-            check_all_labels(self.objective, self.lists)
+            advice = check_all_labels(self.objective, self.lists)
+            if advice and self.processes.is_main_process:
+                logger.warning("%s", advice)
         self.validation = Validation(eval, evaluator, config, self.objective)
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)

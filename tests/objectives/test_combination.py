@@ -25,7 +25,7 @@ def test_every_name_is_that_of_its_class(name):
     assert kind.name == name
     assert make_objective(name, {}) == kind()
     assert kind().describe().keys() == kind.__dataclass_fields__.keys()
-    assert kind().citation.startswith("@")
+    assert kind().citation.strip().startswith("@")
 
 
 def test_unknown_names_and_options_list_what_there_is():
@@ -79,4 +79,3 @@ def test_a_list_contributes_where_one_part_says_so():
     tied = np.ones(3, dtype=np.float32)
     assert [one.contributes(tied) for one in (*several.parts, several)] == [False, True, True]
     assert several.scores_idle
-    assert several.idle == "without a preference pair (all labels equal)"
