@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -122,6 +122,6 @@ class LambdaLoss(Objective):
 
     def describe(self) -> dict[str, Any]:
         if callable(self.scheme):
-            own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+            own = {field.name: getattr(self, field.name) for field in fields(self)}
             return {**own, "scheme": describe_weighting(self.scheme)}
         return asdict(self)

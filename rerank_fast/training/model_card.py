@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from rerank_fast import __version__
 from rerank_fast.data.lists import ListStream
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.model.card import (
     PLOT_FILE,
     base_model_link,
@@ -38,7 +39,6 @@ from rerank_fast.training.card_results import (
     eval_results,
     evaluation_sections,
     log_table,
-    measured_sets,
     metric_kinds,
     read_log,
 )

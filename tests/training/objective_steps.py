@@ -74,7 +74,7 @@ def trained(model: Path, directory: Path, objective: Objective, **settings: obje
     config = config_for(
         directory,
         **{"batch_size": 32, "max_steps": 2, "optimizer": "sgd", "warmup_ratio": 0.0, "max_grad_norm": 0.0},
-        **{"learning_rate": 0.02, "max_tokens_per_microbatch": 256, "trackers": [], **settings},
+        **{"learning_rate": 0.1, "max_tokens_per_microbatch": 256, "trackers": [], **settings},
     )
     trainer = Trainer(model, fitting_lists(), objective=objective, config=config)
     trainer.model.train()
