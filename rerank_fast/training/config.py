@@ -111,8 +111,9 @@ class TrainingConfig:
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
-        metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
-            evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
+        metric_for_best: the evaluation metric that chooses the saved model: any that an evaluator gives, after its
+            name where it has one, as in NanoBEIR_R100_mean_ndcg@10; of evaluation lists map, mrr@K, ndcg@K or
+            another measure of ir-measures, as R@100.
         load_best: after train() the model in memory is the one that was saved; False leaves the last one.
         early_stopping_patience: end after this many evaluations without a better one; None never does.
         logging_steps: steps between log lines.
@@ -274,8 +275,9 @@ class TrainingConfig:
             )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
-        if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):
-            raise ValueError(f"metric_for_best must be map, mrr@K or ndcg@K, got {self.metric_for_best!r}")
+        metric = self.metric_for_best
+        if not isinstance(metric, str) or not metric or re.search(r"@0+$", metric):
+            raise ValueError(f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}")
         if not self.output:
             raise ValueError("output must name a directory")
         self._check_objective()
@@ -295,7 +297,8 @@ class TrainingConfig:
     @property
     def at_k(self) -> int:
         """Cut of the evaluation's MRR and NDCG: metric_for_best's, else 10."""
-        return int(self.metric_for_best.partition("@")[2] or 10)
+        found = re.search(r"(?:^|_)(?:mrr|ndcg)@([1-9]\d*)$", self.metric_for_best)
+        return int(found[1]) if found else 10
 
 
 def _is_integer(value: object) -> bool:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from rerank_fast.data.batches import Batch, BatchMaker, check_all_labels
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
+from rerank_fast.evaluation.evaluator import Evaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
@@ -77,8 +78,8 @@ class Trainer:
         eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
             instead of the best. Scores are computed in the dtype that the run multiplies in (fp32 where a CPU
             only emulates that), so that metrics may differ from the saved model's in fp32 by its rounding.
-        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
-            its metrics' names. The lists of eval beside it are measured too, their metrics named eval_.
+        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model, of which any may be
+            metric_for_best. The lists of eval beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
         objective: a loss of your own, or one that is made already, in place of the one that the settings name.
         callbacks: functions that are told of events; see Event.
@@ -95,7 +96,7 @@ class Trainer:
         train_lists: Source | ListStream,
         *,
         eval: Source | None = None,
-        evaluator: Callable[[CrossEncoder], dict[str, float]] | None = None,
+        evaluator: Evaluator | None = None,
         config: TrainingConfig | None = None,
         objective: Objective | None = None,
         callbacks: Sequence[Callback] = (),
@@ -128,7 +129,9 @@ class Trainer:
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         if not isinstance(self.lists, ListStream):  # a stream's are checked as they are read
-            check_all_labels(self.objective, self.lists)
+            advice = check_all_labels(self.objective, self.lists)
+            if advice and self.processes.is_main_process:
+                logger.warning("%s", advice)
         self.validation = Validation(eval, evaluator, config, self.objective)
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
@@ -317,7 +320,7 @@ class Trainer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings as plain values, with the objective that was given in place of those it replaces."""
+        """All settings as plain values; an objective that was given stands in for those it replaces."""
         return described_settings(self.config, self._own_objective)
 
     def stop(self) -> None:
@@ -429,10 +432,9 @@ class Trainer:
         self._write("evaluate", progress, metrics)
         if not progress.step:
             return
-        name = self.config.metric_for_best
         progress.evaluations_since_best += 1
         progress.evaluated, progress.evaluation_due = progress.step, False
-        if not progress.best or metrics[name] > progress.best[name]:
+        if self.validation.is_better(metrics, progress.best):
             progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
             self._save_best(progress.step)
         patience = self.config.early_stopping_patience
