@@ -13,7 +13,7 @@ namespace rerank_fast {
 namespace {
 
 constexpr std::int64_t kRowsPerTask = 128, kPairsForThreads = 1 << 14;
-constexpr double kLargestExponent = 60;  // e^60 added up or squared beside its reciprocal stays within fp32
+constexpr double kLargestExponent = 80;  // twice e^80, and one by it, stay within fp32
 
 struct Task {
   std::int64_t list, begin, end;  // rows of the list
