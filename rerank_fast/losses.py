@@ -5,7 +5,6 @@ from rerank_fast.losses import LambdaLoss
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, get_args
@@ -17,100 +16,16 @@ from rerank_fast.model.packing import TokenizedPairs, upload
 from rerank_fast.model.scoring import make_packed_step, run, say_once
 from rerank_fast.model.texts import check_inputs, check_labels
 from rerank_fast.model.wrappers import find_cross_encoder
-from rerank_fast.ops.lambda_loss import ReductionLog, Scheme, lambda_loss
-from rerank_fast.ops.options import check_choice, check_cut, check_flag, check_number, check_positive
-from rerank_fast.ops.reference import discounts, diverged, normalized_gains, pair_mask, pair_weights, ranks
-
-
-class BaseWeightingScheme(nn.Module):
-    """Weights of the pairs of a batch. Subclass it for a weighting of your own.
-
-    A subclass that sets `scheme` to one of the names of `rerank_fast.lambda_loss` runs fused; any other
-    runs through its `forward` in eager PyTorch.
-    """
-
-    scheme: Scheme | None = None
-
-    def forward(self, gain: Tensor, discount: Tensor, true_sorted: Tensor) -> Tensor:
-        """Weights of all ordered pairs, broadcastable to (Q, D, D), documents in the order of their scores.
-
-        Args:
-            gain: (Q, D) normalised gains.
-            discount: (1, D) discounts log2(1 + rank).
-            true_sorted: (Q, D) labels, at least 0; 0 in padding.
-        """
-        if self.scheme is None:
-            raise NotImplementedError(f"{type(self).__name__} must implement forward(gain, discount, true_sorted)")
-        rank = torch.arange(1, gain.shape[1] + 1, device=gain.device)
-        mu = float(getattr(self, "mu", 0.0))
-        return torch.stack([pair_weights(g, rank, scheme=self.scheme, mu=mu) for g in gain])
-
-
-class NoWeightingScheme(BaseWeightingScheme):
-    """Every pair weighs 1 (RankNet on preference pairs)."""
-
-    scheme = "none"
-
-
-class NDCGLoss1Scheme(BaseWeightingScheme):
-    """NDCGLoss1: a bound looser than NDCGLoss2's, over all ordered pairs."""
-
-    scheme = "ndcg1"
-
-
-class NDCGLoss2Scheme(BaseWeightingScheme):
-    """NDCGLoss2: a tighter bound of NDCG, by the distance of two ranks."""
-
-    scheme = "ndcg2"
-
-
-class LambdaRankScheme(BaseWeightingScheme):
-    """LambdaRank: the change of NDCG when two documents swap places."""
-
-    scheme = "lambdarank"
-
-
-class NDCGLoss2PPScheme(BaseWeightingScheme):
-    """NDCGLoss2++: mu * NDCGLoss2 + LambdaRank, the strongest in the LambdaLoss paper."""
-
-    scheme = "ndcg2pp"
-
-    def __init__(self, mu: float = 10.0) -> None:
-        super().__init__()
-        self.mu = check_number("mu", mu, least=0)
-
-
-# sentence-transformers' own scheme objects are known by name, so that it need not be installed.
-_PEER_MODULE = "sentence_transformers.cross_encoder.losses.lambda_loss"
-_PEER_SCHEMES: dict[str, Scheme] = {
-    "NoWeightingScheme": "none",
-    "NDCGLoss1Scheme": "ndcg1",
-    "NDCGLoss2Scheme": "ndcg2",
-    "LambdaRankScheme": "lambdarank",
-    "NDCGLoss2PPScheme": "ndcg2pp",
-}
-
-
-def _fused_scheme(weighting_scheme: nn.Module) -> Scheme | None:
-    """The op's name of a weighting scheme; None for a custom one."""
-    kind = type(weighting_scheme)
-    if kind.__module__ == _PEER_MODULE:
-        return _PEER_SCHEMES.get(kind.__name__)
-    for base in kind.__mro__:
-        # A subclass that overrides forward asks for its own weights, whatever name it inherits.
-        if base is BaseWeightingScheme:
-            return getattr(kind, "scheme", None)
-        if "forward" in base.__dict__:
-            return None
-    return None
-
-
-def _takes_every_ordered_pair(weighting_scheme: nn.Module) -> bool:
-    """Whether a scheme is, or inherits from, NDCGLoss1 (ours or sentence-transformers')."""
-    return any(
-        base is NDCGLoss1Scheme or (base.__module__ == _PEER_MODULE and base.__name__ == "NDCGLoss1Scheme")
-        for base in type(weighting_scheme).__mro__
-    )
+from rerank_fast.objectives.weighting import BaseWeightingScheme as BaseWeightingScheme
+from rerank_fast.objectives.weighting import LambdaRankScheme as LambdaRankScheme
+from rerank_fast.objectives.weighting import NDCGLoss1Scheme as NDCGLoss1Scheme
+from rerank_fast.objectives.weighting import NDCGLoss2PPScheme as NDCGLoss2PPScheme
+from rerank_fast.objectives.weighting import NDCGLoss2Scheme as NDCGLoss2Scheme
+from rerank_fast.objectives.weighting import NoWeightingScheme as NoWeightingScheme
+from rerank_fast.objectives.weighting import fused_scheme, weighted_sum
+from rerank_fast.ops.choices import ReductionLog
+from rerank_fast.ops.lambda_loss import lambda_loss
+from rerank_fast.ops.options import check_choice, check_cut, check_flag, check_positive
 
 
 def _fullname(value: object) -> str:
@@ -227,7 +142,7 @@ class LambdaLoss(nn.Module):
         scores = self.activation_fn(logits)
         flat_labels = upload(torch.cat([values.reshape(-1) for values in labels]).float(), scores.device)
         offsets = upload(torch.tensor([0, *docs_per_query]).cumsum(0), scores.device)
-        scheme = _fused_scheme(self.weighting_scheme)
+        scheme = fused_scheme(self.weighting_scheme)
         if scheme is None:
             return self._eager(scores, flat_labels, docs_per_query)
         return lambda_loss(
@@ -295,34 +210,18 @@ class LambdaLoss(nn.Module):
         return self.model(features)["scores"].view(-1)
 
     def _eager(self, scores: Tensor, labels: Tensor, docs_per_query: list[int]) -> Tensor:
-        """The loss with a custom scheme: padded (Q, D, D) tensors, which is what its forward expects."""
-        k, every_pair = self.k or 0, _takes_every_ordered_pair(self.weighting_scheme)
-        width = max(docs_per_query)
-        gains, true_sorted, differences, masks = [], [], [], []
-        seen = scores.new_zeros(())  # or NaN, with NaN gradients for the lists that diverged
-        for s, y in zip(scores.split(docs_per_query), labels.split(docs_per_query), strict=True):
-            padding = width - s.numel()
-            if s.numel() == 0:
-                gains.append(s.new_zeros(width))
-                true_sorted.append(s.new_zeros(width))
-                differences.append(s.new_zeros(width, width))
-                masks.append(torch.zeros(width, width, dtype=torch.bool, device=s.device))
-                continue
-            seen = seen + (s * torch.where(diverged(s.detach(), y, self.sigma), torch.nan, 0.0)).sum()
-            rank = ranks(s.detach())
-            order = torch.argsort(rank)
-            mask = pair_mask(y[order], rank[order], scheme="ndcg1" if every_pair else "none", k=k)
-            gains.append(nn.functional.pad(normalized_gains(y, k, self.eps)[order], (0, padding)))
-            true_sorted.append(nn.functional.pad(y[order].clamp(min=0), (0, padding)))
-            difference = s[order][:, None] - s[order][None, :]
-            differences.append(nn.functional.pad(difference, (0, padding, 0, padding)))
-            masks.append(nn.functional.pad(mask, (0, padding, 0, padding)))
-        discount = discounts(width, dtype=scores.dtype, device=scores.device)[None, :]
-        weights = self.weighting_scheme(torch.stack(gains), discount, torch.stack(true_sorted))
-        mask = torch.stack(masks)
-        losses = (weights * nn.functional.logsigmoid(self.sigma * torch.stack(differences)))[mask]
-        scale = 1 / math.log(2) if self.reduction_log == "binary" else 1.0
-        return seen - scale * losses.sum() / max(losses.numel(), 1)
+        """The loss with a custom scheme."""
+        total, pairs = weighted_sum(
+            self.weighting_scheme,
+            scores,
+            labels,
+            docs_per_query,
+            k=self.k or 0,
+            sigma=self.sigma,
+            eps=self.eps,
+            reduction_log=self.reduction_log,
+        )
+        return total / max(pairs, 1)
 
     def get_config_dict(self) -> dict[str, float | int | str | None]:
         """The loss parameters, for a model card."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from rerank_fast.model.architectures import Architecture, find_architecture, rea
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
-from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, upload
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
 from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class PaddedStep:
         self.answers = answers
         own = next(model.parameters()).dtype
         autocasts = dtype not in (own, torch.float32)
+        # oneDNN keeps half a megabyte for every shape that a bf16 weight was ever multiplied with: see fill_up.
+        masked = "attention_mask" in inspect.signature(model.forward).parameters  # else padding is read
+        self.keeps_shapes = model.device.type == "cpu" and dtype == torch.bfloat16 and masked
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
         # Autocast only narrows. Checkpointing would compute again with the model's own weights.
@@ -62,24 +66,45 @@ class PaddedStep:
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """As PackedStep's; with keep all pairs are computed nevertheless."""
+        parts = _powers_of_two(indices) if self.keeps_shapes else [indices]
+        scores = torch.cat([self._scores(part) for part in parts])
+        return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
+
+    def _scores(self, indices: np.ndarray) -> Tensor:
+        """(B,) scores of one padded batch."""
         inputs = self.tokens.pad(
             indices,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             padding_side=self.tokenizer.padding_side,
             pad_token_type_id=self.tokenizer.pad_token_type_id,
+            width=self._width(int(self.tokens.lengths[indices].max(initial=1))),
             device=self.device,
         )
         called = inputs, self.answers, self.head
-        scores = (
-            functional_call(_Padded(self.model), self.widened, called)
-            if self.widened
-            else padded_scores(self.model, *called)
-        )
-        return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
+        if self.widened:
+            return functional_call(_Padded(self.model), self.widened, called)
+        return padded_scores(self.model, *called)
+
+    def _width(self, longest: int) -> int:
+        """Of a batch whose longest pair has this many tokens."""
+        if not self.keeps_shapes:
+            return longest
+        positions = getattr(self.model.config, "max_position_embeddings", None) or longest
+        return max(longest, min(row_count(longest), positions))
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """As PackedStep.separate."""
         return cut_head(self.head)
+
+
+def _powers_of_two(indices: np.ndarray) -> list[np.ndarray]:
+    """The (B,) indices in order, in parts whose sizes are powers of two, the largest first."""
+    parts = []
+    while len(indices):
+        size = 1 << (len(indices).bit_length() - 1)
+        parts.append(indices[:size])
+        indices = indices[size:]
+    return parts
 
 
 class _Padded(nn.Module):

@@ -97,8 +97,8 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: see reference.forward."""
     if scores.dtype == torch.float32:
         kernel = _C.lambda_loss_float
     elif scores.dtype == torch.float64:
@@ -107,7 +107,7 @@ def forward(
         scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
-    grad = torch.empty_like(scores)
+    grad, pairs = torch.empty_like(scores), offsets.new_empty(())
     threads = torch.get_num_threads()
     done = kernel(
         _lambda_loss_options(scheme, k, sigma, mu, eps, reduction_log, reduction, threads),
@@ -118,10 +118,11 @@ def forward(
         num_lists,
         loss.data_ptr(),
         grad.data_ptr(),
+        pairs.data_ptr(),
     )
     if not done:
         ragged.check_offsets(offsets, scores.shape[0])  # which says what is wrong
-    return loss, grad
+    return loss, grad, pairs
 
 
 def _address(tensor: Tensor | None) -> int:
