@@ -317,7 +317,7 @@ class Trainer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings of the run as plain values, with the objective that was given in place of those it replaces."""
+        """All settings as plain values, with the objective that was given in place of those it replaces."""
         return described_settings(self.config, self._own_objective)
 
     def stop(self) -> None:
@@ -381,7 +381,7 @@ class Trainer:
 
     def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
         """Means over the steps since the last log line; the one wait for the device."""
-        rows = torch.stack([outcome for outcome, _ in done]).double().cpu().numpy()
+        rows = torch.stack([outcome for outcome, _ in done]).cpu().double().numpy()
         losses, norms, _, overflows = rows.T
         bad = np.flatnonzero(~np.isfinite(losses) | ~(np.isfinite(norms) | (overflows > 0)))
         if len(bad):
