@@ -20,11 +20,11 @@ NAMES = {
     "listmle": "listmle.ListMLE",
     "plistmle": "plistmle.PListMLE",
     "infonce": "infonce.InfoNCE",
-    "approx_ndcg": "approx_ndcg.ApproxNDCG",
-    "adr_mse": "adr_mse.ADRMSE",
+    "binary_cross_entropy": "binary_cross_entropy.BinaryCrossEntropy",
     "mse": "mse.MSE",
     "margin_mse": "margin_mse.MarginMSE",
-    "binary_cross_entropy": "binary_cross_entropy.BinaryCrossEntropy",
+    "adr_mse": "adr_mse.ADRMSE",
+    "approx_ndcg": "approx_ndcg.ApproxNDCG",
 }
 
 __all__ = ["NAMES", "Objective", "ObjectiveSum"]

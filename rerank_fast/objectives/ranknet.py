@@ -46,6 +46,8 @@ class RankNet(Objective):
 }
 """
 
+    idle: ClassVar[str] = "without a preference pair (all labels equal)"
+
     def __post_init__(self) -> None:
         _ = self._pairs  # which checks the options
 
@@ -66,10 +68,6 @@ class RankNet(Objective):
     @property
     def unit(self) -> str:
         return self._pairs.unit
-
-    @property
-    def idle(self) -> str:
-        return self._pairs.idle
 
     def contributes(self, labels: np.ndarray) -> bool:
         return self._pairs.contributes(labels)
