@@ -16,6 +16,7 @@ from rerank_fast.losses.weighting_schemes import (
     fused_scheme,
     takes_every_ordered_pair,
 )
+from rerank_fast.objectives.ranknet import RankNet
 from rerank_fast.ops.lambda_loss import ReductionLog, lambda_loss
 from rerank_fast.ops.options import check_choice, check_cut, check_positive
 from rerank_fast.ops.reference import discounts, diverged, normalized_gains, pair_mask, ranks
@@ -213,13 +214,4 @@ class RankNetLoss(LambdaLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the paper."""
-        return """
-@inproceedings{burges2005learning,
-  title={Learning to Rank using Gradient Descent},
-  author={Burges, Chris and Shaked, Tal and Renshaw, Erin and Lazier, Ari and Deeds, Matt and Hamilton, Nicole
-    and Hullender, Greg},
-  booktitle={Proceedings of the 22nd international conference on Machine learning},
-  pages={89--96},
-  year={2005}
-}
-"""
+        return RankNet.citation
