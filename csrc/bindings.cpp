@@ -49,10 +49,11 @@ Enum named(const Names& names, const std::string& name) {
 // False, and nothing done, where the offsets do not rise from 0 to num_documents.
 template <typename T>
 bool run_lambda_loss(const LambdaLossOptions& options, Address scores, Address labels, Address offsets,
-                     std::int64_t num_documents, std::int64_t num_lists, Address loss, Address grad) {
+                     std::int64_t num_documents, std::int64_t num_lists, Address loss, Address grad, Address num_pairs) {
   if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
   py::gil_scoped_release release;
-  lambda_loss<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, options, at<T>(loss), at<T>(grad));
+  lambda_loss<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, options, at<T>(loss), at<T>(grad),
+                 at<std::int64_t>(num_pairs));
   return true;
 }
 

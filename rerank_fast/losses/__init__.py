@@ -17,7 +17,7 @@ from rerank_fast.losses.multiple_negatives_ranking import (
     MultipleNegativesRankingLoss,
 )
 from rerank_fast.losses.pointwise import BinaryCrossEntropyLoss, MSELoss
-from rerank_fast.losses.weighting_schemes import (
+from rerank_fast.objectives.weighting import (
     BaseWeightingScheme,
     LambdaRankScheme,
     NDCGLoss1Scheme,

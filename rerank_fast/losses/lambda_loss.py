@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import get_args
 
-import torch
 from torch import Tensor, nn
 
 from rerank_fast.losses.lists import LabelledListsLoss
 from rerank_fast.losses.scoring import fullname
-from rerank_fast.losses.weighting_schemes import (
+from rerank_fast.objectives.lambda_loss import LambdaLoss as LambdaObjective
+from rerank_fast.objectives.ranknet import RankNet
+from rerank_fast.objectives.weighting import (
     NDCGLoss2PPScheme,
     NoWeightingScheme,
     fused_scheme,
-    takes_every_ordered_pair,
+    weighted_sum,
 )
-from rerank_fast.objectives.ranknet import RankNet
-from rerank_fast.ops.lambda_loss import ReductionLog, lambda_loss
+from rerank_fast.ops.choices import ReductionLog
+from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.options import check_choice, check_cut, check_positive
-from rerank_fast.ops.reference import discounts, diverged, normalized_gains, pair_mask, ranks
 
 
 class LambdaLoss(LabelledListsLoss):
@@ -85,7 +84,17 @@ class LambdaLoss(LabelledListsLoss):
     def _loss(self, scores: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
         scheme = fused_scheme(self.weighting_scheme)
         if scheme is None:
-            return self._eager(scores, labels, offsets.diff().tolist())
+            total, pairs = weighted_sum(
+                self.weighting_scheme,
+                scores,
+                labels,
+                offsets.diff().tolist(),
+                k=self.k or 0,
+                sigma=self.sigma,
+                eps=self.eps,
+                reduction_log=self.reduction_log,
+            )
+            return total / max(pairs, 1)
         return lambda_loss(
             scores,
             labels,
@@ -98,36 +107,6 @@ class LambdaLoss(LabelledListsLoss):
             eps=self.eps,
             reduction_log=self.reduction_log,
         )
-
-    def _eager(self, scores: Tensor, labels: Tensor, docs_per_query: list[int]) -> Tensor:
-        """The loss with a custom scheme: padded (Q, D, D) tensors, which is what its forward expects."""
-        k, every_pair = self.k or 0, takes_every_ordered_pair(self.weighting_scheme)
-        width = max(docs_per_query)
-        gains, true_sorted, differences, masks = [], [], [], []
-        seen = scores.new_zeros(())  # or NaN, with NaN gradients for the lists that diverged
-        for s, y in zip(scores.split(docs_per_query), labels.split(docs_per_query), strict=True):
-            padding = width - s.numel()
-            if s.numel() == 0:
-                gains.append(s.new_zeros(width))
-                true_sorted.append(s.new_zeros(width))
-                differences.append(s.new_zeros(width, width))
-                masks.append(torch.zeros(width, width, dtype=torch.bool, device=s.device))
-                continue
-            seen = seen + (s * torch.where(diverged(s.detach(), y, self.sigma), torch.nan, 0.0)).sum()
-            rank = ranks(s.detach())
-            order = torch.argsort(rank)
-            mask = pair_mask(y[order], rank[order], scheme="ndcg1" if every_pair else "none", k=k)
-            gains.append(nn.functional.pad(normalized_gains(y, k, self.eps)[order], (0, padding)))
-            true_sorted.append(nn.functional.pad(y[order].clamp(min=0), (0, padding)))
-            difference = s[order][:, None] - s[order][None, :]
-            differences.append(nn.functional.pad(difference, (0, padding, 0, padding)))
-            masks.append(nn.functional.pad(mask, (0, padding, 0, padding)))
-        discount = discounts(width, dtype=scores.dtype, device=scores.device)[None, :]
-        weights = self.weighting_scheme(torch.stack(gains), discount, torch.stack(true_sorted))
-        mask = torch.stack(masks)
-        losses = (weights * nn.functional.logsigmoid(self.sigma * torch.stack(differences)))[mask]
-        scale = 1 / math.log(2) if self.reduction_log == "binary" else 1.0
-        return seen - scale * losses.sum() / max(losses.numel(), 1)
 
     def get_config_dict(self) -> dict[str, float | int | str | None]:
         """The loss parameters, for a model card."""
@@ -147,15 +126,7 @@ class LambdaLoss(LabelledListsLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the paper."""
-        return """
-@inproceedings{wang2018lambdaloss,
-  title={The LambdaLoss Framework for Ranking Metric Optimization},
-  author={Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
-  booktitle={Proceedings of the 27th ACM International Conference on Information and Knowledge Management},
-  pages={1313--1322},
-  year={2018}
-}
-"""
+        return LambdaObjective.citation
 
 
 class RankNetLoss(LambdaLoss):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 
 Pair: TypeAlias = Sequence[str]  # (query, document)
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def plain(value: Any) -> Any:
@@ -55,7 +59,7 @@ def check_text(value: Any, place: str, *, allow_empty: bool = True) -> str:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise ValueError(f"{place}: not valid Unicode: {error}") from error
-    return text
+    return text if type(text) is str else str(text)
 
 
 def check_pairs(pairs: Any) -> list[Pair]:
@@ -126,6 +130,31 @@ def check_input(value: Any, place: str) -> Any:
     return value
 
 
+def real(value: Any) -> float | None:
+    """Any real number as a float, Python's, NumPy's or a tensor's; of anything else None."""
+    number = plain(value)
+    if not isinstance(number, Real | Decimal):
+        return None
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # a signalling NaN
+        return math.nan
+
+
+def check_finite(value: Any, place: str) -> float:
+    """A number that float32 can hold.
+
+    Raises:
+        ValueError: it is no number, NaN or too large; begins with the place.
+    """
+    number = real(value)
+    if number is None or not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"{place}: expected a finite float32, got {plain(value)!r:.40}")
+    return number
+
+
 def check_labels(labels: Any, place: str) -> list[float]:
     """One query's labels as Python's numbers.
 
@@ -135,8 +164,10 @@ def check_labels(labels: Any, place: str) -> list[float]:
     values = plain(labels)
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{place}: expected a label for each document, got {shown(labels)}")
-    values = [plain(value) for value in values]
+    numbers = []
     for i, value in enumerate(values):
-        if not isinstance(value, int | float):
-            raise ValueError(f"{place}[{i}]: expected a number, got {shown(value)}")
-    return [float(value) for value in values]
+        number = real(value)
+        if number is None:
+            raise ValueError(f"{place}[{i}]: expected a number, got {shown(plain(value))}")
+        numbers.append(number)
+    return numbers

@@ -97,8 +97,8 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: see reference.forward."""
     if scores.dtype == torch.float32:
         kernel = _C.lambda_loss_float
     elif scores.dtype == torch.float64:
@@ -107,7 +107,7 @@ def forward(
         scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
-    grad = torch.empty_like(scores)
+    grad, pairs = torch.empty_like(scores), offsets.new_empty(())
     threads = torch.get_num_threads()
     done = kernel(
         _lambda_loss_options(scheme, k, sigma, mu, eps, reduction_log, reduction, threads),
@@ -118,10 +118,11 @@ def forward(
         num_lists,
         loss.data_ptr(),
         grad.data_ptr(),
+        pairs.data_ptr(),
     )
     if not done:
         ragged.check_offsets(offsets, scores.shape[0])  # which says what is wrong
-    return loss, grad
+    return loss, grad, pairs
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -191,9 +192,10 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of q, k and v."""
-    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
+    dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):

@@ -67,7 +67,7 @@ def public(loss: nn.Module) -> dict[str, Any]:
 
 
 MODULES = {
-    "rerank_fast.losses.weighting_schemes": "sentence_transformers.cross_encoder.losses.lambda_loss",
+    "rerank_fast.objectives.weighting": "sentence_transformers.cross_encoder.losses.lambda_loss",
     "rerank_fast.losses.list_mle": "sentence_transformers.cross_encoder.losses.plist_mle",
 }
 
