@@ -71,14 +71,14 @@ class MarginMSELoss(ColumnsLoss):
         """
         name = type(self).__name__
         anchors, *columns = check_columns(name, inputs)
-        if isinstance(labels, list):
-            labels = torch.stack([torch.as_tensor(row) for row in labels])
-        margins = _margins(labels, len(anchors), len(columns) - 1)
         if len(columns) < 2:
             raise ValueError(
                 f"{name} expects an anchor, a positive and at least one negative column, "
                 f"but got a dataset with {len(inputs)} columns."
             )
+        if isinstance(labels, list):
+            labels = torch.stack([torch.as_tensor(row) for row in labels])
+        margins = _margins(labels, len(anchors), len(columns) - 1)
         scores = self._score_columns(anchors, columns, prompt=prompt, task=task)
         differences = (scores[0] - scores[1:]).T
         return self.loss_fct(differences, upload(margins.detach().float(), scores.device))

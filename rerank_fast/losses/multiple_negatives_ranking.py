@@ -18,8 +18,8 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
     """The cross-entropy of the positive among negatives, with sentence-transformers' signature and numbers.
 
     Negatives from the batch are drawn, as there, by torch's generator of the host, before anything is
-    scored. A model whose dropout draws from it too, as on a CPU, leaves it elsewhere than theirs
-    does: the draws of one seed then differ.
+    scored. Dropout moves that generator, here otherwise than there: the draws of one seed are theirs
+    as long as the model has none, and else others of the same distribution.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
