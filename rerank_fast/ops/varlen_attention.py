@@ -113,6 +113,24 @@ _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
+def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the dispatcher's way.
+
+    Arguments are those of its schema.
+    """
+    return (torch.ops.rerank_fast.varlen_attention.default if q.is_meta else _forward)(q, *rest)
+
+
+def unchecked_backward(*arguments: Any, into: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row contiguous."""
+    if arguments[-1] == "cpu":
+        cpu.varlen_attention_backward(*arguments[:-1], into=into)
+        return
+    backward = torch.ops.rerank_fast.varlen_attention_backward.default if arguments[0].is_meta else _backward
+    for to, gradient in zip(into, backward(*arguments), strict=True):
+        to.copy_(gradient)
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -201,6 +219,12 @@ def _resolve_backend(
         _unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens, library_call=(k, scale, window)
     )
     return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
+
+
+def own_backend_for(q: Tensor) -> str:
+    """Of the backends that unchecked_forward takes the one that serves (tokens, heads, head size) queries."""
+    unserved = partial(_unserved, q=q, dropout_p=0.0, max_seqlens=None)
+    return backends.resolve("varlen_attention", None, q, backends.CHOICES, unserved)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
