@@ -36,7 +36,7 @@ def gradients(model: Path, device: str, cache: str, output: Path) -> dict[str, T
     trainer.model.train()
     torch.manual_seed(3)
     batch = next(trainer.batches())
-    trainer.backward([batch.lists], batch.num_pairs, Rates())
+    trainer.backward([batch.lists], batch.units, Rates())
     return {n: w.grad.cpu() for n, w in trainer.model.model.named_parameters() if w.grad is not None}
 
 
