@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from rerank_fast.model.architectures import Architecture, find_architecture, reason_to_pad
 from rerank_fast.model.compilation import Compiler
+from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
@@ -351,8 +352,7 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
         tokens = int(step.tokens.lengths[indices].sum())
         size = f"{len(indices)} pairs with {tokens} tokens"
     # Outside of the except clause: its traceback would keep the failed forward's tensors.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache(step.device)
     if len(indices) > 1:
         logger.warning("A batch of %s does not fit memory; it is scored in two halves.", size)
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
@@ -101,8 +102,7 @@ class Backward:
     def _begin_anew(self, rates: Rates, before: Rates) -> None:
         self.forget()
         vars(rates).update(vars(before))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(self.model.device)
 
     def _add(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
         self._most_tokens = 0

@@ -234,7 +234,7 @@ class Trainer:
         model.train()
         progress = self._begin()
         done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
-        agreed = torch.zeros(4)  # what _step gave for the step before
+        agreed = distributed.LateFlag()  # of the step before: processes that were interrupted
         rates = Rates()
         bar = tqdm(
             total=self.num_steps,
@@ -263,9 +263,11 @@ class Trainer:
                 bar.update()
                 step = progress.step
                 self._tell("step_end", step)
-                # Several processes must stop at the same step: they go by the sum of the step before.
-                interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
-                agreed = outcome
+                interrupted = signals.came
+                if self.processes.num_processes > 1:
+                    # They must stop at the same step: they go by the sum of the step before.
+                    interrupted = agreed.get()
+                    agreed.put(outcome[2])
                 due = bool(self.validation) and step % config.eval_steps == 0
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
