@@ -88,9 +88,7 @@ class CollapseGuard:
             self._untrained = value
             return None
         # ndcg@10 beside base_ndcg@10, NAME_ndcg@10 beside NAME_base_ndcg@10.
-        base = [
-            one for key, one in metrics.items() if "base_" in key and key.replace("base_", "", 1) == self.metric
-        ]
+        bases = {key.replace("base_", "", 1): one for key, one in metrics.items() if "base_" in key}
         before = {"first stage's order": bases.get(self.metric), "untrained model": self._untrained}
         better = {name: one for name, one in before.items() if one is not None and one > value}
         self._worse = self._worse + 1 if better else 0
