@@ -217,9 +217,7 @@ def _trainer(options: dict[str, Any]) -> Any:
 
     trainer = Trainer(
         model,
-        ListStream(train, columns=columns, labels=labels)
-        if config.streaming
-        else lists_of(train, columns, labels),
+        ListStream(train, columns=columns, labels=labels) if config.streaming else lists_of(train, columns, labels),
         eval=evaluation and lists_of(evaluation, columns),
         config=config,
     )
