@@ -121,7 +121,7 @@ def _queries(
             return
     named = {field: name for field, name in (columns or {}).items() if field in FIELDS}
     for number, one in enumerate(read_lists(queries, Options(), columns=named, say=logger.info)):
-        yield f"list {number}", one
+        yield f"list {number}", {names[field][0]: value for field, value in one.items()}
 
 
 def _column(row: Mapping[str, Any], candidates: Sequence[str], place: str) -> str:
