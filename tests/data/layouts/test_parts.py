@@ -406,3 +406,9 @@ def test_a_hub_address(address: str, asked: tuple, monkeypatch: pytest.MonkeyPat
 def test_a_glob_without_a_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no file matches .*none-\*\.jsonl"):
         load_lists(str(tmp_path / "none-*.jsonl"))
+
+
+def test_a_corpus_without_a_header_is_mined(tmp_path: Path):
+    corpus = tsv(tmp_path / "collection.tsv.gz", {"1": "bear", "2": 'a "fish'})
+    found = load_collection([{"query": "q", "positive_ids": [2]}], corpus)
+    assert (found.corpus, found.positives) == (["bear", 'a "fish'], [{1: 1.0}])
