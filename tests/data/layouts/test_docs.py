@@ -14,7 +14,7 @@ from rerank_fast.data.layouts.choice import FIELDS, LAYOUTS
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data_layouts.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
-FILES = re.compile(r"^```\w+ (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILES = re.compile(r"^```\w+ title=\"(\S+)\"\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SESSIONS = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
