@@ -265,9 +265,8 @@ class LambdaLoss(nn.Module):
             if found:
                 say_once(found)
         else:
-            inner, dtype = found.inner, found.dtype or _autocast_dtype(device)
-            answers = getattr(inner, "answers", None)  # of a causal model; sentence-transformers has a module
-            step = make_packed_step(inner.model, TokenizedPairs.from_padded(features), dtype=dtype, answers=answers)
+            dtype, tokens = found.dtype or _autocast_dtype(device), TokenizedPairs.from_padded(features)
+            step = make_packed_step(found.model, tokens, dtype=dtype, answers=found.answers)
             if step is not None:
                 return found.call(lambda: run(step, max_pairs=mini_batch_size))
         # Tokens come from the tokenizer on the host, so the lengths are read without waiting for a device.

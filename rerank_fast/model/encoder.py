@@ -71,7 +71,7 @@ class PackedStep:
         # Without gradients a CPU lays them out anew, one by one.
         copies = NarrowCopies() if compiles else None
         for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.reads != "mean"
+            one_token = depth == len(architecture.layers) and architecture.pool is None
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
             ready = make(layer, dtype, len(tokens.input_ids), one_token=one_token, copies=copies)  # type: ignore[arg-type]
             self.layers.append(ready)
@@ -146,10 +146,9 @@ class PackedStep:
             self.draws_by_row = False
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
-        if architecture.reads == "mean":
-            sums = wide.new_zeros(len(lengths), wide.shape[1])
+        if architecture.pool is not None:
             owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
-            wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
+            wide = architecture.pool(wide, cu_seqlens, owner)
         read = wide.to(self._rows.dtype)
         if pairs is None:
             return architecture.head(read).to(wide.dtype)[:num_pairs]

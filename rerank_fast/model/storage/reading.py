@@ -5,24 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rerank_fast.model.card import CARD_FILE, Card, read_card
 from rerank_fast.model.heads import Answers
-from rerank_fast.model.storage.files import (
-    SENTENCE_TRANSFORMERS_CONFIG,
-    Checkpoint,
-    named,
-    quiet_transformers,
-)
+from rerank_fast.model.modular.reranker import Entry, ModularReranker
+from rerank_fast.model.storage.activations import is_torchs, make_activation
+from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, Checkpoint, quiet_transformers
+from rerank_fast.model.storage.modules import assemble, encoder_loader, is_modular, keep_in_fp32, read_entries
 from rerank_fast.model.storage.names import check_missing, in_encoder, unwrapped
 from rerank_fast.model.storage.positions import max_positions
 from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer
@@ -49,15 +46,16 @@ class LoadedModel:
     answers: Answers | None  # of a causal language model
     prompts: dict[str, str]  # by name
     default_prompt_name: str | None
+    keep_in_fp32_modules: list[str]  # linear layers, by sentence-transformers' names
 
 
 def load(
     path_or_hub_id: str,
     *,
     dtype: str | torch.dtype | None,
-    trust_remote_code: bool,
-    revision: str | None,
-    token: str | bool | None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> LoadedModel:
     """Open a checkpoint with one label; see CrossEncoder.
 
@@ -75,49 +73,74 @@ def load(
     saved = checkpoint.read_json(SENTENCE_TRANSFORMERS_CONFIG) or {}
     # Else its prompts and modules are an embedder's.
     is_reranker = saved.get("model_type") == "CrossEncoder"
-    modules = _modules(checkpoint, is_reranker)
+    entries = read_entries(checkpoint) if is_reranker else []
     prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)
-    architectures = config.architectures or []
-    has_head = any(name.endswith("ForSequenceClassification") for name in architectures)
-    if has_head and config.num_labels != 1:
-        raise ValueError(
-            f"{path_or_hub_id} has {config.num_labels} labels; expected a sequence-classification model with 1"
-        )
-    causal = bool(architectures) and architectures[0].endswith("ForCausalLM")
-    if not causal:
-        config.num_labels = 1
-    loader: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     with quiet_transformers():
-        files = check_weight_files(checkpoint, getattr(config, "transformers_weights", None))
-        dtypes = files.dtypes
-        model, report = _model(checkpoint, loader, config, dtype, hub)
-        if in_encoder(model, report["missing_keys"]):
-            names = unwrapped(dtypes, model.state_dict(), model.base_model_prefix)
-            tensors = {names[name]: tensor for name, tensor in files.read().items()}
-            model, report = _model(checkpoint, type(model), config, dtype, {"state_dict": tensors})
-        missing = report["missing_keys"]
-        check_missing(path_or_hub_id, model, missing, dtypes)
-        _check_labels(path_or_hub_id, model, report["mismatched_keys"])
-        check_weights(path_or_hub_id, model, dtypes, report["mismatched_keys"])
+        model, has_head = _open(checkpoint, config, entries, dtype, hub)
         tokenizer = load_tokenizer(checkpoint, model, hub)
-    answers = _answers(checkpoint, tokenizer, modules) if causal else None
+    causal = not isinstance(model, ModularReranker) and _is_causal(config)
+    answers = _answers(checkpoint, tokenizer, entries) if causal else None
+    fp32 = keep_in_fp32(
+        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}", model, entries, saved.get("keep_in_fp32_modules") or []
+    )
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = max_positions(path_or_hub_id, model)
-    limits = [one for one in (tokenizer.model_max_length, positions) if one is not None and one < sys.maxsize]
+    own = entries[0].config.get("max_seq_length") if entries else None
+    known = (tokenizer.model_max_length, positions, own)
+    limits = [one for one in known if isinstance(one, int | float) and one < sys.maxsize]
     return LoadedModel(
         model,
         tokenizer,
         TokenizerSettings.of(tokenizer),
         int(min(limits, default=0)) or None,
         positions,
-        None if missing else _saved_activation(checkpoint, config, saved),
+        _saved_activation(checkpoint, config, saved) if has_head else None,
         _saved_card(checkpoint),
-        not missing,
+        has_head,
         answers,
         prompts,
         default_prompt_name,
+        fp32,
     )
+
+
+def _is_causal(config: Any) -> bool:
+    return bool(config.architectures) and config.architectures[0].endswith("ForCausalLM")
+
+
+def _open(
+    checkpoint: Checkpoint,
+    config: Any,
+    entries: Sequence[Entry],
+    dtype: str | torch.dtype | None,
+    hub: dict[str, Any],
+) -> tuple[Any, bool]:
+    """The model, and whether it has a trained score head."""
+    name, modular = checkpoint.name, is_modular(entries)
+    architectures = config.architectures or []
+    labelled = any(one.endswith("ForSequenceClassification") for one in architectures) and not modular
+    if labelled and config.num_labels != 1:
+        raise ValueError(f"{name} has {config.num_labels} labels; expected a sequence-classification model with 1")
+    loader: Any = AutoModelForSequenceClassification
+    if modular:
+        loader = encoder_loader(checkpoint, entries, config)
+    elif _is_causal(config):
+        loader = AutoModelForCausalLM
+    else:
+        config.num_labels = 1
+    files = check_weight_files(checkpoint, getattr(config, "transformers_weights", None))
+    model, report = _model(checkpoint, loader, config, dtype, hub)
+    if in_encoder(model, report["missing_keys"]):
+        names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
+        tensors = {names[name]: tensor for name, tensor in files.read().items()}
+        model, report = _model(checkpoint, type(model), config, dtype, {"state_dict": tensors})
+    missing = report["missing_keys"]
+    check_missing(name, model, missing, files.dtypes)
+    if not modular:
+        _check_labels(name, model, report["mismatched_keys"])
+    check_weights(name, model, files.dtypes, report["mismatched_keys"])
+    return (assemble(checkpoint, entries, model), True) if modular else (model, not missing)
 
 
 def _config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: bool) -> Any:
@@ -194,21 +217,6 @@ def _explain(path_or_hub_id: str, error: Exception) -> str:
     return f"model {path_or_hub_id} is no local directory, and {state}: {said}"
 
 
-def _modules(checkpoint: Checkpoint, is_reranker: bool) -> list[dict[str, Any]]:
-    """sentence-transformers' modules, each with its type."""
-    modules = checkpoint.read_json("modules.json", list) or []
-    for module in modules:
-        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise ValueError(f"{checkpoint.name}/modules.json: expected objects with a type, got {shown(module)}")
-    names = [module["type"].rpartition(".")[2] for module in modules]
-    if is_reranker and not {*names} <= {"Transformer", "LogitScore"}:
-        raise ValueError(
-            f"{checkpoint.name} is a CrossEncoder of the modules {', '.join(names)}; expected one whose "
-            "score head is the Hugging Face model's own, or LogitScore"
-        )
-    return modules
-
-
 def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, str], str | None]:
     """The prompts by name, and the name of the default one."""
     where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
@@ -222,12 +230,11 @@ def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, s
     return prompts, default
 
 
-def _answers(checkpoint: Checkpoint, tokenizer: Any, modules: list[dict[str, Any]]) -> Answers:
+def _answers(checkpoint: Checkpoint, tokenizer: Any, entries: Sequence[Entry]) -> Answers:
     """The tokens that a causal model answers with: those that were saved, else yes and no."""
-    for module in modules:
-        if module["type"].endswith(".LogitScore"):
-            file = f"{checkpoint.inside(module.get('path'), 'modules.json')}/config.json"
-            saved = checkpoint.read_json(file) or {}
+    for entry in entries:
+        if entry.kind == "LogitScore":
+            file, saved = f"{entry.path}/config.json", entry.config
             answers: list[Any] = [saved.get("true_token_id"), saved.get("false_token_id")]
             known = [type(one) is int and 0 <= one < len(tokenizer) for one in answers]
             if not known[0] or not (known[1] or answers[1] is None):
@@ -265,19 +272,12 @@ def _saved_activation(
     if not isinstance(name, str):
         raise ValueError(f"{where}: expected the name of an activation, got {shown(name)}")
     # A name in a config must not run code of its choosing: PyTorch's activations only.
-    module, _, attribute = name.rpartition(".")
-    if module != "torch.nn" and not module.startswith("torch.nn.modules."):
+    if not is_torchs(name):
         logger.warning(
             "%s names the activation %s, which is not one of torch.nn; using Sigmoid.", checkpoint.name, name
         )
         return None
-    with named(f"{where} names the activation {name}, which torch can't give"):
-        kind = getattr(import_module(module), attribute)
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ValueError("it is no torch.nn.Module")
-        activation: Callable[[Tensor], Tensor] = kind()
-        activation(torch.zeros(1))  # of one score, as of any number of them
-    return activation
+    return make_activation(name, where)
 
 
 def _saved_card(checkpoint: Checkpoint) -> Card | None:
