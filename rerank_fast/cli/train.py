@@ -9,7 +9,7 @@ from typing import Any
 from rerank_fast.cli.evaluate import print_metrics
 from rerank_fast.cli.lists import add_columns, lists_of, refuse
 from rerank_fast.cli.parser import CommandParser, command_parser
-from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.config import LAMBDA_LOSS, TrainingConfig
 
 # What is of a start and not of the run: beside a recipe too these are flags.
 _OF_A_START = ("overwrite", "resume", "resume_changed")
@@ -26,7 +26,7 @@ class _TrainParser(CommandParser):
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Fine-tune a reranker on ranking lists with LambdaLoss.", _TrainParser)
+    parser = command_parser("Fine-tune a reranker on ranking lists.", _TrainParser)
     parser.add_argument(
         "--recipe",
         type=str | None,
@@ -173,7 +173,9 @@ def _refuse_unused(config: TrainingConfig) -> None:
         refuse(settings, defaults, names, "lora_rank is 0")
     if not config.streaming:
         refuse(settings, defaults, ["shuffle_buffer"], "streaming is off")
-    if config.scheme != "ndcg2pp":
+    if config.objective != "lambda_loss":
+        refuse(settings, defaults, LAMBDA_LOSS, f"objective is {config.objective}")
+    elif config.scheme != "ndcg2pp":
         refuse(settings, defaults, ["mu"], f"scheme is {config.scheme}")
     if config.gradient_cache == "off":
         refuse(settings, defaults, ["skip_below"], "gradient_cache is off")

@@ -22,6 +22,7 @@ from rerank_fast.model.ahead import ahead
 from rerank_fast.model.architectures import find_answer_head
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
+from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.eval_mode import EvalMode
@@ -76,7 +77,8 @@ class CrossEncoder(nn.Module):
         ValueError: the model is missing, has no safetensors weights or tokenizer, more than one
             label, or a score head outside of the Hugging Face model; a file of it is damaged, or
             names one outside of its directory; a weight is not finite or not a float; max_length is
-            below 4 or above the model's positions; dtype is none of the above.
+            below 4 or above the model's positions; dtype is none of the above; the device is not
+            there.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class CrossEncoder(nn.Module):
         if not isinstance(path_or_hub_id, str | os.PathLike):
             raise ValueError(f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         self._precision = choose_precision(dtype, device)
         loaded = storage.load(str(path_or_hub_id), dtype=self._precision.weights, **hub)
         self.name_or_path = str(path_or_hub_id)

@@ -102,7 +102,7 @@ def export_onnx(
     if isinstance(model.model, ModularReranker):
         raise ValueError(
             f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is written: rerank-fast "
-            "convert --head classification makes it a model that can be exported, where there is one that is the same"
+            "convert --head classification makes it one that can be exported, where that is the same"
         )
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")

@@ -26,7 +26,7 @@ from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
-from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
+from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def _own_dtype(model: Any) -> torch.dtype:
     weights = next(model.parameters()).dtype
     dtype = arithmetic(weights, model.device)
     if dtype != weights:
-        _say_wide(weights)
+        _say_wide(weights, model.device)
     return dtype
 
 
@@ -273,9 +273,10 @@ def _say_one_by_one(name: str) -> None:
 
 
 @functools.cache
-def _say_wide(weights: torch.dtype) -> None:
+def _say_wide(weights: torch.dtype, device: torch.device) -> None:
     """One line in the log for a dtype, however many models have it."""
-    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), timings(weights))
+    why = why_slow(weights, device)
+    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), why)
 
 
 def run(

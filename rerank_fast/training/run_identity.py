@@ -57,7 +57,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     if size is None:
         size, stream = lists.counted, "a stream that begins with "
     return {
-        **asdict(trainer.config),
+        **trainer.settings,
         "max_length": trainer.model.max_length,
         "train_lists": f"{stream}{size} lists {lists.fingerprint}",
         "eval": [_described(one) for one in trainer.validation.evaluators],

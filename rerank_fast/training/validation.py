@@ -12,8 +12,7 @@ from torch import Tensor
 from rerank_fast.data.lists import Source
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.ops.lambda_loss import count_pairs
-from rerank_fast.training.backward import summed_loss
+from rerank_fast.objectives.base import Objective
 from rerank_fast.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -28,6 +27,7 @@ class Validation:
         eval: evaluation lists; their metrics are named eval_ beside an evaluator's.
         evaluator: gives metrics for a model.
         config: the run's.
+        objective: the run's.
 
     Raises:
         ValueError: metric_for_best is none of the metrics, or early stopping has nothing to go by.
@@ -38,11 +38,13 @@ class Validation:
         eval: Source | None,
         evaluator: Callable[[CrossEncoder], dict[str, float]] | None,
         config: TrainingConfig,
+        objective: Objective,
     ) -> None:
         self.evaluators: list[Any] = [] if evaluator is None else [evaluator]
         if eval is not None:
             name = "" if evaluator is None else "eval"
-            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, loss=validation_loss(config))
+            loss = validation_loss(objective, config.batch_size)
+            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, loss=loss)
             self.evaluators.append(lists)
         names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
         if names and config.metric_for_best not in names:
@@ -61,21 +63,21 @@ class Validation:
         return {name: value for one in self.evaluators for name, value in one(model).items()}
 
 
-def validation_loss(config: TrainingConfig) -> Callable[[Tensor, Tensor, Tensor], float]:
+def validation_loss(objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor, Tensor], float]:
     """The run's loss of given scores (N,), labels (N,) and offsets (Q + 1,), as a number.
 
     It is the mean that training takes, over all lists at once; of a sum, that of a batch's share.
     """
-    total = summed_loss(config)
 
     def loss(scores: Tensor, labels: Tensor, offsets: Tensor) -> float:
-        lists = len(offsets) - 1
-        if config.reduction == "pairs":
-            counted = count_pairs(scores, labels, offsets, scheme=config.scheme, k=config.k or None)
-            divisor = float(counted.clamp(min=1))
-        else:
-            divisor = lists if config.reduction == "lists" else lists / config.batch_size
+        units = objective.num_units(labels.numpy(), offsets.numpy())
         with torch.no_grad():
-            return float(total(scores, labels=labels, offsets=offsets)) / divisor
+            mean, left = objective.mean(scores, labels, offsets, units)
+        if units is None:
+            return float(mean) * batch_size / (len(offsets) - 1)
+        if left is not None:
+            assert isinstance(units, int)
+            return float(mean) * max(units, 1) / max(int(left), 1)
+        return float(mean)
 
     return loss

@@ -13,9 +13,9 @@ import torch
 from rerank_fast import CrossEncoder
 from rerank_fast.model import scoring
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from rerank_fast.training.memory import activation_bytes
 from rerank_fast.training.run_log import Rates
 from tests.training.test_gradient_cache import opened
