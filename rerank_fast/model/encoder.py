@@ -140,6 +140,7 @@ class PackedStep:
             lengths,
             None if tokens is None else tokens.int(),
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
+            reads_last=architecture.reads == "last",
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
         before = random_state(device) if self._looks_at_draws else None
