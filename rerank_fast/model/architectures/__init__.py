@@ -26,6 +26,7 @@ from rerank_fast.model.architectures.modular import modular_reading
 from rerank_fast.model.architectures.views import (
     Architecture,
     Body,
+    HeadParts,
     PostNormLayer,
     PreNormLayer,
     Reading,
@@ -36,10 +37,12 @@ from rerank_fast.model.modular.reranker import ModularReranker
 
 __all__ = [
     "Architecture",
+    "HeadParts",
     "PostNormLayer",
     "PreNormLayer",
     "find_answer_head",
     "find_architecture",
+    "find_head_parts",
     "reason_to_pad",
 ]
 
@@ -85,6 +88,15 @@ def reason_to_pad(model: nn.Module, answers: Answers | None = None) -> str:
     """Why find_architecture gave None."""
     found = _find(model, answers)
     return found if isinstance(found, str) else ""
+
+
+def find_head_parts(model: nn.Module) -> HeadParts | None:
+    """The layers of a sequence classifier's head; None of one that has more than these."""
+    try:
+        reading = _of_transformers(model, _READINGS)
+    except AttributeError:
+        return None
+    return reading.parts if isinstance(reading, Reading) else None
 
 
 def _find(model: Any, answers: Answers | None) -> Architecture | str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures.views import Body, PostNormLayer, Reading
+from rerank_fast.model.architectures.views import Body, HeadParts, PostNormLayer, Reading
 from rerank_fast.model.heads import DenseHead
 from rerank_fast.ops.score_head import Activation
 
@@ -65,8 +65,15 @@ def bert_reading(model: Any) -> Reading | None:
 
     if _path(pooler) != "transformers.models.bert.modeling_bert.BertPooler":
         return Reading(head=through_pooler)
-    parts = (pooler, pooler.dense, pooler.activation, model.dropout, model.classifier)
-    return Reading(head=DenseHead(through_pooler, *parts, drops_input=False))
+    called = (pooler, pooler.dense, pooler.activation, model.dropout, model.classifier)
+    parts = HeadParts(
+        pooling="cls",
+        dense=pooler.dense,
+        activation=pooler.activation,
+        dropout=model.dropout.p,
+        out=model.classifier,
+    )
+    return Reading(head=DenseHead(through_pooler, *called, drops_input=False), parts=parts)
 
 
 # Whose forward is dropout -> dense -> tanh (ELECTRA: `activation`) -> dropout -> out_proj.
@@ -93,8 +100,16 @@ def roberta_reading(model: Any) -> Reading | None:
     if _path(head) not in _CLASSIFICATION_HEADS:
         return Reading(head=through_classifier)
     activation: nn.Module | Activation = getattr(head, "activation", "tanh")
-    parts = (head, head.dense, activation, head.dropout, head.out_proj)
-    return Reading(head=DenseHead(through_classifier, *parts, drops_input=True))
+    called = (head, head.dense, activation, head.dropout, head.out_proj)
+    parts = HeadParts(
+        pooling="cls",
+        dropout_in=head.dropout.p,
+        dense=head.dense,
+        activation=nn.Tanh() if isinstance(activation, str) else activation,
+        dropout=head.dropout.p,
+        out=head.out_proj,
+    )
+    return Reading(head=DenseHead(through_classifier, *called, drops_input=True), parts=parts)
 
 
 def _path(module: Any) -> str:
@@ -135,4 +150,11 @@ def distilbert_reading(model: Any) -> Reading:
 
     rest = (model.dropout, model.classifier)
     head = DenseHead(through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False)
-    return Reading(head=head)
+    parts = HeadParts(
+        pooling="cls",
+        dense=model.pre_classifier,
+        activation=nn.ReLU(),
+        dropout=model.dropout.p,
+        out=model.classifier,
+    )
+    return Reading(head=head, parts=parts)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rerank_fast.model.architectures.decoders import flat
-from rerank_fast.model.architectures.views import Body, PreNormLayer, Reading
+from rerank_fast.model.architectures.views import Body, HeadParts, PreNormLayer, Reading
 from rerank_fast.model.modular.pooling import pool_by
 
 
@@ -52,7 +52,16 @@ def _modernbert_layer(layer: Any, config: Any) -> PreNormLayer:
 
 
 def modernbert_reading(model: Any) -> Reading:
+    parts = HeadParts(
+        pooling=model.config.classifier_pooling,
+        dense=model.head.dense,
+        activation=model.head.act,
+        norm=model.head.norm,
+        dropout=model.drop.p,
+        out=model.classifier,
+    )
     return Reading(
+        parts=parts,
         head=lambda pooled: model.classifier(model.drop(model.head(pooled))).squeeze(1),
         pool=None if model.config.classifier_pooling == "cls" else pool_by(["mean"]),
     )

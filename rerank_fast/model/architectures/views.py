@@ -74,6 +74,19 @@ class Body:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadParts:
+    """The layers of a head in the order of their calls; None, and a dropout of 0, where it has none."""
+
+    pooling: str
+    dropout_in: float = 0.0
+    dense: nn.Linear | None = None
+    activation: nn.Module | None = None
+    norm: nn.LayerNorm | None = None
+    dropout: float = 0.0
+    out: nn.Linear
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """What a score is made of, and how."""
 
@@ -81,6 +94,7 @@ class Reading:
     reads: Literal["first", "last"] = "first"  # the token that the head sees
     pool: Pool | None = None  # of all tokens instead
     unread_token_id: int | None = None  # the last token is the last that is not this one
+    parts: HeadParts | None = None  # of the head, where it is made of nothing else
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 # torch.compile, FSDP, activation checkpointing and DeepSpeed: they wrap layers too, so anywhere in a name.
 _WRAPPERS = re.compile(
@@ -50,8 +47,8 @@ def in_encoder(model: Any, missing: Iterable[str]) -> bool:
     return bool(_of_encoder(model, missing))
 
 
-def check_missing(name: str, model: Any, missing: Collection[str], names: Collection[str]) -> None:
-    """That a checkpoint holds a whole encoder; a head that it lacks is said.
+def check_encoder(name: str, model: Any, missing: Collection[str], names: Collection[str]) -> None:
+    """That a checkpoint holds a whole encoder.
 
     Args:
         name: of the checkpoint.
@@ -69,8 +66,8 @@ def check_missing(name: str, model: Any, missing: Collection[str], names: Collec
         raise ValueError(
             f"{name}: {len(lacking)} of the encoder's {of} weights are not in its files, as {lacking[0]}{there}"
         )
-    if missing and model.base_model is not model:  # else the pooler of an encoder whose tokens are read
-        some = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} others" if len(missing) > 4 else "")
-        logger.warning(
-            "%s has no trained score head: %s start from random values, so train before you rank.", name, some
-        )
+
+
+def named_shortly(names: Collection[str]) -> str:
+    """The first names, and how many others there are."""
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")
