@@ -81,9 +81,7 @@ class CollapseGuard:
             f"(mean spread {row['score_spread']:.2g})"
         )
 
-    def evaluated(
-        self, metrics: Mapping[str, float], step: int, *, greater_is_better: bool = True
-    ) -> str | None:
+    def evaluated(self, metrics: Mapping[str, float], step: int, *, greater_is_better: bool = True) -> str | None:
         """A warning after this evaluation, at most once a run."""
         sign = 1 if greater_is_better else -1
         value = metrics[self.metric]

@@ -344,7 +344,10 @@ class Trainer:
         return step % self.config.logging_steps == 0 or step == self.num_steps
 
     def _heed(self, warning: str | None, step: int) -> None:
-        """Say that the model has collapsed, and end the run where that is asked for; all processes find the same."""
+        """Say that the model has collapsed, and end the run where that is asked for.
+
+        All processes find the same.
+        """
         if warning is None:
             return
         stops = self.config.stop_on_collapse and not self._ends(step)
