@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+CSRC = Path("csrc")
 _AVX2 = ["-msse4.2", "-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC takes half registers where it vectorises loops by itself, unless it is told.
@@ -28,6 +30,9 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]},
 }
+# Linux on x86-64 has another one, of tiles: csrc/**/amx_kernels.cpp alone is compiled for it, and the other
+# kernels of that set are avx512_bf16's.
+_TILES = {"amx_bf16": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 
 
 class Compiler:
@@ -35,23 +40,29 @@ class Compiler:
 
     def __init__(self) -> None:
         self.command = os.environ.get("CXX", "c++")
-        machine = self._run("-dumpmachine").split("-")[0]
+        target = self._run("-dumpmachine")
+        machine = target.split("-")[0]
         machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-        sets = INSTRUCTION_SETS.get(machine, {"portable": []})
-        self.sets = {name: flags for name, flags in sets.items() if self._knows(flags)}
+        self.sets = self._known(INSTRUCTION_SETS.get(machine, {"portable": []}))
+        self.tiles = self._known(_TILES if "avx512_bf16" in self.sets and "linux" in target else {})
 
     def sets_of(self, source: Path) -> dict[str, list[str]]:
         """The flags of each set that a file is compiled for."""
+        if source.stem == "amx_kernels":
+            return self.tiles
         return self.sets if source.stem.endswith("_kernels") else {"portable": []}
 
     def definitions(self) -> list[str]:
         """Of every file: what sets there are."""
-        known = ["-DRERANK_FAST_HAS_AVX512_BF16"] if "avx512_bf16" in self.sets else []
+        known = [f"-DRERANK_FAST_HAS_{name.upper()}" for name in [*self.sets, *self.tiles]]
         return [f"-DRERANK_FAST_SETS(X)={' '.join(f'X({name})' for name in self.sets)}", *known]
 
     def _run(self, *arguments: str) -> str:
         command = [*shlex.split(self.command), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+
+    def _known(self, sets: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {name: flags for name, flags in sets.items() if self._knows(flags)}
 
     def _knows(self, flags: list[str]) -> bool:
         try:
@@ -61,13 +72,30 @@ class Compiler:
         return True
 
 
+def check_complete(root: Path) -> None:
+    """Raises FileNotFoundError where csrc/ lacks a header of its own: no compiler would mend that."""
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".cpp", ".h")]
+    for path in files:
+        for header in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            if not (root / header).exists():
+                raise FileNotFoundError(f"{path} includes {header}, which {root} lacks: this source is incomplete")
+    if not files:
+        raise FileNotFoundError(f"{root} has no C++ files: this source is incomplete")
+
+
 class NinjaBuildExt(build_ext):
-    """Compiles through ninja, only what changed. A build that fails leaves a pure Python install."""
+    """Compiles through ninja, only what changed.
+
+    A build that fails leaves a pure Python install, unless RERANK_FAST_REQUIRE_BUILD=1 asks for the kernels.
+    """
 
     def build_extension(self, ext: Extension) -> None:
+        check_complete(CSRC)
         try:
             self._build(ext)
         except Exception as error:
+            if os.environ.get("RERANK_FAST_REQUIRE_BUILD") == "1":
+                raise
             print(
                 f"\nWARNING: rerank_fast's CPU kernels were not built ({error}).\n"
                 "The install goes on without it and what they do runs through slower eager PyTorch.\n"
@@ -127,8 +155,8 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "rerank_fast._C",
-                sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-                include_dirs=["csrc", pybind11.get_include()],
+                sources=sorted(str(path) for path in CSRC.rglob("*.cpp")),
+                include_dirs=[str(CSRC), pybind11.get_include()],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
     add_norm,
+    approx_ranks,
     column_sums,
     embedding,
     gated,
@@ -52,6 +53,7 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
     add_norm,
+    approx_ranks,
     column_sums,
     embedding,
     gated,

@@ -2,6 +2,11 @@
 
 #include <atomic>
 
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -13,12 +18,18 @@ namespace rerank_fast {
 // RERANK_FAST_SETS(X) is X(name) for every set that the build has, lowest first: setup.py gives it.
 #define RERANK_FAST_DECLARE(SET)                  \
   namespace SET {                                 \
+  extern const ApproxRanksKernels approx_ranks_kernels; \
   extern const AttentionKernels attention_kernels;  \
   extern const LambdaLossKernels lambda_loss_kernels; \
   extern const MathKernels math_kernels;          \
   extern const RowKernels row_kernels;            \
   }
 RERANK_FAST_SETS(RERANK_FAST_DECLARE)
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+namespace amx_bf16 {
+extern const AttentionKernels attention_kernels;
+}
+#endif
 
 namespace {
 
@@ -51,6 +62,17 @@ bool has(const std::string& set) {
 #endif
 }
 
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+// Whether the processor has tiles of bf16, and Linux lets this process use them: it has to be asked.
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 const std::vector<Kernels>& sets_here() {
   static const std::vector<Kernels> found = [] {
     std::vector<Kernels> sets;
@@ -58,8 +80,18 @@ const std::vector<Kernels>& sets_here() {
       if (has(kernels.set)) sets.insert(sets.begin(), kernels);
     };
 #define RERANK_FAST_ADD(SET) \
-  add({#SET, &SET::attention_kernels, &SET::lambda_loss_kernels, &SET::math_kernels, &SET::row_kernels});
+  add({#SET, &SET::approx_ranks_kernels, &SET::attention_kernels, &SET::lambda_loss_kernels, &SET::math_kernels, \
+       &SET::row_kernels});
     RERANK_FAST_SETS(RERANK_FAST_ADD)
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+    // Tiles are attention's alone: the rest is that of the set below.
+    if (has("avx512_bf16") && may_use_tiles()) {
+      Kernels tiles = sets.front();
+      tiles.set = "amx_bf16";
+      tiles.attention = &amx_bf16::attention_kernels;
+      sets.insert(sets.begin(), tiles);
+    }
+#endif
     return sets;
   }();
   return found;

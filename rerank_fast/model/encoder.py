@@ -37,7 +37,7 @@ class ReadyLayers:
         # Without gradients a CPU lays weights out anew, one by one.
         self._copies = NarrowCopies() if grads or not on_cpu else None
         for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.reads != "mean"
+            one_token = depth == len(architecture.layers) and architecture.pool is None
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
             options = {"one_token": one_token, "copies": self._copies, "trains": grads and not compiles}
             self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
@@ -155,6 +155,7 @@ class PackedStep:
             lengths,
             tokens,
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
+            reads_last=architecture.reads == "last",
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
         before = random_state(device) if self._looks_at_draws else None
@@ -171,10 +172,9 @@ class PackedStep:
             wide = wide + x
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
-        if architecture.reads == "mean":
-            sums = wide.new_zeros(len(lengths), wide.shape[1])
+        if architecture.pool is not None:
             owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
-            wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
+            wide = architecture.pool(wide, cu_seqlens, owner)
         read = wide.to(self._rows.dtype)
         if pairs is None:
             scores = architecture.head(read).to(wide.dtype)

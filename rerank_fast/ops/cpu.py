@@ -38,7 +38,11 @@ def unavailable_reason() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the kernels were built for and this processor has, widest first."""
+    """Those that the kernels were built for and that this processor has, widest first.
+
+    Of x86-64 sse4, avx2, avx512, avx512_bf16 and amx_bf16; of 64-bit Arm neon and neon_bf16. amx_bf16 is
+    AVX-512 with bf16 whose attention multiplies bf16 in tiles: Linux has to permit the process to use them.
+    """
     return _C.instruction_sets() if available() else []
 
 
@@ -98,8 +102,8 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: see reference.forward."""
     if scores.dtype == torch.float32:
         kernel = _C.lambda_loss_float
     elif scores.dtype == torch.float64:
@@ -108,7 +112,7 @@ def forward(
         scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
-    grad = torch.empty_like(scores)
+    grad, pairs = torch.empty_like(scores), offsets.new_empty(())
     threads = torch.get_num_threads()
     done = kernel(
         _lambda_loss_options(scheme, k, sigma, mu, eps, reduction_log, reduction, threads),
@@ -119,10 +123,11 @@ def forward(
         num_lists,
         loss.data_ptr(),
         grad.data_ptr(),
+        pairs.data_ptr(),
     )
     if not done:
         ragged.check_offsets(offsets, scores.shape[0])  # which says what is wrong
-    return loss, grad
+    return loss, grad, pairs
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -354,6 +359,34 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     if not kernel(*addresses, *sizes, k, torch.get_num_threads(), result.data_ptr()):
         ragged.check_offsets(offsets, scores.shape[0])
     return result
+
+
+def approx_ranks_forward(scores: Tensor, offsets: Tensor, alpha: float) -> Tensor:
+    """The backend contract: ranks (N,) in the dtype of scores, fp32 or fp64."""
+    ranks = torch.empty_like(scores)
+    kernel = _C.approx_ranks_double if scores.dtype == torch.float64 else _C.approx_ranks_float
+    addresses = (scores.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), ranks.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return ranks
+
+
+def approx_ranks_backward(
+    scores: Tensor,
+    grad_ranks: Tensor,
+    offsets: Tensor,
+    alpha: float,
+) -> Tensor:
+    """The backend contract: the gradient of (N,) scores by that of (N,) ranks, fp32 or fp64."""
+    grad = torch.empty_like(scores)
+    wide = scores.dtype == torch.float64
+    kernel = _C.approx_ranks_backward_double if wide else _C.approx_ranks_backward_float
+    addresses = (scores.data_ptr(), grad_ranks.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), grad.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return grad
 
 
 def _int8_shape(x: Tensor) -> Any:
