@@ -27,9 +27,10 @@ from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
 from rerank_fast.objectives.base import Objective
-from rerank_fast.training import checkpoints, distributed, launch, precision
+from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives, launch
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
 from rerank_fast.training.model_card import RunCard
@@ -114,7 +115,7 @@ class Trainer:
         self.output = Path(config.output)
         self.callbacks = callbacks
         check_trackers(config.trackers)
-        self.processes = distributed.join_processes(config.distributed_timeout)
+        self.processes = collectives.join_processes(config.distributed_timeout)
         if told:
             self._say(f"As accelerate launch was told: {', '.join(told)}.")
         self.resumed_from = checkpoints.check_output(
@@ -164,7 +165,7 @@ class Trainer:
         self.evaluated_in = arithmetic(dtype, self.model.device)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
-            self._scorer = distributed.ShardedScorer(self.model, self.processes)
+            self._scorer = collectives.ShardedScorer(self.model, self.processes)
         self._stops = self._ran = False
 
     # -- one step ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.training.checkpoints import checkpoints
-from rerank_fast.training.distributed import ShardedScorer
+from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -62,7 +62,7 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
 
 def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
     (directory / "runs.json").write_text(json.dumps(runs))
-    command = [*TORCHRUN, str(port), "-m", "tests.training.sharded_run", str(directory / "runs.json")]
+    command = [*TORCHRUN, str(port), "-m", "tests.training.distributed.sharded_run", str(directory / "runs.json")]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
 
 
@@ -192,7 +192,7 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
         num_processes = 3
 
     monkeypatch.setattr(
-        "rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone())
+        "rerank_fast.training.distributed.collectives.sum_over_processes", lambda t: shares.append(t[0].clone())
     )
     for rank in range(3):
         state = State()
