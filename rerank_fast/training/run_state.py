@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rerank_fast.cards.energy import Energy
+from rerank_fast.cards.record import Change
 from rerank_fast.model.random_state import device_state, set_device_state
 from rerank_fast.training import checkpoints
 from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
 from rerank_fast.training.distributed import collectives
-from rerank_fast.training.energy import Energy
 from rerank_fast.training.from_json import from_json
-from rerank_fast.training.run_identity import Change, find_changes
+from rerank_fast.training.run_identity import find_changes
 from rerank_fast.training.weights import check_tensors
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rerank_fast.cards.record import RunRecord
+from rerank_fast.cards.run import RunCard
 from rerank_fast.data.batches import Batch, BatchMaker, check_all_labels
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.evaluator import Evaluator
@@ -33,7 +35,6 @@ from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives, launch
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
-from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.objective import choose_objective, described_settings
 from rerank_fast.training.run_identity import describe_run
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
@@ -314,10 +315,31 @@ class Trainer:
         if self.processes.is_main_process:
             file, content = self.output / checkpoints.METRICS_FILE, {**asdict(result), "config": self.settings}
             checkpoints.write_json(file, content)
-            self.card.finish(self, result)
+            self.card.finish(self._record(result))
             checkpoints.mark_finished(self.output)
         self.processes.wait_for_everyone()
         return result
+
+    def _record(self, result: TrainingResult) -> RunRecord:
+        return RunRecord(
+            model=self.model,
+            output=self.output,
+            objective=self.objective,
+            settings=self.settings,
+            defaults=asdict(TrainingConfig()),
+            max_tokens_per_microbatch=self.backward.max_tokens,
+            evaluators=self.validation.evaluators,
+            metric_for_best=self.config.metric_for_best,
+            evaluated_in=self.evaluated_in,
+            metrics=result.metrics,
+            best_step=result.best_step,
+            steps=result.steps,
+            num_steps=self.num_steps,
+            seconds=result.seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            num_processes=self.processes.num_processes,
+            holds_the_saved_model=self.holds_the_saved_model,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -374,7 +396,13 @@ class Trainer:
         if writes:
             checkpoints.mark_unfinished(self.output, best_step=progress.best_step)
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
-            self.card.start(self.model, self.output, progress)
+            self.card.start(
+                self.model,
+                self.output,
+                step=progress.step,
+                energy=progress.energy,
+                changes=progress.changes,
+            )
         trackers = self.config.trackers if writes else []
         self.log = RunLog(self.output, trackers, self.settings, position=position, step=progress.step)
         self._tell("train_begin", progress.step)
