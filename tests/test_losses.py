@@ -192,7 +192,7 @@ def test_config_and_citation(model):
     config = ours.get_config_dict()
     assert config.keys() - peer.get_config_dict().keys() == {"mu"}
     assert config["mu"] == 5.0
-    assert config["weighting_scheme"] == "rerank_fast.losses.NDCGLoss2PPScheme"
+    assert config["weighting_scheme"] == "rerank_fast.objectives.weighting.NDCGLoss2PPScheme"
     assert "wang2018lambdaloss" in ours.citation
 
 
