@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
     approx_ranks,
+    column_sums,
+    gelu,
     guard,
     lambda_loss,
     ndcg,
@@ -47,6 +49,8 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
     approx_ranks,
+    column_sums,
+    gelu,
     lambda_loss,
     ndcg,
     residual_norm,

@@ -200,10 +200,11 @@ def sample_documents(row: Row, limit: int, seed: Sequence[int]) -> Row:
     return {"query": row["query"], "docs": [docs[i] for i in kept], "labels": [values[i] for i in kept]}
 
 
-def token_load(row: Row, max_length: int) -> int:
+def token_load(row: Row, max_length: int | None) -> int:
     """About how many tokens a list's pairs have, not tokenised yet: four bytes a token, at most max_length."""
     query = len(row["query"].encode())
-    return sum(min((query + len(doc.encode())) // 4 + 3, max_length) for doc in row["docs"])
+    loads = [(query + len(doc.encode())) // 4 + 3 for doc in row["docs"]]
+    return sum(loads if max_length is None else (min(load, max_length) for load in loads))
 
 
 def share_out(loads: np.ndarray, num_ranks: int) -> list[np.ndarray]:

@@ -184,7 +184,7 @@ def details(model: CrossEncoder) -> str:
         "- **Model type:** cross-encoder",
         f"- **Base model:** {base_model_link(model.name_or_path)}",
         f"- **Architecture:** {code(own_class(model.model).__name__)}{shape}, {parameters} parameters",
-        f"- **Maximum length:** {model.max_length} tokens of query and document together",
+        f"- **Maximum length:** {model.max_length or 'any number of'} tokens of query and document together",
         "- **Modality:** text",
         f"- **Output labels:** {model.num_labels}, a score; {code(kind.__name__)} is applied to it",
     ]

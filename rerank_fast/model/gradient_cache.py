@@ -17,6 +17,84 @@ from rerank_fast.model.scoring import PaddedStep, in_order
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
 
 
+class CachedScores:
+    """Scores of all pairs of a step without a graph, and each micro-batch again once their gradient is known.
+
+    Memory does not grow with the pairs: one micro-batch's graph lives at a time (Gao et al. 2021, "Scaling deep
+    contrastive learning batch size under memory limited setup").
+
+    Args:
+        step: made with gradients on: its products are those of the second run, and so the scores to the bit.
+        plan: index arrays of the micro-batches, which hold every pair once.
+        device: of the model.
+        progress: told the number of pairs of every micro-batch that is done, in either run.
+
+    Attributes:
+        scores: (N,), in the order of the pairs.
+        shared: what all micro-batches read, each with the leaf that stands in for it and gets its
+            gradient; see PackedStep.separate.
+    """
+
+    def __init__(
+        self,
+        step: PackedStep | PaddedStep,
+        plan: Sequence[np.ndarray],
+        device: torch.device,
+        progress: Callable[[int], object] = lambda num_pairs: None,
+    ) -> None:
+        self.step, self.plan, self.device, self.progress = step, plan, device, progress
+        self.shared = step.separate()
+        self.states, parts = [random_state(device)], []
+        with torch.no_grad(), step.region:
+            for indices in plan:
+                parts.append(step(indices))
+                self.states.append(random_state(device))
+                progress(len(indices))
+        self.scores = in_order(parts, plan)
+
+    def push(
+        self,
+        gradient: Tensor,  # (N,)
+        needed: np.ndarray,  # (N,) bool
+        back: Callable[[Tensor, Tensor], None] = torch.autograd.backward,
+    ) -> int:
+        """Run the micro-batches again, each with the random numbers of its first run, and go back through each.
+
+        A pair that is not needed is not run again. The others get the dropout of their first run, so
+        that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is
+        drawn as a whole (padded ones, and where modules of the model draw inside a layer) is left
+        out as a whole or run as a whole.
+
+        Args:
+            gradient: dL/dscores.
+            needed: by pair, on the host.
+            back: pushes a micro-batch's (M,) gradient through the graph of its (M,) scores.
+
+        Returns:
+            The number of pairs that were run again.
+        """
+        device, num_run = self.device, 0
+        drawn = random_state(device)
+        # A new region: autocast's copies of weights, made without a graph, must not be used again.
+        with torch.enable_grad(), self.step.region:
+            for indices, before, after in zip(self.plan, self.states[:-1], self.states[1:], strict=True):
+                keep = needed[indices]
+                self.progress(len(indices))
+                if not keep.any():
+                    continue
+                if nothing_drawn(before, after):
+                    indices, keep = indices[keep], keep[keep]
+                elif not self.step.draws_by_row:
+                    keep[:] = True
+                set_random_state(before, device)
+                again = self.step(indices, keep)
+                run = indices[keep]
+                back(again, gradient.index_select(0, upload(run, device)))
+                num_run += len(run)
+        set_random_state(drawn, device)
+        return num_run
+
+
 @dataclass(frozen=True)
 class Pushed:
     """What a backward pass leaves beside the gradients."""
@@ -50,47 +128,18 @@ def backward_cached(
     scale: Loss = lambda value: value,
     skip_below: Callable[[Tensor], Tensor | float] = lambda scores: 0.0,
 ) -> Pushed:
-    """The same gradient with one micro-batch's graph at a time: memory does not grow with the lists.
+    """What backward_direct does, with one micro-batch's graph at a time: see CachedScores.
 
-    All micro-batches are scored without a graph; the loss gives dL/dscores; then each is run again, with the random
-    numbers of its first run, and its share of dL/dscores is pushed through its graph (Gao et al. 2021, "Scaling
-    deep contrastive learning batch size under memory limited setup").
-
-    A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again. The others get the dropout of
-    their first run, so that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is
-    drawn as a whole (padded ones, and where modules of the model draw inside a layer) is left out as a whole or run
-    as a whole.
+    A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again.
     """
-    # The step was made with gradients on: its products are those of the second run, and so the scores to the bit.
-    shared = step.separate()
-    states, parts = [random_state(device)], []
-    with torch.no_grad(), step.region:
-        for indices in plan:
-            parts.append(step(indices))
-            states.append(random_state(device))
-    scores = in_order(parts, plan).requires_grad_()
+    cached = CachedScores(step, plan, device)
+    scores = cached.scores.requires_grad_()
     value = loss(scores)
     (gradient,) = torch.autograd.grad(value, scores)
     # The one wait for the device. Not "above": a NaN must go on.
     needed = ~(gradient.abs() <= skip_below(scores.detach())).cpu().numpy()
-    gradient, num_run = scale(gradient), 0
-    # A new region: autocast's copies of weights, made without a graph, must not be used again.
-    with step.region:
-        for indices, before, after in zip(plan, states[:-1], states[1:], strict=True):
-            keep = needed[indices]
-            if not keep.any():
-                continue
-            if nothing_drawn(before, after):
-                indices, keep = indices[keep], keep[keep]
-            elif not step.draws_by_row:
-                keep[:] = True
-            set_random_state(before, device)
-            again = step(indices, keep)
-            run = indices[keep]
-            again.backward(gradient.index_select(0, upload(run, device)))
-            num_run += len(run)
-    set_random_state(states[-1], device)
-    shared = [(tensor, leaf) for tensor, leaf in shared if leaf.grad is not None]
+    num_run = cached.push(scale(gradient), needed)
+    shared = [(tensor, leaf) for tensor, leaf in cached.shared if leaf.grad is not None]
     if shared:
         torch.autograd.backward([tensor for tensor, _ in shared], [leaf.grad for _, leaf in shared])
     return Pushed(value.detach(), scores.detach(), len(scores) - num_run)

@@ -20,7 +20,7 @@ from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
-from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
+from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +72,8 @@ class PaddedStep:
 
     def _scores(self, indices: np.ndarray) -> Tensor:
         """(B,) scores of one padded batch."""
-        inputs = self.tokens.pad(
-            indices,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            padding_side=self.tokenizer.padding_side,
-            pad_token_type_id=self.tokenizer.pad_token_type_id,
-            width=self._width(int(self.tokens.lengths[indices].max(initial=1))),
-            device=self.device,
-        )
+        width = self._width(int(self.tokens.lengths[indices].max(initial=1)))
+        inputs = padded(self.tokens, indices, self.model, self.tokenizer, width=width, device=self.device)
         called = inputs, self.answers, self.head
         if self.widened:
             return functional_call(_Padded(self.model), self.widened, called)
@@ -118,11 +112,43 @@ class _Padded(nn.Module):
         return padded_scores(self.model, inputs, answers, head)
 
 
+def padded(
+    tokens: TokenizedPairs,
+    indices: np.ndarray,
+    model: Any,
+    tokenizer: Any,
+    *,
+    width: int | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """The pairs at the (B,) indices as a batch that the model takes, padded with what it knows for padding."""
+    pad = _padding_token(model)
+    return tokens.pad(
+        indices,
+        pad_token_id=(tokenizer.pad_token_id or 0) if pad is None else pad,
+        padding_side=tokenizer.padding_side,
+        pad_token_type_id=tokenizer.pad_token_type_id,
+        width=width,
+        device=device,
+    )
+
+
+def _padding_token(model: Any) -> int | None:
+    """The number of the token by which the model itself tells padding from text; None where it knows none."""
+    pad = getattr(model.config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else None
+
+
 def padded_scores(
     model: Any, inputs: Mapping[str, Tensor], answers: Answers | None, head: AnswerHead | None = None
 ) -> Tensor:
     """(B,) fp32 scores of a padded batch, left-padded where there are answers; head is that of find_answer_head."""
     if answers is None:
+        mask = inputs["attention_mask"].bool()
+        if len(mask) > 1 and _padding_token(model) is None:
+            _say_one_by_one(type(model).__name__)
+            rows = [{name: one[n : n + 1, mask[n]] for name, one in inputs.items()} for n in range(len(mask))]
+            return torch.cat([padded_scores(model, row, None) for row in rows])
         return model(**inputs).logits.reshape(-1).float()
     if head is None:
         return answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
@@ -168,7 +194,12 @@ class StepMaker:
 
         Args:
             tokens: all pairs of the step.
+
+        Raises:
+            ValueError: a pair has no token; names it.
         """
+        if len(empty := np.flatnonzero(tokens.lengths == 0)):
+            raise ValueError(f"pair {empty[0]} has no token: expected at least one to read a score from")
         recomputes = self.recomputes and self.model.training
         if self.architecture is None:
             return PaddedStep(
@@ -222,14 +253,23 @@ def _own_dtype(model: Any) -> torch.dtype:
     weights = next(model.parameters()).dtype
     dtype = arithmetic(weights, model.device)
     if dtype != weights:
-        _say_wide(weights)
+        _say_wide(weights, model.device)
     return dtype
 
 
 @functools.cache
-def _say_wide(weights: torch.dtype) -> None:
+def _say_one_by_one(name: str) -> None:
+    logger.warning(
+        "This %s has no padding token: pairs are scored one by one. A pad_token_id in config.json allows batches.",
+        name,
+    )
+
+
+@functools.cache
+def _say_wide(weights: torch.dtype, device: torch.device) -> None:
     """One line in the log for a dtype, however many models have it."""
-    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), timings(weights))
+    why = why_slow(weights, device)
+    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), why)
 
 
 def run(

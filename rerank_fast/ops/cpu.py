@@ -192,9 +192,10 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of q, k and v."""
-    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
+    dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):

@@ -70,12 +70,14 @@ def describe(trainer: Trainer) -> list[str]:
     units = zip(counted.units, trainer.objective.parts, strict=True)
     what = [f"{number:,} {part.unit}, " for number, part in units if part.unit]
     added = f" ({counted.negatives:,} with documents of other lists)" if counted.negatives else ""
+    truncated = f"{counted.truncated:,} of them longer than {model.max_length} tokens and truncated"
+    if model.max_length is None:
+        truncated = "none of them truncated"
     return [
         f"Training lists: {counted.lists:,} with {counted.documents:,} documents; "
         f"{counted.lists_without_gradient:,} of the lists, {trainer.objective.idle}, train nothing",
         f"{'First epoch' if drawn else 'Epoch'}: {''.join(what)}"
-        f"{counted.pairs:,} pairs to score{added}, {counted.truncated:,} of them longer than "
-        f"{model.max_length} tokens and truncated",
+        f"{counted.pairs:,} pairs to score{added}, {truncated}",
         *_evaluations(trainer, counted.queries),
         f"Steps: {trainer.num_steps:,} of {config.batch_size} lists, {_epochs(trainer)}",
         f"Precision: {config.precision} on {model.device}",

@@ -413,7 +413,7 @@ class Trainer:
 
     def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
         """Means over the steps since the last log line; the one wait for the device."""
-        rows = torch.stack([outcome for outcome, _ in done]).double().cpu().numpy()
+        rows = torch.stack([outcome for outcome, _ in done]).cpu().double().numpy()
         losses, norms, _, overflows = rows.T
         bad = np.flatnonzero(~np.isfinite(losses) | ~(np.isfinite(norms) | (overflows > 0)))
         if len(bad):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,9 @@ from rerank_fast.model.storage.files import (
     named,
     quiet_transformers,
 )
-from rerank_fast.model.storage.tokenizer import load_tokenizer
+from rerank_fast.model.storage.names import check_missing, in_encoder, unwrapped
+from rerank_fast.model.storage.positions import max_positions
+from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer
 from rerank_fast.model.storage.weights import check_weight_files, check_weights
 from rerank_fast.model.texts import check_text, one_line, shown
 
@@ -38,7 +40,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    max_length: int  # the saved limit of a pair in tokens
+    tokenizer_settings: TokenizerSettings
+    max_length: int | None  # the saved limit of a pair in tokens; None where there is none
     max_positions: int | None  # tokens the model has positions for; None where it has no such limit
     activation_fn: Callable[[Tensor], Tensor] | None
     card: Card | None  # README.md; of the encoder where the checkpoint has no trained head
@@ -85,25 +88,28 @@ def load(
         config.num_labels = 1
     loader: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     with quiet_transformers():
-        dtypes = check_weight_files(checkpoint, getattr(config, "transformers_weights", None))
+        files = check_weight_files(checkpoint, getattr(config, "transformers_weights", None))
+        dtypes = files.dtypes
         model, report = _model(checkpoint, loader, config, dtype, hub)
+        if in_encoder(model, report["missing_keys"]):
+            names = unwrapped(dtypes, model.state_dict(), model.base_model_prefix)
+            tensors = {names[name]: tensor for name, tensor in files.read().items()}
+            model, report = _model(checkpoint, type(model), config, dtype, {"state_dict": tensors})
+        missing = report["missing_keys"]
+        check_missing(path_or_hub_id, model, missing, dtypes)
+        _check_labels(path_or_hub_id, model, report["mismatched_keys"])
         check_weights(path_or_hub_id, model, dtypes, report["mismatched_keys"])
         tokenizer = load_tokenizer(checkpoint, model, hub)
     answers = _answers(checkpoint, tokenizer, modules) if causal else None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        logger.warning(
-            "%s has no trained score head: %s start from random values, so train before you rank.",
-            path_or_hub_id,
-            ", ".join(missing),
-        )
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    positions = _max_positions(checkpoint, config)
+    positions = max_positions(path_or_hub_id, model)
+    limits = [one for one in (tokenizer.model_max_length, positions) if one is not None and one < sys.maxsize]
     return LoadedModel(
         model,
         tokenizer,
-        int(min(tokenizer.model_max_length, positions or math.inf)),
+        TokenizerSettings.of(tokenizer),
+        int(min(limits, default=0)) or None,
         positions,
         None if missing else _saved_activation(checkpoint, config, saved),
         _saved_card(checkpoint),
@@ -146,24 +152,32 @@ def _model(
     loader: Any,
     config: Any,
     dtype: str | torch.dtype | None,
-    hub: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and transformers' report: missing_keys, mismatched_keys."""
+    """The model, of files or of a state_dict, and transformers' report: missing_keys, mismatched_keys."""
     try:
         return loader.from_pretrained(
-            checkpoint.name,
+            None if "state_dict" in options else checkpoint.name,
             config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             # The error without it says no weight's name; the report does.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **hub,
+            **options,
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of as many kinds as there are values in a config
         raise ValueError(_explain(checkpoint.name, error)) from error
+
+
+def _check_labels(name: str, model: Any, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """That a head which config.json says nothing of has one label."""
+    for weight, shape, expected in sorted(mismatched, key=str):
+        in_head = not weight.startswith(f"{model.base_model_prefix}.")
+        if in_head and expected[0] == 1 and shape[1:] == expected[1:]:
+            raise ValueError(f"{name} has {shape[0]} labels; expected a sequence-classification model with 1")
 
 
 def _explain(path_or_hub_id: str, error: Exception) -> str:
@@ -206,22 +220,6 @@ def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, s
     if default is not None and not (isinstance(default, str) and default in prompts):
         raise ValueError(f"{where} names the default prompt {default}, but has {[*prompts]}")
     return prompts, default
-
-
-def _max_positions(checkpoint: Checkpoint, config: Any) -> int | None:
-    """How many tokens the model has positions for."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and not isinstance(positions, int):
-        raise ValueError(
-            f"{checkpoint.name}/config.json: expected max_position_embeddings to be a number, got "
-            f"{shown(positions)}"
-        )
-    if not positions or positions < 0:
-        return None
-    # RoBERTa and its kin count positions from pad + 1: that many of the embeddings are never used.
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet"):
-        positions -= (config.pad_token_id or 0) + 1
-    return positions
 
 
 def _answers(checkpoint: Checkpoint, tokenizer: Any, modules: list[dict[str, Any]]) -> Answers:
@@ -268,7 +266,7 @@ def _saved_activation(
         raise ValueError(f"{where}: expected the name of an activation, got {shown(name)}")
     # A name in a config must not run code of its choosing: PyTorch's activations only.
     module, _, attribute = name.rpartition(".")
-    if not module.startswith("torch.nn.modules."):
+    if module != "torch.nn" and not module.startswith("torch.nn.modules."):
         logger.warning(
             "%s names the activation %s, which is not one of torch.nn; using Sigmoid.", checkpoint.name, name
         )

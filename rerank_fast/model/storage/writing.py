@@ -19,6 +19,7 @@ from transformers import __version__ as transformers_version
 from rerank_fast.model.card import CARD_FILE, Card
 from rerank_fast.model.heads import Answers
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
+from rerank_fast.model.storage.tokenizer import TokenizerSettings
 from rerank_fast.model.texts import one_line
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ def save(
     model: Any,
     tokenizer: Any,
     activation_fn: object,
-    max_length: int,
+    max_length: int | None,
     card: Card,
     directory: Path,
     *,
+    tokenizer_settings: TokenizerSettings,
     answers: Answers | None,
     prompts: Mapping[str, str],
     default_prompt_name: str | None,
@@ -57,12 +59,7 @@ def save(
     try:
         with quiet_transformers():
             model.save_pretrained(staging)
-            tokenizer_limit = tokenizer.model_max_length
-            tokenizer.model_max_length = max_length
-            try:
-                tokenizer.save_pretrained(staging)
-            finally:
-                tokenizer.model_max_length = tokenizer_limit
+            tokenizer_settings.save(tokenizer, staging, max_length)
         files = _sentence_transformers_files(activation_fn, answers, prompts, default_prompt_name)
         for name, content in files.items():
             (staging / name).parent.mkdir(exist_ok=True)
