@@ -130,6 +130,12 @@ def test_files_of_several_layouts(tmp_path: Path):
     assert load_lists([one, two]).to_list() == expected
 
 
+def test_columns_by_order_of_several_files(tmp_path: Path):
+    one = write_lines(tmp_path / "a.jsonl", [{"a": "q", "b": "x", "label": 1}, {"label": 0, "b": "y", "a": "q"}])
+    two = write_lines(tmp_path / "b.jsonl", [{"c": "q", "d": ["x", "y"], "labels": [1, 0]}])
+    assert load_lists([one, two]).to_list() == lists_of(*[("q", "xy", [1, 0])] * 2)
+
+
 @pytest.mark.parametrize(
     ("scores", "labels"),
     [
