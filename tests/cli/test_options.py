@@ -38,7 +38,6 @@ _VALUES: dict[str, dict[str, Any]] = {
     "train": {
         "model": "other", "train": "b.jsonl", "eval": "c.jsonl", "columns": {"query": "q"},
         "labels": "scores",
-        "labels": "scores",
         "recipe": (OWN, {"model": None, "train": None, "set": ["lists=b.jsonl"]}),
         "set": (["lists=b.jsonl", "batch_size=7"], {"model": None, "train": None, "recipe": OWN}),
         "dry_run": True, "push": "me/it", "resume": "auto",
