@@ -136,7 +136,7 @@ _KERNELS = {
 # Launched by Triton: through its launcher in Python.
 TRITON = {
     f"{name}{suffix}"
-    for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss")
+    for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss", "approx_ranks")
     for suffix in ("", "_backward")
 } | {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums"}
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own

@@ -31,7 +31,7 @@ class PairScoringLoss(nn.Module):
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder.
         activation_fn: applied to the logits before the loss; None applies nothing.
-        mini_batch_size: pairs per forward pass, 0 or less all pairs; None leaves it to the loss, and with
+        mini_batch_size: pairs per forward pass, below 0 all pairs; None or 0 leaves it to the loss, and with
             gradient_cache means 32.
         packed: run without padding where the model allows it; False calls the model itself.
         gradient_cache: score without a graph, and run micro-batch by micro-batch again in the
@@ -117,9 +117,8 @@ class PairScoringLoss(nn.Module):
             if found:
                 say_once(found)
         else:
-            inner, dtype = found.inner, found.dtype or _autocast_dtype(self.model.device)
-            answers = getattr(inner, "answers", None)  # of a causal model; sentence-transformers has a module
-            packed_step = make_packed_step(inner.model, tokens, dtype=dtype, answers=answers)
+            dtype = found.dtype or _autocast_dtype(self.model.device)
+            packed_step = make_packed_step(found.model, tokens, dtype=dtype, answers=found.answers)
             if packed_step is not None:
                 return found.call(lambda: score(packed_step, max_pairs))
         called = _CalledStep(self.model, tokens, _RowsOf(features), cached)

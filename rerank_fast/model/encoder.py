@@ -72,7 +72,7 @@ class PackedStep:
         copies = NarrowCopies() if compiles else None
         trains = torch.is_grad_enabled() and self.compiled is None
         for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.reads != "mean"
+            one_token = depth == len(architecture.layers) and architecture.pool is None
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
             ready = make(
                 layer,  # type: ignore[arg-type]
@@ -140,6 +140,7 @@ class PackedStep:
             lengths,
             None if tokens is None else tokens.int(),
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
+            reads_last=architecture.reads == "last",
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
         before = random_state(device) if self._looks_at_draws else None
@@ -154,10 +155,9 @@ class PackedStep:
             self.draws_by_row = False
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
-        if architecture.reads == "mean":
-            sums = wide.new_zeros(len(lengths), wide.shape[1])
+        if architecture.pool is not None:
             owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
-            wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
+            wide = architecture.pool(wide, cu_seqlens, owner)
         read = wide.to(self._rows.dtype)
         if pairs is None:
             scores = architecture.head(read).to(wide.dtype)

@@ -32,6 +32,7 @@ class MicroBatch:
     # Where it is part of a larger one whose dropout it has: the places of its tokens and its sequences there.
     token_rows: Tensor | None = None  # (T,) int32
     sequence_rows: Tensor | None = None  # (N,) int32
+    reads_last: bool = False  # the token that is read is the last of each
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class PreNormStep:
         seeds = [_seed(layer.attention, layer.attention_dropout)]
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
         prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
-        if self.one_token and layer.window is not None and not layer.causal:
+        if self.one_token and layer.window is not None and not (layer.causal or batch.reads_last):
             # The op aligns the last query with the last key; a first token sees what lies right of it.
             kept, cu_keys = _first_tokens(batch, layer.window[1] + 1)
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)

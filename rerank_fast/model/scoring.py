@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rerank_fast.model.architectures import Architecture, find_architecture, reason_to_pad
+from rerank_fast.model.architectures import (
+    Architecture,
+    find_answer_head,
+    find_architecture,
+    reason_to_pad,
+)
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
+from rerank_fast.model.heads import AnswerHead, Answers, cut_head
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
 from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 
@@ -146,7 +152,8 @@ def padded_scores(
     """(B,) fp32 scores of a padded batch, left-padded where there are answers; head is that of find_answer_head."""
     if answers is None:
         mask = inputs["attention_mask"].bool()
-        if len(mask) > 1 and _padding_token(model) is None:
+        # A modular model reads what the mask says, not what it knows for padding.
+        if len(mask) > 1 and _padding_token(model) is None and not isinstance(model, ModularReranker):
             _say_one_by_one(type(model).__name__)
             rows = [{name: one[n : n + 1, mask[n]] for name, one in inputs.items()} for n in range(len(mask))]
             return torch.cat([padded_scores(model, row, None) for row in rows])

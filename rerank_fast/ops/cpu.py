@@ -37,7 +37,11 @@ def unavailable_reason() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the kernels were built for and this processor has, widest first."""
+    """Those that the kernels were built for and that this processor has, widest first.
+
+    Of x86-64 sse4, avx2, avx512, avx512_bf16 and amx_bf16; of 64-bit Arm neon and neon_bf16. amx_bf16 is
+    AVX-512 with bf16 whose attention multiplies bf16 in tiles: Linux has to permit the process to use them.
+    """
     return _C.instruction_sets() if available() else []
 
 

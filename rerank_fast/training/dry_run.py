@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from rerank_fast.data.held_out import query_keys
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.training import distributed
-from rerank_fast.training.card_results import measured_sets
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer

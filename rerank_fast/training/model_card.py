@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from rerank_fast import __version__
 from rerank_fast.data.lists import ListStream
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.model.card import (
     PLOT_FILE,
     base_model_link,
@@ -38,7 +39,6 @@ from rerank_fast.training.card_results import (
     eval_results,
     evaluation_sections,
     log_table,
-    measured_sets,
     metric_kinds,
     read_log,
 )
@@ -171,8 +171,8 @@ def _first_sentence(model: CrossEncoder, lists: Described, losses: Sequence[str]
     size = "a stream of" if lists.size is None else f"{lists.size:,}"
     return (
         f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists "
-        f"with {' and '.join(losses)} by rerank_fast. It reads a query and a document together and gives a "
-        "score to rerank by, and loads in rerank_fast, sentence-transformers and transformers."
+        f"with {' and '.join(losses)} by rerank_fast. It reads a query and a document together and "
+        "gives a score to rerank by, and loads in rerank_fast, sentence-transformers and transformers."
     )
 
 
@@ -336,10 +336,8 @@ def _versions() -> str:
 
 
 def _citations(objective: Objective) -> str:
-    parts, entries = (
-        ["## Citation"],
-        {_class_name(one): one.citation.strip() for one in objective.parts if one.citation},
-    )
+    parts = ["## Citation"]
+    entries = {_class_name(one): one.citation.strip() for one in objective.parts if one.citation}
     for name, entry in {**entries, "Sentence Transformers": _SENTENCE_TRANSFORMERS}.items():
         parts.append(f"### {name}\n\n```bibtex\n{entry}\n```")
     return "\n\n".join(parts)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rerank_fast.data.fingerprint import fingerprint
-from rerank_fast.training.card_results import measured_sets
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.training.config import TrainingConfig
 
 if TYPE_CHECKING:

@@ -38,6 +38,5 @@ def test_every_launch_stands_under_its_tensors_device(part: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     getattr(odd_shapes, part)(*odd_shapes.INTERPRETED[part])
-    assert len(set(launched)) >= {"attention": 3, "norms_and_heads": 4, "vector_gradients": 2, "losses": 3}[part], (
-        launched
-    )
+    least = {"attention": 3, "norms_and_heads": 4, "vector_gradients": 2, "losses": 4}
+    assert len(set(launched)) >= least[part], launched

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.residual_norm import residual_norm
@@ -68,6 +69,8 @@ def losses(device: str, sizes: Sequence[int]) -> None:
         scores = torch.randn(total, device=device, requires_grad=True)
         lambda_loss(scores, labels, offsets, scheme=scheme, k=3, backend="triton").backward()
     ndcg(torch.randn(total, device=device), labels, offsets, 10, backend="triton")
+    scores = torch.randn(total, device=device, requires_grad=True)
+    approx_ranks(scores, offsets, backend="triton").square().sum().backward()
 
 
 # Arguments of the functions above for the interpreter, which takes its time and has no bf16.

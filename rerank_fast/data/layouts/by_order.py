@@ -12,7 +12,7 @@ from typing import Any
 from rerank_fast.data.layouts.lists import label_columns
 from rerank_fast.data.layouts.pairs import grouped
 from rerank_fast.data.layouts.row import LABELS, Options, Row, ranked
-from rerank_fast.model.texts import check_text
+from rerank_fast.model.texts import check_text, plain
 
 NAME = "columns by order"
 EXAMPLE = '{"sentence1": "...", "sentence2": "...", "label": 1}'
@@ -36,7 +36,8 @@ def rows(source: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
     # Later rows may have the columns in another order.
     query, docs = _inputs(list(first.values))
     source = chain([first], source)
-    if first.is_listed(docs):
+    # A cell of a table may begin with a bracket: what its label is decides.
+    if isinstance(plain(first.values[docs]), list | tuple) or first.is_listed(first.labels_field(options)):
         return (_list(row, query, docs, options) for row in source)
     pairs = ((_query(row, query), row.text(docs), row.number(row.labels_field(options))) for row in source)
     return grouped(pairs, options)

@@ -96,22 +96,30 @@ def _tagged(
 ) -> Iterator[tuple[Layout, Row]]:
     for name, rows in items:
         layout: Layout | None = None
+        first: Mapping[str, str] = {}
         there: Sequence[str] = ()
         for place, values in rows:
             row = _row(place, values, columns)
-            if row.values.keys() != set(there):
+            if layout is None or row.values.keys() != set(there):
                 there = list(row.values)
                 if layout is None:
                     layout = layout_of(there, place, known)
+                    check_choice(layout, there, options, place)
                     say("%s: %s", name, said(layout, there, options))
-                elif not layout.matches(there):
+                    first = layout.labels(there)
+                elif not layout.matches(there) or _takes_scores(layout.labels(there), first):
                     raise ValueError(
                         f"{place}: not of the layout {layout.NAME}, which the rows before it are of, "
                         f"as in {layout.EXAMPLE}; there are {_sorted(there)}"
                     )
-                check_choice(layout, there, options, place)
-            assert layout is not None
+                else:
+                    check_choice(layout, there, options, place)
             yield layout, row
+
+
+def _takes_scores(choices: Mapping[str, str], first: Mapping[str, str]) -> bool:
+    """Whether a row lacks the labels of the first one, so that its scores would be taken for them."""
+    return choices["relevance"] == first.get("scores") != first["relevance"]
 
 
 def layout_of(columns: Sequence[str], place: str, known: str) -> Layout:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rerank_fast.data.layouts.row import Row
 from rerank_fast.data.layouts.texts import DOC_ID, QUERY_ID, check_id, column_of, normal, read_texts
 from rerank_fast.data.layouts.triples import headerless
 from rerank_fast.data.rows import Placed, Source, read_items
@@ -73,10 +74,10 @@ def _text(value: Any, texts: Mapping[str, str], part: str, where: str) -> str:
 
 def _all(value: Any, corpus: Mapping[str, str], where: str) -> str | list[str]:
     """The text of an id, or the texts of a list of ids."""
-    ids = plain(value)
-    if not isinstance(ids, list | tuple):
-        return _text(ids, corpus, "corpus", where)
-    return [_text(one, corpus, "corpus", f"{where}[{i}]") for i, one in enumerate(ids)]
+    row = Row(where, {"": value})
+    if not row.is_listed(""):
+        return _text(value, corpus, "corpus", where)
+    return [_text(one, corpus, "corpus", f"{where}[{i}]") for i, one in enumerate(row.listed(""))]
 
 
 def _hard(name: str, value: Any, corpus: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def find_parts(source: Any, split: str | None = None) -> dict[str, Any] | None:
     if "corpus" not in found:
         return None
     chosen = {part: _chosen(part, files, address.split or "train") for part, files in found.items()}
-    return {part: files for part, files in chosen.items() if files} or None
+    return {part: chosen[part] for part in PARTS if chosen.get(part)} or None
 
 
 def _chosen(part: str, files: Sequence[Path], split: str) -> list[str]:

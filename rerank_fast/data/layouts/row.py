@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class Row:
         value = plain(self.values[name])
         if or_one and isinstance(value, str):
             return [check_text(value, self.where(name))]
-        return self._all(name, self._listed(name, value, "a list"), check_text)
+        return self._all(name, check_text)
 
     def number(self, name: str) -> float:
         return number_of(self.values[name], self.where(name))
@@ -77,7 +77,7 @@ class Row:
         value = plain(self.values[name])
         if or_one and not isinstance(value, list | tuple) and not _looks_listed(value):
             return [number_of(value, self.where(name))]
-        return self._all(name, self._listed(name, value, "a list"), number_of)
+        return self._all(name, number_of)
 
     def is_listed(self, name: str) -> bool:
         value = plain(self.values[name])
@@ -86,7 +86,9 @@ class Row:
     def labels_field(self, options: Options) -> str:
         return self.first(SCORES if options.labels == "scores" else LABELS)
 
-    def _listed(self, name: str, value: Any, expected: str) -> Sequence[Any]:
+    def listed(self, name: str) -> Sequence[Any]:
+        """A list of whatever."""
+        value, expected = plain(self.values[name]), "a list"
         if isinstance(value, Cell):
             expected = "a list as JSON writes it"
             try:
@@ -97,9 +99,9 @@ class Row:
             raise ValueError(f"{self.where(name)}: expected {expected}, got {shown(value)}")
         return value
 
-    def _all(self, name: str, values: Sequence[Any], check: Any) -> list[Any]:
+    def _all(self, name: str, check: Callable[[Any, str], Any]) -> list[Any]:
         where = self.where(name)
-        return [check(value, f"{where}[{i}]") for i, value in enumerate(values)]
+        return [check(value, f"{where}[{i}]") for i, value in enumerate(self.listed(name))]
 
 
 def _looks_listed(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rerank_fast.data.layouts.row import QUERY, Options, Row, ranked, relevance
 from rerank_fast.data.layouts.texts import titled
-from rerank_fast.model.texts import plain, shown
+from rerank_fast.model.texts import shown
 
 NAME = "Tevatron"
 EXAMPLE = (
@@ -35,11 +35,8 @@ def rows(source: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _texts(row: Row, name: str) -> list[str]:
-    passages = plain(row.values[name])
-    if not isinstance(passages, list | tuple):
-        raise ValueError(f"{row.where(name)}: expected a list of passages, got {shown(passages)}")
     texts = []
-    for i, passage in enumerate(passages):
+    for i, passage in enumerate(row.listed(name)):
         where = f"{row.where(name)}[{i}]"
         if not isinstance(passage, Mapping) or "text" not in passage:
             raise ValueError(f"{where}: expected a passage with a text, got {shown(passage)}")
