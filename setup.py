@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+CSRC = Path("csrc")
 _AVX2 = ["-msse4.2", "-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC takes half registers where it vectorises loops by itself, unless it is told.
@@ -70,13 +72,30 @@ class Compiler:
         return True
 
 
+def check_complete(root: Path) -> None:
+    """Raises FileNotFoundError where csrc/ lacks a header of its own: no compiler would mend that."""
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".cpp", ".h")]
+    for path in files:
+        for header in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            if not (root / header).exists():
+                raise FileNotFoundError(f"{path} includes {header}, which {root} lacks: this source is incomplete")
+    if not files:
+        raise FileNotFoundError(f"{root} has no C++ files: this source is incomplete")
+
+
 class NinjaBuildExt(build_ext):
-    """Compiles through ninja, only what changed. A build that fails leaves a pure Python install."""
+    """Compiles through ninja, only what changed.
+
+    A build that fails leaves a pure Python install, unless RERANK_FAST_REQUIRE_BUILD=1 asks for the kernels.
+    """
 
     def build_extension(self, ext: Extension) -> None:
+        check_complete(CSRC)
         try:
             self._build(ext)
         except Exception as error:
+            if os.environ.get("RERANK_FAST_REQUIRE_BUILD") == "1":
+                raise
             print(
                 f"\nWARNING: rerank_fast's CPU kernels were not built ({error}).\n"
                 "The install goes on without it and what they do runs through slower eager PyTorch.\n"
@@ -136,8 +155,8 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "rerank_fast._C",
-                sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-                include_dirs=["csrc", pybind11.get_include()],
+                sources=sorted(str(path) for path in CSRC.rglob("*.cpp")),
+                include_dirs=[str(CSRC), pybind11.get_include()],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )

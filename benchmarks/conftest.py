@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tools.gpu_parts.timing import device_seconds
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -74,25 +76,6 @@ class GpuRow:
 
 
 _GPU_ROWS: list[GpuRow] = []
-
-
-def device_seconds(function: Callable[[], object], *, rounds: int = 30) -> float:
-    """Median device time of a call between two events, after a warm-up, each time with a flushed L2 cache."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")  # larger than any L2 cache
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        # The GPU is kept busy while the host enqueues what is timed, or the host's time is measured.
-        torch.cuda._sleep(2_000_000)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:

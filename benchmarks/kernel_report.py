@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    approx_ranks,
+    column_sums,
+    gelu,
     guard,
     lambda_loss,
     ndcg,
@@ -45,6 +48,9 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
+    approx_ranks,
+    column_sums,
+    gelu,
     lambda_loss,
     ndcg,
     residual_norm,

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "approx_ranks/approx_ranks.h"
 #include "attention/attention.h"
 #include "common/dispatch.h"
 #include "common/lanes.h"
@@ -48,10 +49,11 @@ Enum named(const Names& names, const std::string& name) {
 // False, and nothing done, where the offsets do not rise from 0 to num_documents.
 template <typename T>
 bool run_lambda_loss(const LambdaLossOptions& options, Address scores, Address labels, Address offsets,
-                     std::int64_t num_documents, std::int64_t num_lists, Address loss, Address grad) {
+                     std::int64_t num_documents, std::int64_t num_lists, Address loss, Address grad, Address num_pairs) {
   if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
   py::gil_scoped_release release;
-  lambda_loss<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, options, at<T>(loss), at<T>(grad));
+  lambda_loss<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, options, at<T>(loss), at<T>(grad),
+                 at<std::int64_t>(num_pairs));
   return true;
 }
 
@@ -61,6 +63,26 @@ bool run_ndcg(Address scores, Address labels, Address offsets, std::int64_t num_
   if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
   py::gil_scoped_release release;
   ndcg<T>(at<T>(scores), at<T>(labels), at<std::int64_t>(offsets), num_lists, k, num_threads, at<T>(result));
+  return true;
+}
+
+template <typename T>
+bool run_approx_ranks(double alpha, Address scores, Address offsets, std::int64_t num_documents,
+                      std::int64_t num_lists, int num_threads, Address ranks) {
+  if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
+  py::gil_scoped_release release;
+  approx_ranks<T>({at<std::int64_t>(offsets), num_lists, alpha, num_threads}, at<T>(scores), at<T>(ranks));
+  return true;
+}
+
+template <typename T>
+bool run_approx_ranks_backward(double alpha, Address scores, Address grad_ranks, Address offsets,
+                               std::int64_t num_documents, std::int64_t num_lists, int num_threads,
+                               Address grad_scores) {
+  if (!offsets_rise(at<std::int64_t>(offsets), num_lists, num_documents)) return false;
+  py::gil_scoped_release release;
+  approx_ranks_backward<T>({at<std::int64_t>(offsets), num_lists, alpha, num_threads}, at<T>(scores),
+                           at<T>(grad_ranks), at<T>(grad_scores));
   return true;
 }
 
@@ -105,6 +127,13 @@ void bind_lambda_loss(py::module_& module) {
   module.def("lambda_loss_pair_floor", &lambda_loss_pair_floor);
   module.def("ndcg_float", &run_ndcg<float>);
   module.def("ndcg_double", &run_ndcg<double>);
+}
+
+void bind_approx_ranks(py::module_& module) {
+  module.def("approx_ranks_float", &run_approx_ranks<float>);
+  module.def("approx_ranks_double", &run_approx_ranks<double>);
+  module.def("approx_ranks_backward_float", &run_approx_ranks_backward<float>);
+  module.def("approx_ranks_backward_double", &run_approx_ranks_backward<double>);
 }
 
 void bind_attention(py::module_& module) {
@@ -262,6 +291,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("choose_instruction_set", &choose_instruction_set);
   module.def("evaluate", &evaluate);
   bind_lambda_loss(module);
+  bind_approx_ranks(module);
   bind_attention(module);
   bind_residual_norm(module);
   bind_score_head(module);

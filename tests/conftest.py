@@ -6,6 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
+# Before torch is imported: processes of pytest-xdist share the processors.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_share))
+
 import pytest
 import torch
 from hypothesis import settings

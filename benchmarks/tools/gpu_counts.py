@@ -116,6 +116,7 @@ _NO_KERNEL = {
 # Kernels of an operation on CUDA, where they are not one. Sorting is a radix sort of 32-bit keys.
 _KERNELS = {
     "varlen_attention_backward": 2,
+    "attention_grads": 2,
     "residual_norm_backward": 2,  # the last one sums what the programs found for weight and bias
     "score_head_backward": 2,
     "lambda_loss": 2,
@@ -135,9 +136,9 @@ _KERNELS = {
 # Launched by Triton: through its launcher in Python.
 TRITON = {
     f"{name}{suffix}"
-    for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss")
+    for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss", "approx_ranks")
     for suffix in ("", "_backward")
-}
+} | {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums"}
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "bernoulli_", "normal_", "uniform_"}
 _GATHERS = {"embedding", "index_select", "index", "gather"}
@@ -253,12 +254,14 @@ class DeviceCounts(TorchDispatchMode):
             return 2 * left.numel() * right.shape[-1]
         if name.startswith("_scaled_dot_product"):
             return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        if func.namespace == "rerank_fast" and name.startswith("varlen_attention"):
+        if func.namespace == "rerank_fast" and "attention" in name:
             query, key = args[:2]
-            backward = name.endswith("backward")
+            backward = not name.endswith("attention")
             read = key.shape[0] / max(query.shape[0], 1)  # one query of each sequence reads all that there is
             if query.shape[0] == key.shape[0]:
-                read = self._keys_a_query(*args[-5:-3])
+                # Behind the scale, which is the first number.
+                first = next(place for place, one in enumerate(args) if isinstance(one, float))
+                read = self._keys_a_query(*args[first + 1 : first + 3])
             # Two products forward; backward each of two kernels computes the probabilities anew.
             return int((14 if backward else 4) * query.numel() * read)
         return 0

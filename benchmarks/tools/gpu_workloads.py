@@ -31,6 +31,7 @@ from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.objective import choose_objective
 from rerank_fast.training.optimizer import parameter_groups
 from rerank_fast.training.run_log import Rates
 from rerank_fast.training.weights import layer_depths
@@ -178,7 +179,9 @@ class Training:
         config = TrainingConfig(precision="bf16", gradient_cache=self.gradient_cache)
         self.reranker.train()
         weights = dict(self.reranker.model.named_parameters())
-        self.backward = Backward(self.reranker, config, self._scale, self._forget, max_tokens=65536)
+        objective = choose_objective(config, None)
+        self.units = objective.num_units(self.lists.labels, self.lists.list_offsets)
+        self.backward = Backward(self.reranker, config, objective, self._scale, self._forget, max_tokens=65536)
         groups = parameter_groups(
             weights, layer_depths(self.reranker.model), learning_rate=2e-5, weight_decay=0.01, decay=1.0
         )
@@ -197,7 +200,7 @@ class Training:
     def __call__(self, observer: Observer) -> None:
         self.observer = self.reranker.observer = observer
         observer.begin("upload")
-        self.backward([self.lists], 88.0, Rates())
+        self.backward([self.lists], self.units, Rates())
         observer.begin("clip, optimizer")
         self._move()
         observer.begin("")

@@ -18,6 +18,7 @@ namespace rerank_fast {
 // RERANK_FAST_SETS(X) is X(name) for every set that the build has, lowest first: setup.py gives it.
 #define RERANK_FAST_DECLARE(SET)                  \
   namespace SET {                                 \
+  extern const ApproxRanksKernels approx_ranks_kernels; \
   extern const AttentionKernels attention_kernels;  \
   extern const LambdaLossKernels lambda_loss_kernels; \
   extern const MathKernels math_kernels;          \
@@ -79,7 +80,8 @@ const std::vector<Kernels>& sets_here() {
       if (has(kernels.set)) sets.insert(sets.begin(), kernels);
     };
 #define RERANK_FAST_ADD(SET) \
-  add({#SET, &SET::attention_kernels, &SET::lambda_loss_kernels, &SET::math_kernels, &SET::row_kernels});
+  add({#SET, &SET::approx_ranks_kernels, &SET::attention_kernels, &SET::lambda_loss_kernels, &SET::math_kernels, \
+       &SET::row_kernels});
     RERANK_FAST_SETS(RERANK_FAST_ADD)
 #if defined(RERANK_FAST_HAS_AMX_BF16)
     // Tiles are attention's alone: the rest is that of the set below.

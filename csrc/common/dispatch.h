@@ -6,6 +6,7 @@
 
 namespace rerank_fast {
 
+struct ApproxRanksKernels;
 struct AttentionKernels;
 struct LambdaLossKernels;
 struct MathKernels;
@@ -13,6 +14,7 @@ struct RowKernels;
 
 struct Kernels {
   const char* set;
+  const ApproxRanksKernels* approx_ranks;
   const AttentionKernels* attention;
   const LambdaLossKernels* lambda_loss;
   const MathKernels* math;

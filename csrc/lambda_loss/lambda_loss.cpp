@@ -96,7 +96,7 @@ bool offsets_rise(const std::int64_t* offsets, std::int64_t num_lists, std::int6
 
 template <typename T>
 void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, std::int64_t num_lists,
-                 const LambdaLossOptions& options, T* loss, T* grad) {
+                 const LambdaLossOptions& options, T* loss, T* grad, std::int64_t* num_pairs) {
   static thread_local std::vector<double> list_loss;
   static thread_local std::vector<std::int64_t> list_pairs;
   list_loss.resize(static_cast<std::size_t>(num_lists));
@@ -134,14 +134,14 @@ void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, 
                   grad + start);
   }
 
+  *num_pairs = std::accumulate(pairs, pairs + num_lists, std::int64_t{0});
   if (options.reduction == Reduction::kNone) {
     for (std::int64_t q = 0; q < num_lists; ++q) loss[q] = static_cast<T>(losses[q]);
     return;
   }
   double divisor = 1;
   if (options.reduction == Reduction::kLists) divisor = static_cast<double>(num_lists);
-  if (options.reduction == Reduction::kPairs)
-    divisor = static_cast<double>(std::accumulate(pairs, pairs + num_lists, std::int64_t{0}));
+  if (options.reduction == Reduction::kPairs) divisor = static_cast<double>(*num_pairs);
   divisor = std::max(divisor, 1.0);
   *loss = static_cast<T>(std::accumulate(losses, losses + num_lists, 0.0) / divisor);
   const T factor = static_cast<T>(1.0 / divisor);
@@ -150,8 +150,8 @@ void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, 
 }
 
 template void lambda_loss<float>(const float*, const float*, const std::int64_t*, std::int64_t,
-                                 const LambdaLossOptions&, float*, float*);
+                                 const LambdaLossOptions&, float*, float*, std::int64_t*);
 template void lambda_loss<double>(const double*, const double*, const std::int64_t*, std::int64_t,
-                                  const LambdaLossOptions&, double*, double*);
+                                  const LambdaLossOptions&, double*, double*, std::int64_t*);
 
 }  // namespace rerank_fast

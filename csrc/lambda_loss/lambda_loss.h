@@ -26,10 +26,10 @@ bool offsets_rise(const std::int64_t* offsets, std::int64_t num_lists, std::int6
 // scores, labels: (num_documents); offsets: (num_lists + 1), rising from 0 to num_documents.
 // A list with a score that is NaN or above 2^64 / max(sigma, 1), or a label that is NaN or
 // infinity, has NaN for its loss and for the gradient of each of its documents.
-// Writes loss, (num_lists) for Reduction::kNone and else one value, and grad (num_documents). T is float or double;
-// sums are taken in double. The result does not depend on the number of threads.
+// Writes loss, (num_lists) for Reduction::kNone and else one value, grad (num_documents), and the number of pairs of
+// all lists. T is float or double; sums are taken in double. The result does not depend on the number of threads.
 template <typename T>
 void lambda_loss(const T* scores, const T* labels, const std::int64_t* offsets, std::int64_t num_lists,
-                 const LambdaLossOptions& options, T* loss, T* grad);
+                 const LambdaLossOptions& options, T* loss, T* grad, std::int64_t* num_pairs);
 
 }  // namespace rerank_fast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 
 _USERS = (ValueError, OSError, ImportError, MemoryError, FloatingPointError)  # OSError: a full disk
@@ -15,14 +16,28 @@ _FIRST = r"^(?:{names})(?=[ :=])|(?<= and )(?:{names})(?= must )"
 def is_users(error: Exception) -> bool:
     """Whether an error says what input, files, packages or the machine lack; others are bugs.
 
-    torch has an error of its own for a GPU's memory, and is not imported to be asked.
+    A GPU's own are RuntimeErrors like any other, and known by their messages.
     """
-    return isinstance(error, _USERS) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, _USERS) or bool(_of_the_machine(error))
 
 
 def one_line(error: Exception) -> str:
     """The error's message without line breaks; its kind where it has none."""
-    return re.sub(r"\s*\n\s*", " ", str(error).strip()) or type(error).__name__
+    said = (not isinstance(error, _USERS) and _of_the_machine(error)) or str(error).strip()
+    return re.sub(r"\s*\n\s*", " ", said) or type(error).__name__
+
+
+def _of_the_machine(error: Exception) -> str:
+    """What a GPU lacks, in one line; empty for other errors. torch is not imported to be asked."""
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return ""
+    from rerank_fast.model.devices import fault
+    from rerank_fast.model.scoring import is_out_of_memory
+
+    if is_out_of_memory(error):
+        first = str(error).strip().partition("\n")[0]
+        return f"memory does not suffice: expected a smaller model, batch or max_length ({first})"
+    return fault(error)
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:

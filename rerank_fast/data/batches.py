@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from datasets import Dataset
 
+from rerank_fast.data.in_batch import add_negatives
 from rerank_fast.data.lists import ListStream
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
-from rerank_fast.ops.lambda_loss import Scheme, count_pairs
+from rerank_fast.objectives.base import Objective, Units
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Row = Mapping[str, Any]  # {"query": str, "docs": [str], "labels": [float]}
+Row = dict[str, Any]  # {"query": str, "docs": [str], "labels": [float]}
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,27 @@ class Batch:
     epoch: int
     number: int  # of the batch in its epoch, from 0
     num_documents: int  # that all processes score
-    num_pairs: int  # preference pairs of the global batch, without a cut by rank
-    lists_without_pairs: int = 0  # of the global batch
+    units: Units  # of the objective in the global batch, without a cut by rank
+    lists_without_gradient: int = 0  # of the global batch: they can't give a gradient
+    negatives_added: int = 0  # from other lists, to all lists of the global batch
 
 
 @dataclass(frozen=True)
 class BatchMaker:
     """Makes the batches of a run, from any position.
 
-    A list without a preference pair has no gradient: it is counted, but neither tokenised nor scored. Every process
-    reads all lists and tokenises its own.
+    A list that can't give a gradient is counted, but neither tokenised nor scored unless it adds to
+    the value of the loss. Every process reads all lists and tokenises its own.
 
     Args:
         lists: all lists in memory (or mapped), or a stream of them.
         model: tokenises; a thread of its own may use it.
+        objective: counts its units and says which lists contribute; it checks the labels of a stream, each list as
+            it is read.
         batch_size: lists of a global batch; the last one of an epoch may have fewer.
-        scheme: the loss's: "ndcg1" counts every ordered pair.
         seed: of the order and of the sampled documents; both differ from epoch to epoch.
         max_docs_per_list: most documents of a list; see sample_documents.
+        in_batch_negatives: documents of other lists that each gets on top; see add_negatives.
         shuffle_buffer: lists of a stream among which the next one is drawn.
         rank: of this process.
         num_ranks: processes.
@@ -58,30 +61,32 @@ class BatchMaker:
 
     lists: Dataset | ListStream
     model: CrossEncoder
+    objective: Objective
     batch_size: int
-    scheme: Scheme = "ndcg2pp"
     seed: int = 12
     max_docs_per_list: int | None = None
+    in_batch_negatives: int = 0
     shuffle_buffer: int = 10_000
     rank: int = 0
     num_ranks: int = 1
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
-        said_none = False
+        said = False
         while True:
             order = self._stream_order if isinstance(self.lists, ListStream) else self._order
             at = -1
             for at, (indices, rows) in enumerate(order(epoch, number), start=number):
                 batch = self._prepare(indices, rows, epoch, at)
                 self.model.warn_of_truncation(batch.lists.truncated, len(batch.lists.pairs))
-                if batch.lists_without_pairs and not said_none:
-                    said_none = True
+                if batch.lists_without_gradient and not said:
+                    said = True
                     log = logger.warning if self.rank == 0 else logger.debug  # all ranks know the same
                     log(
-                        "Lists without a preference pair (all labels equal) train nothing, %d of %d in the first "
-                        "batch that has one; lists_without_pairs in the log counts them.",
-                        batch.lists_without_pairs,
+                        "Lists %s train nothing, %d of %d in the first batch that has one; "
+                        "lists_without_gradient in the log counts them.",
+                        self.objective.idle,
+                        batch.lists_without_gradient,
                         len(indices),
                     )
                 yield batch
@@ -100,8 +105,9 @@ class BatchMaker:
     def _stream_order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
         shuffled = shuffle_within_buffer(enumerate(self.lists), self.shuffle_buffer, (self.seed, epoch))
         chosen: list[tuple[int, Row]] = []
-        for numbered in shuffled:
-            chosen.append(numbered)
+        for index, row in shuffled:
+            check_labels(self.objective, row["labels"], index)
+            chosen.append((index, row))
             if len(chosen) == self.batch_size:
                 if skip == 0:
                     yield np.array([index for index, _ in chosen]), [row for _, row in chosen]
@@ -115,16 +121,52 @@ class BatchMaker:
                 sample_documents(row, self.max_docs_per_list, (self.seed, epoch, int(index)))
                 for index, row in zip(indices, rows, strict=True)
             ]
-        labels = torch.tensor([label for row in rows for label in row["labels"]], dtype=torch.float32)
-        offsets = torch.tensor([0, *(len(row["docs"]) for row in rows)]).cumsum(0)
-        num_pairs = int(count_pairs(torch.zeros_like(labels), labels, offsets, scheme=self.scheme))
-        if self.scheme != "ndcg1":
-            rows = [row for row in rows if max(row["labels"]) > min(row["labels"])]
-        without = len(indices) - sum(len(row["docs"]) > 1 for row in rows)
+        added = 0
+        if self.in_batch_negatives:
+            rows, added = add_negatives(rows, self.in_batch_negatives, (self.seed, epoch, number, 1))
+        labels = [np.asarray(row["labels"], dtype=np.float32) for row in rows]
+        offsets = np.cumsum([0, *map(len, labels)])
+        units = self.objective.num_units(np.concatenate(labels), offsets)
+        contributes = [self.objective.contributes(values) for values in labels]
+        if not self.objective.scores_idle:
+            rows = [row for row, trains in zip(rows, contributes, strict=True) if trains]
         loads = np.array([token_load(row, self.model.max_length) for row in rows])
         mine = [rows[i] for i in share_out(loads, self.num_ranks)[self.rank]]
         num_documents = sum(len(row["docs"]) for row in rows)
-        return Batch(tokenize_lists(mine, self.model), indices, epoch, number, num_documents, num_pairs, without)
+        return Batch(
+            tokenize_lists(mine, self.model),
+            indices,
+            epoch,
+            number,
+            num_documents,
+            units,
+            lists_without_gradient=len(contributes) - sum(contributes),
+            negatives_added=added,
+        )
+
+
+def check_labels(objective: Objective, labels: Sequence[float], index: int) -> np.ndarray:
+    """A list's labels (D,); raises ValueError, naming the list, where they do not fit the objective."""
+    values = np.asarray(labels, dtype=np.float32)
+    try:
+        objective.check(values)
+    except ValueError as error:
+        raise ValueError(f"list {index} of the training lists, labels: {error}") from error
+    return values
+
+
+def check_all_labels(objective: Objective, lists: Dataset) -> str | None:
+    """Checks every list's labels before training; gives the objective's advice on all of them.
+
+    Raises:
+        ValueError: labels that do not fit; names the list.
+    """
+    columns, every, index = lists.select_columns("labels").with_format(None), [], 0
+    for rows in columns.iter(batch_size=1024):
+        for labels in rows["labels"]:
+            every.append(check_labels(objective, labels, index))
+            index += 1
+    return objective.advice(np.concatenate(every))
 
 
 def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) -> Iterator[T]:
@@ -158,10 +200,11 @@ def sample_documents(row: Row, limit: int, seed: Sequence[int]) -> Row:
     return {"query": row["query"], "docs": [docs[i] for i in kept], "labels": [values[i] for i in kept]}
 
 
-def token_load(row: Row, max_length: int) -> int:
+def token_load(row: Row, max_length: int | None) -> int:
     """About how many tokens a list's pairs have, not tokenised yet: four bytes a token, at most max_length."""
     query = len(row["query"].encode())
-    return sum(min((query + len(doc.encode())) // 4 + 3, max_length) for doc in row["docs"])
+    loads = [(query + len(doc.encode())) // 4 + 3 for doc in row["docs"]]
+    return sum(loads if max_length is None else (min(load, max_length) for load in loads))
 
 
 def share_out(loads: np.ndarray, num_ranks: int) -> list[np.ndarray]:

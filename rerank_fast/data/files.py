@@ -1,52 +1,124 @@
-"""Rows of JSON lines and Parquet; what is damaged is named by file and line, or row."""
+"""Rows of JSON lines, JSON arrays and Parquet; what is damaged is named by file and line, or row."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
 
-from rerank_fast.model.texts import one_line
+from rerank_fast.model.texts import one_line, shown
 
 LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 Path = str | PathLike[str]
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank and their numbers, from 1; without a byte order mark.
+def suffix_of(path: Path) -> str:
+    """What kind of file it is, compressed or not: .jsonl of lists.jsonl.gz."""
+    name, suffix = os.path.splitext(os.fspath(path))
+    return os.path.splitext(name)[1] if suffix in _COMPRESSED else suffix
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file's name says that it has rows."""
+    if os.path.splitext(os.fspath(path))[1] == ".parquet":
+        return True
+    return suffix_of(path) in (*LINE_SUFFIXES, *TABLE_SUFFIXES)
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file's bytes; of a .gz or .zst file what was compressed.
 
     Raises:
-        ValueError: the file can't be read.
+        ValueError: the file can't be read, or pyarrow was built without its compression.
     """
+    compression = _COMPRESSED.get(os.path.splitext(os.fspath(path))[1])
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below
+        if compression is None:
+            return open(path, "rb")
+        stream = pyarrow.input_stream(os.fspath(path), compression=compression)
+        return io.BufferedReader(stream)
     except OSError as error:
-        raise ValueError(f"file {path} can't be read: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line
+        why = error.strerror or one_line(error)
+        raise ValueError(f"file {path} can't be read: {why}") from error
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"file {path} can't be read: {one_line(error)}") from error
 
 
-def parse_line(path: Path, number: int, line: bytes) -> Any:
+def all_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file and their numbers, from 1; without a byte order mark.
+
+    Raises:
+        ValueError: the file can't be read, or what was compressed is damaged.
+    """
+    with open_bytes(path) as file:
+        number, lines = 0, iter(file)
+        while True:
+            try:
+                line = next(lines, None)
+            except OSError as error:
+                after = f"{path}, after line {number}"
+                raise ValueError(f"{after}: damaged: {one_line(error)}") from error
+            if line is None:
+                return
+            number += 1
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank and their numbers; see all_lines."""
+    return ((number, line) for number, line in all_lines(path) if line.strip())
+
+
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of JSON lines, or of a .json file's array, each with its place.
+
+    An array is in memory as a whole.
+
+    Raises:
+        ValueError: the file can't be read or is no JSON; names the file and the line.
+    """
+    for index, (number, line) in enumerate(numbered_lines(path)):
+        if not index and suffix_of(path) == ".json" and line.lstrip().startswith(b"["):
+            yield from ((f"{path}, row {row}", value) for row, value in enumerate(_array(path)))
+            return
+        place = f"{path}, line {number}"
+        yield place, parse_line(place, line)
+
+
+def _array(path: Path) -> list[Any]:
+    content = b"".join(line for _, line in all_lines(path))
+    try:
+        values = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON array: {error}") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: expected a JSON array, got {shown(values)}")
+    return values
+
+
+def parse_line(place: str, line: bytes) -> Any:
     """The JSON value of a line.
 
     Raises:
-        ValueError: it is no UTF-8 text, or no JSON; names the file and the line.
+        ValueError: it is no UTF-8 text, or no JSON; begins with the place.
     """
     try:
         return json.loads(line.decode().rstrip())  # or the parser counts one more line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 text: {error}") from error
+        raise ValueError(f"{place}: not UTF-8 text: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+        raise ValueError(f"{place}: not a JSON object: {error}") from error
 
 
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:

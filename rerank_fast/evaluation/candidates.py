@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
+from rerank_fast.data.layouts.parts import is_parts
 from rerank_fast.data.lists import load_lists
 from rerank_fast.model.texts import check_text, plain, shown
 
@@ -34,7 +35,8 @@ def load_candidates(source: Any, *, always_rerank_positives: bool = True) -> lis
     Raises:
         ValueError: a list or sample is malformed; names it and what it has.
     """
-    if isinstance(source, Mapping) and not isinstance(source, DatasetDict | IterableDatasetDict):
+    splits_or_parts = isinstance(source, DatasetDict | IterableDatasetDict) or is_parts(source)
+    if isinstance(source, Mapping) and not splits_or_parts:
         source = list(source.values())
     source = plain(source) if isinstance(source, np.ndarray) else source
     if _holds_samples(source):

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,19 @@ from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
 from rerank_fast.model.ahead import ahead
+from rerank_fast.model.architectures import find_answer_head
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
+from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.eval_mode import EvalMode
-from rerank_fast.model.heads import find_answer_head
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
 from rerank_fast.model.ranking import check_lists, rankings
-from rerank_fast.model.scoring import PaddedStep, StepMaker, padded_scores, run
+from rerank_fast.model.scoring import PaddedStep, StepMaker, padded, padded_scores, run
 from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
 from rerank_fast.model.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
 from rerank_fast.model.truncation import TruncationLog
@@ -53,7 +55,8 @@ class CrossEncoder(nn.Module):
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
         num_labels: must be 1.
         max_length: longest pair in tokens; longer ones are truncated, longest side first. None takes the
-            smaller of the tokenizer's limit and the number of positions that the model has.
+            smaller of the tokenizer's limit and the number of positions that the model has; where it has neither,
+            nothing is truncated.
         device: None takes CUDA where there is one, else the CPU.
         dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps the accuracy of
             bf16, by a measurement of some milliseconds on CPUs, and says which in the log. bf16 and fp16 weights
@@ -74,7 +77,8 @@ class CrossEncoder(nn.Module):
         ValueError: the model is missing, has no safetensors weights or tokenizer, more than one
             label, or a score head outside of the Hugging Face model; a file of it is damaged, or
             names one outside of its directory; a weight is not finite or not a float; max_length is
-            below 4 or above the model's positions; dtype is none of the above.
+            below 4 or above the model's positions; dtype is none of the above; the device is not
+            there.
     """
 
     def __init__(
@@ -96,15 +100,16 @@ class CrossEncoder(nn.Module):
         if not isinstance(path_or_hub_id, str | os.PathLike):
             raise ValueError(f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}")
         hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         self._precision = choose_precision(dtype, device)
         loaded = storage.load(str(path_or_hub_id), dtype=self._precision.weights, **hub)
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self._tokenizer_settings = loaded.tokenizer, loaded.tokenizer_settings
         self.answers = loaded.answers
         self.prompts = loaded.prompts
         self.default_prompt_name = loaded.default_prompt_name
+        self.keep_in_fp32_modules = loaded.keep_in_fp32_modules
         self._compiler: Compiler | None = None
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
@@ -129,16 +134,18 @@ class CrossEncoder(nn.Module):
             super().__setattr__(name, value)
 
     @property
-    def max_length(self) -> int:
-        """Longest pair in tokens, special tokens included."""
+    def max_length(self) -> int | None:
+        """Longest pair in tokens, special tokens included; None where there is no limit."""
         return self._max_length
 
     @max_length.setter
-    def max_length(self, value: int) -> None:
+    def max_length(self, value: int | None) -> None:
         value = plain(value)
-        if not isinstance(value, int) or value < 4:
+        if value is None:
+            value = self._max_positions
+        elif not isinstance(value, int) or value < 4:
             raise ValueError(f"max_length must leave room for two texts and their separators, got {value!r}")
-        if self._max_positions is not None and value > self._max_positions:
+        elif self._max_positions is not None and value > self._max_positions:
             raise ValueError(f"max_length is {value}, but {self.name_or_path} has {self._max_positions} positions")
         self._max_length = value
 
@@ -206,10 +213,12 @@ class CrossEncoder(nn.Module):
         """The one given, or the default one.
 
         Raises:
-            ValueError: it is no string, or not valid Unicode.
+            ValueError: it is no string, or not valid Unicode; the model's pooling leaves out its tokens.
         """
         if prompt is None and self.default_prompt_name is not None:
             prompt = self.prompts[self.default_prompt_name]
+        if prompt and any(getattr(one, "include_prompt", True) is False for one in self.model.modules()):
+            raise ValueError(f"{self.name_or_path} pools without the tokens of a prompt, which is not supported")
         return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
@@ -248,7 +257,8 @@ class CrossEncoder(nn.Module):
     def _tokenized(
         self, tokenize: PairTokenizer | PromptTokenizer, pairs: Sequence[Pair], prompt: str | None
     ) -> tuple[TokenizedPairs, int]:
-        tokens, truncated = tokenize(pairs, self.max_length, prompt)
+        limit = self.max_length or sys.maxsize
+        tokens, truncated = tokenize(pairs, limit, prompt)
         rows = getattr(self.model.config, "vocab_size", None)
         number = int(tokens.input_ids.max(initial=0))
         if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process
@@ -256,7 +266,7 @@ class CrossEncoder(nn.Module):
                 f"a text has the token {self.tokenizer.convert_ids_to_tokens(number)!r} with the "
                 f"number {number}, and the model has embeddings for {rows}"
             )
-        self._truncation.count(truncated, self.max_length)
+        self._truncation.count(truncated, limit)
         return tokens, truncated
 
     def tokenization_key(self) -> tuple[Any, ...]:
@@ -273,19 +283,14 @@ class CrossEncoder(nn.Module):
 
     def warn_of_truncation(self, truncated: int, total: int) -> None:
         """One warning of how many pairs were truncated, if any were and none was said yet."""
-        self._truncation.warn(truncated, total, self.max_length)
+        self._truncation.warn(truncated, total, self.max_length or sys.maxsize)
 
     def preprocess(
         self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
     ) -> dict[str, Tensor]:
         """One padded batch of the pairs, on the host; the prompt as tokenize has it."""
         tokens = self.tokenize(pairs, prompt=prompt)
-        return tokens.pad(
-            np.arange(len(tokens)),
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            padding_side=self.tokenizer.padding_side,
-            pad_token_type_id=self.tokenizer.pad_token_type_id,
-        )
+        return padded(tokens, np.arange(len(tokens)), self.model, self.tokenizer)
 
     # -- tokens to scores -------------------------------------------------------------------------------
 
@@ -490,9 +495,12 @@ class CrossEncoder(nn.Module):
             self.max_length,
             card,
             directory,
+            tokenizer_settings=self._tokenizer_settings,
+            entries=getattr(self.model, "entries", ()),
             answers=self.answers,
             prompts=self.prompts,
             default_prompt_name=self.default_prompt_name,
+            keep_in_fp32_modules=self.keep_in_fp32_modules,
             overwrite=overwrite,
         )
 

@@ -14,7 +14,7 @@ from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.compilation import Compiler, compiled_layer
 from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
-from rerank_fast.model.linear import NarrowCopies, StepLinear
+from rerank_fast.model.linear import NarrowCopies
 from rerank_fast.model.packing import TokenizedPairs, fill_up, upload
 from rerank_fast.model.random_state import nothing_drawn, random_state
 
@@ -70,10 +70,18 @@ class PackedStep:
         self.layers = []
         # Without gradients a CPU lays them out anew, one by one.
         copies = NarrowCopies() if compiles else None
+        trains = torch.is_grad_enabled() and self.compiled is None
         for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.reads != "mean"
+            one_token = depth == len(architecture.layers) and architecture.pool is None
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            ready = make(layer, dtype, len(tokens.input_ids), one_token=one_token, copies=copies)  # type: ignore[arg-type]
+            ready = make(
+                layer,  # type: ignore[arg-type]
+                dtype,
+                len(tokens.input_ids),
+                one_token=one_token,
+                copies=copies,
+                trains=trains,
+            )
             self.layers.append(ready)
         if copies is not None:
             copies.fill()
@@ -105,7 +113,7 @@ class PackedStep:
             F.embedding(upload(self._rows_of_tokens[flat], device), self._rows)[None],
             upload(type_ids, device)[None],
             position_ids,
-        )[0]
+        ).squeeze(0)
         tokens = pairs = None
         num_sequences = len(starts) - 1
         if keep is not None and not keep.all():
@@ -132,6 +140,7 @@ class PackedStep:
             lengths,
             None if tokens is None else tokens.int(),
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
+            reads_last=architecture.reads == "last",
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
         before = random_state(device) if self._looks_at_draws else None
@@ -146,13 +155,13 @@ class PackedStep:
             self.draws_by_row = False
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
-        if architecture.reads == "mean":
-            sums = wide.new_zeros(len(lengths), wide.shape[1])
+        if architecture.pool is not None:
             owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
-            wide = sums.index_add(0, owner, wide) / cu_seqlens.diff()[:, None]
+            wide = architecture.pool(wide, cu_seqlens, owner)
         read = wide.to(self._rows.dtype)
         if pairs is None:
-            return architecture.head(read).to(wide.dtype)[:num_pairs]
+            scores = architecture.head(read).to(wide.dtype)
+            return scores[:num_pairs] if fills else scores
         among_all = read.new_zeros(num_sequences, read.shape[1])
         among_all = among_all.index_copy(0, pairs, read[: len(pairs)])
         return architecture.head(among_all).to(wide.dtype).index_select(0, pairs)
@@ -164,9 +173,7 @@ class PackedStep:
             Each shared tensor with the leaf that now stands in for it: when all micro-batches are done, the leaf's
             .grad is what the shared tensor must still pass on.
         """
-        linears = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, StepLinear)]
-        cuts = [pair for part in linears for pair in part.separate()]
-        return [*cut(self, "_rows"), *cuts, *cut_head(self.architecture.head)]
+        return [*cut(self, "_rows"), *cut_head(self.architecture.head)]
 
     def _positions(self, flat: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """(T,) int64 position of every token, counted as the architecture counts."""

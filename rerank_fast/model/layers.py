@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
-from rerank_fast.model.linear import NarrowCopies, StepLinear
+from rerank_fast.model.linear import NarrowCopies, StepLinear, joins_product
+from rerank_fast.model.post_norm import TrainedPostNorm
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
-from rerank_fast.ops.residual_norm import residual_norm
-from rerank_fast.ops.varlen_attention import varlen_attention
+from rerank_fast.ops.residual_norm import backend_for, residual_norm
+from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
 Rows: TypeAlias = Tensor | Int8Rows
 
@@ -31,6 +32,7 @@ class MicroBatch:
     # Where it is part of a larger one whose dropout it has: the places of its tokens and its sequences there.
     token_rows: Tensor | None = None  # (T,) int32
     sequence_rows: Tensor | None = None  # (N,) int32
+    reads_last: bool = False  # the token that is read is the last of each
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: L
 
 
 class PostNormStep:
-    """A PostNormLayer with its weights made ready for one step; one_token computes only the token that is read."""
+    """A PostNormLayer with its weights made ready for one step; one_token computes only the token that is read.
+
+    trains: as one function of autograd, where no module of the layer must be called and its activation is GELU.
+    """
 
     def __init__(
         self,
@@ -66,21 +71,33 @@ class PostNormStep:
         *,
         one_token: bool,
         copies: NarrowCopies | None = None,
+        trains: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
         few = 0 if one_token else num_tokens
         self.layer, self.one_token = layer, one_token
         if one_token:
-            self.query = StepLinear([layer.query], dtype, 0, copies=copies)
-            self.key_value = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
+            keys = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
+            self.projections = [StepLinear([layer.query], dtype, 0, copies=copies), keys]
         else:
-            projections = [layer.query, layer.key, layer.value]
-            self.query_key_value = StepLinear(projections, dtype, num_tokens, copies=copies)
+            self.projections = [StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens, copies=copies)]
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
-        self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies)
-        self.output_norm = _ready_norm(layer.output_norm, dtype, copies)
+        linears = [self.down, self.up, self.attention_out, *self.projections]
+        plain = all(one.has_weight and one.biases for one in linears)
+        self.trains = trains and plain and joins_product(layer.activation)
+        self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
+        self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
+        self.trained: list[Tensor] = []  # as TrainedPostNorm takes them
+        if self.trains:
+            self.width, self.inner_width = self.down.weights[0].shape
+            self.trained = [weight for one in linears for weight in one.weights]
+            for norm, first, second in (
+                (layer.output_norm, self.down, [self.up]),
+                (layer.attention_norm, self.attention_out, self.projections),
+            ):
+                self.trained += [norm.weight, norm.bias, *first.biases, *(b for one in second for b in one.biases)]
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
@@ -88,16 +105,17 @@ class PostNormStep:
         return _layer_batch(batch, seeds, one_token=self.one_token)
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
-        layer, heads = self.layer, self.layer.num_heads
-        if self.one_token:
-            assert batch.read is not None
-            key, value = self.key_value(x).view(len(wide), 2, heads, -1).unbind(1)
+        if self.trains:
+            result, narrow = TrainedPostNorm.apply(wide, None if x is wide else x, self, batch, *self.trained)
+            return result, result if narrow is None else narrow
+        queries_of = x
+        if batch.read is not None:
             # Not wide[...], whose gradient is sorted on a GPU.
             wide = wide.index_select(0, batch.read)
-            x = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
-            query = self.query(x).view(len(wide), heads, -1)
-        else:
-            query, key, value = self.query_key_value(x).view(len(wide), 3, heads, -1).unbind(1)
+            queries_of = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
+        projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
+        query, key, value = self.heads_of(projected)
+        layer = self.layer
         attended = varlen_attention(
             query,
             key,
@@ -115,6 +133,35 @@ class PostNormStep:
         widened = self.up.before(self.down, x)
         return _add_norm(wide, self.down, widened, self.output_norm, layer.down_dropout, batch.seeds[2], batch.rows)
 
+    def projections_of(self, queries_of: Rows, keys_of: Rows) -> list[tuple[StepLinear, Any]]:
+        """The products before attention, each with the rows that it reads."""
+        rows = (queries_of, keys_of)[-len(self.projections) :]
+        return list(zip(self.projections, rows, strict=True))
+
+    def heads_of(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, heads, head size) queries, keys and values in the results of these products."""
+        heads = self.layer.num_heads
+        if len(projected) == 1:
+            query, key, value = projected[0].view(len(projected[0]), 3, heads, -1).unbind(1)
+        else:
+            query = projected[0].view(len(projected[0]), heads, -1)
+            key, value = projected[1].view(len(projected[1]), 2, heads, -1).unbind(1)
+        return query, key, value
+
+    def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
+        """What the unchecked ops take behind their tensors: of attention and of both norms."""
+        layer = self.layer
+        backend, heads = backend_for(rows, wide), rows.view(len(rows), layer.num_heads, -1)
+        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
+        drawn = [(_p(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
+        numbers = [batch.rows if p > 0 else None for p, _ in drawn]
+        places = batch.cu_queries, batch.cu_keys, numbers[0]
+        return (
+            (*places, layer.scale, -1, -1, *drawn[0], own_backend_for(heads)),
+            (numbers[1], self.attention_norm.eps, *drawn[1], backend),
+            (numbers[2], self.output_norm.eps, *drawn[2], backend),
+        )
+
 
 @dataclass(frozen=True)
 class NormWeights:
@@ -125,10 +172,15 @@ class NormWeights:
     eps: float
 
 
-def _ready_norm(norm: nn.LayerNorm, dtype: torch.dtype, copies: NarrowCopies | None) -> nn.LayerNorm | NormWeights:
-    """A norm whose weights need no cast in each micro-batch; with gradients on they must reach the module's own."""
+def _ready_norm(
+    norm: nn.LayerNorm, dtype: torch.dtype, copies: NarrowCopies | None, *, trains: bool
+) -> nn.LayerNorm | NormWeights:
+    """A norm whose weights need no cast in each micro-batch.
+
+    With gradients on they must reach the module's own, unless the layer trains as one function.
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    if copies is None or torch.is_grad_enabled() or norm.weight.dtype == wide:
+    if copies is None or (torch.is_grad_enabled() and not trains) or norm.weight.dtype == wide:
         return norm
     return NormWeights(copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps)
 
@@ -179,6 +231,7 @@ class PreNormStep:
         *,
         one_token: bool,
         copies: NarrowCopies | None = None,
+        trains: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
         few = 0 if one_token else num_tokens
@@ -193,7 +246,7 @@ class PreNormStep:
         seeds = [_seed(layer.attention, layer.attention_dropout)]
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
         prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
-        if self.one_token and layer.window is not None and not layer.causal:
+        if self.one_token and layer.window is not None and not (layer.causal or batch.reads_last):
             # The op aligns the last query with the last key; a first token sees what lies right of it.
             kept, cu_keys = _first_tokens(batch, layer.window[1] + 1)
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)

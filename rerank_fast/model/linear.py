@@ -47,7 +47,7 @@ class _NarrowLinear(torch.autograd.Function):
         if any(wants[:count]):
             parts[:count] = _split(_weight_gradient(grad, x, dtypes[0]), ctx.rows)
         if any(wants[count:]):
-            parts[count:] = _split(_bias_gradient(grad, dtypes[count]), ctx.rows)
+            parts[count:] = _split(bias_gradient(grad, dtypes[count]), ctx.rows)
         gradients = [
             part.to(dtype) if want and part is not None else None
             for part, want, dtype in zip(parts, wants, dtypes, strict=True)
@@ -75,7 +75,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad.t() @ x).to(dtype)
 
 
-def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the rows of a product's gradient, in the bias's dtype."""
     return grad.sum(0, dtype=dtype) if _widens(grad, dtype) else grad.sum(0).to(dtype)
 
 
@@ -119,7 +120,7 @@ def is_gelu(activation: object) -> bool:
     return exact or type(activation) is GELUActivation
 
 
-def _joins_product(activation: Activation | None) -> bool:
+def joins_product(activation: Activation | None) -> bool:
     """Whether oneDNN can apply it to a product before that is written."""
     if not isinstance(activation, nn.Module) or must_be_called(activation) or not is_gelu(activation):
         return False
@@ -161,8 +162,7 @@ class StepLinear:
         biases: list[Any] = [module.bias for module in modules]
         self.biases: list[Tensor] = [] if biases[0] is None else biases
         self.narrow: tuple[Tensor, Tensor | None] | None = None
-        joins = copies is not None and len(self.weights) > 1 and not torch.is_grad_enabled()
-        if joins or any(weight.dtype != dtype for weight in self.weights):
+        if len(self.weights) > 1 or self.weights[0].dtype != dtype:
             own = NarrowCopies() if copies is None else copies
             self.narrow = (
                 own.joined(self.weights, dtype),
@@ -170,32 +170,25 @@ class StepLinear:
             )
             if copies is None:
                 own.fill()
-        elif len(self.weights) > 1:
-            self.weights = [torch.cat(self.weights)]
-            self.biases = [torch.cat(self.biases)] if self.biases else []
         on_cpu = self.weights[0].device.type == "cpu"
         if on_cpu and not torch.is_grad_enabled() and _onednn_multiplies(dtype):
-            weight, bias = self.narrow or self._only()
+            weight, bias = self.ready
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
             self.inference = weight, bias, "none", [], ""
-            if _joins_product(activation):
+            if joins_product(activation):
                 self.inference, self.activation = (weight, bias, "gelu", [], "none"), None
 
-    def _only(self) -> tuple[Tensor, Tensor | None]:
-        return self.weights[0], self.biases[0] if self.biases else None
+    @property
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        """The product's weight and bias, as copies where they are not a module's own."""
+        return self.narrow or (self.weights[0], self.biases[0] if self.biases else None)
 
-    def separate(self) -> list[tuple[Tensor, Tensor]]:
-        """Cut what was made from weights off from them, as PackedStep.separate does."""
-        if not self.has_weight:
-            return []
-        pairs = []
-        for tensors in (self.weights, self.biases):
-            for place, shared in enumerate(tensors):
-                if (leaf := leaf_for(shared)) is not None:
-                    tensors[place] = leaf
-                    pairs.append((shared, leaf))
-        return pairs
+    def weight_gradients(self, grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        """Of each weight, from the product's gradient and its rows."""
+        if not any(weight.requires_grad for weight in self.weights):
+            return [None] * len(self.weights)
+        return _split(_weight_gradient(grad, x, self.weights[0].dtype), [len(weight) for weight in self.weights])
 
     @property
     def has_weight(self) -> bool:
@@ -208,7 +201,7 @@ class StepLinear:
 
     def before(self, following: StepLinear, x: Tensor | Int8Rows) -> Tensor | Int8Rows:
         """What the following layer reads: rows of int8 where both are int8 and a GELU is between them."""
-        if self.int8 is not None and following.int8 is not None and _joins_product(self.activation):
+        if self.int8 is not None and following.int8 is not None and joins_product(self.activation):
             return int8_gelu(x, self.int8)
         return self(x)
 
@@ -228,7 +221,7 @@ class StepLinear:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
         if self.narrow is not None and torch.is_grad_enabled():
             return _NarrowLinear.apply(x, *self.narrow, *self.weights, *self.biases)
-        return F.linear(x, *(self.narrow or self._only()))
+        return F.linear(x, *self.ready)
 
 
 def leaf_for(shared: Tensor) -> Tensor | None:

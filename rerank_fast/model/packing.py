@@ -85,11 +85,14 @@ class TokenizedPairs:
         pad_token_id: int,
         padding_side: str = "right",
         pad_token_type_id: int = 0,
+        width: int | None = None,
         device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
-        """The pairs at the (B,) indices as int64 (B, longest) tensors, under the model's argument names."""
+        """The pairs at the (B,) indices as int64 (B, width) tensors, under the model's argument names; width is the
+        longest pair's where it is None.
+        """
         chosen = self.select(indices)
-        width = int(chosen.lengths.max(initial=0))
+        width = int(chosen.lengths.max(initial=0)) if width is None else width
         column = np.arange(width)
         filled = column[None, :] < chosen.lengths[:, None]
         if padding_side == "left":

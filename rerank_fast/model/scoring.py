@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rerank_fast.model.architectures import Architecture, find_architecture, reason_to_pad
+from rerank_fast.model.architectures import (
+    Architecture,
+    find_answer_head,
+    find_architecture,
+    reason_to_pad,
+)
 from rerank_fast.model.compilation import Compiler
+from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.heads import AnswerHead, Answers, cut_head, find_answer_head
-from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, upload
-from rerank_fast.model.precision.hardware import arithmetic, name_of, timings
+from rerank_fast.model.heads import AnswerHead, Answers, cut_head
+from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
+from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,9 @@ class PaddedStep:
         self.answers = answers
         own = next(model.parameters()).dtype
         autocasts = dtype not in (own, torch.float32)
+        # oneDNN keeps half a megabyte for every shape that a bf16 weight was ever multiplied with: see fill_up.
+        masked = "attention_mask" in inspect.signature(model.forward).parameters  # else padding is read
+        self.keeps_shapes = model.device.type == "cpu" and dtype == torch.bfloat16 and masked
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(model.device.type, dtype if autocasts else None, enabled=autocasts)
         # Autocast only narrows. Checkpointing would compute again with the model's own weights.
@@ -62,24 +73,39 @@ class PaddedStep:
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """As PackedStep's; with keep all pairs are computed nevertheless."""
-        inputs = self.tokens.pad(
-            indices,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            padding_side=self.tokenizer.padding_side,
-            pad_token_type_id=self.tokenizer.pad_token_type_id,
-            device=self.device,
-        )
-        called = inputs, self.answers, self.head
-        scores = (
-            functional_call(_Padded(self.model), self.widened, called)
-            if self.widened
-            else padded_scores(self.model, *called)
-        )
+        parts = _powers_of_two(indices) if self.keeps_shapes else [indices]
+        scores = torch.cat([self._scores(part) for part in parts])
         return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
+
+    def _scores(self, indices: np.ndarray) -> Tensor:
+        """(B,) scores of one padded batch."""
+        width = self._width(int(self.tokens.lengths[indices].max(initial=1)))
+        inputs = padded(self.tokens, indices, self.model, self.tokenizer, width=width, device=self.device)
+        called = inputs, self.answers, self.head
+        if self.widened:
+            return functional_call(_Padded(self.model), self.widened, called)
+        return padded_scores(self.model, *called)
+
+    def _width(self, longest: int) -> int:
+        """Of a batch whose longest pair has this many tokens."""
+        if not self.keeps_shapes:
+            return longest
+        positions = getattr(self.model.config, "max_position_embeddings", None) or longest
+        return max(longest, min(row_count(longest), positions))
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """As PackedStep.separate."""
         return cut_head(self.head)
+
+
+def _powers_of_two(indices: np.ndarray) -> list[np.ndarray]:
+    """The (B,) indices in order, in parts whose sizes are powers of two, the largest first."""
+    parts = []
+    while len(indices):
+        size = 1 << (len(indices).bit_length() - 1)
+        parts.append(indices[:size])
+        indices = indices[size:]
+    return parts
 
 
 class _Padded(nn.Module):
@@ -93,11 +119,44 @@ class _Padded(nn.Module):
         return padded_scores(self.model, inputs, answers, head)
 
 
+def padded(
+    tokens: TokenizedPairs,
+    indices: np.ndarray,
+    model: Any,
+    tokenizer: Any,
+    *,
+    width: int | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """The pairs at the (B,) indices as a batch that the model takes, padded with what it knows for padding."""
+    pad = _padding_token(model)
+    return tokens.pad(
+        indices,
+        pad_token_id=(tokenizer.pad_token_id or 0) if pad is None else pad,
+        padding_side=tokenizer.padding_side,
+        pad_token_type_id=tokenizer.pad_token_type_id,
+        width=width,
+        device=device,
+    )
+
+
+def _padding_token(model: Any) -> int | None:
+    """The number of the token by which the model itself tells padding from text; None where it knows none."""
+    pad = getattr(model.config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else None
+
+
 def padded_scores(
     model: Any, inputs: Mapping[str, Tensor], answers: Answers | None, head: AnswerHead | None = None
 ) -> Tensor:
     """(B,) fp32 scores of a padded batch, left-padded where there are answers; head is that of find_answer_head."""
     if answers is None:
+        mask = inputs["attention_mask"].bool()
+        # A modular model reads what the mask says, not what it knows for padding.
+        if len(mask) > 1 and _padding_token(model) is None and not isinstance(model, ModularReranker):
+            _say_one_by_one(type(model).__name__)
+            rows = [{name: one[n : n + 1, mask[n]] for name, one in inputs.items()} for n in range(len(mask))]
+            return torch.cat([padded_scores(model, row, None) for row in rows])
         return model(**inputs).logits.reshape(-1).float()
     if head is None:
         return answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
@@ -143,7 +202,12 @@ class StepMaker:
 
         Args:
             tokens: all pairs of the step.
+
+        Raises:
+            ValueError: a pair has no token; names it.
         """
+        if len(empty := np.flatnonzero(tokens.lengths == 0)):
+            raise ValueError(f"pair {empty[0]} has no token: expected at least one to read a score from")
         recomputes = self.recomputes and self.model.training
         if self.architecture is None:
             return PaddedStep(
@@ -197,14 +261,23 @@ def _own_dtype(model: Any) -> torch.dtype:
     weights = next(model.parameters()).dtype
     dtype = arithmetic(weights, model.device)
     if dtype != weights:
-        _say_wide(weights)
+        _say_wide(weights, model.device)
     return dtype
 
 
 @functools.cache
-def _say_wide(weights: torch.dtype) -> None:
+def _say_one_by_one(name: str) -> None:
+    logger.warning(
+        "This %s has no padding token: pairs are scored one by one. A pad_token_id in config.json allows batches.",
+        name,
+    )
+
+
+@functools.cache
+def _say_wide(weights: torch.dtype, device: torch.device) -> None:
     """One line in the log for a dtype, however many models have it."""
-    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), timings(weights))
+    why = why_slow(weights, device)
+    logger.warning("Weights in %s are computed in float32 here: %s.", name_of(weights), why)
 
 
 def run(
@@ -286,8 +359,7 @@ def _score_or_halve(step: PackedStep | PaddedStep, indices: np.ndarray) -> Tenso
         tokens = int(step.tokens.lengths[indices].sum())
         size = f"{len(indices)} pairs with {tokens} tokens"
     # Outside of the except clause: its traceback would keep the failed forward's tensors.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache(step.device)
     if len(indices) > 1:
         logger.warning("A batch of %s does not fit memory; it is scored in two halves.", size)
         try:

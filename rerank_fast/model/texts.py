@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 
 Pair: TypeAlias = Sequence[str]  # (query, document)
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def plain(value: Any) -> Any:
@@ -55,7 +59,7 @@ def check_text(value: Any, place: str, *, allow_empty: bool = True) -> str:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise ValueError(f"{place}: not valid Unicode: {error}") from error
-    return text
+    return text if type(text) is str else str(text)
 
 
 def check_pairs(pairs: Any) -> list[Pair]:
@@ -105,19 +109,50 @@ def check_inputs(queries: Iterable[Any], documents: Iterable[Any]) -> tuple[list
     """
     lists = [check_documents_of(docs, f"query {q}") for q, docs in enumerate(documents)]
     return (
-        [_check_input(query, f"query {q}") for q, query in enumerate(queries)],
+        [check_input(query, f"query {q}") for q, query in enumerate(queries)],
         [
-            [_check_input(document, f"query {q}, document {d}") for d, document in enumerate(docs)]
+            [check_input(document, f"query {q}, document {d}") for d, document in enumerate(docs)]
             for q, docs in enumerate(lists)
         ],
     )
 
 
-def _check_input(value: Any, place: str) -> Any:
+def check_input(value: Any, place: str) -> Any:
+    """What a model reads: a text, checked, or, as it is, an image, audio or another that it may take beside texts.
+
+    Raises:
+        ValueError: a number, bytes or None stands in place of a text, or it is not valid Unicode;
+            begins with the place.
+    """
     scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
     if scalar or value is None or isinstance(value, str | bytes | bool | int | float | complex):
         return check_text(value, place)
     return value
+
+
+def real(value: Any) -> float | None:
+    """Any real number as a float, Python's, NumPy's or a tensor's; of anything else None."""
+    number = plain(value)
+    if not isinstance(number, Real | Decimal):
+        return None
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # a signalling NaN
+        return math.nan
+
+
+def check_finite(value: Any, place: str) -> float:
+    """A number that float32 can hold.
+
+    Raises:
+        ValueError: it is no number, NaN or too large; begins with the place.
+    """
+    number = real(value)
+    if number is None or not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"{place}: expected a finite float32, got {plain(value)!r:.40}")
+    return number
 
 
 def check_labels(labels: Any, place: str) -> list[float]:
@@ -129,8 +164,10 @@ def check_labels(labels: Any, place: str) -> list[float]:
     values = plain(labels)
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{place}: expected a label for each document, got {shown(labels)}")
-    values = [plain(value) for value in values]
+    numbers = []
     for i, value in enumerate(values):
-        if not isinstance(value, int | float):
-            raise ValueError(f"{place}[{i}]: expected a number, got {shown(value)}")
-    return [float(value) for value in values]
+        number = real(value)
+        if number is None:
+            raise ValueError(f"{place}[{i}]: expected a number, got {shown(plain(value))}")
+        numbers.append(number)
+    return numbers

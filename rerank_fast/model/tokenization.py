@@ -100,10 +100,12 @@ class PairTokenizer:
     ) -> tuple[TokenizedPairs, int]:
         """The pairs without padding, and how many of them were truncated, the longer text first.
 
-        The prompt goes before each query. A text that stands in several pairs is tokenised once.
+        The prompt goes before each query. A text that stands in several pairs is tokenised once. Two empty texts
+        to which the tokenizer adds nothing are read as the token that ends a text.
 
         Raises:
-            ValueError: max_length is less than the special tokens of a pair.
+            ValueError: max_length is less than the special tokens of a pair; a pair has no token, nor the tokenizer
+                one that ends a text.
         """
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         room = max_length - special
@@ -131,8 +133,20 @@ class PairTokenizer:
                     of_query, of_document = _longest_first(of_query, of_document, room)
                     query_ids = _cut(query_ids, of_query, side)
                     document_ids = _cut(document_ids, of_document, side)
+            if not (special or query_ids or document_ids):
+                query_ids = self._end_of_text()
             texts += query_ids, document_ids
         return self.framed(texts) if fast else self._prepared(texts, max_length), truncated
+
+    def _end_of_text(self) -> list[int]:
+        known = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id, self.tokenizer.bos_token_id)
+        token = next((one for one in known if one is not None), None)
+        if token is None:
+            raise ValueError(
+                "both texts of a pair are empty, and the tokenizer has no token that ends a text: expected "
+                "at least one token to read a score from"
+            )
+        return [token]
 
     def framed(self, texts: list[list[int]]) -> TokenizedPairs:
         """The pairs of a fast tokenizer; texts: a query, its document, the next query, ...

@@ -14,7 +14,7 @@ from rerank_fast.ops import cpu
 from rerank_fast.ops.triton import guard
 
 Backend = Literal["reference", "cpu", "triton"]
-_BACKENDS = get_args(Backend)
+CHOICES = get_args(Backend)
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not loaded
 _warned: list[str] = []
 
@@ -37,7 +37,7 @@ def resolve(
     op: str,
     backend: str | None,
     tensor: Tensor,
-    choices: tuple[str, ...] = _BACKENDS,
+    choices: tuple[str, ...] = CHOICES,
     unserved: Callable[[str], str] | None = None,
 ) -> str:
     """The name of the backend that runs an op.

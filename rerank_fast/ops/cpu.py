@@ -101,8 +101,8 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: see reference.forward."""
     if scores.dtype == torch.float32:
         kernel = _C.lambda_loss_float
     elif scores.dtype == torch.float64:
@@ -111,7 +111,7 @@ def forward(
         scores, kernel = scores.float(), _C.lambda_loss_float
     num_lists = offsets.shape[0] - 1
     loss = scores.new_empty((num_lists,) if reduction == "none" else ())
-    grad = torch.empty_like(scores)
+    grad, pairs = torch.empty_like(scores), offsets.new_empty(())
     threads = torch.get_num_threads()
     done = kernel(
         _lambda_loss_options(scheme, k, sigma, mu, eps, reduction_log, reduction, threads),
@@ -122,10 +122,11 @@ def forward(
         num_lists,
         loss.data_ptr(),
         grad.data_ptr(),
+        pairs.data_ptr(),
     )
     if not done:
         ragged.check_offsets(offsets, scores.shape[0])  # which says what is wrong
-    return loss, grad
+    return loss, grad, pairs
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -195,9 +196,10 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of q, k and v."""
-    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
+    dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):
@@ -356,6 +358,34 @@ def ndcg_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Ten
     if not kernel(*addresses, *sizes, k, torch.get_num_threads(), result.data_ptr()):
         ragged.check_offsets(offsets, scores.shape[0])
     return result
+
+
+def approx_ranks_forward(scores: Tensor, offsets: Tensor, alpha: float) -> Tensor:
+    """The backend contract: ranks (N,) in the dtype of scores, fp32 or fp64."""
+    ranks = torch.empty_like(scores)
+    kernel = _C.approx_ranks_double if scores.dtype == torch.float64 else _C.approx_ranks_float
+    addresses = (scores.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), ranks.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return ranks
+
+
+def approx_ranks_backward(
+    scores: Tensor,
+    grad_ranks: Tensor,
+    offsets: Tensor,
+    alpha: float,
+) -> Tensor:
+    """The backend contract: the gradient of (N,) scores by that of (N,) ranks, fp32 or fp64."""
+    grad = torch.empty_like(scores)
+    wide = scores.dtype == torch.float64
+    kernel = _C.approx_ranks_backward_double if wide else _C.approx_ranks_backward_float
+    addresses = (scores.data_ptr(), grad_ranks.data_ptr(), offsets.data_ptr())
+    sizes = (scores.shape[0], offsets.shape[0] - 1)
+    if not kernel(alpha, *addresses, *sizes, torch.get_num_threads(), grad.data_ptr()):
+        ragged.check_offsets(offsets, scores.shape[0])
+    return grad
 
 
 def _int8_shape(x: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,18 +10,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from rerank_fast.ops import backends, cpu, ragged
 from rerank_fast.ops.backends import Backend
+from rerank_fast.ops.choices import Reduction, ReductionLog, Scheme
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_choice, check_cut, check_number, check_positive
 
-Scheme = Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
-ReductionLog = Literal["binary", "natural"]
-Reduction = Literal["pairs", "lists", "sum", "none"]
 _SCHEMES, _LOGS, _REDUCTIONS = map(get_args, (Scheme, ReductionLog, Reduction))
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
     "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, float mu, "
-    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad)",
+    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad, Tensor pairs)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -43,10 +41,11 @@ def _fake(
     reduction_log: str,
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     compute_dtype = torch.promote_types(scores.dtype, torch.float32)
     shape = (offsets.shape[0] - 1,) if reduction == "none" else ()
-    return scores.new_empty(shape, dtype=compute_dtype), scores.new_empty(scores.shape, dtype=compute_dtype)
+    loss, grad = (scores.new_empty(size, dtype=compute_dtype) for size in (shape, scores.shape))
+    return loss, grad, offsets.new_empty(())
 
 
 def _forward(
@@ -61,7 +60,7 @@ def _forward(
     reduction_log: str,
     reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     # Triton is imported when it is first asked for.
     if backend == "cpu":  # which checks the offsets itself
         forward = cpu.forward
@@ -106,33 +105,41 @@ def _backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dty
 _LIBRARY.impl("lambda_loss_backward", _backward, "CompositeExplicitAutograd")
 
 
+_NO_GRADIENTS = (None,) * 4  # of labels, offsets, options, counts
+
+
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...], counts: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a short batch it
         # costs more than the kernel.
         traced = scores.is_meta or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         plain = type(scores) is Tensor and not traced
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
-        loss, grad = run(scores, labels, offsets, *options)
+        loss, grad, pairs = run(scores, labels, offsets, *options)
         if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
             ctx.save_for_backward(scores, grad)
         else:
             ctx.dtype, ctx.backend = scores.dtype, options[-1]
             ctx.save_for_backward(scores, grad, offsets)
-        return loss
+        if not counts:
+            return loss
+        ctx.mark_non_differentiable(pairs)
+        return loss, pairs
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *of_pairs: Tensor) -> tuple[Tensor | None, ...]:
         _, grad, *offsets = ctx.saved_tensors
         if offsets:
             # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
             run = torch.ops.rerank_fast.lambda_loss_backward.default
-            return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), None, None, None
+            return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), *_NO_GRADIENTS
         if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
-            return grad, None, None, None  # loss.backward() itself; on a GPU looking would wait for it
-        return grad * grad_loss, None, None, None
+            return grad, *_NO_GRADIENTS  # loss.backward() itself; on a GPU looking would wait for it
+        return grad * grad_loss, *_NO_GRADIENTS
 
 
 def lambda_loss(
@@ -184,6 +191,44 @@ def lambda_loss(
         ValueError: a wrong shape, dtype, device or option, a backend that can't run here, or
             offsets on the CPU that do not rise from 0 to N.
     """
+    weighting = (scheme, k, sigma, mu, eps, reduction_log)
+    return _LambdaLoss.apply(*_checked(scores, labels, offsets, *weighting, reduction, backend), False)
+
+
+def summed_lambda_loss(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,)
+    offsets: Tensor,  # (Q + 1,) int64
+    *,
+    scheme: Scheme,
+    k: int | None,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: ReductionLog,
+) -> tuple[Tensor, Tensor]:
+    """lambda_loss with reduction "sum", and the number of pairs that it is the sum over, () int64.
+
+    The number is that of the kernel which visited them, and carries no gradient.
+    """
+    weighting = (scheme, k, sigma, mu, eps, reduction_log)
+    return _LambdaLoss.apply(*_checked(scores, labels, offsets, *weighting, "sum", None), True)
+
+
+def _checked(
+    scores: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    scheme: Scheme,
+    k: int | None,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: ReductionLog,
+    reduction: Reduction,
+    backend: Backend | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """What the op takes: scores, labels in its dtype, offsets, and its options."""
     ragged.check_lists(scores, labels, offsets)
     check_choice("scheme", scheme, _SCHEMES)
     check_choice("reduction_log", reduction_log, _LOGS)
@@ -194,8 +239,7 @@ def lambda_loss(
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
-    options = (*weighting, reduction_log, reduction, resolved)
-    return _LambdaLoss.apply(scores, labels, offsets, options)
+    return scores, labels, offsets, (*weighting, reduction_log, reduction, resolved)
 
 
 _LIBRARY.define(

@@ -150,10 +150,12 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss and dL/dscores (N,) for an upstream gradient of one, at least fp32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: the loss, () or (Q,), dL/dscores (N,), and the number of pairs.
 
-    The gradient is the closed form, since autograd does not record below the dispatcher.
+    Loss and gradient, for an upstream one of 1, are in fp32 or, for fp64 scores, fp64; the number
+    is of all lists, () int64. The gradient is the closed form, since autograd does not record below
+    the dispatcher.
     """
     compute_dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels, bounds = scores.to(compute_dtype), labels.to(compute_dtype), offsets.tolist()
@@ -174,7 +176,8 @@ def forward(
         # Differences first: NDCGLoss1's pairs (i, i) then cancel without rounding what is small beside them.
         grads.append(-scale * sigma * (pull - pull.t()).sum(dim=1))
     per_list, grad = torch.stack(losses) if losses else scores[:0].clone(), torch.cat(grads)
+    pairs = torch.tensor(num_pairs, device=scores.device)
     if reduction == "none":
-        return per_list, grad
+        return per_list, grad, pairs
     divisor = _divisor(reduction, num_pairs, len(losses))
-    return per_list.sum() / divisor, grad / divisor
+    return per_list.sum() / divisor, grad / divisor, pairs

@@ -147,6 +147,19 @@ _LIBRARY.impl("residual_norm", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("residual_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
+def unchecked_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the dispatcher's way.
+
+    Arguments are those of its schema, of which rows is None without dropout.
+    """
+    return (torch.ops.rerank_fast.residual_norm.default if x.is_meta else _forward)(x, *rest)
+
+
+def unchecked_backward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As unchecked_forward; grad_narrow is None where x is not narrow."""
+    return (torch.ops.rerank_fast.residual_norm_backward.default if x.is_meta else _backward)(x, *rest)
+
+
 def _triton() -> ModuleType:
     from rerank_fast.ops.triton import residual_norm as kernels
 
@@ -201,6 +214,11 @@ def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
     return f"takes {takes}, and {what}"
 
 
+def backend_for(x: Tensor, residual: Tensor, backend: Backend | None = None) -> str:
+    """The backend that serves these; ValueError where the one asked for doesn't."""
+    return backends.resolve("residual_norm", backend, x, unserved=partial(_unserved, x=x, residual=residual))
+
+
 def residual_norm(
     x: Tensor,  # (T, H)
     residual: Tensor,  # (T, H)
@@ -252,7 +270,6 @@ def residual_norm(
     options = (check_positive("eps", eps), check_share("dropout_p", dropout_p), check_seed(seed))
     check_rows(rows, x)
     rows = rows if dropout_p > 0 else None
-    unserved = partial(_unserved, x=x, residual=residual)
-    resolved = backends.resolve("residual_norm", backend, x, unserved=unserved)
+    resolved = backend_for(x, residual, backend)
     y, narrow = _ResidualNorm.apply(x, residual, weight, bias, rows, (*options, resolved))
     return y, narrow if x.dtype in _HALVES else y

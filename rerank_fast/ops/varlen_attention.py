@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, backends, cpu, ragged
+from rerank_fast.ops import attention_reference, backends, cpu, flash, ragged
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import (
     check_flag,
@@ -115,6 +113,24 @@ _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
+def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the dispatcher's way.
+
+    Arguments are those of its schema.
+    """
+    return (torch.ops.rerank_fast.varlen_attention.default if q.is_meta else _forward)(q, *rest)
+
+
+def unchecked_backward(*arguments: Any, into: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row contiguous."""
+    if arguments[-1] == "cpu":
+        cpu.varlen_attention_backward(*arguments[:-1], into=into)
+        return
+    backward = torch.ops.rerank_fast.varlen_attention_backward.default if arguments[0].is_meta else _backward
+    for to, gradient in zip(into, backward(*arguments), strict=True):
+        to.copy_(gradient)
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -152,23 +168,18 @@ class _VarlenAttention(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-@cache
-def _flash() -> Callable[..., Any] | None:
-    """torch.nn.attention.varlen.varlen_attn; None where this torch has none, or one without windows and groups."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
-
-
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
+def _unserved(
+    backend: str,
+    q: Tensor,
+    dropout_p: float,
+    max_seqlens: tuple[int, int] | None,
+    library_call: tuple[Tensor, float, tuple[int, int]] | None = None,  # k, scale, window
+) -> str:
     """Why a backend doesn't take this; empty where it does."""
     if backend == "cpu":
         served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
@@ -179,15 +190,15 @@ def _unserved(backend: str, q: Tensor, dropout_p: float, max_seqlens: tuple[int,
     if backend == "flash":
         if not q.is_cuda or torch.version.hip is not None:
             return f"takes tensors on an NVIDIA GPU, got {_what(q)}"
-        if _flash() is None:
-            lacks = "torch.nn.attention.varlen with scale, windows and groups"
-            return f"can't run: torch {torch.__version__} has no {lacks}"
-        if _capability(q.device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or above"
+        if dropout_p > 0 or max_seqlens is None or library_call is None:
+            return "has no dropout and needs max_seqlens"
+        if q.shape[0] == 0:
+            return "takes one query at least, got none"
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
             return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
-        if dropout_p > 0 or max_seqlens is None:
-            return "has no dropout and needs max_seqlens"
+        if _capability(q.device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or above"
+        return flash.refusal(q, *library_call)
     return ""
 
 
@@ -195,9 +206,25 @@ def _what(q: Tensor) -> str:
     return f"{q.dtype} on {q.device} of head size {q.shape[2]}"
 
 
-def _resolve_backend(backend: str | None, q: Tensor, dropout_p: float, max_seqlens: tuple[int, int] | None) -> str:
-    unserved = partial(_unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens)
+def _resolve_backend(
+    backend: str | None,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    window: tuple[int, int],
+    dropout_p: float,
+    max_seqlens: tuple[int, int] | None,
+) -> str:
+    unserved = partial(
+        _unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens, library_call=(k, scale, window)
+    )
     return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
+
+
+def own_backend_for(q: Tensor) -> str:
+    """Of the backends that unchecked_forward takes the one that serves (tokens, heads, head size) queries."""
+    unserved = partial(_unserved, q=q, dropout_p=0.0, max_seqlens=None)
+    return backends.resolve("varlen_attention", None, q, backends.CHOICES, unserved)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -267,8 +294,10 @@ def varlen_attention(
             lose what they lost there. None takes 0 to Tq - 1.
         max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs them, and
             nothing here reads them from a device.
-        backend: "cpu" (C++), "flash" (torch.nn.attention.varlen, on NVIDIA GPUs: fp16 or bf16, no dropout),
-            "triton" (GPUs) or "reference"; None takes the best that can run.
+        backend: "cpu" (C++), "flash" (the package flash_attn or torch.nn.attention.varlen, on NVIDIA
+            GPUs: fp16 or bf16, no dropout), "triton" (GPUs) or "reference"; None takes the best
+            that can run. All but torch.nn.attention.varlen give the same bits every time; it does
+            under torch.use_deterministic_algorithms(True).
 
     Returns:
         (Tq, heads, head_size) in q's dtype, accumulated in fp32 at least; a query that may read
@@ -289,18 +318,17 @@ def varlen_attention(
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
-    backend_name = _resolve_backend(backend, q, dropout_p, max_seqlens)
+    backend_name = _resolve_backend(backend, q, k, scale, (left, right), dropout_p, max_seqlens)
     if backend_name == "flash":
-        flash, groups = _flash(), q.shape[1] != k.shape[1]
-        assert flash is not None
+        library = flash.serving(q, k, scale, (left, right))
+        assert library is not None
         assert max_seqlens is not None
-        return flash(
+        return library(
             *(_rows_contiguous(tensor) for tensor in (q, k, v)),
             *(ends.contiguous() for ends in (cu_seqlens_q, cu_seqlens_k)),
             *max_seqlens,
             scale=scale,
-            window_size=(left, right),
-            enable_gqa=groups,
+            window=(left, right),
         )
     options = (scale, left, right, dropout_p, seed, backend_name)
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.devices import empty_cache
+from rerank_fast.model.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import StepMaker, is_out_of_memory
-from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
+from rerank_fast.objectives.base import Objective, Units
+from rerank_fast.training.collapse import spread_of_lists
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.training.memory import activation_bytes, available_bytes
 from rerank_fast.training.precision import products_in
 from rerank_fast.training.run_log import Rates
@@ -26,27 +27,14 @@ from rerank_fast.training.run_log import Rates
 logger = logging.getLogger(__name__)
 
 
-def summed_loss(config: TrainingConfig) -> Callable[..., Tensor]:
-    """The run's loss of scores, labels and offsets, as the sum over preference pairs (or lists)."""
-    return functools.partial(
-        lambda_loss,
-        scheme=config.scheme,
-        k=config.k,
-        sigma=config.sigma,
-        mu=config.mu,
-        eps=config.eps,
-        reduction_log=config.reduction_log,
-        reduction="sum",
-    )
-
-
 class Backward:
     """Adds the gradients of lists to a model's weights.
 
     Args:
         model: whose weights get the gradients.
-        config: loss, micro-batches, precision; gradient_cache "auto" keeps all graphs while they are estimated to
-            fit half of the memory that is free now (see activation_bytes).
+        config: micro-batches, precision; gradient_cache "auto" keeps all graphs while they are estimated to fit
+            half of the memory that is free now (see activation_bytes).
+        objective: the loss.
         scale: multiplies the loss before it goes back.
         forget: takes back what has been added.
         max_tokens: of a micro-batch.
@@ -56,11 +44,13 @@ class Backward:
         self,
         model: CrossEncoder,
         config: TrainingConfig,
+        objective: Objective,
         scale: Loss,
         forget: Callable[[], None],
         max_tokens: int,
     ) -> None:
-        self.model, self.config, self.scale, self.forget = model, config, scale, forget
+        self.model, self.config, self.objective = model, config, objective
+        self.scale, self.forget = scale, forget
         self.max_tokens = max_tokens
         self.dtype = products_in(config, model.device)
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
@@ -68,13 +58,14 @@ class Backward:
         self.memory = (available_bytes(model.device) - state) // 2
         self._make_step: StepMaker | None = None
         self._most_tokens = 0  # of a micro-batch so far in this step
+        self._scored: list[tuple[Tensor, Tensor]] = []  # scores and offsets of this step's parts
 
-    def __call__(self, parts: Sequence[TokenizedLists], divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the summed loss of all parts over the divisor; one that does not fit memory is begun
-        anew, once, with half the tokens in a micro-batch, which from then on hold.
+    def __call__(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the loss of all parts, which is over the units of their global batch; one that does
+        not fit memory is begun anew, once, with half the tokens in a micro-batch, which from then on hold.
 
         Returns:
-            The loss, and the pairs under k, both () on the device.
+            The loss, and the units that a cut by rank leaves (0 without one), both () on the device.
 
         Raises:
             MemoryError: it does not fit either.
@@ -82,7 +73,7 @@ class Backward:
         device = self.model.device
         state, before = random_state(device), replace(rates)
         try:
-            return self._add(parts, divisor, rates)
+            return self._add(parts, units, rates)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -98,7 +89,7 @@ class Backward:
             cached,
         )
         try:
-            return self._add(parts, divisor, rates)
+            return self._add(parts, units, rates)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -110,33 +101,42 @@ class Backward:
             f"{also}{advice[self.config.gradient_cache]} or a smaller model"
         )
 
+    def spread(self) -> Tensor:
+        """(4,) on the device: how far apart the last step's scores lie in their lists; see spread_of_lists."""
+        rounding = torch.finfo(self.dtype).eps
+        parts = [spread_of_lists(scores, offsets, rounding) for scores, offsets in self._scored]
+        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(4, device=self.model.device)
+
     def _begin_anew(self, rates: Rates, before: Rates) -> None:
         self.forget()
         vars(rates).update(vars(before))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(self.model.device)
 
-    def _add(self, parts: Sequence[TokenizedLists], divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        self._most_tokens = 0
+    def _add(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
+        self._most_tokens, self._scored = 0, []
         totals = torch.zeros(2, device=self.model.device)
         for lists in parts:
             if len(lists):
-                totals += torch.stack(self._add_part(lists, divisor, rates))
+                totals += torch.stack(self._add_part(lists, units, rates))
         return totals[0], totals[1]
 
-    def _add_part(self, lists: TokenizedLists, divisor: float, rates: Rates) -> tuple[Tensor, Tensor]:
-        config, device = self.config, self.model.device
+    def _add_part(self, lists: TokenizedLists, units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
+        config, objective, device = self.config, self.objective, self.model.device
         labels, offsets = (upload(array, device) for array in (lists.labels, lists.list_offsets))
-        loss: Any = functools.partial(summed_loss(config), labels=labels, offsets=offsets)
+        left = torch.zeros((), device=device)  # units under the cut
+
+        def loss(scores: Tensor) -> Tensor:
+            mean, counted = objective.mean(scores, labels, offsets, units)
+            if counted is not None:
+                left.copy_(counted)
+            return mean
 
         def limit(scores: Tensor) -> Tensor | float:
-            """Of |dL/dscore|, to which the caller gives its last factor: all pairs by those that the cut leaves."""
-            if not config.k or config.reduction != "pairs" or not config.skip_below:
+            """Of |dL/dscore|, to which the caller gives its last factor: all units by those that the cut leaves."""
+            if not objective.cut_by_rank or not config.skip_below:
                 return config.skip_below
-            pairs, left = (
-                count_pairs(scores, labels, offsets, scheme=config.scheme, k=k) for k in (None, config.k)
-            )
-            return config.skip_below * left / pairs.clamp(min=1)
+            uncut: Any = objective.num_units(lists.labels, lists.list_offsets)
+            return config.skip_below * left / max(uncut, 1)
 
         if self._make_step is None:  # not before the first: the run then has its weights and adapters
             self._make_step = self.model.steps(dtype=self.dtype)
@@ -158,12 +158,10 @@ class Backward:
             )
         options: dict[str, Any] = {"device": device, "skip_below": limit} if cached else {}
         push: Any = backward_cached if cached else backward_direct
-        pushed = push(step, plan, lambda scores: loss(scores) / divisor, scale=self.scale, **options)
+        pushed = push(step, plan, loss, scale=self.scale, **options)
+        self._scored.append((pushed.scores, offsets))
         rates.scored += len(lists.pairs)
         rates.skipped += pushed.num_skipped
         rates.tokens += int(lengths.sum())
         rates.padded_tokens += sum(sizes)
-        if not config.k:  # then the labels alone say how many, and the divisor holds them already
-            return pushed.loss, torch.zeros((), device=device)
-        count = count_pairs(pushed.scores, labels, offsets, scheme=config.scheme, k=config.k)
-        return pushed.loss, count.to(pushed.loss.dtype)
+        return pushed.loss, left

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.model.card import code, escape, hub_id, markdown_table
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.validation import LOSS
@@ -24,13 +25,6 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def measured_sets(evaluator: Any) -> list[Any]:
-    """The sets of queries of one of this package's evaluators; none for a function of the user's."""
-    if hasattr(evaluator, "sets"):
-        return list(evaluator.sets)
-    return [evaluator.set] if hasattr(evaluator, "set") else []
 
 
 def chosen_metrics(evaluators: Sequence[Any], config: TrainingConfig) -> list[str]:

@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rerank_fast.objectives import check_name
+from rerank_fast.ops.choices import BatchReduction, ReductionLog, Scheme
+
 # Those of transformers' names that need no metric.
 Schedule = Literal[
     "linear",
@@ -23,6 +26,9 @@ Schedule = Literal[
 Optimizer = Literal[
     "adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd", "adafactor"
 ]
+
+# The settings that are options of LambdaLoss alone.
+LAMBDA_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
 
 _TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's smallest normal number and its largest
 
@@ -88,6 +94,12 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in backward: less memory, more time.
         torch_compile: run the layers of packed execution through torch.compile; the first steps build the kernels.
         seed: of the order of the lists, the fresh head and dropout.
+        objective: the loss by its name, or several that are added up: a list of {"name": ..., "weight": 1} with
+            the options of each beside.
+        objective_options: options of the objective by their names, as {"temperature": 2.0}; those of lambda_loss
+            are the settings below, of several each has its own.
+        in_batch_negatives: documents of other lists of the batch that are added to each list with label 0, drawn
+            from the seed; none that is one of the list's own or of a list of its query. 0 adds none.
         scheme: LambdaLoss weighting.
         k: LambdaLoss cut; None counts all pairs.
         sigma: LambdaLoss sigmoid slope.
@@ -99,10 +111,13 @@ class TrainingConfig:
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
-        metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
-            evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
+        metric_for_best: the evaluation metric that chooses the saved model: any that an evaluator gives, after its
+            name where it has one, as in NanoBEIR_R100_mean_ndcg@10; of evaluation lists map, mrr@K, ndcg@K or
+            another measure of ir-measures, as R@100.
         load_best: after train() the model in memory is the one that was saved; False leaves the last one.
         early_stopping_patience: end after this many evaluations without a better one; None never does.
+        stop_on_collapse: end the run, the best model kept, where it warns that scores no longer tell documents
+            apart or that the model is measured as worse than what was there.
         logging_steps: steps between log lines.
         trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
         distributed_timeout: seconds after which a process that waits for another one gives up.
@@ -150,13 +165,16 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     seed: int = 12
-    scheme: Literal["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"] = "ndcg2pp"
+    objective: list[dict[str, Any]] | str = "lambda_loss"
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    in_batch_negatives: int = 0
+    scheme: Scheme = "ndcg2pp"
     k: int | None = None
     sigma: float = 1.0
     mu: float = 10.0
     eps: float = 1e-10
-    reduction_log: Literal["binary", "natural"] = "binary"
-    reduction: Literal["pairs", "lists", "sum"] = "pairs"
+    reduction_log: ReductionLog = "binary"
+    reduction: BatchReduction = "pairs"
     eval_on_start: bool = True
     eval_steps: int = 500
     save_steps: int = 500
@@ -164,6 +182,7 @@ class TrainingConfig:
     metric_for_best: str = "ndcg@10"
     load_best: bool = True
     early_stopping_patience: int | None = None
+    stop_on_collapse: bool = False
     logging_steps: int = 10
     trackers: list[str] = field(default_factory=list)
     distributed_timeout: float = 600.0
@@ -188,6 +207,7 @@ class TrainingConfig:
             "skip_below": 0,
             "freeze_layers": 0,
             "lora_rank": 0,
+            "in_batch_negatives": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -247,7 +267,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
                 raise ValueError(f"{name} must be a list of strings, got {value!r}")
-        for name in ("schedule_options", "optimizer_options"):
+        for name in ("schedule_options", "optimizer_options", "objective_options"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {value!r}")
         if self.lora_rank and (self.freeze_layers or self.freeze):
@@ -258,15 +278,30 @@ class TrainingConfig:
             )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
-        if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):
-            raise ValueError(f"metric_for_best must be map, mrr@K or ndcg@K, got {self.metric_for_best!r}")
+        metric = self.metric_for_best
+        if not isinstance(metric, str) or not metric or re.search(r"@0+$", metric):
+            raise ValueError(f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}")
         if not self.output:
             raise ValueError("output must name a directory")
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        several, options = isinstance(self.objective, list), self.objective_options
+        for one in self.objective if isinstance(self.objective, list) else [{"name": self.objective}]:
+            if not isinstance(one, dict) or "name" not in one:
+                raise ValueError(f"objective must be a name or a list of mappings with a name, got {one!r} in it")
+            check_name(one["name"])
+        if not self.objective:
+            raise ValueError("objective must name at least one loss, got an empty list")
+        if options and (several or self.objective == "lambda_loss"):
+            where = "beside each name in objective" if several else "settings of their own, as scheme and k"
+            raise ValueError(f"objective_options must be empty here, got {options}: options are {where}")
 
     @property
     def at_k(self) -> int:
         """Cut of the evaluation's MRR and NDCG: metric_for_best's, else 10."""
-        return int(self.metric_for_best.partition("@")[2] or 10)
+        found = re.search(r"(?:^|_)(?:mrr|ndcg)@([1-9]\d*)$", self.metric_for_best)
+        return int(found[1]) if found else 10
 
 
 def _is_integer(value: object) -> bool:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from rerank_fast.data.held_out import query_keys
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.training import distributed
-from rerank_fast.training.card_results import measured_sets
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
@@ -23,10 +23,11 @@ class Counted:
 
     lists: int = 0
     documents: int = 0
-    lists_without_pairs: int = 0  # of preference pairs: all labels equal
+    lists_without_gradient: int = 0
     pairs: int = 0  # (query, document), of the lists that train
     truncated: int = 0  # of these
-    preference_pairs: int = 0
+    units: list[int] = field(default_factory=list)  # of each part of the objective; see Objective.unit
+    negatives: int = 0  # documents added from other lists
     queries: set[int] = field(default_factory=set)  # keys of query_keys
 
 
@@ -36,7 +37,8 @@ def count(trainer: Trainer) -> Counted:
     Raises:
         ValueError: a row of a stream is malformed; names the file and the line.
     """
-    counted = Counted()
+    parts = trainer.objective.parts
+    counted = Counted(units=[0] * len(parts))
 
     def queries() -> Iterator[str]:  # of lists as they are, before documents are drawn of them
         for row in trainer.lists:
@@ -50,10 +52,12 @@ def count(trainer: Trainer) -> Counted:
             if batch.epoch:
                 break
             counted.lists += len(batch.indices)
-            counted.lists_without_pairs += batch.lists_without_pairs
+            counted.lists_without_gradient += batch.lists_without_gradient
             counted.pairs += batch.num_documents
             counted.truncated += batch.lists.truncated  # of this process's share
-            counted.preference_pairs += batch.num_pairs
+            units = batch.units if isinstance(batch.units, tuple) else (batch.units,)
+            counted.units = [total + (one or 0) for total, one in zip(counted.units, units, strict=True)]
+            counted.negatives += batch.negatives_added
             bar.update()
     counted.truncated = sum(distributed.gather(counted.truncated))
     return counted
@@ -62,14 +66,18 @@ def count(trainer: Trainer) -> Counted:
 def describe(trainer: Trainer) -> list[str]:
     """Lines that say what there is to train and to evaluate on, how, and what would be written."""
     counted, config, model = count(trainer), trainer.config, trainer.model
-    sampled = config.max_docs_per_list is not None
+    drawn = config.max_docs_per_list is not None or config.in_batch_negatives > 0
+    units = zip(counted.units, trainer.objective.parts, strict=True)
+    what = [f"{number:,} {part.unit}, " for number, part in units if part.unit]
+    added = f" ({counted.negatives:,} with documents of other lists)" if counted.negatives else ""
+    truncated = f"{counted.truncated:,} of them longer than {model.max_length} tokens and truncated"
+    if model.max_length is None:
+        truncated = "none of them truncated"
     return [
         f"Training lists: {counted.lists:,} with {counted.documents:,} documents; "
-        f"{counted.lists_without_pairs:,} lists have no preference pair (all labels equal) and "
-        "train nothing",
-        f"{'First epoch' if sampled else 'Epoch'}: {counted.preference_pairs:,} preference pairs, "
-        f"{counted.pairs:,} pairs to score, {counted.truncated:,} of them longer than "
-        f"{model.max_length} tokens and truncated",
+        f"{counted.lists_without_gradient:,} of the lists, {trainer.objective.idle}, train nothing",
+        f"{'First epoch' if drawn else 'Epoch'}: {''.join(what)}"
+        f"{counted.pairs:,} pairs to score{added}, {truncated}",
         *_evaluations(trainer, counted.queries),
         f"Steps: {trainer.num_steps:,} of {config.batch_size} lists, {_epochs(trainer)}",
         f"Precision: {config.precision} on {model.device}",

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from rerank_fast import __version__
 from rerank_fast.data.lists import ListStream
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.model.card import (
     PLOT_FILE,
     base_model_link,
@@ -30,6 +31,7 @@ from rerank_fast.model.card import (
     usage,
 )
 from rerank_fast.model.precision.hardware import name_of
+from rerank_fast.objectives.base import Objective
 from rerank_fast.training.card_data import Described, describe_lists
 from rerank_fast.training.card_results import (
     base_of,
@@ -37,7 +39,6 @@ from rerank_fast.training.card_results import (
     eval_results,
     evaluation_sections,
     log_table,
-    measured_sets,
     metric_kinds,
     read_log,
 )
@@ -53,18 +54,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction", "mini_batch_size")
 # Where a run wrote, and how it showed itself, is nobody's business but its owner's.
 _PRIVATE = ("output", "overwrite", "show_progress_bar")
-_CITATIONS = {
-    "LambdaLoss": """@inproceedings{wang2018lambdaloss,
-    title = {The LambdaLoss Framework for Ranking Metric Optimization},
-    author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
-    booktitle = {Proceedings of the 27th ACM International Conference on Information and Knowledge Management},
-    pages = {1313--1322},
-    year = {2018}
-}""",
-    "Sentence Transformers": """@inproceedings{reimers-2019-sentence-bert,
+_SENTENCE_TRANSFORMERS = """@inproceedings{reimers-2019-sentence-bert,
     title = {Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks},
     author = {Reimers, Nils and Gurevych, Iryna},
     booktitle = {Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing},
@@ -72,8 +64,7 @@ _CITATIONS = {
     year = {2019},
     publisher = {Association for Computational Linguistics},
     url = {https://arxiv.org/abs/1908.10084}
-}""",
-}
+}"""
 
 
 class RunCard:
@@ -132,23 +123,24 @@ class RunCard:
         bases = {name: result.metrics[base] for name in metrics if (base := base_of(name, result.metrics))}
         plot = plot_run(rows, metrics=metrics, bases=bases, best_step=result.best_step)
         name = output.resolve().name
+        losses = list(dict.fromkeys(map(_class_name, trainer.objective.parts)))
         sample = self.lists.samples[0]
         datasets = [source for source in self.sources if hub_id(source) and "/" in source]
         sections = [
             f"# {escape(title(model))}",
-            _first_sentence(model, self.lists),
+            _first_sentence(model, self.lists, losses),
             details(model),
             sources_and_architecture(model),
             usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
             *evaluation_sections(evaluators, result.metrics, name_of(trainer.evaluated_in)),
             *_data(self.lists, self.sources, evaluators, self.eval_sources),
-            _loss(config),
-            _hyperparameters(config, trainer.backward.max_tokens, self.changes),
+            _loss(trainer.objective, config),
+            _hyperparameters(trainer.settings, trainer.backward.max_tokens, self.changes),
             log_table(rows, metrics, bases, result.best_step),
             *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
             _environment(trainer, result, energy),
             _versions(),
-            _citations(),
+            _citations(trainer.objective),
         ]
         card = make_card(
             model,
@@ -157,7 +149,7 @@ class RunCard:
             tags=[
                 "generated_from_trainer",
                 *([] if self.lists.size is None else [f"dataset_size:{self.lists.size}"]),
-                "loss:LambdaLoss",
+                *(f"loss:{loss}" for loss in losses),
             ],
             plot=plot,
             datasets=datasets or None,
@@ -171,12 +163,16 @@ class RunCard:
             model.card = card
 
 
-def _first_sentence(model: CrossEncoder, lists: Described) -> str:
+def _class_name(objective: Objective) -> str:
+    return type(objective).__name__
+
+
+def _first_sentence(model: CrossEncoder, lists: Described, losses: Sequence[str]) -> str:
     size = "a stream of" if lists.size is None else f"{lists.size:,}"
     return (
         f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists "
-        "with LambdaLoss by rerank_fast. It reads a query and a document together and gives a score to rerank by, "
-        "and loads in rerank_fast, sentence-transformers and transformers."
+        f"with {' and '.join(losses)} by rerank_fast. It reads a query and a document together and "
+        "gives a score to rerank by, and loads in rerank_fast, sentence-transformers and transformers."
     )
 
 
@@ -211,17 +207,20 @@ def _source(source: str) -> str:
     return code(Path(source).name)
 
 
-def _loss(config: TrainingConfig) -> str:
-    parameters = {name: getattr(config, name) for name in _LOSS}
+def _loss(objective: Objective, config: TrainingConfig) -> str:
     # Whatever the model applies to its scores afterwards: the loss is of the raw ones.
-    text = json.dumps({**parameters, "activation_fn": "torch.nn.modules.linear.Identity"}, indent=4)
-    return f"### Loss\n\n`LambdaLoss` with these parameters:\n\n```json\n{text}\n```"
+    scored = {
+        "mini_batch_size": config.mini_batch_size,
+        "activation_fn": "torch.nn.modules.linear.Identity",
+    }
+    text = json.dumps({**objective.describe(), **scored}, indent=4, default=str)
+    return f"### Loss\n\n`{_class_name(objective)}` with these parameters:\n\n```json\n{text}\n```"
 
 
-def _hyperparameters(config: TrainingConfig, max_tokens: int, changes: Sequence[Change]) -> str:
-    values = {name: value for name, value in asdict(config).items() if name not in _PRIVATE}
+def _hyperparameters(settings: Mapping[str, Any], max_tokens: int, changes: Sequence[Change]) -> str:
+    values = {name: value for name, value in settings.items() if name not in _PRIVATE}
     # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
-    default = asdict(type(config)(sharding="none"))
+    default = asdict(TrainingConfig(sharding="none"))
     changed = {name: value for name, value in values.items() if value != default[name]}
 
     def listed(some: Mapping[str, Any]) -> str:
@@ -336,8 +335,9 @@ def _versions() -> str:
     return "\n".join(["### Framework versions", "", *lines])
 
 
-def _citations() -> str:
+def _citations(objective: Objective) -> str:
     parts = ["## Citation"]
-    for name, entry in _CITATIONS.items():
+    entries = {_class_name(one): one.citation.strip() for one in objective.parts if one.citation}
+    for name, entry in {**entries, "Sentence Transformers": _SENTENCE_TRANSFORMERS}.items():
         parts.append(f"### {name}\n\n```bibtex\n{entry}\n```")
     return "\n\n".join(parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rerank_fast.model.precision.hardware import arithmetic, fastest, is_fast, timings
+from rerank_fast.model.precision.hardware import arithmetic, fastest, is_fast, why_slow
 from rerank_fast.training import checkpoints, distributed
 from rerank_fast.training.config import TrainingConfig
 
@@ -28,6 +28,9 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
 
     A named one that the CPU only emulates is kept, with one warning of what it costs. Every process
     must call it: all train in the first one's.
+
+    Raises:
+        ValueError: bf16 on a GPU that has none, whose kernels are not there.
     """
     precision: str = config.precision
     if precision == "auto":
@@ -37,9 +40,12 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
             precision = distributed.gather(_NAMES[fastest(device)])[0]
         config = replace(config, precision=precision)  # type: ignore[arg-type]
     dtype = _DTYPES[precision]
-    if device.type == "cpu" and precision != "fp32" and not is_fast(dtype, device):
+    if device.type in ("cpu", "cuda") and precision != "fp32" and not is_fast(dtype, device):
+        why = why_slow(dtype, device)
+        if device.type == "cuda" and precision == "bf16":
+            raise ValueError(f"precision must be fp16 or fp32 on {device}, got bf16: {why}")
         how = "is computed in float32" if precision == "bf16-pure" else "is emulated, slower than fp32,"
-        logger.warning("precision %s %s on this processor: %s.", precision, how, timings(dtype))
+        logger.warning("precision %s %s on this processor: %s.", precision, how, why)
     return config
 
 

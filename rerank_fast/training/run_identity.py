@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rerank_fast.data.fingerprint import fingerprint
-from rerank_fast.training.card_results import measured_sets
+from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def describe_run(trainer: Trainer) -> dict[str, Any]:
     if size is None:
         size, stream = lists.counted, "a stream that begins with "
     return {
-        **asdict(trainer.config),
+        **trainer.settings,
         "max_length": trainer.model.max_length,
         "train_lists": f"{stream}{size} lists {lists.fingerprint}",
         "eval": [_described(one) for one in trainer.validation.evaluators],

@@ -101,7 +101,8 @@ class Rates:
     """What has been worked off since the last line of the log."""
 
     started: float = field(default_factory=time.perf_counter)
-    pairs: int = 0  # of all processes
+    pairs: int = 0  # of all processes, and documents of other lists among them
+    negatives: int = 0
     waited: float = 0.0  # seconds for data
     scored: int = 0  # pairs of this process, and how many of them were not run again
     skipped: int = 0
@@ -111,10 +112,11 @@ class Rates:
 
     def row(self) -> dict[str, float]:
         """pairs_per_second; shares of the time waited for data, of the padding, of pairs not run again and of
-        truncated ones."""
+        truncated ones; and in_batch_negatives, where there are any, as a number."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
             "pairs_per_second": self.pairs / seconds,
+            **({"in_batch_negatives": self.negatives} if self.negatives else {}),
             "wait_share": self.waited / seconds,
             "padding_share": 1 - self.tokens / max(self.padded_tokens, self.tokens, 1),
             "skipped_share": self.skipped / max(self.scored, 1),

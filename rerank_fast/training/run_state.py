@@ -37,7 +37,7 @@ class Progress:
     batch: int = 0
     loss_sum: float = 0.0
     overflows: int = 0  # steps left out by fp16's scaler
-    lists_without_pairs: int = 0
+    lists_without_gradient: int = 0
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     evaluations_since_best: int = 0
@@ -217,7 +217,7 @@ def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, wh
         "batch": (0, step if num_batches is None else min(step, num_batches)),
         **dict.fromkeys(("epoch", "overflows", "best_step", "evaluated"), (0, step)),
         "evaluations_since_best": (0, step),
-        "lists_without_pairs": (0, step * config.batch_size),
+        "lists_without_gradient": (0, step * config.batch_size),
         "seconds": (0, math.inf),
     }
     given = [(f"progress, field {name}", getattr(progress, name), *limit) for name, limit in limits.items()]

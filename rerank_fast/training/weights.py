@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
-from rerank_fast.model.storage.files import quiet_transformers
 from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
@@ -159,9 +159,7 @@ class TrainedWeights:
         """
         inner: Any = self._model.model
         if distributed.is_first():
-            with quiet_transformers():
-                saved = type(inner).from_pretrained(directory, config=inner.config, use_safetensors=True)
-            inner.load_state_dict(saved.state_dict())
+            inner.load_state_dict(storage.load(str(directory), dtype=None).model.state_dict())
         distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
 
     def help_save(self) -> None:

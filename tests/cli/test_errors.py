@@ -77,6 +77,11 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (f"{_TRAIN} --seed -1", "--seed must be"),
         (f"{_TRAIN} --k -1", "--k must be"),
         (f"{_TRAIN} --eps 0", "--eps must be"),
+        (f"{_TRAIN} --objective lambdaloss", "unknown objective 'lambdaloss'; there are lambda_loss,"),
+        (f"{_TRAIN} --objective listnet --k 3", "--k 3 would not be applied: objective is listnet"),
+        (f"{_TRAIN} --objective_options.k 3", "--objective_options must be empty here"),
+        (f"{_TRAIN} --in_batch_negatives 2 --objective mse", "--in_batch_negatives must be 0 with"),
+        (f"{_OWN} objective=listnet sigma=2", "--set sigma 2 would not be applied: objective is"),
         (f"{_TRAIN} --max_length 9999", "--max_length is 9999"),
         (f"{_TRAIN} --streaming true", "--max_steps must be set"),
         (f"{_TRAIN} --lora_rank 2 --freeze_layers 1", "--freeze_layers and --freeze must be"),
@@ -336,3 +341,73 @@ def test_a_fault_of_the_package_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli.recipes, "run", fault)
     with pytest.raises(KeyError):
         cli.main(["recipes"])
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "memory does not suffice: expected a smaller"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory does not suffice"),
+        (
+            "The NVIDIA driver on your system is too old (found version 11040). Please update",
+            "older than this torch",
+        ),
+        ("CUDA error: no kernel image is available for execution on the device", "no kernels for this GPU"),
+        ("CUDA error: unspecified launch failure\nCUDA kernel errors might be", "the GPU was lost: a run"),
+    ],
+)
+def test_what_a_gpu_lacks_is_one_line(
+    message: str,
+    said: str,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    import torch
+
+    from rerank_fast.model.cross_encoder import CrossEncoder
+
+    def lost(*arguments: object, **options: object) -> None:
+        kind = getattr(torch, "AcceleratorError", RuntimeError)
+        error = kind.__new__(kind)  # made by torch alone
+        error.args = (message,)
+        raise error
+
+    monkeypatch.setattr(CrossEncoder, "_scores", lost)
+    line = error_of(command(work, _EVALUATE), capsys)
+    assert said in line
+    assert message.partition("\n")[0].partition(" Please")[0].rstrip(".") in line
+
+
+def test_a_bug_keeps_its_trace(work: Path, monkeypatch: pytest.MonkeyPatch):
+    from rerank_fast.model.cross_encoder import CrossEncoder
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(CrossEncoder, "_scores", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cli.main(command(work, _EVALUATE))
+
+
+def test_a_gpu_lost_in_a_run_leaves_its_checkpoint(
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    from rerank_fast.training.backward import Backward
+
+    call, steps = Backward.__call__, []
+
+    def lost(backward: Backward, *arguments: object) -> object:
+        steps.append(len(steps))
+        if len(steps) == 3:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be")
+        return call(backward, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Backward, "__call__", lost)
+    run = f"{_TRAIN} --output {tmp_path / 'run'} --batch_size 2 --save_steps 1 --max_steps 4"
+    assert "goes on from its last checkpoint with --resume auto" in error_of(command(work, run), capsys)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert cli.main([*command(work, run), "--resume", "auto"]) == 0

@@ -19,6 +19,7 @@ from rerank_fast.data.batches import (
     token_load,
 )
 from rerank_fast.data.lists import ListStream
+from rerank_fast.objectives.lambda_loss import LambdaLoss
 from tests.model_factory import make_tiny_bert
 from tests.training.conftest import make_lists
 
@@ -36,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_an_epoch_holds_every_list_once_and_the_next_one_in_another_order(model: CrossEncoder):
-    maker = BatchMaker(make_lists(23), model, batch_size=5)
+    maker = BatchMaker(make_lists(23), model, LambdaLoss(), batch_size=5)
     batches = list(islice(maker.batches(), 10))
     assert [(batch.epoch, batch.number) for batch in batches] == [(e, n) for e in (0, 1) for n in range(5)]
     epochs = [np.concatenate([batch.indices for batch in batches if batch.epoch == epoch]) for epoch in (0, 1)]
@@ -48,7 +49,7 @@ def test_an_epoch_holds_every_list_once_and_the_next_one_in_another_order(model:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_from_any_position_the_batches_are_those_of_the_whole_run(model: CrossEncoder, file: Path, streamed: bool):
     lists = ListStream(str(file)) if streamed else load_lists(str(file))
-    maker = BatchMaker(lists, model, batch_size=4, shuffle_buffer=7, max_docs_per_list=3)
+    maker = BatchMaker(lists, model, LambdaLoss(), batch_size=4, shuffle_buffer=7, max_docs_per_list=3)
     whole = list(islice(maker.batches(), 14))
     for start in (0, 3, 6, 8):
         first = whole[start]
@@ -69,7 +70,7 @@ class ReadOnce(ListStream):
 
 
 def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
-    batches = BatchMaker(ReadOnce(str(file)), model, batch_size=20).batches()
+    batches = BatchMaker(ReadOnce(str(file)), model, LambdaLoss(), batch_size=20).batches()
     assert [len(batch.indices) for batch in islice(batches, 2)] == [20, 3]
     with pytest.raises(ValueError, match="epoch 1 of the training lists holds no list"):
         next(batches)
@@ -78,7 +79,7 @@ def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
 def test_truncation_is_said_once(model: CrossEncoder, caplog: pytest.LogCaptureFixture):
     rows = [{"query": "panda", "docs": ["sea " * 100, "bear"], "labels": [1.0, 0.0]}] * 6
     model = copy.deepcopy(model)  # of which nothing has been said
-    batches = list(islice(BatchMaker(load_lists(rows), model, batch_size=2).batches(), 5))
+    batches = list(islice(BatchMaker(load_lists(rows), model, LambdaLoss(), batch_size=2).batches(), 5))
     assert [batch.lists.truncated for batch in batches] == [2] * 5
     assert [record.message.split(";")[0] for record in caplog.records] == [
         "2 of 4 pairs are longer than max_length=64 tokens and were truncated"
@@ -89,8 +90,10 @@ def test_truncation_is_said_once(model: CrossEncoder, caplog: pytest.LogCaptureF
 def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncoder):
     lists = [*make_lists(12), {"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}]
     lists = load_lists([dict(row) for row in lists])
-    whole = next(BatchMaker(lists, model, batch_size=13).batches())
-    shares = [next(BatchMaker(lists, model, batch_size=13, rank=r, num_ranks=3).batches()) for r in range(3)]
+    whole = next(BatchMaker(lists, model, LambdaLoss(), batch_size=13).batches())
+    shares = [
+        next(BatchMaker(lists, model, LambdaLoss(), batch_size=13, rank=r, num_ranks=3).batches()) for r in range(3)
+    ]
     together = sorted(
         tuple(s.pairs.select(np.array([i])).input_ids)
         for b in shares
@@ -101,12 +104,12 @@ def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncod
         tuple(whole.lists.pairs.select(np.array([i])).input_ids) for i in range(len(whole.lists.pairs))
     )
     expected = sum(a > b for row in lists for a in row["labels"] for b in row["labels"])
-    assert {(b.num_pairs, len(b.indices), b.num_documents) for b in (*shares, whole)} == {
+    assert {(b.units, len(b.indices), b.num_documents) for b in (*shares, whole)} == {
         (expected, 13, sum(len(row["docs"]) for row in lists) - 2)
     }
     assert len(whole.lists) == 12  # the one without a preference pair is counted, not scored
-    ndcg1 = next(BatchMaker(lists, model, batch_size=13, scheme="ndcg1").batches())
-    assert ndcg1.num_pairs == sum(len(row["docs"]) ** 2 for row in lists)
+    ndcg1 = next(BatchMaker(lists, model, LambdaLoss("ndcg1"), batch_size=13).batches())
+    assert ndcg1.units == sum(len(row["docs"]) ** 2 for row in lists)
     assert len(ndcg1.lists) == 13
 
 

@@ -140,8 +140,8 @@ def test_mapped_columns(tmp_path: Path) -> None:
 
 
 def test_missing_column_lists_those_there(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "lists.jsonl", [{"query": "q", "passages": ["a"], "labels": [1]}])
-    with pytest.raises(ValueError, match=r"lists\.jsonl.*docs.*passages"):
+    path = write_lines(tmp_path / "lists.jsonl", [{"query": "q", "passages": ["a"], "rel": [1]}])
+    with pytest.raises(ValueError, match=r"lists\.jsonl.*passages.*docs"):
         load_lists(path)
     with pytest.raises(ValueError, match=r"nowhere.*passages"):
         load_lists(path, columns={"docs": "nowhere"})

@@ -1,4 +1,4 @@
-"""A process that scores pairs of ever new lengths: python -m tests.model.growing_run DIRECTORY DTYPE.
+"""A process that scores pairs of ever new lengths: python -m tests.model.growing_run DIRECTORY DTYPE [padded].
 
 Prints by how many MiB it has grown after its first calls.
 """
@@ -10,6 +10,7 @@ import random
 import sys
 from pathlib import Path
 
+from rerank_fast.model import scoring
 from rerank_fast.model.cross_encoder import CrossEncoder
 
 FIRST_CALLS, CALLS = 100, 100
@@ -19,7 +20,9 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main(directory: str, dtype: str) -> None:
+def main(directory: str, dtype: str, path: str = "packed") -> None:
+    if path == "padded":
+        scoring.find_packed = lambda *_: None
     model = CrossEncoder(directory, dtype=dtype)
     draw = random.Random(0)
     first = 0.0
@@ -32,4 +35,4 @@ def main(directory: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

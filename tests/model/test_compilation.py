@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from rerank_fast.model import compilation
 from rerank_fast.model.compilation import check_compiler
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import make_packed_step
-from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from tests.model.test_encoder import WITHOUT_TYPES, make_model, make_tokens, relative_errors
 
 DROPOUT = {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.2}

@@ -217,24 +217,48 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
     torch.testing.assert_close(packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert-last-layer-slides"])
-def test_the_kernels_of_a_gpu_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU natively; without one in Triton's interpreter."""
+@pytest.fixture
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers take the kernels of a GPU: the device, which without one is that of Triton's interpreter."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for op in ("varlen_attention", "residual_norm"):
         monkeypatch.setattr(layers, op, functools.partial(getattr(layers, op), backend="triton"))
+    for choose in ("backend_for", "own_backend_for"):
+        monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert-last-layer-slides"])
+def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> None:
     tokens, plan = make_tokens([3, 11]), [np.array([1, 0])]
     upstream = torch.randn(len(tokens))
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
     expected_gradients = gradients(model, expected, upstream.double())
-    actual = packed_scores(model.float().to(device), tokens, plan)
+    actual = packed_scores(model.float().to(through_triton), tokens, plan)
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    actual_gradients = gradients(model, actual, upstream.to(device))
+    actual_gradients = gradients(model, actual, upstream.to(through_triton))
     assert_gradients_close(
         actual_gradients, expected_gradients, bound=1e-5, dtype=torch.float32, num_tokens=len(tokens.input_ids)
     )
+
+
+def test_the_kernels_of_a_gpu_drop_out_the_same(request: pytest.FixtureRequest) -> None:
+    model = make_model("bert", **DROPOUTS["bert"]).train()
+    model.bert.encoder.layer = model.bert.encoder.layer[1:]
+    model.dropout.p = model.bert.embeddings.dropout.p = 0.0  # torch's own draws differ from device to device
+    tokens, plan = make_tokens([3, 9]), [np.array([1, 0])]
+    upstream = torch.randn(len(tokens))
+
+    def run_on(device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        scores = packed_scores(model.to(device), tokens, plan)
+        return scores.detach().cpu(), gradients(model, scores, upstream.to(device))
+
+    scores, expected = run_on("cpu")
+    actual, found = run_on(request.getfixturevalue("through_triton"))
+    torch.testing.assert_close(actual, scores, rtol=1e-5, atol=1e-5)
+    assert max(relative_errors({n: g.cpu() for n, g in found.items()}, expected).values()) < 1e-5
 
 
 def test_a_gpu_is_served_in_its_dtypes_and_others_are_padded(

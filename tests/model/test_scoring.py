@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.encoder import _distinct
-from rerank_fast.model.packing import MAX_TOKENS
-from rerank_fast.model.scoring import _default_max_tokens
+from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs
+from rerank_fast.model.scoring import PaddedStep, _default_max_tokens, _powers_of_two
+from tests.model_factory import make_tiny_bert, make_tokenizer
 
 
 def a_step(device: str, tokens: int, width: int) -> Any:
@@ -60,3 +63,39 @@ def test_distinct_ids_are_those_of_a_sort(ids: list[int]):
 def test_an_id_beyond_the_vocabulary_is_an_error():
     with pytest.raises(IndexError, match="10"):
         _distinct(np.array([3, 10], np.int32), 10)
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 20, 64])
+def test_padded_bf16_batches_are_cut_to_few_shapes(number: int):
+    indices = np.arange(number)[::-1]
+    parts = _powers_of_two(indices)
+    assert [part.tolist() for part in parts] == sorted((part.tolist() for part in parts), key=len, reverse=True)
+    assert all(len(part).bit_count() == 1 for part in parts)
+    assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == indices.tolist()
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 2], [64, 64, 61, 7, 7, 6, 5]])
+def test_padded_scores_do_not_depend_on_the_shapes(lengths: list[int], tmp_path: Path):
+    """bf16 on a CPU is padded to few widths, which the position table limits; 64 is all that it holds."""
+    model = CrossEncoder(make_tiny_bert(tmp_path / "bert"), device="cpu", dtype="float32").model
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.random.default_rng(0).integers(5, 40, offsets[-1]).astype(np.int32)
+    tokens = TokenizedPairs(ids, None, offsets)
+    step = PaddedStep(model, make_tokenizer(), tokens, dtype=torch.bfloat16)
+    assert step.keeps_shapes
+    shapes = []
+    forward = model.forward
+
+    def seen(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    model.forward = seen
+    with torch.no_grad(), step.region:
+        few = step(np.arange(len(lengths)))
+        step.keeps_shapes = False
+        exact = step(np.arange(len(lengths)))
+    torch.testing.assert_close(few, exact, rtol=0, atol=2e-2)
+    *padded, last = shapes
+    assert last == (len(lengths), max(lengths))
+    assert all(rows.bit_count() == 1 and width <= 64 for rows, width in padded)

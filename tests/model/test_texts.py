@@ -178,7 +178,11 @@ def test_what_are_no_pairs(model: CrossEncoder, pairs: Any):
             method(pairs)
 
 
-@pytest.mark.parametrize("pair", [None, 3, "ab", ("a",), ("a", "b", "c"), {"a", "b"}, {"a": 1, "b": 2}], ids=repr)
+@pytest.mark.parametrize(
+    "pair",
+    [None, 3, "ab", ("a",), ("a", "b", "c"), {"a", "b"}, {"a": 1, "b": 2}],
+    ids=["None", "3", "ab", "one", "three", "set", "dict"],
+)
 def test_what_is_no_pair(model: CrossEncoder, pair: Any):
     with pytest.raises(ValueError, match=r"pair 1: expected \(query, document\), got"):
         model.predict([("a", "b"), pair, ("a", "b")])

@@ -52,6 +52,7 @@ int lambda_loss(std::istream& in, std::ostream& out) {
   const auto offsets = take<std::int64_t>(in, header[0] + 1);
   const auto scores = take<float>(in, header[1]), labels = take<float>(in, header[1]);
   std::vector<float> result(scores.size() + 1);
+  std::int64_t num_pairs;
   const rerank_fast::LambdaLossOptions options{static_cast<rerank_fast::Scheme>(header[2]),
                                                header[3],
                                                1.0,
@@ -63,7 +64,7 @@ int lambda_loss(std::istream& in, std::ostream& out) {
   for (int call = 0; call < 2; ++call) {
     allocations = 0;
     rerank_fast::lambda_loss(scores.data(), labels.data(), offsets.data(), header[0], options, result.data(),
-                             result.data() + 1);
+                             result.data() + 1, &num_pairs);
   }
   if (allocations != 0) return 1;
   give(out, result);

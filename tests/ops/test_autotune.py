@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.residual_norm import residual_norm
@@ -51,6 +52,10 @@ def _lambda_loss(backend, scores, ends):
     return lambda_loss(scores, labels, ends.long(), backend=backend)
 
 
+def _approx_ranks(backend, scores, ends):
+    return approx_ranks(scores, ends.long(), backend=backend).square()
+
+
 def _ndcg(backend, scores, ends):
     return ndcg(scores, torch.arange(len(scores), device=scores.device) % 3.0, ends.long(), backend=backend)
 
@@ -63,6 +68,7 @@ def _ndcg(backend, scores, ends):
         (_residual_norm, (23, 24), 2),
         (_lambda_loss, (23,), 1),
         (_ndcg, (23,), 1),
+        (_approx_ranks, (23,), 1),
     ],
 )
 def test_results_and_gradients(autotune, call, shape, kernels):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rerank_fast.ops import backends, cpu, reference
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.residual_norm import residual_norm
@@ -49,8 +50,8 @@ def forward(backend, scores, labels, offsets, **options):
     from rerank_fast.ops.triton import lambda_loss
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loss, grad = lambda_loss.forward(scores.to(device), labels.to(device), offsets.to(device), **options)
-    return loss.cpu(), grad.cpu()
+    results = lambda_loss.forward(scores.to(device), labels.to(device), offsets.to(device), **options)
+    return tuple(result.cpu() for result in results)
 
 
 def assert_within_budget(backend, scores, labels, offsets, **options):
@@ -58,9 +59,10 @@ def assert_within_budget(backend, scores, labels, offsets, **options):
     options = OPTIONS | options
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     labels = labels.to(wide)
-    results = forward(backend, scores, labels, offsets, **options)
-    eager = reference.forward(scores, labels, offsets, **options)
-    exact = reference.forward(scores.double(), labels.double(), offsets, **options)
+    *results, pairs = forward(backend, scores, labels, offsets, **options)
+    *eager, counted = reference.forward(scores, labels, offsets, **options)
+    *exact, _ = reference.forward(scores.double(), labels.double(), offsets, **options)
+    assert torch.equal(pairs, counted)
     # For fp64 scores the reference rounds as much as the kernel does, so its own error can't be told.
     rounding = (32 if wide == torch.float64 else 8) * torch.finfo(wide).eps
     finite = scores[scores.isfinite()].double()
@@ -155,7 +157,7 @@ def test_large_labels_and_ties(backend):
     scores = torch.tensor([0.5, 0.5, -1.0, 2.0, 2.0, 0.0])
     labels = torch.tensor([1000.0, 999.0, 0.0, 500.0, 0.0, 1000.0])
     for scheme in SCHEMES:
-        loss, grad = forward(backend, scores, labels, torch.tensor([0, 6]), **OPTIONS | {"scheme": scheme})
+        loss, grad, _ = forward(backend, scores, labels, torch.tensor([0, 6]), **OPTIONS | {"scheme": scheme})
         assert loss.isfinite()
         assert grad.isfinite().all()
         assert_within_budget(backend, scores, labels, torch.tensor([0, 6]), scheme=scheme)
@@ -165,8 +167,8 @@ def test_large_labels_and_ties(backend):
 @pytest.mark.parametrize("sizes", [[], [0, 0], [1], [0, 2, 0]])
 def test_outputs_are_written_where_nothing_counts(backend, sizes):
     scores, labels, offsets = ragged(sizes)
-    loss, grad = forward(backend, scores, torch.ones_like(labels), offsets, **OPTIONS)
-    assert loss.item() == 0
+    loss, grad, pairs = forward(backend, scores, torch.ones_like(labels), offsets, **OPTIONS)
+    assert loss.item() == pairs.item() == 0
     assert grad.tolist() == [0.0] * len(scores)
 
 
@@ -185,9 +187,8 @@ def test_one_long_list_and_threads_agree_with_the_reference():
             results.append(cpu.forward(scores, labels, offsets, **OPTIONS))
     finally:
         torch.set_num_threads(threads)
-    for loss, grad in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -202,7 +203,7 @@ def test_fp64_scores_keep_fp64_accuracy(scheme, k):
     exact = reference.forward(*lists, **options)
     for backend in ("cpu", "triton"):
         for ours, true in zip(forward(backend, *lists, **options), exact, strict=True):
-            assert ours.dtype == torch.float64
+            assert ours.dtype == true.dtype
             torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-13)
 
 
@@ -276,10 +277,12 @@ def call(op, device, backend=None):
         dense, out = torch.zeros(8, 8, device=device), torch.zeros(1, 8, device=device)
         return score_head(rows, None, dense, None, out, None, backend=backend)
     offsets = torch.tensor([0, 8], device=device)
+    if op == "approx_ranks":
+        return approx_ranks(vector, offsets, backend=backend)
     return {"lambda_loss": lambda_loss, "ndcg": ndcg}[op](vector, vector, offsets, backend=backend)
 
 
-OPS = ["lambda_loss", "ndcg", "residual_norm", "score_head", "varlen_attention"]
+OPS = ["approx_ranks", "lambda_loss", "ndcg", "residual_norm", "score_head", "varlen_attention"]
 
 
 @pytest.fixture

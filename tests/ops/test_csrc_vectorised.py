@@ -24,6 +24,8 @@ LOOPS = {
     "5visitIfLNS_9WeightingE1": 0.6,
     "5visitIfLNS_9WeightingE2": 0.6,
     "5visitIdLNS_9WeightingE0": 0.6,
+    "approx_ranks_forward": 0.5,
+    "approx_ranks_backward": 0.5,
     "count_ranks": 0.8,
     "largest_small": 0.2,
     "exponentials": 0.1,

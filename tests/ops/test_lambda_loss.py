@@ -8,15 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from rerank_fast.ops import backends, reference
-from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
+from rerank_fast.ops import backends, cpu, reference
+from rerank_fast.ops.choices import Reduction, ReductionLog, Scheme
+from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss, summed_lambda_loss
+from rerank_fast.ops.score_head import Activation
 
-SCHEMES = ["none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"]
+SCHEMES = list(get_args(Scheme))
 SIZES = [3, 0, 7, 1, 10]
 
 
@@ -108,7 +111,7 @@ def test_gradcheck(scheme, reduction):
 def test_closed_form_gradient_equals_autograd_of_the_loss(scheme):
     scores, labels, offsets = ragged()
     options = dict(scheme=scheme, k=4, sigma=0.6, mu=2.0, eps=1e-10, reduction_log="natural", reduction="pairs")
-    loss, grad = reference.forward(scores, labels, offsets, **options)
+    loss, grad, _ = reference.forward(scores, labels, offsets, **options)
     leaf = scores.clone().requires_grad_()
     written = reference.lambda_loss(leaf, labels, offsets, **options)
     written.backward()
@@ -317,6 +320,34 @@ def test_count_pairs_normalises_a_batch_in_parts():
         (lambda_loss(scores, labels, part_offsets, k=4, reduction="sum") / total).backward()
         grads.append(scores.grad)
     torch.testing.assert_close(torch.cat(grads), leaf.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_the_sum_comes_with_the_pairs_that_it_is_over(k):
+    scores, labels, offsets = ragged(dtype=torch.float32)
+    options = dict(scheme="ndcg2pp", k=k, sigma=1.5, mu=10.0, eps=1e-10, reduction_log="binary")
+    leaf, other = (scores.clone().requires_grad_() for _ in range(2))
+    total, pairs = summed_lambda_loss(leaf, labels, offsets, **options)
+    assert not pairs.requires_grad
+    assert pairs == count_pairs(scores, labels, offsets, k=k)
+    (total / pairs).backward()
+    mean = lambda_loss(other, labels, offsets, **options)
+    mean.backward()
+    torch.testing.assert_close(total.detach() / pairs, mean.detach())
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_c_and_triton_number_the_words_of_options_alike():
+    assert list(get_args(Scheme)) == cpu._C.SCHEMES
+    assert list(get_args(Reduction)) == cpu._C.REDUCTIONS
+    assert cpu._SCALES.keys() == set(get_args(ReductionLog))
+    pytest.importorskip("triton")
+    from rerank_fast.ops.triton.lambda_loss import _SCHEMES
+    from rerank_fast.ops.triton.score_head import ACTIVATIONS
+
+    assert {name: number for number, name in enumerate(get_args(Scheme))} == _SCHEMES
+    assert {name: number for number, name in enumerate(cpu._C.ACTIVATIONS)} == ACTIVATIONS
+    assert set(get_args(Activation)) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rerank_fast.losses import LambdaLoss, NDCGLoss2PPScheme
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.int8_linear import int8_gelu, int8_linear, int8_norm, quantize_weight
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.ops.ndcg import ndcg
@@ -37,6 +38,7 @@ def _int8_norm(backend: Any, eps: Any = 1e-5) -> Any:
 
 
 CALLS: dict[str, Any] = {
+    "approx_ranks": lambda b, **o: approx_ranks(SCORES, OFFSETS, backend=b, **o),
     "lambda_loss": lambda b, **o: lambda_loss(SCORES, LABELS, OFFSETS, backend=b, **o),
     "count_pairs": lambda b, **o: count_pairs(SCORES, LABELS, OFFSETS, **o),
     "ndcg": lambda b, **o: ndcg(SCORES, LABELS, OFFSETS, backend=b, **o),
@@ -77,6 +79,7 @@ ABOVE_ZERO = [
 AT_LEAST_ZERO = [-1, -1e-30, 1e300, nan, inf, "10", None, True]
 FLAGS = [None, 1, 0, "yes", torch.tensor(True)]
 WRONG = {
+    "approx_ranks": {"alpha": ABOVE_ZERO},
     "lambda_loss": {
         "scheme": WORDS,
         "k": CUTS,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.residual_norm import residual_norm
@@ -144,12 +145,12 @@ def test_lambda_loss_of_bad_offsets_is_nan(guard, monkeypatch, order, reduction)
     for number, bounds in enumerate(bad_offsets(40)[own :: len(ORDERS) * len(REDUCTIONS)]):
         offsets = torch.tensor(bounds)
         options = {"scheme": ("ndcg2pp", "none", "ndcg1")[number % 3], "k": (0, 3)[number % 2]}
-        loss, grad = kernels.forward(scores, labels, offsets, **OPTIONS | options | {"reduction": reduction})
+        loss, grad, _ = kernels.forward(scores, labels, offsets, **OPTIONS | options | {"reduction": reduction})
         assert loss.isnan().all(), bounds
         assert grad.isnan().all(), bounds
         kernels.backward(torch.ones(40), torch.ones_like(loss), offsets, torch.float32)
     offsets = torch.tensor([0, 0, 7, 7, 39, 40, 40])
-    loss, grad = kernels.forward(scores, labels, offsets, **OPTIONS | {"reduction": reduction})
+    loss, grad, _ = kernels.forward(scores, labels, offsets, **OPTIONS | {"reduction": reduction})
     assert loss.isfinite().all()
     assert grad.isfinite().all()
 
@@ -169,6 +170,16 @@ def test_ndcg_of_bad_offsets_is_nan(guard):
                 torch.testing.assert_close(values[q], alone[0])
             else:
                 assert values[q].isnan()
+
+
+@interpreted
+def test_approx_ranks_of_bad_offsets_keep_inside(guard):
+    from rerank_fast.ops.triton.approx_ranks import backward, forward
+
+    scores, _, _ = ragged([40])
+    for bounds in bad_offsets(40)[::4]:
+        forward(scores, torch.tensor(bounds), 1.0)
+        backward(scores, scores, torch.tensor(bounds), 1.0)
 
 
 SIDES = ["queries", "keys", "both"]
@@ -266,6 +277,10 @@ def _ndcg(backend):
     return lambda offsets: ndcg(torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, 3, backend=backend)
 
 
+def _approx_ranks(backend):
+    return lambda offsets: approx_ranks(torch.linspace(0, 1, N), offsets, backend=backend)
+
+
 def _attention(backend):
     def run(ends):
         q = torch.ones(N, 2, 16)
@@ -310,6 +325,8 @@ BAD = [
 INDICES = [[0, N], [-1, 2], [2**31 - 1, 0], [-(2**31), 3], [3, 1, 3]]
 COMPILED = {f"lambda_loss {b}": (_loss(b), BAD, torch.int64) for b in ("cpu", "reference", "triton")}
 COMPILED |= {f"ndcg {b}": (_ndcg(b), BAD, torch.int64) for b in ("cpu", "reference", "triton")}
+for name in ("cpu", "reference", "triton"):
+    COMPILED[f"approx_ranks {name}"] = (_approx_ranks(name), BAD, torch.int64)
 COMPILED |= {f"varlen_attention {b}": (_attention(b), BAD, torch.int32) for b in ("cpu", "reference", "triton")}
 COMPILED |= {f"score_head {b}": (_head(b), INDICES, torch.int64) for b in ("cpu", "reference", "triton")}
 COMPILED |= {

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rerank_fast.ops import attention_reference, cpu
-from rerank_fast.ops import varlen_attention as op
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 HAS_GPU = torch.cuda.is_available()
@@ -403,57 +402,6 @@ def test_errors_say_what_was_expected_and_what_came():
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-class TestFlash:
-    """What is handed to torch.nn.attention.varlen, whose kernel is CUDA's alone."""
-
-    @pytest.fixture
-    def received(self, monkeypatch):
-        calls = []
-
-        def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-            calls.append((max_q, max_k, scale, window_size, enable_gqa))
-            return varlen_attention(q, k, v, cu_q, cu_k, scale=scale, window=window_size, backend="reference")
-
-        monkeypatch.setattr(op, "_flash", lambda: stand_in)
-        monkeypatch.setattr(op, "_unserved", lambda name, **rest: "" if name in ("flash", "reference") else "no")
-        return calls
-
-    def test_arguments_and_gradients(self, received):
-        case = make(LENGTHS["fewer queries"], heads=4, kv_heads=2, size=16)
-        actual = run("flash", *case, causal=True, window=(4, -1), max_seqlens=(40, 66))
-        assert received == [(40, 66, 0.25, (4, 0), True)]
-        for ours, theirs in zip(actual, run("reference", *case, causal=True, window=(4, -1)), strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-    def test_this_torch_has_the_function_as_it_is_called(self):
-        assert op._flash.__wrapped__() is not None
-
-    @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-    def test_chosen_only_without_dropout_and_with_known_lengths(self, monkeypatch, dropout_p):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-        class OnGPU:
-            device, dtype, shape = torch.device("cuda"), torch.bfloat16, (10, 2, 64)
-            is_cpu, is_cuda = False, True
-
-        known = op._resolve_backend(None, OnGPU, dropout_p, (7, 7))  # type: ignore[arg-type]
-        assert known == ("triton" if dropout_p else "flash")
-        assert op._resolve_backend(None, OnGPU, dropout_p, None) == "triton"  # type: ignore[arg-type]
-        OnGPU.shape = (10, 2, 12)
-        assert op._resolve_backend(None, OnGPU, dropout_p, (7, 7)) == "triton"  # type: ignore[arg-type]
-
-    @pytest.mark.gpu
-    @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-    @pytest.mark.parametrize("lengths", LENGTHS)
-    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (3, 2)}], ids=str)
-    def test_on_a_gpu(self, lengths, options):
-        longest = tuple(max(part) for part in LENGTHS[lengths])
-        case = make(LENGTHS[lengths], size=64, dtype=torch.bfloat16)
-        actual = run("flash", *case, max_seqlens=longest, **options)
-        for ours, theirs in zip(actual, run("reference", *case, **options), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 def test_dropout_scalars_are_the_references():

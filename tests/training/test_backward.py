@@ -13,9 +13,10 @@ import torch
 from rerank_fast import CrossEncoder
 from rerank_fast.model import scoring
 from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
+from rerank_fast.objectives.lambda_loss import LambdaLoss
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from rerank_fast.training.memory import activation_bytes
 from rerank_fast.training.run_log import Rates
 from tests.training.test_gradient_cache import opened
@@ -25,9 +26,11 @@ FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAll
 
 def backward(model: CrossEncoder, gradient_cache: str, max_tokens: int = 4096) -> Backward:
     config = TrainingConfig(precision="fp32", gradient_cache=gradient_cache)
-    return Backward(
-        model, config, lambda value: value, lambda: model.zero_grad(set_to_none=True), max_tokens=max_tokens
-    )
+
+    def forget() -> None:
+        model.zero_grad(set_to_none=True)
+
+    return Backward(model, config, LambdaLoss(), lambda value: value, forget, max_tokens=max_tokens)
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, most: int) -> None:

@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import StepMaker
-from rerank_fast.training.gradient_cache import backward_cached, backward_direct
 from tests.training.conftest import config_for, log_rows, make_lists
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -438,17 +439,24 @@ def test_codecarbon_measures_without_the_network(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setenv("CODECARBON_COUNTRY_ISO_CODE", "FRA")
+
+    def work() -> None:
+        """Longer than the 50 ms after which codecarbon reads its meters again."""
+        until = time.perf_counter() + 0.1
+        while time.perf_counter() < until:
+            pass
+
     meter = EnergyMeter()
     meter.start()
-    sum(i * i for i in range(10**6))
+    work()
     first = meter.so_far()
-    sum(i * i for i in range(10**6))
+    work()
     energy = meter.stop()
     assert first is not None
     assert energy is not None
     assert energy.kwh > first.kwh > 0
     meter.start(energy)
-    sum(i * i for i in range(10**6))
+    work()
     both = meter.stop()
     assert both is not None
     assert (both.kwh, both.kg_co2) > (energy.kwh, energy.kg_co2)

@@ -15,7 +15,7 @@ from rerank_fast.evaluation import RerankingEvaluator
 from rerank_fast.model.precision import hardware
 from rerank_fast.training import checkpoints
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.precision import settle
+from rerank_fast.training.precision import products_in, settle
 from tests.training.conftest import config_for
 
 CPU = torch.device("cpu")
@@ -35,8 +35,25 @@ def test_auto_is_what_is_fast(seconds: float, precision: str, monkeypatch: pytes
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
 def test_auto_on_gpus(native: bool, precision: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    capability = (8, 0) if native else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert settle(TrainingConfig(), torch.device("cuda"), None).precision == precision
+
+
+def test_a_gpu_without_bf16_refuses_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Whichever GPU is the current one: it is the model's that is asked."""
+    second = torch.device("cuda:1")
+    known = {torch.device("cuda:0"): (9, 0), second: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", known.get)
+    settle(TrainingConfig(precision="bf16"), torch.device("cuda:0"), None)
+    expected = "precision must be fp16 or fp32 on cuda:1, got bf16: this GPU has no bf16 of its own"
+    with pytest.raises(ValueError, match=expected):
+        settle(TrainingConfig(precision="bf16"), second, None)
+    assert settle(TrainingConfig(precision="fp16"), second, None).precision == "fp16"
+    assert not caplog.records
+    config = settle(TrainingConfig(precision="bf16-pure"), second, None)
+    assert products_in(config, second) == torch.float32
+    assert "bf16-pure is computed in float32" in caplog.text
 
 
 def test_a_named_one_that_is_emulated_is_kept_with_a_warning(

@@ -213,13 +213,13 @@ def test_lists_without_a_preference_pair_are_said_once_and_counted(
     run("all", [tied, single] * 2)
     (line,) = said()
     assert "(all labels equal) train nothing, 4 of 4 in the first batch that has one" in line
-    assert [row["lists_without_pairs"] for row in log_rows(tmp_path / "all")] == [8, 16]
+    assert [row["lists_without_gradient"] for row in log_rows(tmp_path / "all")] == [8, 16]
     run("some", [tied, tied, tied, {**tied, "labels": [1.0, 0.0]}])
     assert "3 of 4" in said()[0]
-    assert [row["lists_without_pairs"] for row in log_rows(tmp_path / "some")] == [6, 12]
+    assert [row["lists_without_gradient"] for row in log_rows(tmp_path / "some")] == [6, 12]
     run("none", [{**tied, "labels": [1.0, 0.0]}] * 4)
     assert said() == []
-    assert log_rows(tmp_path / "none")[-1]["lists_without_pairs"] == 0
+    assert log_rows(tmp_path / "none")[-1]["lists_without_gradient"] == 0
     # NDCGLoss1 counts every ordered pair: equal labels are no reason, a document alone is.
     run("ndcg1", [tied, tied, tied, single], scheme="ndcg1")
     assert "1 of 4" in said()[0]

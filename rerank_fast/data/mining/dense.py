@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rerank_fast.data.mining.embeddings import embed
 from rerank_fast.data.mining.retrieval import Found, model_fingerprint, text_fingerprint
+from rerank_fast.model.devices import choose_device
 
 _SIMILARITIES = 1 << 25  # (queries × documents of a block) held at a time: 128 MiB
 
@@ -72,7 +73,7 @@ class DenseRetriever:
         self.cache_folder = Path(cache_folder) if cache_folder is not None else None
         self.embedding_dtype = embedding_dtype
         self.use_faiss = use_faiss
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self._fingerprint = model_fingerprint(encoder, encoder_name)
 
     def settings(self) -> dict[str, Any]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
 
-from rerank_fast.data.lists import check_documents, read_rows
+from rerank_fast.data.layouts import texts, triples
+from rerank_fast.data.layouts.choice import FIELDS
+from rerank_fast.data.layouts.judgements import judged_lists
+from rerank_fast.data.layouts.lists import documents
+from rerank_fast.data.layouts.parts import find_parts
+from rerank_fast.data.layouts.row import Options, Row
+from rerank_fast.data.layouts.sources import read_lists
+from rerank_fast.data.rows import Placed, read_rows
 from rerank_fast.model.texts import check_text, plain, shown
+
+logger = logging.getLogger(__name__)
 
 # The names that a column is found by where `columns` gives none.
 _ALIASES = {
@@ -46,6 +57,9 @@ def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, s
         if name not in _ALIASES:
             raise ValueError(f"columns maps {', '.join(_ALIASES)} to the source's names, got the key {name!r}")
     names = {name: (columns[name],) if columns and name in columns else known for name, known in _ALIASES.items()}
+    parts = find_parts(queries)
+    if parts is not None and corpus is None and {"corpus", "queries", "qrels"} <= set(parts):
+        corpus, queries = judged_lists(parts)
     collection = Collection()
     places: dict[str, int] = {}  # text -> index in the corpus
     ids: dict[str, int] = {}
@@ -66,7 +80,7 @@ def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, s
     known: dict[str, int] = {}  # query -> index
     relevant: list[dict[int, float]] = []
     rows = 0
-    for place, row in read_rows(queries):
+    for place, row in _queries(queries, names, columns):
         rows += 1
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected an object with a query and its positives, got {shown(row)}")
@@ -88,6 +102,26 @@ def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, s
     if not collection.queries:
         raise ValueError(f"none of the {len(known)} queries has a positive")
     return collection
+
+
+def _queries(
+    queries: Any, names: Mapping[str, Sequence[str]], columns: Mapping[str, str] | None
+) -> Iterator[Placed]:
+    """Rows with positives, their ids or documents as they are; others as lists by their layout."""
+    if find_parts(queries) is None:
+        rows = read_rows(queries, headerless=triples.headerless)
+        first = next(rows, None)
+        if first is None:
+            return
+        rows, row = chain([first], rows), first[1]
+        kinds = (names[kind] for kind in ("positives", "positive_ids", "docs"))
+        known = isinstance(row, Mapping) and any(name in row for kind in kinds for name in kind)
+        if not isinstance(row, Mapping) or (known and not any("negative" in str(name) for name in row)):
+            yield from rows
+            return
+    named = {field: name for field, name in (columns or {}).items() if field in FIELDS}
+    for number, one in enumerate(read_lists(queries, Options(), columns=named, say=logger.info)):
+        yield f"list {number}", {names[field][0]: value for field, value in one.items()}
 
 
 def _column(row: Mapping[str, Any], candidates: Sequence[str], place: str) -> str:
@@ -113,7 +147,7 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
             yield f"corpus, document {i}", str(i), check_text(text, f"corpus, document {i}")
         return
     rows = 0
-    for place, row in read_rows(corpus):
+    for place, row in read_rows(corpus, headerless=texts.headerless):
         rows += 1
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected an object with a text, got {shown(row)}")
@@ -139,9 +173,9 @@ def _positives(
     kind = kinds[0]
     column = _column(row, names[kind], place)
     if kind == "docs":
-        pair = {"docs": column, "labels": _column(row, names["labels"], place)}
-        checked = check_documents(row[column], row[pair["labels"]], place, pair)
-        for text, label in zip(checked["docs"], checked["labels"], strict=True):
+        labels = _column(row, names["labels"], place)
+        docs, values = documents(Row(place, row), column, labels)
+        for text, label in zip(docs, values, strict=True):
             index = add(text)
             if label > 0:
                 yield index, label

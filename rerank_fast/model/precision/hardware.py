@@ -32,11 +32,12 @@ def fastest(device: torch.device) -> torch.dtype:
 
 
 def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What weights of a dtype are computed in: that, or fp32 on a CPU that only emulates it.
+    """What weights of a dtype are computed in: that, or fp32 on a CPU or an NVIDIA GPU that only
+    emulates it.
 
     fp32 keeps all that they say, and an emulation takes up to ten times as long.
     """
-    if device.type != "cpu" or dtype not in _HALVES or is_fast(dtype, device):
+    if device.type not in ("cpu", "cuda") or dtype not in _HALVES or is_fast(dtype, device):
         return dtype
     return torch.float32
 
@@ -44,9 +45,19 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a CUDA device or the CPU multiplies a 16-bit dtype faster than fp32."""
     if device.type == "cuda":
-        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        return dtype == torch.float16 or _has_bf16(device)
     # An instruction's flag does not say how fast it is, nor whether the library uses it.
     return product_seconds(dtype) < 0.8 * product_seconds(torch.float32)
+
+
+def why_slow(dtype: torch.dtype, device: torch.device) -> str:
+    """What is_fast goes by where it says no, in words."""
+    return "this GPU has no bf16 of its own" if device.type == "cuda" else timings(dtype)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies it, whichever of the GPUs is the current one."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def timings(dtype: torch.dtype) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -25,6 +28,35 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
     "spm.model",
 )
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What calls change in a fast tokenizer, as its files have it."""
+
+    truncation: dict[str, Any] | None
+    padding: dict[str, Any] | None
+
+    @staticmethod
+    def of(tokenizer: Any) -> TokenizerSettings:
+        if not tokenizer.is_fast:
+            return TokenizerSettings(None, None)
+        return TokenizerSettings(tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding)
+
+    def save(self, tokenizer: Any, directory: Path, max_length: int | None) -> None:
+        """Write a tokenizer's files with these settings and a model's limit, None for its own."""
+        tokenizer = copy.deepcopy(tokenizer)  # others may be using it
+        if max_length is not None:
+            tokenizer.model_max_length = max_length
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            if self.truncation is not None:
+                backend.enable_truncation(**self.truncation)
+            if self.padding is not None:
+                backend.enable_padding(**self.padding)
+        tokenizer.save_pretrained(directory)
 
 
 def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> Any:

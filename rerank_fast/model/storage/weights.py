@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rerank_fast.model.storage.files import Checkpoint
 from rerank_fast.model.texts import one_line, shown
@@ -15,14 +18,23 @@ from rerank_fast.model.texts import one_line, shown
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def check_weight_files(checkpoint: Checkpoint, named: Any) -> dict[str, str]:
-    """The dtype of each tensor of the checkpoint, as safetensors calls it, from the files' headers.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a checkpoint; none, where it has none."""
+
+    files: list[Path]
+    dtypes: dict[str, str]  # of each tensor, as safetensors calls it
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+
+
+def check_weight_files(checkpoint: Checkpoint, named: Any) -> WeightFiles:
+    """The files of the checkpoint's weights, of which the headers are read.
 
     Args:
         named: the file that config.json names as `transformers_weights`; None for the usual ones.
-
-    Returns:
-        {} where there is no file.
 
     Raises:
         ValueError: a file is damaged or missing, or not a safetensors file in the checkpoint.
@@ -30,7 +42,7 @@ def check_weight_files(checkpoint: Checkpoint, named: Any) -> dict[str, str]:
     if named is None:
         first = next((name for name in (_FILE, _INDEX) if checkpoint.file(name) is not None), None)
         if first is None:
-            return {}
+            return WeightFiles([], {})
     else:
         first = checkpoint.inside(named, "config.json")
         if not first.endswith((".safetensors", ".safetensors.index.json")):
@@ -40,14 +52,15 @@ def check_weight_files(checkpoint: Checkpoint, named: Any) -> dict[str, str]:
             )
     _check_adapter(checkpoint)
     names = _shards(checkpoint, first) if first.endswith(".json") else [first]
-    dtypes: dict[str, str] = {}
+    found = WeightFiles([], {})
     for name in names:
         file = checkpoint.file(name)
         if file is None:
             where = first if first.endswith(".json") else "config.json"
             raise ValueError(f"{checkpoint.name} has no {name}, which its {where} names")
-        dtypes |= _header(file)
-    return dtypes
+        found.files.append(file)
+        found.dtypes.update(header(file))
+    return found
 
 
 def _check_adapter(checkpoint: Checkpoint) -> None:
@@ -59,7 +72,7 @@ def _check_adapter(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.name} has an adapter_config.json and no adapter_model.safetensors; "
                 "pickled weights are not loaded"
             )
-        _header(file)
+        header(file)
 
 
 def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
@@ -83,7 +96,12 @@ def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _header(file: Path) -> dict[str, str]:
+def header(file: Path) -> dict[str, str]:
+    """The dtype of each tensor in a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or none.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118

@@ -47,6 +47,7 @@ def mean_kernel(
     pairs,  # (num_blocks,) int64, or AT_FAULT
     grad,  # in and out (N,) compute dtype
     total,  # out () compute dtype
+    num_pairs,  # out () int64
     num_blocks,
     n,
     OVER_PAIRS: tl.constexpr,
@@ -78,6 +79,7 @@ def mean_kernel(
         _fill_with_nan(grad, n, dtype, BLOCK)
     if tl.program_id(0) == 0:
         tl.store(total, tl.sum(loss_sum, axis=0) / divisor)
+        tl.store(num_pairs, tl.sum(pair_sum, axis=0))
 
 
 @triton.jit
@@ -90,20 +92,26 @@ def _fill_with_nan(grad, n, dtype: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["num_blocks", "n"])
 def list_sum_kernel(
     loss,  # (N,) compute dtype
-    pairs,  # (num_blocks,) int64: AT_FAULT, or not
+    pairs,  # (num_blocks,) int64, or AT_FAULT
     offsets,  # (Q + 1,) int64
     grad,  # in and out (N,) compute dtype
     list_loss,  # out (Q,) compute dtype
+    num_pairs,  # out () int64
     num_blocks,
     n,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each list's sum of its slots' terms; NaN, with all gradients, where the offsets are at fault."""
+    pair_sum = tl.zeros([BLOCK], tl.int64)
     fewest = tl.zeros([BLOCK], tl.int64)
     for first in range(0, num_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
-        fewest = tl.minimum(fewest, tl.load(pairs + block, mask=block < num_blocks, other=0))
+        visited = tl.load(pairs + block, mask=block < num_blocks, other=0)
+        fewest = tl.minimum(fewest, visited)
+        pair_sum += visited
+    if tl.program_id(0) == 0:
+        tl.store(num_pairs, tl.sum(pair_sum, axis=0))
     if tl.min(fewest, axis=0) < 0:
         tl.store(list_loss + tl.program_id(0), tl.full([], float("nan"), dtype))
         if tl.program_id(0) == 0:
@@ -159,11 +167,12 @@ def forward(
     eps: float,
     reduction_log: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), and dL/dscores (N,), in fp32 or, for fp64 scores, fp64.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend contract: the loss, () or (Q,), dL/dscores (N,), and the number of pairs, () int64.
 
-    Nothing is read on the host: grids and kernels follow from the shapes alone. Raises ValueError for CPU tensors
-    outside Triton's interpreter.
+    Loss and gradient are in fp32 or, for fp64 scores, fp64. Nothing is read on the host: grids and
+    kernels follow from the shapes alone. Raises ValueError for CPU tensors outside Triton's
+    interpreter.
     """
     guard.require_gpu(scores)
     compute_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -171,7 +180,8 @@ def forward(
     n, num_lists = scores.shape[0], offsets.shape[0] - 1
     per_list = reduction == "none"
     if n == 0:
-        return scores.new_zeros((num_lists,) if per_list else (), dtype=compute_dtype), scores.to(compute_dtype)
+        loss = scores.new_zeros((num_lists,) if per_list else (), dtype=compute_dtype)
+        return loss, scores.to(compute_dtype), offsets.new_zeros(())
 
     launch = launch_config(compute_dtype == torch.float64)
     longest = SMALL_BATCH if n <= SMALL_BATCH else SHORT_LIST
@@ -186,6 +196,8 @@ def forward(
     pairs = torch.empty(num_blocks, dtype=torch.int64, device=device)
     grad = torch.empty(n, dtype=compute_dtype, device=device)
     total = torch.empty((num_lists,) if per_list else (), dtype=compute_dtype, device=device)
+    num_pairs = torch.empty((), dtype=torch.int64, device=device)
+    finish = (total, num_pairs, num_blocks, n)
     list_steps = (num_lists - 1).bit_length()
     largest_score = LARGEST_SCORE / max(sigma, 1.0)
     scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (num_lists if reduction == "lists" else 1)
@@ -221,12 +233,12 @@ def forward(
             **pairs_launch,
         )
         if per_list:
-            list_sum_kernel[(num_lists,)](loss, pairs, offsets, grad, total, num_blocks, n, dtype=dtype, **FINISH)
+            list_sum_kernel[(num_lists,)](loss, pairs, offsets, grad, *finish, dtype=dtype, **FINISH)
         else:
             over_pairs = reduction == "pairs"
             grid = (triton.cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
-            mean_kernel[grid](loss, pairs, grad, total, num_blocks, n, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH)
-    return total, grad
+            mean_kernel[grid](loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH)
+    return total, grad, num_pairs
 
 
 def backward(
@@ -259,7 +271,7 @@ def shipped() -> Iterator[Variant]:
     scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
     fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
     fixed |= dict.fromkeys(["slope", "mu", "eps", "loss_scale", "pull_scale", "largest_score"], "fp64")
-    fixed |= {"offsets": "*i64", "pairs": "*i64", "ranks": "*i32", "places": "*i64"}
+    fixed |= {"offsets": "*i64", "pairs": "*i64", "num_pairs": "*i64", "ranks": "*i32", "places": "*i64"}
 
     def variant(kernel: Any, scores: str, config: dict[str, Any], **constants: Any) -> Variant:
         wide = scores == "fp64"

@@ -156,7 +156,7 @@ def pair_kernel(
     ranks,  # (N,) int32, by slot
     places,  # (N,) int64, by slot
     loss,  # out: each block's sum, or each slot's (N,) with PER_SLOT; compute dtype
-    pairs,  # out: each block's preference pairs, int64, or AT_FAULT; with PER_SLOT 0 or that
+    pairs,  # out: each block's preference pairs, int64, or AT_FAULT
     grad,  # out (N,) compute dtype: dL/dscore of the list's own sum
     k,
     slope: tl.float64,  # sigma / ln 2
@@ -235,9 +235,7 @@ def pair_kernel(
         )  # fmt: skip
         pull_i += won_i
     at_fault = offsets_at_fault(offsets, num_lists, n, BLOCK)
-    count = tl.full([], 0, tl.int64)
-    if not PER_SLOT:
-        count += tl.sum(count_i.to(tl.int64), axis=0)
+    count = tl.sum(count_i.to(tl.int64), axis=0)
     tl.store(pairs + tl.program_id(0), tl.where(at_fault != 0, AT_FAULT, count))
     in_i = to_i > from_i
     loss_i *= tl.full([], loss_scale, dtype)

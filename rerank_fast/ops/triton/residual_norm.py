@@ -1,7 +1,7 @@
 """LayerNorm(residual + dropout(x)) in Triton: a row a program forward, a few rows a program backward.
 
-Backward computes the sum and the normalised row again. The gradients of weight and bias are partial sums of a fixed
-number of rows, added up in a fixed order: no atomics.
+Backward computes the sum and the normalised row again. The gradients of weight and bias, and of a bias that was added
+to x before, are partial sums of a fixed number of rows, added up in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.launcher import launcher
 from rerank_fast.ops.triton.variant import Variant
 
 MAX_WIDTH = 4096
@@ -92,8 +93,8 @@ def backward_kernel(
     rows,
     dx,  # out (T, width) in x's dtype
     d_residual,  # out (T, width) fp32
-    d_weight,  # out (programs, width) fp32: each program's sum
-    d_bias,
+    sums,  # out (programs, 2 or 3 x width) fp32: each program's of the gradients of weight, bias and a bias of x
+    sums_stride,
     num_rows,
     width,
     seed,
@@ -102,6 +103,7 @@ def backward_kernel(
     HAS_WIDE: tl.constexpr,
     HAS_NARROW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -111,6 +113,7 @@ def backward_kernel(
     gain = tl.load(weight + e, mask=there, other=0.0)
     weight_sum = tl.zeros([WIDTH], tl.float32)
     bias_sum = tl.zeros([WIDTH], tl.float32)
+    x_sum = tl.zeros([WIDTH], tl.float32)
     for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
         total, kept = _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
         scale = tl.load(rstd + row)
@@ -126,9 +129,15 @@ def backward_kernel(
         along = tl.sum(weighted * unit, axis=0) / width
         d_total = scale * (weighted - tl.sum(weighted, axis=0) / width - unit * along)
         tl.store(d_residual + row * width + e, d_total, mask=there)
-        tl.store(dx + row * width + e, (d_total * kept).to(dx.dtype.element_ty), mask=there)
-    tl.store(d_weight + program * width + e, weight_sum, mask=there)
-    tl.store(d_bias + program * width + e, bias_sum, mask=there)
+        d_added = d_total * kept
+        if HAS_X_BIAS:
+            x_sum += d_added
+        tl.store(dx + row * width + e, d_added.to(dx.dtype.element_ty), mask=there)
+    own = sums + program * sums_stride + e
+    tl.store(own, weight_sum, mask=there)
+    tl.store(own + width, bias_sum, mask=there)
+    if HAS_X_BIAS:
+        tl.store(own + 2 * width, x_sum, mask=there)
 
 
 def forward(
@@ -175,23 +184,55 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of x, residual, weight and bias."""
     guard.require_gpu(x)
+    width = x.shape[1]
+    sums = residual.new_empty(programs(x.shape[0]), 2 * width)
+    given = (x, residual, weight, mean, rstd, grad_y, grad_narrow, rows)
+    dx, d_residual = residual_norm_grads(*given, sums, dropout_p, seed)
+    d_weight, d_bias = sums.sum(0).split(width)
+    return dx, d_residual, d_weight, d_bias
+
+
+def programs(num_rows: int) -> int:
+    """Of a launch of backward over so many rows: each leaves a row of sums."""
+    return triton.cdiv(num_rows, ROWS)
+
+
+@launcher(mutates=("sums",))
+def residual_norm_grads(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor | None,
+    grad_narrow: Tensor | None,
+    rows: Tensor | None,
+    sums: Tensor,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and residual; those of the vectors are left in sums, to be added up.
+
+    Args:
+        sums: (programs, 2 H or 3 H) fp32, each row contiguous: of weight, bias and, in the last third, of what was
+            added to all rows of x.
+    """
     dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
-    programs = triton.cdiv(x.shape[0], ROWS)
-    parts = residual.new_empty(2, programs, x.shape[1])  # of the gradients of weight and bias
-    if x.numel():
+    if x.numel() and not x.is_meta:
         kernel, config = autotune.choose(backward_kernel, launch(x.shape[1]), AROUND, CASE)
         with torch.cuda.device_of(x):
-            kernel[(programs,)](
-                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, *parts),
-                *x.shape,
+            kernel[(sums.shape[0],)](
+                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual),
+                *(sums, sums.stride(0), *x.shape),
                 *dropout.scalars(dropout_p, seed),
                 HAS_WIDE=grad_y is not None,
                 HAS_NARROW=grad_narrow is not None,
                 HAS_DROPOUT=dropout_p > 0,
+                HAS_X_BIAS=sums.shape[1] == 3 * x.shape[1],
                 ROWS=ROWS,
                 **config,
             )
-    return dx, d_residual, *parts.sum(1)
+    return dx, d_residual
 
 
 def shipped() -> Iterator[Variant]:
@@ -203,7 +244,7 @@ def shipped() -> Iterator[Variant]:
                     if not case.endswith("rows"):
                         constants["rows"] = None
                     if kernel is backward_kernel:
-                        constants |= {"HAS_WIDE": True, "ROWS": ROWS}
+                        constants |= {"HAS_WIDE": True, "HAS_X_BIAS": True, "ROWS": ROWS}
                     types = {argument: _type(argument, name) for argument in kernel.arg_names}
                     if name == "fp32":
                         constants["narrow" if kernel is forward_kernel else "grad_narrow"] = None
@@ -214,7 +255,7 @@ def shipped() -> Iterator[Variant]:
                         launch(width, hip=False),
                         constants,
                         launch(width, hip=True),
-                        multiples=[a for a in types if types[a].startswith("*") or a == "width"],
+                        multiples=[a for a in types if types[a].startswith("*") or a in ("width", "sums_stride")],
                     )
 
 
@@ -225,4 +266,4 @@ def _type(argument: str, dtype: str) -> str:
         return "fp32"
     if argument == "rows":
         return "*i32"
-    return "i32" if argument in ("width", "num_rows", "seed", "threshold") else "*fp32"
+    return "i32" if argument in ("width", "sums_stride", "num_rows", "seed", "threshold") else "*fp32"

@@ -61,14 +61,14 @@ def launch(
     return guard.for_vendor(config, hip)
 
 
-def around(config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """What tuning tries beside a config."""
-    return (
+def around(config: dict[str, Any], part: Part) -> tuple[dict[str, Any], ...]:
+    """What tuning tries beside a config. Queries' programs keep their rows: sums of their gradients lie by them."""
+    tried: tuple[dict[str, Any], ...] = (
         {"num_stages": 1},
         {"num_stages": 3},
         {"num_warps": 4 if config["num_warps"] == 8 else 8},
-        {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8},
     )
+    return tried if part == "queries" else (*tried, {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8})
 
 
 @triton.jit
@@ -326,7 +326,7 @@ def forward(
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
     config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
-    kernel, config = autotune.choose(forward_kernel, config, around(config), CASE)
+    kernel, config = autotune.choose(forward_kernel, config, around(config, "forward"), CASE)
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
         kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
             *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
@@ -345,28 +345,34 @@ def forward(
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
-    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, and for a single
-    query a sequence."""
+    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, for a single query
+    a sequence, and with dropout and sums, as BERT trains."""
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        for case in ("plain", "dropout_window", "dropout_window_rows", "one_query"):
-            few, options = case == "one_query", case.startswith("dropout")
-            constants: dict[str, Any] = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": options, "HAS_RIGHT": options}
+        for case in ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"):
+            few, windowed = case == "one_query", "window" in case
+            constants: dict[str, Any] = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": windowed, "HAS_RIGHT": windowed}
             if not case.endswith("rows"):
                 constants["rows"] = None
             for part, kernel in kernels.items():
                 types = {argument: _type(argument, name) for argument in kernel.arg_names}
+                if "sums" in types and not case.endswith("sums"):
+                    constants["sums"] = None
+                elif case.endswith("sums") and "sums" not in types:
+                    continue  # dropout without a window is one with a window, and less
                 yield Variant(
                     name=f"varlen_attention-{kernel.__name__}_{name}_{size}_{case}",
                     kernel=kernel,
                     types=types,
                     config=launch(size, dtype, part, few_queries=few, hip=False),
                     hip_config=launch(size, dtype, part, few_queries=few, hip=True),
-                    constants=constants | {"HAS_DROPOUT": options},
+                    constants=constants | {"HAS_DROPOUT": "dropout" in case},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of 16.
-                    multiples=[a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head"))],
+                    multiples=[
+                        a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head", "_stride"))
+                    ],
                 )
 
 
@@ -377,7 +383,7 @@ def shipped() -> Iterator[Variant]:
 def _type(argument: str, dtype: str) -> str:
     if argument in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"):
         return f"*{dtype}"
-    if argument in ("lse", "along"):
+    if argument in ("lse", "along", "sums"):
         return "*fp32"
     if argument.startswith("cu_seqlens") or argument == "rows":
         return "*i32"

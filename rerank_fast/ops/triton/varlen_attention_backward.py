@@ -1,7 +1,8 @@
 """The gradients of varlen_attention in Triton: two launches, the queries' and that of keys and values.
 
 Either computes the weights again from each query's logarithm of its sum. A program sums what it owns in a fixed
-order: no atomics, the same bits every time.
+order: no atomics, the same bits every time. The sums over its rows, of which biases of q, k and v have their
+gradients, it leaves in a row of a matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.launcher import launcher
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
     CASE,
@@ -50,6 +52,16 @@ def _tile_grads(
     return weights * kept, weights * (upstream * kept - along)
 
 
+@triton.jit
+def _store_sums(sums, stride, first, head, tile, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's sum over the rows of its tile, from column first on."""
+    e = tl.arange(0, WIDTH)
+    total = tl.sum(tl.where(in_rows[:, None], tile, 0.0), axis=0)
+    tl.store(
+        sums + tl.program_id(0).to(tl.int64) * stride + first + head * HEAD_SIZE + e, total, mask=e < HEAD_SIZE
+    )
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def query_grad_kernel(
     q,
@@ -60,6 +72,7 @@ def query_grad_kernel(
     grad_out,
     dq,  # out (Tq, heads, HEAD_SIZE)
     along,  # out (heads, Tq) fp32: sum of out * grad_out, which the softmax takes off
+    sums,  # out (programs, heads * HEAD_SIZE) fp32: of dq over each program's rows; or None
     cu_seqlens_q,
     cu_seqlens_k,
     rows,
@@ -75,6 +88,7 @@ def query_grad_kernel(
     grad_head,
     dq_token,
     dq_head,
+    sums_stride,
     scale,
     log2_scale,  # scale times log2(e)
     window_left,
@@ -101,13 +115,17 @@ def query_grad_kernel(
         cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
-    if first >= num_q:
-        return
     i = first + tl.arange(0, BLOCK_M)
     in_q = i < num_q
+    if first >= num_q:
+        if sums is not None:
+            _store_sums(sums, sums_stride, 0, head, tl.zeros([BLOCK_M, WIDTH], tl.float32), in_q, HEAD_SIZE, WIDTH)
+        return
     if fits == 0:
         nothing = tl.full([BLOCK_M, WIDTH], float("nan"), tl.float32)
         store_tile(dq, nothing, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+        if sums is not None:
+            _store_sums(sums, sums_stride, 0, head, nothing, in_q, HEAD_SIZE, WIDTH)
         return
     place = i[:, None] + num_k - num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
@@ -133,7 +151,10 @@ def query_grad_kernel(
             q_tile, k_tile, grad_tile, v_tile, lse_i[:, None], along_i[:, None], allowed, kept, log2_scale
         )
         result += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
-    store_tile(dq, result * scale, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    result *= scale
+    store_tile(dq, result, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    if sums is not None:
+        _store_sums(sums, sums_stride, 0, head, result, in_q, HEAD_SIZE, WIDTH)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -146,6 +167,7 @@ def key_value_grad_kernel(
     grad_out,
     dk,  # out (Tk, kv_heads, HEAD_SIZE)
     dv,
+    sums,  # out (programs, 2 * kv_heads * HEAD_SIZE) fp32: of dk and dv over each program's rows; or None
     cu_seqlens_q,
     cu_seqlens_k,
     rows,
@@ -161,6 +183,7 @@ def key_value_grad_kernel(
     dk_head,
     dv_token,
     dv_head,
+    sums_stride,
     scale,
     log2_scale,
     window_left,
@@ -187,14 +210,22 @@ def key_value_grad_kernel(
         cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps, num_keys, num_tokens,
         HAS_RIGHT, HAS_LEFT, BLOCK_N,
     )  # fmt: skip
-    if first >= num_k:
-        return
     j = first + tl.arange(0, BLOCK_N)
     in_k = j < num_k
+    values = tl.num_programs(1) * HEAD_SIZE  # where their sums begin
+    if first >= num_k:
+        if sums is not None:
+            none = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+            _store_sums(sums, sums_stride, 0, kv_head, none, in_k, HEAD_SIZE, WIDTH)
+            _store_sums(sums, sums_stride, values, kv_head, none, in_k, HEAD_SIZE, WIDTH)
+        return
     if fits == 0:
         nothing = tl.full([BLOCK_N, WIDTH], float("nan"), tl.float32)
         store_tile(dk, nothing, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
         store_tile(dv, nothing, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+        if sums is not None:
+            _store_sums(sums, sums_stride, 0, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
+            _store_sums(sums, sums_stride, values, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
         return
     k_tile = load_tile(k, k_token, k_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     v_tile = load_tile(v, v_token, v_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
@@ -222,8 +253,12 @@ def key_value_grad_kernel(
             )
             d_value += tl.dot(weights.to(grad_tile.dtype), grad_tile, input_precision="ieee")
             d_key += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision="ieee")
-    store_tile(dk, d_key * scale, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+    d_key *= scale
+    store_tile(dk, d_key, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     store_tile(dv, d_value, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+    if sums is not None:
+        _store_sums(sums, sums_stride, 0, kv_head, d_key, in_k, HEAD_SIZE, WIDTH)
+        _store_sums(sums, sums_stride, values, kv_head, d_value, in_k, HEAD_SIZE, WIDTH)
 
 
 def backward(
@@ -244,12 +279,54 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v."""
     guard.require_gpu(q)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    along = torch.empty_like(lse)
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    places = (cu_seqlens_q, cu_seqlens_k, rows)
+    options = (scale, window_left, window_right, dropout_p, seed)
+    attention_grads(q, k, v, out, lse, grad_out, *places, *grads, None, None, *options)
+    return grads[0], grads[1], grads[2]
+
+
+def _few(q: Tensor, num_sequences: int) -> bool:
+    return q.shape[0] <= 16 * num_sequences
+
+
+def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Room for the sums that attention_grads leaves: of the queries' gradients, and of keys' and values'."""
+    made = []
+    for tensor, part, block, count in ((q, "queries", "BLOCK_M", 1), (k, "keys", "BLOCK_N", 2)):
+        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]  # type: ignore[arg-type]
+        programs, width = tensor.shape[0] // rows + num_sequences, count * tensor.shape[1] * tensor.shape[2]
+        made.append(torch.empty(programs, width, dtype=torch.float32, device=q.device))
+    return made[0], made[1]
+
+
+@launcher(mutates=("dq", "dk", "dv", "q_sums", "kv_sums"))
+def attention_grads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q_sums: Tensor | None,
+    kv_sums: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+) -> None:
+    """The gradients of q, k and v to where dq, dk and dv lie, each head's row contiguous; see sums_for."""
     num_sequences = cu_seqlens_q.shape[0] - 1
-    if num_sequences == 0:
-        return dq, dk, dv
-    few = q.shape[0] <= 16 * num_sequences
+    if num_sequences == 0 or q.is_meta:
+        return
+    along, few = torch.empty_like(lse), _few(q, num_sequences)
     places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
@@ -265,25 +342,26 @@ def backward(
     with torch.cuda.device_of(q):
         if dq.numel():
             config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
-            kernel, rest = autotune.choose(query_grad_kernel, config, around(config), CASE)
+            kernel, rest = autotune.choose(query_grad_kernel, config, around(config, "queries"), CASE)
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-                *(q, k, v, out, lse, grad_out, dq, along, *places),
+                *(q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
                 *strides(q, k, v, out, grad_out, dq),
+                0 if q_sums is None else q_sums.stride(0),
                 *options,
                 **constants,
                 **rest,
             )
         if dk.numel():
             config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
-            kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config), CASE)
+            kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config, "keys"), CASE)
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
-                *(q, k, v, lse, along, grad_out, dk, dv, *places),
+                *(q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
                 *strides(q, k, v, grad_out, dk, dv),
+                0 if kv_sums is None else kv_sums.stride(0),
                 *options,
                 **constants,
                 **rest,
             )
-    return dq, dk, dv
 
 
 def shipped() -> Iterator[Variant]:

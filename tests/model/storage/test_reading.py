@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from rerank_fast import CrossEncoder
 from tests.model.storage.damage import edit, refused
+
+_OLD_NAME = "sbert_ce_default_activation_function"
 
 
 @pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "modules.json"])
@@ -88,6 +92,29 @@ def test_modules_that_are_none(directory: Path, modules: Any):
 def test_settings_of_sentence_transformers(directory: Path, changes: dict[str, Any], message: str):
     edit(directory, "config_sentence_transformers.json", **changes)
     refused(directory, rf"config_sentence_transformers\.json\b.*{message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("torch.nn.modules.linear.Identity", nn.Identity),
+        ("torch.nn.Identity", nn.Identity),
+        ("torch.nn.Tanh", nn.Tanh),
+        # Whatever else a name leads to must not be run: the default, with one line in the log.
+        ("no_such_package.Activation", nn.Sigmoid),
+        ("Activation", nn.Sigmoid),
+        ("transformers.activations.NewGELUActivation", nn.Sigmoid),
+        ("torch.sigmoid", nn.Sigmoid),
+    ],
+)
+@pytest.mark.parametrize("place", ["config.json", "config_sentence_transformers.json"])
+def test_activations_by_name(
+    directory: Path, name: str, kind: type[nn.Module], place: str, caplog: pytest.LogCaptureFixture
+):
+    edit(directory, "config_sentence_transformers.json", activation_fn=None)
+    edit(directory, place, **{"activation_fn" if place != "config.json" else _OLD_NAME: name})
+    assert type(CrossEncoder(directory, device="cpu").activation_fn) is kind
+    assert ("is not one of torch.nn; using Sigmoid" in caplog.text) is (kind is nn.Sigmoid)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,37 @@ def test_a_limit_that_is_none(directory: Path, limit: Any):
         CrossEncoder(directory, device="cpu")  # transformers takes it for no limit
     else:
         refused(directory, r"tokenizer")
+
+
+TRUNCATION = {"max_length": 20, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Right",
+    "pad_to_multiple_of": 8,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "[PAD]",
+}
+
+
+@pytest.mark.parametrize("truncation", [None, TRUNCATION], ids=["none", "truncates"])
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["none", "pads"])
+@pytest.mark.parametrize("used", ["predict", "preprocess", "its own call"])
+def test_a_tokenizer_is_saved_as_it_came(
+    directory: Path, tmp_path: Path, truncation: dict[str, Any] | None, padding: dict[str, Any] | None, used: str
+):
+    edit(directory, "tokenizer.json", truncation=truncation, padding=padding)
+    model = CrossEncoder(directory, device="cpu")
+    model.save_pretrained(tmp_path / "unused")
+    if used == "its own call":
+        model.tokenizer(["a", "b c d"], truncation=True, max_length=5, padding="max_length")
+    else:
+        getattr(model, used)(PAIRS)
+    model.save_pretrained(tmp_path / "used")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        saved = (tmp_path / "used" / name).read_bytes()
+        assert saved == (tmp_path / "unused" / name).read_bytes()
+    content = json.loads((tmp_path / "used" / "tokenizer.json").read_text())
+    given = json.loads((directory / "tokenizer.json").read_text())
+    assert content["truncation"] == given["truncation"]
+    assert content["padding"] == given["padding"]

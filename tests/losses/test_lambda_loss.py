@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
-from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder import losses as peer_losses
-from transformers import TrainerCallback
 
 from rerank_fast import losses
 from rerank_fast.model.encoder import PackedStep
+from tests.losses.beside_theirs import DOCUMENTS, LABELS, QUERIES, assert_same
+from tests.losses.beside_theirs import loss_and_gradients as gradients_of
 from tests.model_factory import make_tiny_bert
 
 SCHEMES = [
@@ -25,43 +20,10 @@ SCHEMES = [
     "LambdaRankScheme",
     "NDCGLoss2PPScheme",
 ]
-QUERIES = ["what is a panda", "capital of france", "a long question about the weather and the sea"]
-DOCUMENTS = [
-    ["a panda is a bear", "a fish", "a panda is a kind of bear that eats bamboo all day long"],
-    ["paris", "paris is the capital of france"],
-    ["the sea is wet", "weather", "rain and wind and sun over the sea", "a bear", "no"],
-]
-LABELS = [[1.0, 0.0, 2.0], [0.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0]]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(make_tiny_bert(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def model(directory):
-    torch.manual_seed(0)
-    # Dropout off: the two losses order their forwards differently, so their random draws differ.
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
-
-
-def loss_and_gradients(loss, batch=None):
-    model = loss.model
-    model.zero_grad()
-    inputs, labels = batch or ([QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS])
-    value = loss(inputs, labels)
-    value.backward()
-    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, peer):
-    torch.testing.assert_close(ours[0], peer[0], rtol=1e-5, atol=1e-7)
-    assert ours[1].keys() == peer[1].keys()
-    scale = max(grad.abs().max() for grad in peer[1].values())
-    for name, grad in peer[1].items():
-        assert (ours[1][name] - grad).abs().max() <= 1e-5 * scale, name
+def loss_and_gradients(loss):
+    return gradients_of(loss, [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -192,7 +154,7 @@ def test_config_and_citation(model):
     config = ours.get_config_dict()
     assert config.keys() - peer.get_config_dict().keys() == {"mu"}
     assert config["mu"] == 5.0
-    assert config["weighting_scheme"] == "rerank_fast.losses.NDCGLoss2PPScheme"
+    assert config["weighting_scheme"] == "rerank_fast.objectives.weighting.NDCGLoss2PPScheme"
     assert "wang2018lambdaloss" in ours.citation
 
 
@@ -227,120 +189,3 @@ def test_our_cross_encoder_can_stand_in(directory, model):
     batch = [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS]
     ours = losses.LambdaLoss(mine)(*batch)
     torch.testing.assert_close(ours, peer_losses.LambdaLoss(model.eval())(*batch), rtol=1e-5, atol=1e-6)
-
-
-class _Curve(TrainerCallback):
-    def __init__(self):
-        self.losses = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
-
-
-def _train(directory, output, loss_class, scheme, **settings):
-    torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = PeerCrossEncoder(directory, num_labels=1, device="cpu", config_kwargs=dropout)
-    repeated = 14
-    dataset = Dataset.from_dict(
-        {"query": QUERIES * repeated, "docs": DOCUMENTS * repeated, "labels": LABELS * repeated}
-    )
-    curve = _Curve()
-    CrossEncoderTrainer(
-        model=model,
-        args=CrossEncoderTrainingArguments(
-            output_dir=str(output),
-            max_steps=10,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            warmup_steps=1,
-            seed=12,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=dataset,
-        loss=loss_class(model, weighting_scheme=scheme, mini_batch_size=8),
-        callbacks=[curve],
-    ).train()
-    return curve.losses
-
-
-def test_changing_the_import_in_their_trainer_keeps_the_loss_curve(directory, tmp_path):
-    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme())
-    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme())
-    assert len(ours) == 10
-    assert len(set(peer)) == 10  # it moves
-    assert ours == pytest.approx(peer, rel=1e-5, abs=1e-5)
-
-
-def test_in_bf16_their_trainer_runs_it_packed(directory, tmp_path, monkeypatch):
-    """Accelerate puts an autocast on the model's forward, which packed execution does without."""
-    dtypes = []
-    call = PackedStep.__call__
-    monkeypatch.setattr(
-        PackedStep, "__call__", lambda step, indices: (dtypes.append(step.dtype), call(step, indices))[1]
-    )
-    peer = _train(directory, tmp_path / "peer", peer_losses.LambdaLoss, peer_losses.NDCGLoss2PPScheme(), bf16=True)
-    assert not dtypes
-    ours = _train(directory, tmp_path / "ours", losses.LambdaLoss, losses.NDCGLoss2PPScheme(), bf16=True)
-    assert set(dtypes) == {torch.bfloat16}
-    assert ours == pytest.approx(peer, rel=0.02)
-
-
-_IN_TWO_PROCESSES = """
-import sys
-import torch
-from datasets import Dataset
-from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
-from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.encoder import PackedStep
-from tests.test_losses import DOCUMENTS, LABELS, QUERIES
-
-calls, call = [], PackedStep.__call__
-PackedStep.__call__ = lambda step, indices: (calls.append(1), call(step, indices))[1]
-weights = []
-for packed in (False, True):
-    torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = CrossEncoder(sys.argv[1], num_labels=1, device="cpu", config_kwargs=dropout)
-    dataset = Dataset.from_dict({"query": QUERIES * 4, "docs": DOCUMENTS * 4, "labels": LABELS * 4})
-    arguments = CrossEncoderTrainingArguments(
-        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
-        optim="sgd", ddp_backend="gloo", save_strategy="no", report_to=[], disable_tqdm=True,
-        gradient_accumulation_steps=2,
-    )
-    loss = LambdaLoss(model, mini_batch_size=2, packed=packed)
-    CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
-    assert type(loss.model).__name__ == "DistributedDataParallel"
-    assert "forward" not in vars(model)
-    assert bool(calls) == packed
-    weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
-start = torch.cat([w.detach().flatten() for w in CrossEncoder(sys.argv[1], device="cpu").parameters()])
-torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-assert (weights[1] - start).abs().max() > 1e-3
-others = [torch.empty_like(weights[1]) for _ in range(2)]
-torch.distributed.all_gather(others, weights[1])
-assert torch.equal(*others)
-torch.distributed.destroy_process_group()  # its threads would abort a process that exits before they are done
-"""
-
-
-def test_their_trainer_in_two_processes_runs_it_packed(directory, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(_IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*command, str(script), directory, str(tmp_path / "output")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]

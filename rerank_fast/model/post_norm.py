@@ -1,0 +1,117 @@
+"""A post-norm layer that is trained, as one function of autograd: kernels called in a row, forward and backward.
+
+As a dozen functions its parts would each make a node and check its tensors, and the gradients of queries, keys and
+values would be stacked that here lie where the next product reads them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_fast.model.vector_gradients import vector_gradients
+from rerank_fast.ops import residual_norm, varlen_attention
+from rerank_fast.ops.differentiated_once import differentiated_once
+
+if TYPE_CHECKING:
+    from rerank_fast.model.layers import LayerBatch, NormWeights, PostNormStep
+
+
+class TrainedPostNorm(torch.autograd.Function):
+    """What PostNormStep computes. x is None where products read the residual stream itself; so is then the second
+    result. The parameters are the step's trained ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, wide: Tensor, x: Tensor | None, step: PostNormStep, batch: LayerBatch, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        keys_of = queries_of = wide if x is None else x
+        if batch.read is not None:
+            queries_of, wide = keys_of.index_select(0, batch.read), wide.index_select(0, batch.read)
+        projected = [F.linear(rows, *linear.ready) for linear, rows in step.projections_of(queries_of, keys_of)]
+        attention, first_norm, second_norm = step.options(batch, keys_of, wide)
+        attended, lse = varlen_attention.unchecked_forward(*step.heads_of(projected), *attention)
+        added = F.linear(attended.flatten(1), *step.attention_out.ready)
+        y, narrow, *stats = residual_norm.unchecked_forward(
+            added, wide, *_vectors(step.attention_norm), *first_norm
+        )
+        hidden = F.linear(y if x is None else narrow, *step.up.ready)
+        active = F.gelu(hidden)
+        down = F.linear(active, *step.down.ready)
+        result, result_narrow, *last_stats = residual_norm.unchecked_forward(
+            down, y, *_vectors(step.output_norm), *second_norm
+        )
+        ctx.step, ctx.read, ctx.options = step, batch.read, (attention, first_norm, second_norm)
+        ctx.is_wide = x is None
+        saved = (keys_of, queries_of, wide, attended, lse, added, *stats, y, narrow, hidden, active, down)
+        ctx.save_for_backward(*saved, *last_stats, *projected)
+        ctx.set_materialize_grads(False)
+        return result, None if x is None else result_narrow
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, d_result: Tensor | None, d_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
+        step: PostNormStep = ctx.step
+        attention, first_norm, second_norm = ctx.options
+        keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = ctx.saved_tensors
+        hidden, active, down, last_mean, last_rstd, *projected = saved
+        d_projected = [torch.empty_like(one) for one in projected]
+        vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
+
+        norm = (step.output_norm.weight, last_mean, last_rstd)
+        d_down, d_y = vectors.norm(down, y, *norm, d_result, d_narrow, *second_norm)
+        d_hidden = vectors.gelu(hidden, d_down @ step.down.ready[0])
+        d_first, d_first_narrow = _through_product(d_y, d_hidden, step.up.ready[0], into_wide=ctx.is_wide)
+        norm = (step.attention_norm.weight, mean, rstd)
+        d_added, d_wide = vectors.norm(added, wide, *norm, d_first, d_first_narrow, *first_norm)
+        d_attended = (d_added @ step.attention_out.ready[0]).view_as(attended)
+        vectors.attention(*step.heads_of(projected), attended, lse, d_attended, *attention)
+
+        products = [
+            (step.down, d_down, active),
+            (step.up, d_hidden, y if ctx.is_wide else narrow),
+            (step.attention_out, d_added, attended.flatten(1)),
+        ]
+        for (linear, rows), grad in zip(step.projections_of(queries_of, keys_of), d_projected, strict=True):
+            products.append((linear, grad, rows))
+        weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
+        found = [*weights, *vectors.all()]
+        typed = [
+            None if gradient is None else gradient.to(weight.dtype)
+            for gradient, weight in zip(found, step.trained, strict=True)
+        ]
+        if not any(ctx.needs_input_grad[:2]):
+            return None, None, None, None, *typed
+        last = step.projections[-1].ready[0]
+        if ctx.read is None:
+            inputs = _through_product(d_wide, d_projected[0], last, into_wide=ctx.is_wide)
+        else:
+            first = step.projections[0].ready[0]
+            rows = _through_product(d_wide, d_projected[0], first, into_wide=ctx.is_wide)
+            inputs = _scattered(*rows, d_projected[1] @ last, ctx.read)
+        return *inputs, None, None, *typed
+
+
+def _vectors(norm: nn.LayerNorm | NormWeights) -> tuple[Tensor, Tensor]:
+    return norm.weight, norm.bias
+
+
+def _through_product(
+    d_wide: Tensor, grad: Tensor, weight: Tensor, *, into_wide: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the residual stream and of the rows beside it that a product reads.
+
+    Where it reads the stream itself, both are one: the product adds to d_wide, which is nobody else's.
+    """
+    return (d_wide.addmm_(grad, weight), None) if into_wide else (d_wide, grad @ weight)
+
+
+def _scattered(d_wide: Tensor, d_rows: Tensor | None, d_keys: Tensor, read: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of all tokens from those of the ones that are read, and from the keys' and values' of all."""
+    if d_rows is None:
+        return d_keys.index_add_(0, read, d_wide), None
+    whole = d_wide.new_zeros(len(d_keys), d_wide.shape[1]).index_copy_(0, read, d_wide)
+    return whole, d_keys.index_add_(0, read, d_rows)

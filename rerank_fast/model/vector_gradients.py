@@ -1,0 +1,108 @@
+"""Gradients of a post-norm layer's vectors, its norms' and biases, beside those of the rows that they are sums of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rerank_fast.model.linear import bias_gradient
+from rerank_fast.ops import residual_norm, varlen_attention
+
+if TYPE_CHECKING:
+    from rerank_fast.model.layers import PostNormStep
+
+
+class VectorGradients(Protocol):
+    """Each method gives the gradients of rows; all() those of the vectors before them, in the order of the calls.
+
+    That is first the later norm, weight and bias, and the bias of the product that it adds; then the bias before
+    the GELU; the earlier norm; the biases of queries, keys and values.
+    """
+
+    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]: ...
+
+    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor: ...
+
+    def attention(self, *tensors_and_options: Any) -> None: ...
+
+    def all(self) -> Sequence[Tensor]: ...
+
+
+def vector_gradients(
+    step: PostNormStep, wide: Tensor, d_projected: list[Tensor], norm_backend: str, attention_backend: str
+) -> VectorGradients:
+    """What serves the backends: their kernels leave sums on a GPU, elsewhere PyTorch sums.
+
+    Args:
+        step: the layer's.
+        wide: (T, H) rows of the norms.
+        d_projected: results of the products before attention: their gradients are written there.
+        norm_backend: of residual_norm.
+        attention_backend: of varlen_attention.
+    """
+    if norm_backend == attention_backend == "triton":
+        return _SumsOfKernels(step, wide, d_projected)
+    return _SumsOfRows(step, wide, d_projected)
+
+
+class _SumsOfRows:
+    def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
+        self._step, self._dtype, self._d_projected = step, wide.dtype, d_projected
+        self._found: list[Tensor] = []
+
+    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dx, d_residual, *vectors = residual_norm.unchecked_backward(x, residual, *rest)
+        self._found += [*vectors, bias_gradient(dx, self._dtype)]
+        return dx, d_residual
+
+    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        result = torch.ops.aten.gelu_backward(grad, hidden)
+        self._found.append(bias_gradient(result, self._dtype))
+        return result
+
+    def attention(self, *arguments: Any) -> None:
+        varlen_attention.unchecked_backward(*arguments, into=self._step.heads_of(self._d_projected))
+        for one in self._d_projected:
+            self._found += bias_gradient(one, self._dtype).split(self._step.width)
+
+    def all(self) -> Sequence[Tensor]:
+        return self._found
+
+
+class _SumsOfKernels:
+    """A kernel leaves the sums of some rows in a row of a matrix; one launch at the end adds these up."""
+
+    def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
+        from rerank_fast.ops.triton import residual_norm as kernels
+
+        self._step, self._d_projected, self._grads = step, d_projected, kernels.residual_norm_grads
+        width, inner = step.width, step.inner_width
+        self._sizes = [width, width, width, inner, *[width] * 6]
+        self._sums = wide.new_empty(kernels.programs(len(wide)), 6 * width + inner)
+        # Of the later norm, the GELU and the earlier norm.
+        self._parts = iter(self._sums.split([3 * width, inner, 3 * width], dim=1))
+
+    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *tensors, eps, dropout_p, seed, backend = rest
+        return self._grads(x, residual, *tensors, next(self._parts), dropout_p, seed)
+
+    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        from rerank_fast.ops.triton.gelu import gelu_grad
+
+        return gelu_grad(hidden, grad, next(self._parts))
+
+    def attention(self, q: Tensor, k: Tensor, *arguments: Any) -> None:
+        from rerank_fast.ops.triton import varlen_attention_backward as kernels
+
+        *tensors, scale, left, right, dropout_p, seed, backend = arguments
+        self._attention_sums = kernels.sums_for(q, k, num_sequences=tensors[4].shape[0] - 1)
+        outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
+        kernels.attention_grads(q, k, *tensors, *outputs, scale, left, right, dropout_p, seed)
+
+    def all(self) -> Sequence[Tensor]:
+        from rerank_fast.ops.triton.column_sums import column_sums
+
+        return column_sums(self._sums, *self._attention_sums).split(self._sizes)

@@ -1,0 +1,74 @@
+"""Sums over the rows of up to three matrices in one launch, in a fixed order: what kernels left of vectors' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.variant import Variant
+
+LAUNCH: dict[str, Any] = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _sum_columns(matrix, num_rows, width, block, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    e = block * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < num_rows)[:, None] & (e < width)[None, :]
+        total += tl.load(matrix + row.to(tl.int64)[:, None] * width + e[None, :], mask=there, other=0.0)
+    tl.store(out + e, tl.sum(total, axis=0), mask=e < width)
+
+
+@triton.jit(do_not_specialize=["a_rows", "b_rows", "c_rows"])
+def column_sums_kernel(
+    a,  # (a_rows, a_width) fp32, and so the others
+    b,
+    c,
+    out,  # out (a_width + b_width + c_width,) fp32
+    a_rows,
+    b_rows,
+    c_rows,
+    a_width,
+    b_width,
+    c_width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block of columns of one of them."""
+    block = tl.program_id(0)
+    a_blocks = tl.cdiv(a_width, COLUMNS)
+    b_blocks = a_blocks + tl.cdiv(b_width, COLUMNS)
+    if block < a_blocks:
+        _sum_columns(a, a_rows, a_width, block, out, ROWS, COLUMNS)
+    elif block < b_blocks:
+        _sum_columns(b, b_rows, b_width, block - a_blocks, out + a_width, ROWS, COLUMNS)
+    else:
+        _sum_columns(c, c_rows, c_width, block - b_blocks, out + a_width + b_width, ROWS, COLUMNS)
+
+
+@launcher()
+def column_sums(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The sums over the rows of three contiguous fp32 matrices, one after the other."""
+    out = a.new_empty(a.shape[1] + b.shape[1] + c.shape[1])
+    if not a.is_meta:
+        blocks = sum(triton.cdiv(one.shape[1], LAUNCH["COLUMNS"]) for one in (a, b, c))
+        with torch.cuda.device_of(a):
+            column_sums_kernel[(blocks,)](
+                *(a, b, c, out, a.shape[0], b.shape[0], c.shape[0], a.shape[1], b.shape[1], c.shape[1]), **LAUNCH
+            )
+    return out
+
+
+def shipped() -> Iterator[Variant]:
+    types = dict.fromkeys(["a", "b", "c", "out"], "*fp32")
+    widths = ["a_width", "b_width", "c_width"]
+    types |= dict.fromkeys(["a_rows", "b_rows", "c_rows", *widths], "i32")
+    yield Variant("column_sums", column_sums_kernel, types, LAUNCH, multiples=["a", "b", "c", "out", *widths])
