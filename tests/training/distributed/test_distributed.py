@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
-from rerank_fast.training.distributed import collectives
 from rerank_fast.training.checkpoints import checkpoints
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
@@ -224,8 +224,8 @@ def test_messages_are_summed_while_the_next_is_copied_in(monkeypatch: pytest.Mon
         assert len(under_way) <= 2
         return Work(flat)
 
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "_MESSAGE", 20)
+    monkeypatch.setattr(collectives, "several", lambda: True)
+    monkeypatch.setattr(collectives, "_MESSAGE", 20)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     shapes = [(3, 5), (), (40,), (2, 2), (0,), (4, 3)]
     tensors = [torch.randn(shape) for shape in shapes]
