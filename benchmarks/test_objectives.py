@@ -100,6 +100,8 @@ def name_of(case: Case) -> str:
 @pytest.mark.parametrize(("num_lists", "num_docs", "rounds", "repeats"), SIZES)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_objective(compare, case, num_lists, num_docs, rounds, repeats):
+    if num_docs == 1000 and case.objective.name in ("ranknet", "adr_mse"):
+        rounds = 2  # whose peers store (Q, D, D) tensors
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(num_lists * num_docs, generator=generator).requires_grad_()
     labels = (torch.rand(num_lists, num_docs, generator=generator) < 0.15).float()

@@ -13,14 +13,15 @@ namespace rerank_fast {
 namespace {
 
 constexpr std::int64_t kRowsPerTask = 128, kPairsForThreads = 1 << 14;
-constexpr double kLargestExponent = 60;  // e^60 added up or squared beside its reciprocal stays within fp32
+constexpr double kLargestExponent = 80;  // twice e^80, and one by it, stay within fp32
 
 struct Task {
   std::int64_t list, begin, end;  // rows of the list
 };
 
 // The exponentials of one list in `to`, or null.
-const float* exponentials(const float* scores, std::int64_t size, double alpha, float* to, float* reciprocal) {
+const float* exponentials(const float* scores, std::int64_t size, double alpha, float* to,
+                          float* reciprocal) {
   float highest = scores[0], lowest = scores[0];
   bool numbers = true;
   for (std::int64_t i = 0; i < size; ++i) {
@@ -60,7 +61,8 @@ void for_rows_of_lists(const ApproxRanksShape& shape, const T* scores, Run&& run
   // Worker threads have arenas of their own: these are reached by address.
   const auto* const lists = list_arena.data();
   const auto* const tasks = task_arena.data();
-  parallel_for(pairs > kPairsForThreads ? shape.num_threads : 1, static_cast<std::int64_t>(task_arena.size()),
+  parallel_for(pairs > kPairsForThreads ? shape.num_threads : 1,
+               static_cast<std::int64_t>(task_arena.size()),
                [&](std::int64_t index) { run(lists[tasks[index].list], tasks[index]); });
 }
 
@@ -80,7 +82,8 @@ void approx_ranks(const ApproxRanksShape& shape, const T* scores, T* ranks) {
 }
 
 template <typename T>
-void approx_ranks_backward(const ApproxRanksShape& shape, const T* scores, const T* grad_ranks, T* grad_scores) {
+void approx_ranks_backward(const ApproxRanksShape& shape, const T* scores, const T* grad_ranks,
+                           T* grad_scores) {
   ApproxRanksBackward<T> rows;
   if constexpr (std::is_same_v<T, float>) {
     rows = kernels().approx_ranks->backward;
@@ -95,7 +98,9 @@ void approx_ranks_backward(const ApproxRanksShape& shape, const T* scores, const
 
 template void approx_ranks<float>(const ApproxRanksShape&, const float*, float*);
 template void approx_ranks<double>(const ApproxRanksShape&, const double*, double*);
-template void approx_ranks_backward<float>(const ApproxRanksShape&, const float*, const float*, float*);
-template void approx_ranks_backward<double>(const ApproxRanksShape&, const double*, const double*, double*);
+template void approx_ranks_backward<float>(const ApproxRanksShape&, const float*, const float*,
+                                           float*);
+template void approx_ranks_backward<double>(const ApproxRanksShape&, const double*, const double*,
+                                            double*);
 
 }  // namespace rerank_fast

@@ -1,6 +1,5 @@
 // The pair loops of approximate ranks: a register of a list's documents against all of them.
 #include "approx_ranks/kernels.h"
-
 #include "common/lanes.h"
 #include "common/math.h"
 
@@ -46,7 +45,8 @@ struct Pair {
 };
 
 template <typename T, bool kFast>
-RERANK_FAST_INLINE void forward_rows(const ApproxRanksList<T>& list, std::int64_t begin, std::int64_t end, T* ranks) {
+RERANK_FAST_INLINE void forward_rows(const ApproxRanksList<T>& list, std::int64_t begin,
+                                     std::int64_t end, T* ranks) {
   const T* const values = kFast ? list.exponentials : list.scores;
   for (std::int64_t i = begin; i < end; i += kLanesOf<T>) {
     const Lanes<T> own = load_some(values + i, end - i);
@@ -63,8 +63,8 @@ RERANK_FAST_INLINE void forward_rows(const ApproxRanksList<T>& list, std::int64_
 }
 
 template <typename T, bool kFast>
-RERANK_FAST_INLINE void backward_rows(const ApproxRanksList<T>& list, const T* grad_ranks, std::int64_t begin,
-                                      std::int64_t end, T* grad_scores) {
+RERANK_FAST_INLINE void backward_rows(const ApproxRanksList<T>& list, const T* grad_ranks,
+                                      std::int64_t begin, std::int64_t end, T* grad_scores) {
   const T* const values = kFast ? list.exponentials : list.scores;
   for (std::int64_t i = begin; i < end; i += kLanesOf<T>) {
     const Lanes<T> own = load_some(values + i, end - i), grad = load_some(grad_ranks + i, end - i);
@@ -82,30 +82,35 @@ RERANK_FAST_INLINE void backward_rows(const ApproxRanksList<T>& list, const T* g
   }
 }
 
-void forward(const ApproxRanksList<float>& list, std::int64_t begin, std::int64_t end, float* ranks) {
+void approx_ranks_forward(const ApproxRanksList<float>& list, std::int64_t begin, std::int64_t end,
+                          float* ranks) {
   list.exponentials == nullptr ? forward_rows<float, false>(list, begin, end, ranks)
                                : forward_rows<float, true>(list, begin, end, ranks);
 }
 
-void forward_double(const ApproxRanksList<double>& list, std::int64_t begin, std::int64_t end, double* ranks) {
+void approx_ranks_forward_double(const ApproxRanksList<double>& list, std::int64_t begin,
+                                 std::int64_t end, double* ranks) {
   forward_rows<double, false>(list, begin, end, ranks);
 }
 
-void backward(const ApproxRanksList<float>& list, const float* grad_ranks, std::int64_t begin, std::int64_t end,
-              float* grad_scores) {
-  list.exponentials == nullptr ? backward_rows<float, false>(list, grad_ranks, begin, end, grad_scores)
-                               : backward_rows<float, true>(list, grad_ranks, begin, end, grad_scores);
+void approx_ranks_backward(const ApproxRanksList<float>& list, const float* grad_ranks,
+                           std::int64_t begin, std::int64_t end, float* grad_scores) {
+  list.exponentials == nullptr
+      ? backward_rows<float, false>(list, grad_ranks, begin, end, grad_scores)
+      : backward_rows<float, true>(list, grad_ranks, begin, end, grad_scores);
 }
 
-void backward_double(const ApproxRanksList<double>& list, const double* grad_ranks, std::int64_t begin,
-                     std::int64_t end, double* grad_scores) {
+void approx_ranks_backward_double(const ApproxRanksList<double>& list, const double* grad_ranks,
+                                  std::int64_t begin, std::int64_t end, double* grad_scores) {
   backward_rows<double, false>(list, grad_ranks, begin, end, grad_scores);
 }
 
 }  // namespace
 
 extern const ApproxRanksKernels approx_ranks_kernels;
-const ApproxRanksKernels approx_ranks_kernels = {forward, forward_double, backward, backward_double};
+const ApproxRanksKernels approx_ranks_kernels = {approx_ranks_forward, approx_ranks_forward_double,
+                                                 approx_ranks_backward,
+                                                 approx_ranks_backward_double};
 
 }  // namespace RERANK_FAST_SET
 }  // namespace rerank_fast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,9 +42,8 @@ class Batch:
 class BatchMaker:
     """Makes the batches of a run, from any position.
 
-    A list that can't give a gradient is counted, but neither tokenised nor scored unless it adds
-    to the loss's value.
-    Every process reads all lists and tokenises its own.
+    A list that can't give a gradient is counted, but neither tokenised nor scored unless it adds to
+    the value of the loss. Every process reads all lists and tokenises its own.
 
     Args:
         lists: all lists in memory (or mapped), or a stream of them.
@@ -107,7 +106,7 @@ class BatchMaker:
         shuffled = shuffle_within_buffer(enumerate(self.lists), self.shuffle_buffer, (self.seed, epoch))
         chosen: list[tuple[int, Row]] = []
         for index, row in shuffled:
-            check_labels(self.objective, row, index)
+            check_labels(self.objective, row["labels"], index)
             chosen.append((index, row))
             if len(chosen) == self.batch_size:
                 if skip == 0:
@@ -146,23 +145,28 @@ class BatchMaker:
         )
 
 
-def check_labels(objective: Objective, row: Mapping[str, Any], index: int) -> None:
-    """Raises ValueError, naming the list, where its labels do not fit the objective."""
+def check_labels(objective: Objective, labels: Sequence[float], index: int) -> np.ndarray:
+    """A list's labels (D,); raises ValueError, naming the list, where they do not fit the objective."""
+    values = np.asarray(labels, dtype=np.float32)
     try:
-        objective.check(np.asarray(row["labels"], dtype=np.float32))
+        objective.check(values)
     except ValueError as error:
         raise ValueError(f"list {index} of the training lists, labels: {error}") from error
+    return values
 
 
-def check_all_labels(objective: Objective, lists: Dataset) -> None:
-    """Every list's labels, before training; see check_labels."""
-    if all(type(part).check is Objective.check for part in objective.parts):
-        return
-    index = 0
-    for rows in lists.select_columns("labels").with_format(None).iter(batch_size=1024):
+def check_all_labels(objective: Objective, lists: Dataset) -> str | None:
+    """Checks every list's labels before training; gives the objective's advice on all of them.
+
+    Raises:
+        ValueError: labels that do not fit; names the list.
+    """
+    columns, every, index = lists.select_columns("labels").with_format(None), [], 0
+    for rows in columns.iter(batch_size=1024):
         for labels in rows["labels"]:
-            check_labels(objective, {"labels": labels}, index)
+            every.append(check_labels(objective, labels, index))
             index += 1
+    return objective.advice(np.concatenate(every))
 
 
 def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) -> Iterator[T]:

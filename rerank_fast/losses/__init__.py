@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rerank_fast.losses.adr_mse import ADRMSELoss
 from rerank_fast.losses.lambda_loss import LambdaLoss, RankNetLoss
 from rerank_fast.losses.list_mle import ListMLELoss, PListMLELambdaWeight, PListMLELoss
 from rerank_fast.losses.list_net import ListNetLoss
@@ -26,6 +27,7 @@ from rerank_fast.objectives.weighting import (
 )
 
 __all__ = [
+    "ADRMSELoss",
     "BaseWeightingScheme",
     "BinaryCrossEntropyLoss",
     "CachedMultipleNegativesRankingLoss",

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rerank_fast.losses.lists import LabelledListsLoss
 from rerank_fast.losses.scoring import fullname
+from rerank_fast.objectives.lambda_loss import LambdaLoss as LambdaObjective
+from rerank_fast.objectives.ranknet import RankNet
 from rerank_fast.objectives.weighting import (
     NDCGLoss2PPScheme,
     NoWeightingScheme,
@@ -124,15 +126,7 @@ class LambdaLoss(LabelledListsLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the paper."""
-        return """
-@inproceedings{wang2018lambdaloss,
-  title={The LambdaLoss Framework for Ranking Metric Optimization},
-  author={Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
-  booktitle={Proceedings of the 27th ACM International Conference on Information and Knowledge Management},
-  pages={1313--1322},
-  year={2018}
-}
-"""
+        return LambdaObjective.citation
 
 
 class RankNetLoss(LambdaLoss):
@@ -191,13 +185,4 @@ class RankNetLoss(LambdaLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the paper."""
-        return """
-@inproceedings{burges2005learning,
-  title={Learning to Rank using Gradient Descent},
-  author={Burges, Chris and Shaked, Tal and Renshaw, Erin and Lazier, Ari and Deeds, Matt and Hamilton, Nicole
-    and Hullender, Greg},
-  booktitle={Proceedings of the 22nd international conference on Machine learning},
-  pages={89--96},
-  year={2005}
-}
-"""
+        return RankNet.citation

@@ -21,7 +21,7 @@ class MarginMSELoss(ColumnsLoss):
         activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are differences of
             numbers from 0 to 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
-            gradient_cache; 0 or less means all pairs.
+            gradient_cache; below 0 all pairs.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.MSELoss.
@@ -71,14 +71,14 @@ class MarginMSELoss(ColumnsLoss):
         """
         name = type(self).__name__
         anchors, *columns = check_columns(name, inputs)
-        if isinstance(labels, list):
-            labels = torch.stack([torch.as_tensor(row) for row in labels])
-        margins = _margins(labels, len(anchors), len(columns) - 1)
         if len(columns) < 2:
             raise ValueError(
                 f"{name} expects an anchor, a positive and at least one negative column, "
                 f"but got a dataset with {len(inputs)} columns."
             )
+        if isinstance(labels, list):
+            labels = torch.stack([torch.as_tensor(row) for row in labels])
+        margins = _margins(labels, len(anchors), len(columns) - 1)
         scores = self._score_columns(anchors, columns, prompt=prompt, task=task)
         differences = (scores[0] - scores[1:]).T
         return self.loss_fct(differences, upload(margins.detach().float(), scores.device))

@@ -18,8 +18,8 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
     """The cross-entropy of the positive among negatives, with sentence-transformers' signature and numbers.
 
     Negatives from the batch are drawn, as there, by torch's generator of the host, before anything is
-    scored. A model whose dropout draws from it too, as on a CPU, leaves it elsewhere than theirs
-    does: the draws of one seed then differ.
+    scored. Dropout moves that generator, here otherwise than there: the draws of one seed are theirs
+    as long as the model has none, and else others of the same distribution.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
@@ -27,7 +27,7 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         scale: multiplies the activated scores; 0 leaves them.
         activation_fn: applied to the logits before the loss; None applies nothing.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
-            gradient_cache; 0 or less means all pairs.
+            gradient_cache; below 0 all pairs.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
@@ -136,7 +136,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         num_negatives: texts of other rows that are drawn for each anchor; None takes all.
         scale: multiplies the activated scores; 0 leaves them.
         activation_fn: applied to the logits before the loss; None applies nothing.
-        mini_batch_size: pairs per forward pass; 0 or less means all pairs.
+        mini_batch_size: pairs per forward pass; below 0 all pairs.
         show_progress_bar: show one of the batch's pairs, each counted once a run.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
 

@@ -68,7 +68,7 @@ class BinaryCrossEntropyLoss(_PointwiseLoss):
         activation_fn: applied to the logits before the loss.
         pos_weight: weight of a positive pair, as torch.tensor(4); None weighs all 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
-            gradient_cache; 0 or less means all pairs.
+            gradient_cache; below 0 all pairs.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.BCEWithLogitsLoss.
@@ -116,7 +116,7 @@ class MSELoss(_PointwiseLoss):
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
         activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are from 0 to 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
-            gradient_cache; 0 or less means all pairs.
+            gradient_cache; below 0 all pairs.
         packed: run without padding where the model's architecture allows it; False calls the model itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.MSELoss.

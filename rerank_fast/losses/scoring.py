@@ -31,7 +31,7 @@ class PairScoringLoss(nn.Module):
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder.
         activation_fn: applied to the logits before the loss; None applies nothing.
-        mini_batch_size: pairs per forward pass, 0 or less all pairs; None leaves it to the loss, and with
+        mini_batch_size: pairs per forward pass, below 0 all pairs; None or 0 leaves it to the loss, and with
             gradient_cache means 32.
         packed: run without padding where the model allows it; False calls the model itself.
         gradient_cache: score without a graph, and run micro-batch by micro-batch again in the

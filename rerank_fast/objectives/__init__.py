@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 # As the settings name them, and the file and the class of each.
 NAMES = {
     "lambda_loss": "lambda_loss.LambdaLoss",
+    "ranknet": "ranknet.RankNet",
+    "listnet": "listnet.ListNet",
+    "listmle": "listmle.ListMLE",
+    "plistmle": "plistmle.PListMLE",
+    "infonce": "infonce.InfoNCE",
+    "binary_cross_entropy": "binary_cross_entropy.BinaryCrossEntropy",
+    "mse": "mse.MSE",
+    "margin_mse": "margin_mse.MarginMSE",
+    "adr_mse": "adr_mse.ADRMSE",
+    "approx_ndcg": "approx_ndcg.ApproxNDCG",
 }
 
 __all__ = ["NAMES", "Objective", "ObjectiveSum"]

@@ -37,6 +37,8 @@ class Objective:
     # Whether a document of another list may stand in a list with label 0; not where labels are a
     # teacher's scores, of which 0 is one like any other.
     zero_is_irrelevant: ClassVar[bool] = True
+    # Lists that do not contribute, as messages say it.
+    idle: ClassVar[str] = "without documents"
 
     def __call__(
         self,
@@ -76,11 +78,6 @@ class Objective:
     def unit(self) -> str:
         """What `num_units` counts, in the plural, for who asks what there is to train on."""
         return ""
-
-    @property
-    def idle(self) -> str:
-        """What lists are like that do not contribute, for messages."""
-        return "without documents"
 
     @property
     def scores_idle(self) -> bool:

@@ -34,6 +34,7 @@ class Combination(Objective):
     weights: tuple[float, ...]
 
     name: ClassVar[str] = "combination"
+    idle: ClassVar[str] = "that give none of the objectives a gradient"
 
     def __post_init__(self) -> None:
         if not self.objectives or len(self.objectives) != len(self.weights):
@@ -63,10 +64,6 @@ class Combination(Objective):
         return tuple(count for count in counts if not isinstance(count, tuple))
 
     @property
-    def idle(self) -> str:
-        return " or ".join(dict.fromkeys(one.idle for one in self.objectives))
-
-    @property
     def scores_idle(self) -> bool:
         return any(one.scores_idle for one in self.objectives)
 
@@ -80,6 +77,9 @@ class Combination(Objective):
     def check(self, labels: np.ndarray) -> None:
         for one in self.objectives:
             one.check(labels)
+
+    def advice(self, labels: np.ndarray) -> str | None:
+        return "; ".join(said for one in self.objectives if (said := one.advice(labels))) or None
 
     def describe(self) -> dict[str, Any]:
         parts = zip(self.objectives, self.weights, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -50,6 +50,7 @@ class LambdaLoss(Objective):
     reduction: BatchReduction = "pairs"
 
     name: ClassVar[str] = "lambda_loss"
+    idle: ClassVar[str] = "without a preference pair (all labels equal)"
     citation: ClassVar[str] = """@inproceedings{wang2018lambdaloss,
     title = {The LambdaLoss Framework for Ranking Metric Optimization},
     author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
@@ -111,10 +112,6 @@ class LambdaLoss(Objective):
         return {"pairs": "preference pairs", "lists": "lists", "sum": ""}[self.reduction]
 
     @property
-    def idle(self) -> str:
-        return "without a preference pair (all labels equal)"
-
-    @property
     def scores_idle(self) -> bool:
         return self._every_pair  # a document alone is a pair with itself
 
@@ -125,6 +122,6 @@ class LambdaLoss(Objective):
 
     def describe(self) -> dict[str, Any]:
         if callable(self.scheme):
-            own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+            own = {field.name: getattr(self, field.name) for field in fields(self)}
             return {**own, "scheme": describe_weighting(self.scheme)}
         return asdict(self)

@@ -32,6 +32,8 @@ class MarginMSE(Objective):
     Args:
         pairs: "positive" takes the list's first document against each of the others: the columns
             query, positive, negative_1, ... of sentence-transformers' MarginMSELoss, which it is.
+            Of lists that are sampled (max_docs_per_list) a first document whose label is not above
+            0 may be left out: take "all" there.
             "all" takes all D (D - 1) / 2 pairs of a list of D documents, whatever their order, in
             O(D): with d = s - t, of mean m, they add up to D times the sum of (d_i - m)^2.
         reduction: "pairs" is the mean over all pairs of a batch; "list_means" first takes each

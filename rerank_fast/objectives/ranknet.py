@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rerank_fast.objectives.base import Objective, ObjectiveSum
-from rerank_fast.ops.lambda_loss import ReductionLog, count_pairs, lambda_loss
-from rerank_fast.ops.options import check_choice, check_cut, check_positive
-
-PairReduction = Literal["pairs", "lists"]
+from rerank_fast.objectives.lambda_loss import LambdaLoss
+from rerank_fast.ops.choices import BatchReduction, ReductionLog
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,13 @@ class RankNet(Objective):
         k: count pairs with at least one document ranked in the top k; None or 0 counts all.
         sigma: slope of the sigmoid, above 0.
         reduction_log: "binary" (log2) or "natural".
-        reduction: the mean over a batch's "pairs", or the sum over them by its "lists".
+        reduction: the mean over a batch's "pairs" or its "lists", or its "sum".
     """
 
     k: int | None = None
     sigma: float = 1.0
     reduction_log: ReductionLog = "binary"
-    reduction: PairReduction = "pairs"
+    reduction: BatchReduction = "pairs"
 
     name: ClassVar[str] = "ranknet"
     citation: ClassVar[str] = """
@@ -47,42 +45,29 @@ class RankNet(Objective):
     year={2005}
 }
 """
+
     idle: ClassVar[str] = "without a preference pair (all labels equal)"
 
     def __post_init__(self) -> None:
-        check_cut(self.k)
-        check_positive("sigma", self.sigma)
-        check_choice("reduction_log", self.reduction_log, get_args(ReductionLog))
-        check_choice("reduction", self.reduction, get_args(PairReduction))
+        _ = self._pairs  # which checks the options
+
+    @functools.cached_property
+    def _pairs(self) -> LambdaLoss:
+        return LambdaLoss("none", **self.describe())
 
     def __call__(self, scores: Tensor, labels: Tensor, offsets: Tensor) -> ObjectiveSum:
-        total = lambda_loss(
-            scores,
-            labels,
-            offsets,
-            scheme="none",
-            k=self.k,
-            sigma=self.sigma,
-            reduction_log=self.reduction_log,
-            reduction="sum",
-        )
-        if not self.cut_by_rank:
-            return ObjectiveSum(total)
-        return ObjectiveSum(total, count_pairs(scores, labels, offsets, scheme="none", k=self.k))
+        return self._pairs(scores, labels, offsets)
 
-    def num_units(self, labels: np.ndarray, offsets: np.ndarray) -> int:
-        if self.reduction == "lists":
-            return len(offsets) - 1
-        values = torch.from_numpy(labels)
-        return int(count_pairs(values.float(), values, torch.from_numpy(offsets), scheme="none"))
+    def num_units(self, labels: np.ndarray, offsets: np.ndarray) -> int | None:
+        return self._pairs.num_units(labels, offsets)
 
     @property
     def cut_by_rank(self) -> bool:
-        return bool(self.k) and self.reduction == "pairs"
+        return self._pairs.cut_by_rank
 
     @property
     def unit(self) -> str:
-        return "preference pairs" if self.reduction == "pairs" else "lists"
+        return self._pairs.unit
 
     def contributes(self, labels: np.ndarray) -> bool:
-        return len(labels) > 1 and bool(labels.min() < labels.max())
+        return self._pairs.contributes(labels)

@@ -111,10 +111,13 @@ class TrainingConfig:
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
-        metric_for_best: the evaluation metric that chooses the saved model: map, mrr@K or ndcg@K, after the
-            evaluator's name where it has one, as in NanoBEIR_R100_mean_ndcg@10.
+        metric_for_best: the evaluation metric that chooses the saved model: any that an evaluator gives, after its
+            name where it has one, as in NanoBEIR_R100_mean_ndcg@10; of evaluation lists map, mrr@K, ndcg@K or
+            another measure of ir-measures, as R@100.
         load_best: after train() the model in memory is the one that was saved; False leaves the last one.
         early_stopping_patience: end after this many evaluations without a better one; None never does.
+        stop_on_collapse: end the run, the best model kept, where it warns that scores no longer tell documents
+            apart or that the model is measured as worse than what was there.
         logging_steps: steps between log lines.
         trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
         distributed_timeout: seconds after which a process that waits for another one gives up.
@@ -179,6 +182,7 @@ class TrainingConfig:
     metric_for_best: str = "ndcg@10"
     load_best: bool = True
     early_stopping_patience: int | None = None
+    stop_on_collapse: bool = False
     logging_steps: int = 10
     trackers: list[str] = field(default_factory=list)
     distributed_timeout: float = 600.0
@@ -274,8 +278,9 @@ class TrainingConfig:
             )
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
-        if not re.fullmatch(r"(.+_)?(map|(mrr|ndcg)@[1-9]\d*)", self.metric_for_best):
-            raise ValueError(f"metric_for_best must be map, mrr@K or ndcg@K, got {self.metric_for_best!r}")
+        metric = self.metric_for_best
+        if not isinstance(metric, str) or not metric or re.search(r"@0+$", metric):
+            raise ValueError(f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}")
         if not self.output:
             raise ValueError("output must name a directory")
         self._check_objective()
@@ -295,7 +300,8 @@ class TrainingConfig:
     @property
     def at_k(self) -> int:
         """Cut of the evaluation's MRR and NDCG: metric_for_best's, else 10."""
-        return int(self.metric_for_best.partition("@")[2] or 10)
+        found = re.search(r"(?:^|_)(?:mrr|ndcg)@([1-9]\d*)$", self.metric_for_best)
+        return int(found[1]) if found else 10
 
 
 def _is_integer(value: object) -> bool:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,18 +20,22 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rerank_fast.cards.record import RunRecord
+from rerank_fast.cards.run import RunCard
 from rerank_fast.data.batches import Batch, BatchMaker, check_all_labels
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
+from rerank_fast.evaluation.evaluator import Evaluator
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
 from rerank_fast.objectives.base import Objective
-from rerank_fast.training import checkpoints, distributed, launch, precision
+from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.collapse import CollapseGuard
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives, launch
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
-from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.objective import choose_objective, described_settings
 from rerank_fast.training.run_identity import describe_run
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
@@ -77,8 +81,8 @@ class Trainer:
         eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
             instead of the best. Scores are computed in the dtype that the run multiplies in (fp32 where a CPU
             only emulates that), so that metrics may differ from the saved model's in fp32 by its rounding.
-        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model; metric_for_best is among
-            its metrics' names. The lists of eval beside it are measured too, their metrics named eval_.
+        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model, of which any may be
+            metric_for_best. The lists of eval beside it are measured too, their metrics named eval_.
         config: settings; see TrainingConfig.
         objective: a loss of your own, or one that is made already, in place of the one that the settings name.
         callbacks: functions that are told of events; see Event.
@@ -95,7 +99,7 @@ class Trainer:
         train_lists: Source | ListStream,
         *,
         eval: Source | None = None,
-        evaluator: Callable[[CrossEncoder], dict[str, float]] | None = None,
+        evaluator: Evaluator | None = None,
         config: TrainingConfig | None = None,
         objective: Objective | None = None,
         callbacks: Sequence[Callback] = (),
@@ -113,7 +117,7 @@ class Trainer:
         self.output = Path(config.output)
         self.callbacks = callbacks
         check_trackers(config.trackers)
-        self.processes = distributed.join_processes(config.distributed_timeout)
+        self.processes = collectives.join_processes(config.distributed_timeout)
         if told:
             self._say(f"As accelerate launch was told: {', '.join(told)}.")
         self.resumed_from = checkpoints.check_output(
@@ -128,7 +132,9 @@ class Trainer:
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         if not isinstance(self.lists, ListStream):  # a stream's are checked as they are read
-            check_all_labels(self.objective, self.lists)
+            advice = check_all_labels(self.objective, self.lists)
+            if advice and self.processes.is_main_process:
+                logger.warning("%s", advice)
         self.validation = Validation(eval, evaluator, config, self.objective)
         set_seed(config.seed)  # before the model: a fresh head is random
         self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
@@ -161,25 +167,31 @@ class Trainer:
         self.evaluated_in = arithmetic(dtype, self.model.device)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
-            self._scorer = distributed.ShardedScorer(self.model, self.processes)
+            self._scorer = collectives.ShardedScorer(self.model, self.processes)
+        self.guard = CollapseGuard(config.metric_for_best, self.model.activation_fn, config.learning_rate)
         self._stops = self._ran = False
 
     # -- one step ---------------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False) -> Tensor:
+    def _step(
+        self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False, logged: bool = False
+    ) -> Tensor:
         """One optimizer step on a global batch.
 
         Returns:
-            (4,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
-            interrupted, and 1 where fp16 overflowed and the step was left out.
+            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
+            interrupted, 1 where fp16 overflowed and the step was left out, and of a step that is
+            logged spread_of_lists.
         """
         config, device, rates = self.config, self.model.device, rates or Rates()
-        totals = torch.zeros(3, device=device)  # loss, units under a cut, interrupted processes
+        totals = torch.zeros(7, device=device)  # loss, units under a cut, interrupted processes, spread
         totals[2] = float(interrupted)
         with self.trained.whole():
             parts = batch.lists.split(config.gradient_accumulation_steps)
             # Over the units of all processes' lists: the loss does not depend on how a batch is cut.
             totals[0], totals[1] = self.backward(parts, batch.units, rates)
+            if logged:
+                totals[3:] = self.backward.spread()
             gradients = self.trained.sum_gradients(totals)
         if self.objective.cut_by_rank:
             # How many units the cut leaves is known only now that all are scored.
@@ -198,7 +210,8 @@ class Trainer:
             self.scheduler.step()
             self.trained.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))])
+        outcome = [totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))]
+        return torch.cat([torch.stack(outcome), totals[3:]])
 
     # -- the run ----------------------------------------------------------------------------------------
 
@@ -231,7 +244,7 @@ class Trainer:
         model.train()
         progress = self._begin()
         done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
-        agreed = torch.zeros(4)  # what _step gave for the step before
+        agreed = collectives.LateFlag()  # of the step before: processes that were interrupted
         rates = Rates()
         bar = tqdm(
             total=self.num_steps,
@@ -249,7 +262,8 @@ class Trainer:
                     raise self._kept_before(error, progress, done) from error
                 rates.waited += time.perf_counter() - asked
                 learning_rate = float(max(self.scheduler.get_last_lr()))  # of this step
-                outcome = self._step(batch, rates, interrupted=signals.came)
+                logged = self._is_logged(progress.step + 1)
+                outcome = self._step(batch, rates, interrupted=signals.came, logged=logged)
                 done.append((outcome, batch.indices))
                 progress.step += 1
                 progress.epoch, progress.batch = batch.epoch, batch.number + 1
@@ -260,15 +274,19 @@ class Trainer:
                 bar.update()
                 step = progress.step
                 self._tell("step_end", step)
-                # Several processes must stop at the same step: they go by the sum of the step before.
-                interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
-                agreed = outcome
+                interrupted = signals.came
+                if self.processes.num_processes > 1:
+                    # They must stop at the same step: they go by the sum of the step before.
+                    interrupted = agreed.get()
+                    agreed.put(outcome[2])
                 due = bool(self.validation) and step % config.eval_steps == 0
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
                 if step % config.logging_steps == 0 or self._ends(step) or due or saves:
                     row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
                     self._write("log", progress, row)
+                    if "tied_lists" in row:
+                        self._heed(self.guard.logged(row, step * config.batch_size), step)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
                     done, rates = [], Rates()
                 progress.evaluation_due = due
@@ -310,19 +328,56 @@ class Trainer:
         if self.processes.is_main_process:
             file, content = self.output / checkpoints.METRICS_FILE, {**asdict(result), "config": self.settings}
             checkpoints.write_json(file, content)
-            self.card.finish(self, result)
+            self.card.finish(self._record(result))
             checkpoints.mark_finished(self.output)
         self.processes.wait_for_everyone()
         return result
 
+    def _record(self, result: TrainingResult) -> RunRecord:
+        return RunRecord(
+            model=self.model,
+            output=self.output,
+            objective=self.objective,
+            settings=self.settings,
+            defaults=asdict(TrainingConfig()),
+            max_tokens_per_microbatch=self.backward.max_tokens,
+            evaluators=self.validation.evaluators,
+            metric_for_best=self.config.metric_for_best,
+            evaluated_in=self.evaluated_in,
+            metrics=result.metrics,
+            best_step=result.best_step,
+            steps=result.steps,
+            num_steps=self.num_steps,
+            seconds=result.seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            num_processes=self.processes.num_processes,
+            holds_the_saved_model=self.holds_the_saved_model,
+        )
+
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings as plain values, with the objective that was given in place of those it replaces."""
+        """All settings as plain values; an objective that was given stands in for those it replaces."""
         return described_settings(self.config, self._own_objective)
 
     def stop(self) -> None:
         """End the run after the current step, as if it were the last; for callbacks, in every process."""
         self._stops = True
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.logging_steps == 0 or step == self.num_steps
+
+    def _heed(self, warning: str | None, step: int) -> None:
+        """Say that the model has collapsed, and end the run where that is asked for.
+
+        All processes find the same.
+        """
+        if warning is None:
+            return
+        stops = self.config.stop_on_collapse and not self._ends(step)
+        if self.processes.is_main_process:
+            logger.warning("%s%s", warning, f" Stopped at step {step}." if stops else "")
+        if stops:
+            self.stop()
 
     def _ends(self, step: int) -> bool:
         return step >= self.num_steps or self._stops
@@ -370,7 +425,13 @@ class Trainer:
         if writes:
             checkpoints.mark_unfinished(self.output, best_step=progress.best_step)
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
-            self.card.start(self.model, self.output, progress)
+            self.card.start(
+                self.model,
+                self.output,
+                step=progress.step,
+                energy=progress.energy,
+                changes=progress.changes,
+            )
         trackers = self.config.trackers if writes else []
         self.log = RunLog(self.output, trackers, self.settings, position=position, step=progress.step)
         self._tell("train_begin", progress.step)
@@ -382,7 +443,7 @@ class Trainer:
     def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
         """Means over the steps since the last log line; the one wait for the device."""
         rows = torch.stack([outcome for outcome, _ in done]).cpu().double().numpy()
-        losses, norms, _, overflows = rows.T
+        losses, norms, _, overflows, *(spread, tied, several, means) = rows.T
         bad = np.flatnonzero(~np.isfinite(losses) | ~(np.isfinite(norms) | (overflows > 0)))
         if len(bad):
             at = int(bad[0])
@@ -400,6 +461,9 @@ class Trainer:
         progress.overflows += int(overflows.sum())
         row = {"loss": float(losses.mean()), "gradient_norm": float(norms[-1])}
         row["lists_without_gradient"] = progress.lists_without_gradient
+        if several[-1]:
+            measured = {"score_spread": spread, "tied_lists": tied, "score_mean": means}
+            row.update({name: float(values[-1] / several[-1]) for name, values in measured.items()})
         if self.scaler.is_enabled():
             row.update(loss_scale=self.scaler.get_scale(), overflows=progress.overflows)
         return row
@@ -427,12 +491,13 @@ class Trainer:
             metrics = self.validation(self._scorer)
         progress.evaluation_seconds += time.perf_counter() - started
         self._write("evaluate", progress, metrics)
+        greater = self.validation.greater_is_better
+        self._heed(self.guard.evaluated(metrics, progress.step, greater_is_better=greater), progress.step)
         if not progress.step:
             return
-        name = self.config.metric_for_best
         progress.evaluations_since_best += 1
         progress.evaluated, progress.evaluation_due = progress.step, False
-        if not progress.best or metrics[name] > progress.best[name]:
+        if self.validation.is_better(metrics, progress.best):
             progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
             self._save_best(progress.step)
         patience = self.config.early_stopping_patience

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rerank_fast.data.lists import Source
+from rerank_fast.evaluation.evaluator import Evaluator, greater_is_better, metric_names
+from rerank_fast.evaluation.metrics import default_metrics, parse_metric
 from rerank_fast.evaluation.reranking import RerankingEvaluator
-from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.objectives.base import Objective
 from rerank_fast.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
-
-LOSS = "eval_loss"
 
 
 class Validation:
@@ -36,19 +35,21 @@ class Validation:
     def __init__(
         self,
         eval: Source | None,
-        evaluator: Callable[[CrossEncoder], dict[str, float]] | None,
+        evaluator: Evaluator | None,
         config: TrainingConfig,
         objective: Objective,
     ) -> None:
-        self.evaluators: list[Any] = [] if evaluator is None else [evaluator]
+        self.evaluators: list[Evaluator] = [] if evaluator is None else [evaluator]
+        self.metric_for_best, self.greater_is_better = config.metric_for_best, True
         if eval is not None:
             name = "" if evaluator is None else "eval"
             loss = validation_loss(objective, config.batch_size)
-            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, loss=loss)
+            further = _further(config.metric_for_best, name, config.at_k)
+            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, metrics=further, loss=loss)
             self.evaluators.append(lists)
-        names = [name for one in self.evaluators for name in getattr(one, "metric_names", [config.metric_for_best])]
-        if names and config.metric_for_best not in names:
-            raise ValueError(f"metric_for_best is {config.metric_for_best}, but there are {', '.join(names)}")
+        names = [metric_names(one) for one in self.evaluators]
+        if names and None not in names:  # else the first evaluation says it
+            self._check([name for some in names for name in some or ()])
         if config.early_stopping_patience is not None and not self.evaluators:
             raise ValueError(
                 f"early_stopping_patience is {config.early_stopping_patience}, but nothing is "
@@ -60,7 +61,42 @@ class Validation:
         return bool(self.evaluators)
 
     def __call__(self, model: Any) -> dict[str, float]:
-        return {name: value for one in self.evaluators for name, value in one(model).items()}
+        """All metrics of a model.
+
+        Raises:
+            ValueError: metric_for_best is none of them.
+        """
+        metrics: dict[str, float] = {}
+        for one in self.evaluators:
+            given = one(model)
+            metrics.update(given)
+            if self.metric_for_best in given:
+                self.greater_is_better = greater_is_better(one)
+        self._check(list(metrics))
+        return metrics
+
+    def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        """Whether metrics, the last that were given, are better than the best before; empty is none."""
+        if not best:
+            return True
+        value, before = metrics[self.metric_for_best], best[self.metric_for_best]
+        return value > before if self.greater_is_better else value < before
+
+    def _check(self, names: Sequence[str]) -> None:
+        if self.metric_for_best not in names:
+            raise ValueError(f"metric_for_best is {self.metric_for_best}, but there are {', '.join(names)}")
+
+
+def _further(metric_for_best: str, name: str, at_k: int) -> tuple[str, ...]:
+    """What the evaluation lists, whose metrics have a name before theirs, are measured by beside the usual."""
+    metric = metric_for_best.removeprefix(f"{name}_") if name else metric_for_best
+    if metric in default_metrics(at_k) or (name and metric == metric_for_best):
+        return ()
+    try:
+        parse_metric(metric)
+    except ValueError:
+        return ()
+    return (metric,)
 
 
 def validation_loss(objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor, Tensor], float]:

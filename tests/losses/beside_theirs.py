@@ -79,6 +79,7 @@ CASES = [
     Case("ListNetLoss", "lists", ({}, {"mini_batch_size": 4, **SIGMOID})),
     Case("ListMLELoss", "lists", ({}, {"respect_input_order": False})),
     Case("PListMLELoss", "lists", ({}, {"lambda_weight": None}, {"respect_input_order": False, **SIGMOID})),
+    Case("ADRMSELoss", "lists", ({}, {"alpha": 3.0, **SIGMOID})),
     Case("LambdaLoss", "lists", ({}, {"k": 2, "sigma": 2.0, **SIGMOID})),
     Case("RankNetLoss", "lists", ({}, {"k": 1, "reduction_log": "natural", "mini_batch_size": 4})),
 ]

@@ -114,7 +114,6 @@ BAD_BATCHES = {
         ([TEXTS, TEXTS], torch.ones(2, 2)),
     ],
     "margins": [
-        ([TEXTS, TEXTS], torch.ones(2)),
         ([TEXTS, TEXTS, TEXTS], torch.ones(3)),
         ([TEXTS, TEXTS, TEXTS], torch.ones(2, 3)),
         ([TEXTS, TEXTS, TEXTS, TEXTS], [torch.ones(4), torch.ones(4)]),
@@ -204,3 +203,52 @@ def test_their_cross_entropy_loss_stays_theirs(monkeypatch: pytest.MonkeyPatch):
         from rerank_fast.losses import CrossEntropyLoss
     with pytest.raises(AttributeError, match="no attribute 'NoSuchLoss'"):
         losses.NoSuchLoss  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.takes == "lists"])
+def test_a_query_without_documents_has_no_share(name: str, model: nn.Module):
+    """It counts as a list where theirs does; there ListNet is NaN."""
+    inputs, labels = [["a", "b"], [["c", "d", "e"], []]], [torch.tensor([1.0, 0.0, 0.5]), torch.ones(0)]
+    value = getattr(losses, name)(model)(inputs, labels)
+    theirs = getattr(peer_losses, name)(model)(inputs, labels)
+    if name == "ListNetLoss":
+        assert theirs.isnan()
+        theirs = peer_losses.ListNetLoss(model)([["a"], inputs[1][:1]], labels[:1]) / 2
+    torch.testing.assert_close(value, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_negatives_are_drawn_as_theirs(model: nn.Module):
+    anchors = [f"anchor {i}" for i in range(9)]
+    columns = [[f"text {c} {i}" for i in range(9)] for c in range(3)]
+    for number in (1, 4, 23, 24, None):
+        drawn = []
+        for module in (losses, peer_losses):
+            torch.manual_seed(4)
+            loss = module.MultipleNegativesRankingLoss(model, num_negatives=number)
+            drawn.append([list(column) for column in loss.get_in_batch_negatives(anchors, columns)])
+        assert drawn[0] == drawn[1]
+        assert len(drawn[0]) == min(number or 24, 24)
+        for column in drawn[0]:
+            assert all(text.split()[2] != anchor.split()[1] for anchor, text in zip(anchors, column, strict=True))
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "4"])
+def test_numbers_of_negatives_that_are_none_are_refused(number: object, model: nn.Module):
+    with pytest.raises(ValueError, match=r"^num_negatives must be"):
+        losses.MultipleNegativesRankingLoss(model, num_negatives=number)
+
+
+def test_an_anchor_alone_has_a_loss_of_zero(model: nn.Module):
+    value = losses.MultipleNegativesRankingLoss(model)([["a"], ["b"]])
+    assert value == peer_losses.MultipleNegativesRankingLoss(model)([["a"], ["b"]], None) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("MarginMSELoss", [["a"], ["b"]]), ("MarginMSELoss", [["a"]]), ("MultipleNegativesRankingLoss", [["a"]])],
+)
+def test_too_few_columns_are_named(name: str, inputs: list[list[str]], model: nn.Module):
+    with pytest.raises(
+        ValueError, match=rf"{name} expects an anchor.* but got a dataset with {len(inputs)} columns"
+    ):
+        getattr(losses, name)(model)(inputs, torch.ones(1, 1))

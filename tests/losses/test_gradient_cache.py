@@ -150,7 +150,20 @@ def test_weights_changed_before_backward_are_refused(dropping: CrossEncoder):
         value.backward()
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@BY_PACKED
+def test_with_gradient_checkpointing(packed: bool, dropping: CrossEncoder):
+    dropping.model.gradient_checkpointing_enable({"use_reentrant": False})
+    results = [
+        loss_and_gradients(
+            losses.MSELoss(dropping, gradient_cache=cached, packed=packed, mini_batch_size=2),
+            *tensors(*BATCHES["pairs"][0]),
+        )
+        for cached in (False, True)
+    ]
+    assert_same(results[1], results[0], value=1e-6, gradients=1e-6)
+
+
+@BY_PACKED
 def test_frozen_weights_get_nothing(packed: bool, dropping: CrossEncoder):
     for name, weight in dropping.named_parameters():
         weight.requires_grad_("classifier" in name)

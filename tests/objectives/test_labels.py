@@ -32,7 +32,7 @@ from rerank_fast.objectives.ranknet import RankNet
         (ListMLE, {"respect_input_order": "no"}, "respect_input_order must be True or False"),
         (InfoNCE, {"temperature": -1}, "temperature must be"),
         (RankNet, {"k": -1}, "k must be None or a whole number"),
-        (RankNet, {"reduction": "sum"}, "reduction must be one of .'pairs', 'lists'"),
+        (RankNet, {"reduction": "none"}, "reduction must be one of .'pairs', 'lists'"),
         (RankNet, {"reduction_log": "e"}, "reduction_log must be one of"),
         (ADRMSE, {"alpha": 0}, "alpha must be .* above 0, got 0"),
         (ADRMSE, {"reduction": "sum"}, "reduction must be one of"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.tools.gpu_counts import counting
 from rerank_fast.objectives.adr_mse import ADRMSE
 from rerank_fast.objectives.approx_ndcg import ApproxNDCG
 from rerank_fast.objectives.binary_cross_entropy import BinaryCrossEntropy
@@ -230,13 +231,31 @@ def test_extreme_scores_stay_finite(objective):
 
 
 @every
-def test_second_derivatives_are_refused_and_inputs_are_checked(objective):
+def test_inputs_of_any_layout(objective):
+    scores, labels, offsets = lists(objective)
+    expected, expected_grad = gradient(objective, scores, labels, offsets)
+    apart = [torch.stack([one, one + 1], dim=1)[:, 0] for one in (scores, labels, offsets)]
+    leaf = apart[0].requires_grad_()
+    total = objective(leaf, *apart[1:]).total
+    torch.testing.assert_close(total.detach(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(total, leaf)[0], expected_grad)
+
+
+@every
+def test_second_derivatives_are_refused_or_right_and_inputs_are_checked(objective):
     scores, labels, offsets = lists(objective)
     scores.requires_grad_()
-    total = objective(scores, labels, offsets).total
-    (grad,) = torch.autograd.grad(total, scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="can't be differentiated"):
-        grad.square().sum().backward()
+    if objective.name in ("mse", "binary_cross_entropy"):  # PyTorch's own losses
+
+        def run(s):
+            return objective(s, labels, offsets).total
+
+        assert torch.autograd.gradgradcheck(run, (scores,))
+    else:
+        total = objective(scores, labels, offsets).total
+        (grad,) = torch.autograd.grad(total, scores, create_graph=True)
+        with pytest.raises(RuntimeError, match="can't be differentiated"):
+            grad.square().sum().backward()
     for arguments, message in (
         ((scores[None], labels, offsets), "scores must be"),
         ((scores, labels[:-1], offsets), "labels must have"),
@@ -257,12 +276,13 @@ def test_describes_itself_in_plain_values(objective):
 
 
 @every
-def test_on_meta_tensors_nothing_is_read(objective):
-    """Meta tensors have no values: whatever waited for one would raise."""
+def test_a_gpu_is_neither_waited_for_nor_sent_anything(objective):
     tensors = lists(objective, dtype=torch.float32)
     scores, labels, offsets = (tensor.to("meta") for tensor in tensors)
     scores.requires_grad_()
-    total = objective(scores, labels, offsets).total
-    total.backward()
-    assert total.shape == ()
+    with counting(np.ones(1)) as counts:
+        objective(scores, labels, offsets).total.backward()
     assert scores.grad.shape == scores.shape
+    tallies = counts.phases.values()
+    assert sum(tally.syncs + tally.uploads for tally in tallies) == 0
+    assert 0 < sum(tally.launches for tally in tallies) <= 100  # forward and backward

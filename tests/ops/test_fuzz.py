@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rerank_fast.ops import reference
+from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.int8_linear import int8_linear, quantize_rows, quantize_weight
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.ops.ndcg import ndcg
@@ -216,6 +217,28 @@ def fuzz_ndcg(case: Case) -> None:
     torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def fuzz_approx_ranks(case: Case) -> None:
+    scores, _, offsets = lists(case)
+    options = {"alpha": case.one([0.5, 1.0, 10.0])}
+    case.spoil("approx_ranks", options)
+    leaf = scores.detach().requires_grad_()
+    ranks = approx_ranks(leaf, offsets, backend=case.backend, **options)
+    (grad,) = grads_of(ranks, [leaf])
+    assert not case.bad, case.bad
+    assert grad.dtype == scores.dtype
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    upstream = torch.linspace(0.5, 1.5, max(len(scores), 1), dtype=torch.float64)[: len(scores)]
+    results = []
+    for dtype in (wide, torch.float64):
+        own = scores.detach().to(dtype).requires_grad_()
+        value = approx_ranks(own, offsets, backend="reference", **options)
+        results.append((value, *torch.autograd.grad(value, own, upstream.to(dtype))))
+    slack = 64 * torch.finfo(wide).eps
+    assert_close("ranks", ranks, results[0][0], results[1][0], slack)
+    slack += torch.finfo(grad.dtype).eps
+    assert_close("grad", grad, results[0][1], results[1][1], slack, size=options["alpha"])
+
+
 def fuzz_varlen_attention(case: Case) -> None:
     backend = case.backend
     most, total = (20, 40) if backend == "triton" else (40, 100)
@@ -373,6 +396,7 @@ OPS = {
     "lambda_loss": (fuzz_lambda_loss, ["cpu", "cpu", "triton", "reference"]),
     "count_pairs": (fuzz_count_pairs, ["torch"]),
     "ndcg": (fuzz_ndcg, ["cpu", "triton", "reference"]),
+    "approx_ranks": (fuzz_approx_ranks, ["cpu", "triton", "reference"]),
     "varlen_attention": (fuzz_varlen_attention, ["cpu", "cpu", "triton", "reference"]),
     "residual_norm": (fuzz_residual_norm, ["cpu", "triton", "reference"]),
     "score_head": (fuzz_score_head, ["cpu", "triton", "reference"]),

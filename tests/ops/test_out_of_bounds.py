@@ -172,6 +172,16 @@ def test_ndcg_of_bad_offsets_is_nan(guard):
                 assert values[q].isnan()
 
 
+@interpreted
+def test_approx_ranks_of_bad_offsets_keep_inside(guard):
+    from rerank_fast.ops.triton.approx_ranks import backward, forward
+
+    scores, _, _ = ragged([40])
+    for bounds in bad_offsets(40)[::4]:
+        forward(scores, torch.tensor(bounds), 1.0)
+        backward(scores, scores, torch.tensor(bounds), 1.0)
+
+
 SIDES = ["queries", "keys", "both"]
 WINDOWS = [(-1, -1), (3, 2)]
 

@@ -45,7 +45,7 @@ def test_the_defaults_are_the_published_recipe():
         ("resume", ""),
         ("scheme", "ndcg3"),
         ("reduction", "none"),
-        ("metric_for_best", "ndcg"),
+        ("metric_for_best", ""),
         ("metric_for_best", "ndcg@0"),
         ("save_total_limit", 0),
         ("output", ""),

@@ -12,7 +12,7 @@ import pytest
 from rerank_fast import Trainer, TrainingConfig, cli
 from rerank_fast.training.dry_run import count
 from tests.training.conftest import make_lists
-from tests.training.test_distributed import TORCHRUN, environment
+from tests.training.distributed.test_distributed import TORCHRUN, environment
 
 _LONG = "rain " * 60
 _ROWS = [
@@ -60,7 +60,10 @@ def test_everything_is_counted_and_nothing_written(
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()
     # 2 + 1 + 6 preference pairs of 3 + 2 + 4 documents; a list of 2 has none.
-    assert lines[0].startswith("Training lists: 4 with 11 documents; 1 lists have no preference")
+    assert lines[0] == (
+        "Training lists: 4 with 11 documents; 1 of the lists, without a preference pair (all labels "
+        "equal), train nothing"
+    )
     assert lines[1] == (
         "Epoch: 9 preference pairs, 9 pairs to score, 1 of them longer than 32 tokens and truncated"
     )
@@ -89,7 +92,7 @@ def test_it_counts_what_the_first_epoch_then_takes(
     trainer = Trainer(tiny_bert, lists, config=config)
     counted = count(trainer)
     taken = [batch for batch, _ in zip(trainer.batches(), range(trainer.num_batches), strict=False)]
-    assert counted.preference_pairs == sum(batch.num_pairs for batch in taken)
+    assert counted.units == [sum(batch.units for batch in taken)]
     assert counted.pairs == sum(len(batch.lists.pairs) for batch in taken)
     assert counted.documents == sum(map(len, lists["docs"]))
     assert (counted.pairs == counted.documents) == (sampled is None)

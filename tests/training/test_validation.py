@@ -114,3 +114,41 @@ def test_the_activation_is_kept_that_the_model_came_with(tiny_bert: Path, train_
     again = CrossEncoder(tmp_path / "asked", device="cpu")
     Trainer(again, train_lists, config=config_for(tmp_path / "twice", max_steps=1)).train()
     assert isinstance(CrossEncoder(tmp_path / "twice", device="cpu").activation_fn, nn.Tanh)
+
+
+class Errors:
+    """An evaluator of a user's own: the fewer the better."""
+
+    greater_is_better = False
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self, model: CrossEncoder) -> dict[str, float]:
+        return {"errors": self.values.pop(0)}
+
+
+def test_any_metric_of_any_evaluator_chooses_the_model(
+    tiny_bert: Path, train_lists: Dataset, eval_lists: Dataset, tmp_path: Path
+):
+    config = config_for(tmp_path / "own", metric_for_best="errors", max_steps=3, eval_steps=1)
+    evaluator = Errors(3.0, 1.0, 2.0)
+    result = Trainer(tiny_bert, train_lists, evaluator=evaluator, config=config).train()
+    assert (result.best_step, result.metrics) == (2, {"errors": 1.0})
+    for name, beside in {"R@2": None, "eval_R@2": Errors(1.0, 1.0)}.items():
+        config = config_for(tmp_path / name, metric_for_best=name, max_steps=1, eval_steps=1)
+        trainer = Trainer(tiny_bert, train_lists, eval=eval_lists, evaluator=beside, config=config)
+        assert name in trainer.train().metrics
+
+
+@pytest.mark.parametrize("name", ["ndcg@", "x_map", "R@", "eval_loss_", "NanoBEIR_R100_mean_ndcg@10"])
+def test_a_metric_that_no_evaluator_gives_is_refused(
+    name: str, tiny_bert: Path, train_lists: Dataset, eval_lists: Dataset, tmp_path: Path
+):
+    config = config_for(tmp_path / "run", metric_for_best=name, max_steps=1, eval_on_start=True)
+    with pytest.raises(ValueError, match=rf"^metric_for_best is {name}, but there are map, mrr@10, ndcg@10"):
+        Trainer(tiny_bert, train_lists, eval=eval_lists, config=config)
+    trainer = Trainer(tiny_bert, train_lists, evaluator=Errors(1.0), config=config)
+    with pytest.raises(ValueError, match=rf"^metric_for_best is {name}, but there are errors"):
+        trainer.train()  # before its first step
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()

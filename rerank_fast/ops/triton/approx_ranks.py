@@ -14,9 +14,9 @@ from rerank_fast.ops import ragged
 from rerank_fast.ops.triton import autotune, guard
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True}
 # What tuning tries beside them.
-AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"ROWS": 16}, {"COLUMNS": 128})
+AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 8}, {"ROWS": 32})
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -37,29 +37,32 @@ def approx_ranks_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     i = first + tl.arange(0, ROWS)
     in_i = i < n
-    s_i = tl.load(scores + i, mask=in_i, other=0.0)
-    list_i = tl.load(lists + i, mask=in_i, other=-1)
-    if BACKWARD:
-        g_i = tl.load(grad_ranks + i, mask=in_i, other=0.0)
+    s_i = tl.load(scores + i, mask=in_i, other=0.0)[:, None]
+    g_i = tl.load(grad_ranks + i, mask=in_i, other=0.0)[:, None] if BACKWARD else s_i
+    list_i = tl.load(lists + i, mask=in_i, other=0)
     start = tl.load(offsets + tl.load(lists + first))
     stop = tl.load(offsets + tl.load(lists + tl.minimum(first + ROWS, n) - 1) + 1)
     # Whatever the offsets say, no more is read than there is.
     start, stop = tl.maximum(start, 0), tl.minimum(stop, n)
-    total = tl.zeros([ROWS], dtype)
-    for tile in range(start, stop, COLUMNS):
+    # Places from here on, which 32 bits hold.
+    own = tl.minimum(tl.maximum(tl.load(offsets + list_i) - start, 0), n).to(tl.int32)[:, None]
+    end = tl.minimum(tl.maximum(tl.load(offsets + list_i + 1) - start, 0), n).to(tl.int32)[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], dtype)
+    for tile in range(0, (stop - start).to(tl.int32), COLUMNS):
         j = tile + tl.arange(0, COLUMNS)
-        in_j = j < stop
-        s_j = tl.load(scores + j, mask=in_j, other=0.0)
-        list_j = tl.load(lists + j, mask=in_j, other=-2)
-        d = alpha * (s_j[None, :] - s_i[:, None])
+        in_j = j < stop - start
+        s_j = tl.load(scores + start + j, mask=in_j, other=0.0)[None, :]
+        d = alpha * (s_j - s_i)
         t = tl.exp(-tl.abs(d))
         r = 1.0 / (1.0 + t)
         if BACKWARD:
-            g_j = tl.load(grad_ranks + j, mask=in_j, other=0.0)
-            term = (g_j[None, :] - g_i[:, None]) * (t * r * r)
+            g_j = tl.load(grad_ranks + start + j, mask=in_j, other=0.0)[None, :]
+            term = (g_j - g_i) * (t * r * r)
         else:
             term = tl.where(d < 0.0, t * r, r)
-        total += tl.sum(tl.where(list_j[None, :] == list_i[:, None], term, 0.0), axis=1)
+        # What follows the document's list is beyond its end, documents or none.
+        sums += tl.where((j[None, :] >= own) & (j[None, :] < end), term, 0.0)
+    total = tl.sum(sums, axis=1)
     if BACKWARD:
         total = alpha * total
     else:

@@ -18,7 +18,8 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.training.checkpoints import checkpoints
-from rerank_fast.training.distributed import ShardedScorer
+from rerank_fast.training.distributed import collectives
+from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -62,7 +63,7 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
 
 def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
     (directory / "runs.json").write_text(json.dumps(runs))
-    command = [*TORCHRUN, str(port), "-m", "tests.training.sharded_run", str(directory / "runs.json")]
+    command = [*TORCHRUN, str(port), "-m", "tests.training.distributed.sharded_run", str(directory / "runs.json")]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
 
 
@@ -192,7 +193,7 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
         num_processes = 3
 
     monkeypatch.setattr(
-        "rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone())
+        "rerank_fast.training.distributed.collectives.sum_over_processes", lambda t: shares.append(t[0].clone())
     )
     for rank in range(3):
         state = State()
@@ -201,3 +202,46 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
     counts = sum((share != 0).int() for share in shares)
     assert counts.tolist() == [1] * len(pairs)  # each pair by exactly one
     np.testing.assert_allclose(model.activation_fn(sum(shares)).numpy(), expected, atol=1e-6)
+
+
+def test_messages_are_summed_while_the_next_is_copied_in(monkeypatch: pytest.MonkeyPatch):
+    """Of any dtypes and shapes, transposed too; two are on their way at most."""
+    under_way: list[int] = []
+    sizes: list[int] = []
+
+    class Work:
+        def __init__(self, flat: torch.Tensor) -> None:
+            self.flat = flat
+
+        def wait(self) -> None:
+            self.flat.mul_(2)  # two processes with the same
+            under_way.pop()
+
+    def all_reduce(flat: torch.Tensor, *, async_op: bool) -> Work:
+        assert async_op
+        under_way.append(flat.numel())
+        sizes.append(flat.numel())
+        assert len(under_way) <= 2
+        return Work(flat)
+
+    monkeypatch.setattr(collectives, "several", lambda: True)
+    monkeypatch.setattr(collectives, "_MESSAGE", 20)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    shapes = [(3, 5), (), (40,), (2, 2), (0,), (4, 3)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors += [torch.randn(6, 4).t(), torch.randn(5).bfloat16(), torch.randn(2, 3).double()]
+    expected = [2 * one for one in tensors]
+    collectives.sum_over_processes(tensors)
+    assert not under_way
+    assert sizes == [16, 40, 16, 24, 5, 6]
+    assert all(torch.equal(one, two) for one, two in zip(tensors, expected, strict=True))
+
+
+def test_a_flag_is_that_of_the_step_before():
+    flag, value = collectives.LateFlag(), torch.zeros(())
+    assert not flag.get()
+    for step in range(4):
+        value.fill_(step // 2)
+        flag.put(value)
+        value.fill_(1 - step // 2)  # the device goes on with it
+        assert flag.get() == (step >= 2)
