@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from rerank_fast.model import storage
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.architectures import find_answer_head
+from rerank_fast.model.calls import NoCardData, with_older_names
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.devices import choose_device
@@ -80,6 +81,8 @@ class CrossEncoder(nn.Module):
             below 4 or above the model's positions; dtype is none of the above; the device is not
             there.
     """
+
+    model_card_data = NoCardData()
 
     def __init__(
         self,
@@ -209,14 +212,17 @@ class CrossEncoder(nn.Module):
         else:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def _prompt(self, prompt: str | None) -> str | None:
-        """The one given, or the default one.
+    def _prompt(self, prompt: str | None, name: str | None = None) -> str | None:
+        """The one given, or that of the name, or the default one.
 
         Raises:
-            ValueError: it is no string, or not valid Unicode; the model's pooling leaves out its tokens.
+            ValueError: it is no string, or not valid Unicode; there is none of the name; the model's pooling leaves
+                out its tokens.
         """
-        if prompt is None and self.default_prompt_name is not None:
-            prompt = self.prompts[self.default_prompt_name]
+        if prompt is None and (name := name or self.default_prompt_name) is not None:
+            if name not in self.prompts:
+                raise ValueError(f"there is no prompt {name!r}: expected {', '.join(self.prompts) or 'none'}")
+            prompt = self.prompts[name]
         if prompt and any(getattr(one, "include_prompt", True) is False for one in self.model.modules()):
             raise ValueError(f"{self.name_or_path} pools without the tokens of a prompt, which is not supported")
         return None if prompt is None else check_text(prompt, "prompt")
@@ -227,7 +233,7 @@ class CrossEncoder(nn.Module):
     # -- text to tokens ---------------------------------------------------------------------------------
 
     def tokenize(
-        self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
+        self, pairs: Iterable[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
     ) -> TokenizedPairs:
         """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
 
@@ -238,17 +244,17 @@ class CrossEncoder(nn.Module):
             ValueError: an element is not a pair of strings; names its index.
         """
         tokens, truncated = self.tokenize_counting(pairs, show_progress_bar=show_progress_bar, prompt=prompt)
-        self.warn_of_truncation(truncated, len(pairs))
+        self.warn_of_truncation(truncated, len(tokens))
         return tokens
 
     def tokenize_counting(
-        self, pairs: Sequence[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
+        self, pairs: Iterable[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
     ) -> tuple[TokenizedPairs, int]:
         """The same, with the number of pairs that were truncated in place of the warning."""
-        pairs, prompt = check_pairs(pairs), self._prompt(prompt)
+        checked, prompt = check_pairs(pairs), self._prompt(prompt)
         parts, truncated = [], 0
         tokenize = self._pair_tokenizer()
-        for chunk in tqdm(chunks(pairs), desc="Tokenizing", disable=not show_progress_bar):
+        for chunk in tqdm(chunks(checked), desc="Tokenizing", disable=not show_progress_bar):
             part, cut = self._tokenized(tokenize, chunk, prompt)
             parts.append(part)
             truncated += cut
@@ -376,40 +382,46 @@ class CrossEncoder(nn.Module):
         self.warn_of_truncation(truncated, len(pairs))
 
     @torch.inference_mode()
+    @with_older_names
     def predict(
         self,
-        pairs: Sequence[Pair] | Pair,
+        inputs: Iterable[Pair] | Pair,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
-        activation_fn: Callable[[Tensor], Tensor] | None = None,
         show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        apply_softmax: bool | None = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        prompt: str | None = None,
     ) -> Any:
-        """Scores of (query, document) pairs, in their order.
+        """Scores of (query, document) pairs, in their order; called as that of sentence-transformers.
 
         Args:
-            pairs: N pairs of strings, or one pair.
-            batch_size: most pairs per forward pass; None lets their tokens decide.
-            activation_fn: instead of the model's own.
-            show_progress_bar: None shows it when INFO messages are logged.
-            convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
-            convert_to_tensor: return a (N,) fp32 tensor on the model's device.
+            inputs: N pairs of strings, or one pair: lists, arrays, a Series of pairs, a DataFrame of two columns or
+                of the columns query and document, zip objects and other iterators that come to an end.
+            prompt_name: of the model's prompts, instead of prompt.
             prompt: goes before each query; the instruction of a causal model. None takes the model's default
                 prompt, if it has one.
+            batch_size: most pairs per forward pass; None lets their tokens decide.
+            show_progress_bar: None shows it when INFO messages are logged.
+            activation_fn: instead of the model's own.
+            apply_softmax: is over a model's labels, of which there is one: it changes nothing.
+            convert_to_numpy: return a (N,) fp32 array; else a list of 0-dim tensors.
+            convert_to_tensor: return a (N,) fp32 tensor on the model's device.
 
         Returns:
             The scores; a single value for one pair.
 
         Raises:
-            ValueError: an element is not a pair of strings; names its index.
+            ValueError: an element is not a pair of strings, names its index; there is no prompt of this name.
             MemoryError: a batch does not fit memory, nor does half of it.
         """
-        pairs = plain(pairs)
+        pairs = plain(inputs)
         two = isinstance(pairs, list | tuple) and len(pairs) == 2
         single = two and all(isinstance(plain(text), str) for text in pairs)
         batch = check_pairs([pairs] if single else pairs)  # all, before any is scored
-        prompt = self._prompt(prompt)
+        prompt = self._prompt(prompt, prompt_name)
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         scores = self._scores(self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar)
@@ -421,36 +433,39 @@ class CrossEncoder(nn.Module):
             return array[0] if single else array
         return scores[0] if single else list(scores)
 
+    @with_older_names
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
-        prompt: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Documents by descending score, ties in input order.
+        """Documents by descending score, ties in input order; called as that of sentence-transformers.
 
         Returns:
             [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
         """
-        return self.rank_many(
-            [query], [documents], top_k, return_documents, batch_size, show_progress_bar, activation_fn, prompt
-        )[0]
+        options: dict[str, Any] = {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size}
+        options |= {"show_progress_bar": show_progress_bar, "activation_fn": activation_fn}
+        return self.rank_many([query], [documents], top_k, return_documents, **options)[0]
 
     def rank_many(
         self,
-        queries: Sequence[str],
-        documents_per_query: Sequence[Sequence[str]],
+        queries: Iterable[str],
+        documents_per_query: Iterable[Iterable[str]],
         top_k: int | None = None,
         return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
-        prompt: str | None = None,
     ) -> list[list[dict[str, Any]]]:
         """rank() for every query, all pairs in one stream: many short lists cost what one long list does.
 
@@ -463,10 +478,11 @@ class CrossEncoder(nn.Module):
         pairs = [(query, document) for query, docs in zip(queries, lists, strict=True) for document in docs]
         all_scores = self.predict(
             pairs,
+            prompt_name,
+            prompt,
             batch_size=batch_size,
             activation_fn=activation_fn,
             show_progress_bar=show_progress_bar,
-            prompt=prompt,
         )
         return rankings(all_scores, lists, top_k, return_documents)
 

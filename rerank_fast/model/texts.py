@@ -15,7 +15,10 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 def plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers, strings and arrays as Python's own; anything else as it is."""
+    """NumPy's and PyTorch's numbers, strings and arrays as Python's own, tables as rows; anything else as it is."""
+    if hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a DataFrame
+        names = list(value.columns)
+        return (value[["query", "document"]] if {"query", "document"} <= {*names} else value).to_numpy().tolist()
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -183,7 +183,7 @@ def test_a_head_beside_the_hugging_face_model_is_not_replaced_by_a_fresh_one(tmp
     modules = [{"type": f"sentence_transformers.{name}"} for name in ("Transformer", "Pooling", "Dense")]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
-    with pytest.raises(ValueError, match="of the modules Transformer, Pooling, Dense; expected"):
+    with pytest.raises(ValueError, match="expected a path for the module"):
         CrossEncoder(tmp_path)
 
 

@@ -17,7 +17,11 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
     Raises:
         ValueError: the adapter names no model, or has no safetensors weights.
     """
-    if checkpoint.file("config.json") is not None or (config := checkpoint.read_json(_CONFIG)) is None:
+    try:
+        config = None if checkpoint.file("config.json") is not None else checkpoint.read_json(_CONFIG)
+    except OSError:  # there is no such model: whoever reads its config says why
+        return None
+    if config is None:
         return None
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
