@@ -30,6 +30,9 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]},
 }
+# Linux on x86-64 has another one, of tiles: csrc/**/amx_kernels.cpp alone is compiled for it, and the other
+# kernels of that set are avx512_bf16's.
+_TILES = {"amx_bf16": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 
 
 class Compiler:
@@ -37,23 +40,29 @@ class Compiler:
 
     def __init__(self) -> None:
         self.command = os.environ.get("CXX", "c++")
-        machine = self._run("-dumpmachine").split("-")[0]
+        target = self._run("-dumpmachine")
+        machine = target.split("-")[0]
         machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-        sets = INSTRUCTION_SETS.get(machine, {"portable": []})
-        self.sets = {name: flags for name, flags in sets.items() if self._knows(flags)}
+        self.sets = self._known(INSTRUCTION_SETS.get(machine, {"portable": []}))
+        self.tiles = self._known(_TILES if "avx512_bf16" in self.sets and "linux" in target else {})
 
     def sets_of(self, source: Path) -> dict[str, list[str]]:
         """The flags of each set that a file is compiled for."""
+        if source.stem == "amx_kernels":
+            return self.tiles
         return self.sets if source.stem.endswith("_kernels") else {"portable": []}
 
     def definitions(self) -> list[str]:
         """Of every file: what sets there are."""
-        known = ["-DRERANK_FAST_HAS_AVX512_BF16"] if "avx512_bf16" in self.sets else []
+        known = [f"-DRERANK_FAST_HAS_{name.upper()}" for name in [*self.sets, *self.tiles]]
         return [f"-DRERANK_FAST_SETS(X)={' '.join(f'X({name})' for name in self.sets)}", *known]
 
     def _run(self, *arguments: str) -> str:
         command = [*shlex.split(self.command), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+
+    def _known(self, sets: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {name: flags for name, flags in sets.items() if self._knows(flags)}
 
     def _knows(self, flags: list[str]) -> bool:
         try:

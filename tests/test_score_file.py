@@ -208,7 +208,7 @@ def test_arguments_and_files_that_are_wrong(model: CrossEncoder, tmp_path: Path)
     (tmp_path / "empty.jsonl").write_text("\n")
     for arguments, options, message in (
         ((tmp_path / "none.jsonl", output), {}, "none.jsonl does not exist"),
-        ((tmp_path / "pairs.csv", output), {}, "expected a .jsonl or .parquet file"),
+        ((tmp_path / "pairs.txt", output), {}, "expected a .jsonl, .json, .csv"),
         ((tmp_path / "broken.parquet", output), {}, "is not a Parquet file"),
         ((tmp_path / "empty.jsonl", output), {}, "empty.jsonl holds no pair"),
         ((source, tmp_path / "scores.csv"), {}, "the output is a .parquet file"),

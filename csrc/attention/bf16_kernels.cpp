@@ -15,14 +15,6 @@ using Vector = Lanes<float>;
 constexpr std::int64_t kRows = 8, kKeys = 2 * kLanes;  // queries and keys of a tile
 constexpr std::int64_t kPairs = kRows;                 // of queries, in a block of backward: two tiles
 
-RERANK_FAST_INLINE std::uint16_t* place(const Rows& rows, std::int64_t head, std::int64_t token) {
-  return static_cast<std::uint16_t*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
-}
-
-RERANK_FAST_INLINE Bf16Rows rows_of(const Rows& rows, std::int64_t head, std::int64_t first, std::int64_t count) {
-  return {place(rows, head, first), rows.token_stride, count};
-}
-
 // to (kRows, kKeys) = left^T (words, kRows) x columns (words, kKeys) * factor, as far as kVectors reach.
 template <int kVectors>
 RERANK_FAST_INLINE void store_product(const Word* left, const Word* columns, std::int64_t words, float factor,
@@ -54,13 +46,7 @@ RERANK_FAST_INLINE void mask(const AttentionShape& shape, const Sequence& sequen
 // The columns e and on, kKeys or what is left of them, of one row of a head.
 RERANK_FAST_INLINE void write(const Rows& rows, std::int64_t head, std::int64_t token, std::int64_t size,
                               std::int64_t e, const Vector (&sum)[2], float factor) {
-  const Words both = narrow(sum[0] * factor, sum[1] * factor);
-  std::uint16_t* const to = place(rows, head, token) + e;
-  if (size - e >= kKeys) {
-    std::memcpy(to, &both, sizeof both);
-  } else {
-    std::memcpy(to, &both, sizeof both / 2);
-  }
+  store_elements(narrow(sum[0] * factor, sum[1] * factor), place(rows, head, token) + e, size - e);
 }
 
 // result (kRows, columns from e on) = weights (tiles, kRows, kKeys / 2 words) x values (pairs of keys, size).
@@ -177,18 +163,6 @@ struct Query {
     *slope = all * (upstream - along);
   }
 };
-
-RERANK_FAST_INLINE float dot_rows(const std::uint16_t* left, const std::uint16_t* right, std::int64_t size) {
-  Vector products = {};
-  for (std::int64_t e = 0; e < size; e += kKeys) {
-    Words pair[2] = {};
-    const auto bytes = static_cast<std::size_t>(size - e >= kKeys ? kKeys : kLanes) * 2;
-    std::memcpy(&pair[0], left + e, bytes);
-    std::memcpy(&pair[1], right + e, bytes);
-    products = dot(products, pair[0], pair[1]);
-  }
-  return sum<float>(products);
-}
 
 // to (keys, size) += pairs^T x rows: pairs (count, stride) and rows (count, size) are pairs of queries.
 template <int kVectors>

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <utility>
 
+#include "attention/kernels.h"
 #include "common/lanes.h"
 
 namespace rerank_fast {
@@ -42,6 +43,14 @@ struct Bf16Rows {
   }
 };
 
+RERANK_FAST_INLINE std::uint16_t* place(const Rows& rows, std::int64_t head, std::int64_t token) {
+  return static_cast<std::uint16_t*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
+}
+
+RERANK_FAST_INLINE Bf16Rows rows_of(const Rows& rows, std::int64_t head, std::int64_t first, std::int64_t count) {
+  return {place(rows, head, first), rows.token_stride, count};
+}
+
 // bf16 of the lanes of low, then of high.
 RERANK_FAST_INLINE Words narrow(Lanes<float> low, Lanes<float> high) {
 #if defined(__AVX512BF16__)
@@ -58,6 +67,33 @@ RERANK_FAST_INLINE Lanes<float> dot(Lanes<float> sum, Words left, Words right) {
 #else
   return (Lanes<float>)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)left, (bfloat16x8_t)right);
 #endif
+}
+
+// Two registers' worth of elements, or where there are but `left` of them one, and zeros.
+RERANK_FAST_INLINE Words load_elements(const std::uint16_t* from, std::int64_t left) {
+  Words words = {};
+  if (left >= 2 * kLanes) {
+    std::memcpy(&words, from, sizeof words);
+  } else {
+    std::memcpy(&words, from, sizeof words / 2);
+  }
+  return words;
+}
+
+RERANK_FAST_INLINE void store_elements(Words words, std::uint16_t* to, std::int64_t left) {
+  if (left >= 2 * kLanes) {
+    std::memcpy(to, &words, sizeof words);
+  } else {
+    std::memcpy(to, &words, sizeof words / 2);
+  }
+}
+
+// Of rows of whole kLanes elements.
+RERANK_FAST_INLINE float dot_rows(const std::uint16_t* left, const std::uint16_t* right, std::int64_t size) {
+  Lanes<float> products = {};
+  for (std::int64_t e = 0; e < size; e += 2 * kLanes)
+    products = dot(products, load_elements(left + e, size - e), load_elements(right + e, size - e));
+  return sum<float>(products);
 }
 
 // sum (kRows, 2 * kLanes) += left (kRows, words) x right (words, 2 * kLanes); row r, word w of left is at
@@ -90,17 +126,26 @@ RERANK_FAST_INLINE Words interleave(Words halves) {
   return (Words)interleave((Bf16Lanes)halves, std::make_integer_sequence<int, 2 * kLanes>{});
 }
 
+// Words of the kLanes elements from `even` and from `odd` on.
+RERANK_FAST_INLINE Words pair_elements(const std::uint16_t* even, const std::uint16_t* odd) {
+#if defined(__AVX512BF16__)  // two stores and a wider load would wait for each other
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
+  return interleave((Words)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+  Bf16Lanes both;
+  std::memcpy(&both, even, sizeof both / 2);
+  std::memcpy(reinterpret_cast<char*>(&both) + sizeof both / 2, odd, sizeof both / 2);
+  return interleave((Words)both);
+#endif
+}
+
 // Rows of whole kLanes elements as words of neighbouring rows: (pairs of rows, size). It is the right side of a product
 // that sums over rows.
 RERANK_FAST_INLINE void pair_rows(const Bf16Rows& rows, std::int64_t size, Word* to) {
   for (std::int64_t i = 0; i < rows.count; i += 2) {
     const std::uint16_t *even = rows[i], *odd = rows[i + 1];
-    for (std::int64_t e = 0; e < size; e += kLanes) {
-      Bf16Lanes both;
-      std::memcpy(&both, even + e, sizeof both / 2);
-      std::memcpy(reinterpret_cast<char*>(&both) + sizeof both / 2, odd + e, sizeof both / 2);
-      store(interleave((Words)both), to + i / 2 * size + e);
-    }
+    for (std::int64_t e = 0; e < size; e += kLanes) store(pair_elements(even + e, odd + e), to + i / 2 * size + e);
   }
 }
 

@@ -85,13 +85,6 @@ RERANK_FAST_INLINE std::int64_t place(const Rows& rows, std::int64_t head, std::
   return token * rows.token_stride + head * rows.head_stride;
 }
 
-// Asks for a row of the next head, which comes next and lies too far off for the processor to guess that.
-template <int kToWrite, typename Value>
-RERANK_FAST_INLINE void fetch(const Value* row, std::int64_t size) {
-  for (std::int64_t e = 0; e < size; e += 64 / static_cast<std::int64_t>(sizeof *row))
-    __builtin_prefetch(row + e, kToWrite);
-}
-
 // Copies count rows of one head into fp32 rows of `width` floats, times factor; what is beyond them becomes 0.
 template <bool kBf16>
 RERANK_FAST_INLINE void read(const Rows& rows, std::int64_t head, std::int64_t first, std::int64_t count,

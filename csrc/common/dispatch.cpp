@@ -2,6 +2,11 @@
 
 #include <atomic>
 
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -20,6 +25,11 @@ namespace rerank_fast {
   extern const RowKernels row_kernels;            \
   }
 RERANK_FAST_SETS(RERANK_FAST_DECLARE)
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+namespace amx_bf16 {
+extern const AttentionKernels attention_kernels;
+}
+#endif
 
 namespace {
 
@@ -52,6 +62,17 @@ bool has(const std::string& set) {
 #endif
 }
 
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+// Whether the processor has tiles of bf16, and Linux lets this process use them: it has to be asked.
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 const std::vector<Kernels>& sets_here() {
   static const std::vector<Kernels> found = [] {
     std::vector<Kernels> sets;
@@ -62,6 +83,15 @@ const std::vector<Kernels>& sets_here() {
   add({#SET, &SET::approx_ranks_kernels, &SET::attention_kernels, &SET::lambda_loss_kernels, &SET::math_kernels, \
        &SET::row_kernels});
     RERANK_FAST_SETS(RERANK_FAST_ADD)
+#if defined(RERANK_FAST_HAS_AMX_BF16)
+    // Tiles are attention's alone: the rest is that of the set below.
+    if (has("avx512_bf16") && may_use_tiles()) {
+      Kernels tiles = sets.front();
+      tiles.set = "amx_bf16";
+      tiles.attention = &amx_bf16::attention_kernels;
+      sets.insert(sets.begin(), tiles);
+    }
+#endif
     return sets;
   }();
   return found;

@@ -34,8 +34,9 @@ struct Dropout {
     return mix(mix(seed + stream * 0x9e3779b9u) +
                (rows == nullptr ? index : static_cast<std::uint32_t>(rows[index])));
   }
-  template <typename Bits>
-  static RERANK_FAST_INLINE Bits draw(std::uint32_t row, Bits column) {
+  // Of one place, or where either is a vector, of as many.
+  template <typename Row, typename Column>
+  static RERANK_FAST_INLINE auto draw(Row row, Column column) {
     return mix(column * 0x9e3779b9u + row);
   }
   // 0 or 1 / (1 - p).

@@ -41,11 +41,12 @@ RERANK_FAST_INLINE V absolute(V x) {
 // A number near zero that is rounded to a whole one by adding this, which then stands in the low bits.
 constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23
 
-// 2^n of the whole number n that `shifted` holds: kRounds + n, for n from -126 to 127.
+// p * 2^n of the whole number n that `shifted` holds, kRounds + n, by adding n to p's exponent: where the product is a
+// normal number.
 template <typename V>
-RERANK_FAST_INLINE V power_of_two(V shifted) {
+RERANK_FAST_INLINE V times_power_of_two(V p, V shifted) {
   using Bits = typename BitsOf<V>::type;
-  return same_bits<V>((same_bits<Bits>(shifted) - 0x4b400000u + 127u) << 23);
+  return same_bits<V>(same_bits<Bits>(p) + (same_bits<Bits>(shifted) << 23));  // none of kRounds' bits is left
 }
 
 // 2^f for f from -1/2 to 1/2, to 1e-7.
@@ -73,7 +74,7 @@ template <bool kCoarse = false, typename V = float>
 RERANK_FAST_INLINE V exp2_below(V x) {
   const V shifted = x + kRounds;
   const V f = x - (shifted - kRounds);
-  const V result = (kCoarse ? exp2_fraction_coarse(f) : exp2_fraction(f)) * power_of_two(shifted);
+  const V result = times_power_of_two(kCoarse ? exp2_fraction_coarse(f) : exp2_fraction(f), shifted);
   return x < -126.0f ? V{} : result;  // what is below has given anything
 }
 
@@ -84,7 +85,7 @@ RERANK_FAST_INLINE V exp_negative(V d) {
   const V shifted = x * 1.44269504f + kRounds, n = shifted - kRounds;
   // ln 2 in two parts, of which the first times n is exact.
   const V f = ((x - n * 0.693145752f) - n * 1.42860677e-6f) * 1.44269504f;
-  return exp2_fraction(f) * power_of_two(shifted);
+  return times_power_of_two(exp2_fraction(f), shifted);
 }
 
 // log(1 + t) for t from 0 to 1, to 2e-7: t times a polynomial in t - 1/2 (a fit of log1p(t) / t).
@@ -100,6 +101,16 @@ RERANK_FAST_INLINE V log1p_unit(V t) {
   p = p * v - 0.288526665f;
   p = p * v + 0.810930219f;
   return t * p;
+}
+
+// log2 x of a normal x > 0, to 3e-7 of the result or, from 1/2 to 2, of 1. NaN stays NaN.
+template <typename V>
+RERANK_FAST_INLINE V log2_of(V x) {
+  using Bits = typename BitsOf<V>::type;
+  const Bits bits = same_bits<Bits>(x);
+  const V exponent = same_bits<V>((bits >> 23) + (0x4b400000u - 127u)) - kRounds;
+  const V fraction = same_bits<V>((bits & 0x7fffffu) | 0x3f800000u) - 1.0f;
+  return exponent + log1p_unit(fraction) * 1.44269504f + (x - x);
 }
 
 // In double they are the C library's, a value at a time.

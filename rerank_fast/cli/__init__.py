@@ -1,4 +1,4 @@
-"""The command rerank-fast: train, evaluate, score, mine, export, recipes, demo."""
+"""The command rerank-fast: train, evaluate, score, mine, convert, export, recipes, demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from rerank_fast.cli import demo, evaluate, export, mine, recipes, score, train
+from rerank_fast.cli import convert, demo, evaluate, export, mine, recipes, score, train
 from rerank_fast.cli.errors import in_flags, is_users, one_line
 from rerank_fast.cli.parser import CommandParser, VersionAction
 
@@ -18,6 +18,7 @@ _FILES: dict[str, Any] = {
     "evaluate": evaluate,
     "score": score,
     "mine": mine,
+    "convert": convert,
     "export": export,
     "recipes": recipes,
     "demo": demo,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.lists import LISTS, Source, add_columns, lists_of, refuse
 from rerank_fast.cli.parser import CommandParser, command_parser
 
 
@@ -22,7 +22,7 @@ def make_parser() -> CommandParser:
         required=True,
         help="directory or hub id of a reranker; given twice, the two are compared with a paired test",
     )
-    parser.add_argument("--data", type=str | None, default=None, help="lists: .jsonl, .parquet, saved or hub id")
+    parser.add_argument("--data", type=Source | None, default=None, help=LISTS)
     add_columns(parser)
     parser.add_argument(
         "--nano_beir",
@@ -98,13 +98,13 @@ def run(options: dict[str, Any]) -> None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_outputs(output: Path | None, details: Path | None, data: str | None) -> None:
+def _check_outputs(output: Path | None, details: Path | None, data: Source | None) -> None:
     """Before hours of measuring."""
     from rerank_fast.data.writable import check_directory, check_file
 
     if output is not None:
         check_file(output, "output")
-        if data is not None and output.resolve() == Path(data).resolve():
+        if isinstance(data, str) and output.resolve() == Path(data).resolve():
             raise ValueError(f"output {output} is the data: expected another file")
     if details is not None:
         check_directory(details, "details")

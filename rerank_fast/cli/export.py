@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.lists import Source, add_columns, lists_of, refuse
 from rerank_fast.cli.parser import CommandParser, command_parser
 
 
@@ -21,7 +21,7 @@ def make_parser() -> CommandParser:
         default=None,
         help="directory of the whole model; by default --model's own",
     )
-    parser.add_argument("--data", type=str | None, default=None, help="lists to check with, 200 pairs of them")
+    parser.add_argument("--data", type=Source | None, default=None, help="lists to check with, 200 pairs of them")
     add_columns(parser)
     parser.add_argument("--tolerance", type=float | None, default=None, help="largest difference of a score")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")

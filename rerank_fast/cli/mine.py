@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rerank_fast.cli.lists import refuse
+from rerank_fast.cli.lists import Source, refuse
 from rerank_fast.cli.parser import CommandParser, command_parser
 
 _ENCODERS = (
@@ -16,13 +16,13 @@ def make_parser() -> CommandParser:
     mine = command_parser("Mine hard negatives: ranking lists of queries, positives and a corpus.")
     mine.add_argument(
         "--queries",
-        type=str,
+        type=Source,
         required=True,
-        help="query with positives (texts), positive_ids, or docs and labels: .jsonl, .parquet, saved or hub id",
+        help="query with positives (texts), positive_ids, or lists of any layout; a BEIR folder has both",
     )
     mine.add_argument(
         "--corpus",
-        type=str | None,
+        type=Source | None,
         default=None,
         help="text and id; left out: the texts that the queries have",
     )

@@ -14,7 +14,7 @@ def make_parser() -> CommandParser:
         "--input",
         type=str,
         required=True,
-        help=".jsonl or .parquet with query and document, or query and docs",
+        help=".jsonl, .csv, .tsv (also .gz, .zst) or .parquet with query and document, or query and docs",
     )
     parser.add_argument(
         "--output",

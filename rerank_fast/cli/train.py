@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from rerank_fast.cli.evaluate import print_metrics
-from rerank_fast.cli.lists import add_columns, lists_of, refuse
+from rerank_fast.cli.lists import LISTS, Source, add_columns, lists_of, refuse
 from rerank_fast.cli.parser import CommandParser, command_parser
 from rerank_fast.training.config import LAMBDA_LOSS, TrainingConfig
 
@@ -47,14 +47,15 @@ def make_parser() -> CommandParser:
         default=None,
         help="directory or hub id of an encoder or reranker",
     )
-    parser.add_argument(
-        "--train",
-        type=str | None,
-        default=None,
-        help="lists: .jsonl, .parquet, saved dataset or hub id",
-    )
-    parser.add_argument("--eval", type=str | None, default=None, help="lists to choose the best model by")
+    parser.add_argument("--train", type=Source | None, default=None, help=LISTS)
+    parser.add_argument("--eval", type=Source | None, default=None, help="lists to choose the best model by")
     add_columns(parser)
+    parser.add_argument(
+        "--labels",
+        type=Literal["relevance", "scores"],
+        default="relevance",
+        help="of --train, where its rows have both: labels, or a teacher's scores for distillation",
+    )
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -198,7 +199,8 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
 
 
 def _trainer(options: dict[str, Any]) -> Any:
-    model, train, evaluation, columns = (options[name] for name in ("model", "train", "eval", "columns"))
+    model, train, evaluation = (options[name] for name in ("model", "train", "eval"))
+    columns, labels = options["columns"], options["labels"]
     names = {field.name for field in fields(TrainingConfig)}
     if isinstance(options["trackers"], str):
         trackers = [name.strip() for name in options["trackers"].split(",")]
@@ -210,15 +212,15 @@ def _trainer(options: dict[str, Any]) -> Any:
         why = "nothing is evaluated, it needs --eval"
         refuse(vars(config), vars(_DEFAULTS), ["metric_for_best"], why)
 
-    from rerank_fast.data.lists import ListStream
+    from rerank_fast.data.lists import ListStream, names_of
     from rerank_fast.training.trainer import Trainer
 
     trainer = Trainer(
         model,
-        ListStream(train, columns=columns) if config.streaming else lists_of(train, columns),
+        ListStream(train, columns=columns, labels=labels) if config.streaming else lists_of(train, columns, labels),
         eval=evaluation and lists_of(evaluation, columns),
         config=config,
     )
-    trainer.card.eval_sources = [] if evaluation is None else [evaluation]
-    trainer.card.sources = [train]  # what lists_of has read here no longer says where it came from
+    trainer.card.eval_sources = [] if evaluation is None else names_of(evaluation)
+    trainer.card.sources = names_of(train)  # what lists_of has read here no longer says where it came from
     return trainer

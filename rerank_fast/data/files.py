@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON arrays and Parquet; what is damaged is named by file and line, or row."""
+"""Rows of JSON and Parquet; what is damaged is named by file and line, or row."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
         if not index and suffix_of(path) == ".json" and line.lstrip().startswith(b"["):
             yield from ((f"{path}, row {row}", value) for row, value in enumerate(_array(path)))
             return
-        yield f"{path}, line {number}", parse_line(path, number, line)
+        place = f"{path}, line {number}"
+        yield place, parse_line(place, line)
 
 
 def _array(path: Path) -> list[Any]:
@@ -106,18 +107,18 @@ def _array(path: Path) -> list[Any]:
     return values
 
 
-def parse_line(path: Path, number: int, line: bytes) -> Any:
+def parse_line(place: str, line: bytes) -> Any:
     """The JSON value of a line.
 
     Raises:
-        ValueError: it is no UTF-8 text, or no JSON; names the file and the line.
+        ValueError: it is no UTF-8 text, or no JSON; begins with the place.
     """
     try:
         return json.loads(line.decode().rstrip())  # or the parser counts one more line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 text: {error}") from error
+        raise ValueError(f"{place}: not UTF-8 text: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+        raise ValueError(f"{place}: not a JSON object: {error}") from error
 
 
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:

@@ -58,10 +58,11 @@ def read_columns(source: Any, names: Sequence[str], where: str) -> dict[str, lis
                         columns[name] += python_values(batch.column(name), name, str(path), first)
             continue
         for number, line in numbered_lines(path):
-            row = parse_line(path, number, line)
+            place = f"{path}, line {number}"
+            row = parse_line(place, line)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {shown(row)}")
-            _check_columns(names, row, f"{path}, line {number}")
+                raise ValueError(f"{place}: expected a JSON object, got {shown(row)}")
+            _check_columns(names, row, place)
             for name in names:
                 columns[name].append(row[name])
     return columns

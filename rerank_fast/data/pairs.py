@@ -10,14 +10,20 @@ from typing import Any
 
 import pyarrow
 
+from rerank_fast.data.delimited import delimited_rows
 from rerank_fast.data.files import (
-    LINE_SUFFIXES,
+    TABLE_SUFFIXES,
+    is_readable,
+    json_values,
     numbered_lines,
     open_parquet,
     parquet_batches,
     parse_line,
     python_rows,
+    suffix_of,
 )
+from rerank_fast.data.layouts.pairs import DOCUMENT
+from rerank_fast.data.layouts.row import QUERY, Row
 from rerank_fast.model.texts import check_text, one_line, shown
 
 _FIELDS = ("query", "document", "docs")
@@ -47,8 +53,9 @@ class PairFile:
     """A file of pairs (query, document), or of lists (query, docs).
 
     Args:
-        path: .jsonl or .parquet.
-        columns: the file's own names: {"query": ..., "document": ... or "docs": ...}.
+        path: .jsonl, .json, .csv, .tsv (each also .gz or .zst) or .parquet.
+        columns: the file's own names: {"query": ..., "document": ... or "docs": ...}. A query is also found
+            as anchor or question, a document as passage, response, answer or text.
         keep: further columns that a block takes along.
         rows_per_block: rows of a block; the last one of a file or of a Parquet row group has fewer.
 
@@ -70,8 +77,9 @@ class PairFile:
                 )
         for name in self.keep:
             check_text(name, "keep")
-        if self.path.suffix not in (*LINE_SUFFIXES, ".parquet"):
-            raise ValueError(f"expected a .jsonl or .parquet file of pairs, got {self.path}")
+        if not is_readable(self.path):
+            kinds = ".jsonl, .json, .csv, .tsv (each also .gz or .zst) or .parquet"
+            raise ValueError(f"expected a {kinds} file of pairs, got {self.path}")
         if not self.path.is_file():
             raise ValueError(f"file {self.path} does not exist")
 
@@ -80,7 +88,10 @@ class PairFile:
         return (self._parquet if self.path.suffix == ".parquet" else self._lines)(wanted)
 
     def _names(self, there: Sequence[str], where: str) -> _Names:
-        query, document, docs = (self.columns.get(field, field) for field in _FIELDS)
+        query = self.columns.get("query") or next((name for name in QUERY if name in there), "query")
+        document = self.columns.get("document")
+        document = document or next((name for name in DOCUMENT if name in there), "document")
+        docs = self.columns.get("docs", "docs")
         is_list = "docs" in self.columns or ("document" not in self.columns and document not in there)
         names = _Names(query, docs if is_list else document, is_list)
         for name in (names.query, names.documents, *self.keep):
@@ -93,16 +104,14 @@ class PairFile:
         pairs: list[tuple[str, str]] = []
         sizes = []
         for place, row in rows:
-            query = check_text(row[names.query], f"{place}, field {names.query}")
-            documents, field = row[names.documents], f"{place}, field {names.documents}"
+            read = Row(place, row)
+            query = read.text(names.query)
             if not names.is_list:
-                pairs.append((query, check_text(documents, field)))
+                pairs.append((query, read.text(names.documents)))
                 continue
-            if not isinstance(documents, list):
-                raise ValueError(f"{field}: expected a list of strings, got {shown(documents)}")
+            documents = read.texts(names.documents)
             sizes.append(len(documents))
-            for n, document in enumerate(documents):
-                pairs.append((query, check_text(document, f"{field}[{n}]")))
+            pairs += [(query, document) for document in documents]
         return PairBlock(index, pairs, sizes if names.is_list else None, kept)
 
     def _parquet(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
@@ -139,18 +148,18 @@ class PairFile:
 
     def _lines(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
         names: _Names | None = None
-        index, lines = 0, list[tuple[int, bytes]]()
+        index, lines = 0, list[tuple[str, Any]]()
 
         def block() -> PairBlock:
             assert names is not None
-            rows = [self._row(number, line, names) for number, line in lines]
+            rows = [(place, self._row(place, value, names)) for place, value in lines]
             kept = {name: _column([row[name] for _, row in rows], rows, name) for name in self.keep}
             return self._block(index, rows, names, pyarrow.table(kept))
 
-        for number, line in numbered_lines(self.path):
+        for place, value in self._values():
             if names is None:
-                names = self._names(list(self._object(number, line)), f"{self.path}, line {number}")
-            lines.append((number, line if wanted(index) else b""))
+                names = self._names(list(self._object(place, value)), place)
+            lines.append((place, value if wanted(index) else None))
             if len(lines) == self.rows_per_block:
                 if wanted(index):
                     yield block()
@@ -158,14 +167,23 @@ class PairFile:
         if lines and wanted(index):
             yield block()
 
-    def _object(self, number: int, line: bytes) -> dict[str, Any]:
-        row = parse_line(self.path, number, line)
+    def _values(self) -> Iterator[tuple[str, Any]]:
+        """Rows and their places; JSON lines not parsed yet, which of other processes' blocks is not done."""
+        suffix = suffix_of(self.path)
+        if suffix in TABLE_SUFFIXES:
+            return delimited_rows(self.path, _headerless)
+        if suffix == ".json":
+            return json_values(self.path)
+        return ((f"{self.path}, line {number}", line) for number, line in numbered_lines(self.path))
+
+    def _object(self, place: str, value: Any) -> dict[str, Any]:
+        row = parse_line(place, value) if isinstance(value, bytes) else value
         if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, line {number}: expected a JSON object, got {shown(row)}")
+            raise ValueError(f"{place}: expected a JSON object, got {shown(row)}")
         return row
 
-    def _row(self, number: int, line: bytes, names: _Names) -> tuple[str, dict[str, Any]]:
-        place, row = f"{self.path}, line {number}", self._object(number, line)
+    def _row(self, place: str, value: Any, names: _Names) -> dict[str, Any]:
+        row = self._object(place, value)
         for name in (names.query, names.documents, *self.keep):
             if name not in row:
                 kind = "a list" if names.is_list else "a pair"
@@ -173,7 +191,15 @@ class PairFile:
                     f"{place}: no column {name}, which the file's first row has, {kind}; there are "
                     f"{', '.join(sorted(row))}"
                 )
-        return place, row
+        return row
+
+
+def _headerless(cells: Sequence[str]) -> Sequence[str] | None:
+    """Names of a .tsv file's columns where its first line has none: MS MARCO's top 1000, or pairs."""
+    if len(cells) == 4 and all(cell.strip().isdigit() for cell in cells[:2]):
+        return ("query_id", "document_id", "query", "document")
+    pair = len(cells) == 2 and any(" " in cell.strip() for cell in cells)
+    return ("query", "document") if pair else None
 
 
 def _column(values: list[Any], rows: list[tuple[str, Any]], name: str) -> pyarrow.Array:

@@ -117,9 +117,8 @@ class PairScoringLoss(nn.Module):
             if found:
                 say_once(found)
         else:
-            inner, dtype = found.inner, found.dtype or _autocast_dtype(self.model.device)
-            answers = getattr(inner, "answers", None)  # of a causal model; sentence-transformers has a module
-            packed_step = make_packed_step(inner.model, tokens, dtype=dtype, answers=answers)
+            dtype = found.dtype or _autocast_dtype(self.model.device)
+            packed_step = make_packed_step(found.model, tokens, dtype=dtype, answers=found.answers)
             if packed_step is not None:
                 return found.call(lambda: score(packed_step, max_pairs))
         called = _CalledStep(self.model, tokens, _RowsOf(features), cached)

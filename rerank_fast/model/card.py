@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from rerank_fast.model.heads import own_class
+from rerank_fast.model.modular.reranker import ModularReranker
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
@@ -172,6 +173,12 @@ def usage(name: str, query: str | None = None, documents: Sequence[str] = ()) ->
     )
 
 
+def _architecture(model: Any) -> str:
+    """The model's class, and those of the modules behind an encoder."""
+    parts = [model.encoder, *model.head] if isinstance(model, ModularReranker) else [model]
+    return ", ".join(own_class(part).__name__ for part in parts)
+
+
 def details(model: CrossEncoder) -> str:
     """What the model is, as a list."""
     config, metadata = model.model.config, model.card_metadata
@@ -183,7 +190,7 @@ def details(model: CrossEncoder) -> str:
     lines = [
         "- **Model type:** cross-encoder",
         f"- **Base model:** {base_model_link(model.name_or_path)}",
-        f"- **Architecture:** {code(own_class(model.model).__name__)}{shape}, {parameters} parameters",
+        f"- **Architecture:** {code(_architecture(model.model))}{shape}, {parameters} parameters",
         f"- **Maximum length:** {model.max_length or 'any number of'} tokens of query and document together",
         "- **Modality:** text",
         f"- **Output labels:** {model.num_labels}, a score; {code(kind.__name__)} is applied to it",
@@ -250,9 +257,12 @@ def title(model: CrossEncoder) -> str:
 
 def short_card(model: CrossEncoder, name: str) -> Card:
     """The card of a model of whose training nothing is known."""
+    loads = "rerank_fast, sentence-transformers and transformers"
+    if isinstance(model.model, ModularReranker):
+        loads = "rerank_fast and sentence-transformers"
     sentence = (
         "This is a cross-encoder: it reads a query and a document together and gives a score to rerank by. It "
-        "loads in rerank_fast, sentence-transformers and transformers."
+        f"loads in {loads}."
     )
     return make_card(model, name, [f"# {escape(title(model))}", sentence, details(model), usage(name)])
 

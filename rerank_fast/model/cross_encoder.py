@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
 from rerank_fast.model.ahead import ahead
+from rerank_fast.model.architectures import find_answer_head
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.eval_mode import EvalMode
-from rerank_fast.model.heads import find_answer_head
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
@@ -109,6 +109,7 @@ class CrossEncoder(nn.Module):
         self.answers = loaded.answers
         self.prompts = loaded.prompts
         self.default_prompt_name = loaded.default_prompt_name
+        self.keep_in_fp32_modules = loaded.keep_in_fp32_modules
         self._compiler: Compiler | None = None
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
@@ -212,10 +213,12 @@ class CrossEncoder(nn.Module):
         """The one given, or the default one.
 
         Raises:
-            ValueError: it is no string, or not valid Unicode.
+            ValueError: it is no string, or not valid Unicode; the model's pooling leaves out its tokens.
         """
         if prompt is None and self.default_prompt_name is not None:
             prompt = self.prompts[self.default_prompt_name]
+        if prompt and any(getattr(one, "include_prompt", True) is False for one in self.model.modules()):
+            raise ValueError(f"{self.name_or_path} pools without the tokens of a prompt, which is not supported")
         return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
@@ -493,9 +496,11 @@ class CrossEncoder(nn.Module):
             card,
             directory,
             tokenizer_settings=self._tokenizer_settings,
+            entries=getattr(self.model, "entries", ()),
             answers=self.answers,
             prompts=self.prompts,
             default_prompt_name=self.default_prompt_name,
+            keep_in_fp32_modules=self.keep_in_fp32_modules,
             overwrite=overwrite,
         )
 

@@ -71,6 +71,12 @@ def _first_sentences(message: str) -> str:
     return re.split(r" Please update | \(Triggered internally", message)[0].rstrip(". ")
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what torch keeps of a device's memory, for a smaller attempt to be cut anew."""
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).empty_cache()
+
+
 # What the machine lacks or has lost, in the words of drivers, runtimes and their libraries. An
 # illegal access or a device-side assertion is a bug and keeps its trace.
 _FAULTS = (

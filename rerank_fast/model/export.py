@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.texts import Pair, check_pairs
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,14 @@ def export_onnx(
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: a package is missing, the file is there, or the scores differ by more than the tolerance; then
-            nothing is written.
+        ValueError: the model consists of modules, a package is missing, the file is there, or the scores differ by
+            more than the tolerance; then nothing is written.
     """
+    if isinstance(model.model, ModularReranker):
+        raise ValueError(
+            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is written: rerank-fast "
+            "convert --head classification makes it one that can be exported, where that is the same"
+        )
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]

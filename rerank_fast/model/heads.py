@@ -1,4 +1,4 @@
-"""Which score head a model has: a sequence classifier's own, or the answers of a causal language model."""
+"""Score heads: a sequence classifier's own, or the answers of a causal language model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from rerank_fast.model.linear import is_gelu, leaf_for, must_be_called
 from rerank_fast.ops.score_head import Activation, score_head
-
-# Their logits are the last hidden states times the vocabulary and nothing else.
-CAUSAL_FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 Head = Callable[[Tensor], Tensor]  # (N, H) hidden states of the tokens that are read -> (N,) scores
 
@@ -75,18 +72,6 @@ def _activation(module: nn.Module) -> Activation | None:
     return "gelu" if is_gelu(module) else None
 
 
-# Whose forward is dropout -> dense -> tanh (ELECTRA: `activation`) -> dropout -> out_proj.
-_CLASSIFICATION_HEADS = [
-    f"transformers.models.{family}.modeling_{family}.{name}ClassificationHead"
-    for family, name in (
-        ("roberta", "Roberta"),
-        ("xlm_roberta", "XLMRoberta"),
-        ("camembert", "Camembert"),
-        ("electra", "Electra"),
-    )
-]
-
-
 @dataclass(frozen=True)
 class Answers:
     """A causal model's score is the logit of one token, less that of another where there is one: yes less no."""
@@ -137,61 +122,3 @@ def cut_head(head: Any) -> list[tuple[Tensor, Tensor]]:
 def own_class(module: nn.Module) -> type:
     """The module's class; of a sharded one that which it had before torch's fully_shard put another in front."""
     return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
-
-
-def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
-    """The head of a causal model whose score is the last hidden state times the vocabulary; None for another."""
-    vocabulary = model.get_output_embeddings()
-    if own_class(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
-        return None
-    if not own_class(model).__module__.startswith("transformers.models.") or vocabulary._forward_hooks:
-        return None
-    ids = [answers.true_token_id] + ([] if answers.false_token_id is None else [answers.false_token_id])
-    rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
-    bias = None if vocabulary.bias is None else vocabulary.bias[ids]
-    return AnswerHead(rows, bias)
-
-
-def find_head(model: Any) -> Head | None:
-    """The model's own head, applied to first tokens only; None where it is none of the known ones."""
-    name = own_class(model).__name__
-    if name == "BertForSequenceClassification":
-        pooler = model.bert.pooler
-        if pooler is None:
-            return None
-
-        def through_pooler(first: Tensor) -> Tensor:
-            return model.classifier(model.dropout(model.bert.pooler(first[:, None]))).squeeze(1)
-
-        if _path(pooler) != "transformers.models.bert.modeling_bert.BertPooler":
-            return through_pooler
-        parts = (pooler, pooler.dense, pooler.activation, model.dropout, model.classifier)
-        return DenseHead(through_pooler, *parts, drops_input=False)
-    if name == "DistilBertForSequenceClassification":
-
-        def through_pre_classifier(first: Tensor) -> Tensor:
-            return model.classifier(model.dropout(model.pre_classifier(first).relu())).squeeze(1)
-
-        rest = (model.dropout, model.classifier)
-        return DenseHead(through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False)
-    if name == "ModernBertForSequenceClassification":
-        return lambda pooled: model.classifier(model.drop(model.head(pooled))).squeeze(1)
-    if isinstance(getattr(model, "score", None), nn.Linear):
-        return lambda last: model.score(last).squeeze(1)
-    head: Any = getattr(model, "classifier", None)
-    if hasattr(head, "out_proj"):
-
-        def through_classifier(first: Tensor) -> Tensor:
-            return model.classifier(first[:, None]).squeeze(1)
-
-        if _path(head) not in _CLASSIFICATION_HEADS:
-            return through_classifier
-        activation: nn.Module | Activation = getattr(head, "activation", "tanh")
-        return DenseHead(
-            through_classifier, head, head.dense, activation, head.dropout, head.out_proj, drops_input=True
-        )
-    return None
-
-
-def _path(module: Any) -> str:
-    return f"{type(module).__module__}.{type(module).__name__}"

@@ -12,7 +12,9 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rerank_fast.model.heads import Answers
 from rerank_fast.model.linear import has_hooks, must_be_called
+from rerank_fast.model.modular.reranker import ModularReranker
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,11 +26,15 @@ class Wrapped:
     Attributes:
         outer: what a trainer calls; the CrossEncoder itself where nothing is around it.
         inner: the CrossEncoder, ours or that of sentence-transformers.
+        model: what gives its scores: a Hugging Face model, or a ModularReranker of all its modules.
+        answers: of a causal language model.
         dtype: of Accelerate's autocast around its forward; None without one.
     """
 
     outer: Any
     inner: Any
+    model: Any
+    answers: Answers | None
     dtype: torch.dtype | None
 
     def call(self, score: Callable[[], Tensor]) -> Tensor:
@@ -50,7 +56,7 @@ class Wrapped:
 
 
 def find_cross_encoder(model: Any) -> Wrapped | str:
-    """The CrossEncoder in a model, where all it does is call its Hugging Face model; else why it must be called."""
+    """The CrossEncoder in a model, where all it does is call its modules; else why it must be called itself."""
     inner = model
     if type(model) is DistributedDataParallel and model.mixed_precision is None and not has_hooks(model):
         inner = model.module
@@ -60,12 +66,9 @@ def find_cross_encoder(model: Any) -> Wrapped | str:
     theirs = kind.__module__.startswith("sentence_transformers.")
     if not theirs and not kind.__module__.startswith("rerank_fast."):
         return f"the model is a CrossEncoder of {kind.__module__}, whose own forward must run"
-    if theirs:
-        parts = [type(part).__name__ for part in inner]
-        if parts != ["Transformer"]:
-            return f"the CrossEncoder consists of {', '.join(parts)}, not of one Transformer"
-        if must_be_called(inner[0]):
-            return "the CrossEncoder's Transformer has hooks or a forward of its own, which must run"
+    parts = _parts_of_theirs(inner) if theirs else (inner.model, inner.answers)
+    if isinstance(parts, str):
+        return parts
     dtype = None
     if "forward" in vars(inner):
         dtype = _autocast_of_accelerate(inner)
@@ -73,7 +76,27 @@ def find_cross_encoder(model: Any) -> Wrapped | str:
             return "the CrossEncoder has a forward of its own, which must run"
     if has_hooks(inner):
         return "the CrossEncoder has hooks, which must run"
-    return Wrapped(model, inner, dtype)
+    gives, answers = parts
+    return Wrapped(model, inner, gives, answers, dtype)
+
+
+def _parts_of_theirs(inner: Any) -> tuple[Any, Answers | None] | str:
+    """What gives the scores of sentence-transformers' CrossEncoder, or why that must be called itself."""
+    first, *rest = inner
+    kinds = [type(part).__name__ for part in inner]
+    if kinds[0] != "Transformer":
+        return f"the CrossEncoder begins with a {kinds[0]}, not with a Transformer"
+    if called := [kind for kind, part in zip(kinds, inner, strict=True) if must_be_called(part)]:
+        return f"the CrossEncoder's {called[0]} has hooks or a forward of its own, which must run"
+    if first.transformer_task == "text-generation" and kinds[1:] == ["LogitScore"]:
+        return first.model, Answers(rest[0].true_token_id, rest[0].false_token_id)
+    if first.transformer_task == "sequence-classification" and not rest:
+        return first.model, None
+    text = first.modality_config.get("text", {})
+    output = text.get("method_output_name"), first.module_output_name
+    if text.get("method") != "forward" or not all(isinstance(one, str) for one in output):
+        return f"the CrossEncoder's Transformer gives {output[0]} of {text.get('method')}"
+    return ModularReranker(first.model, rest, output=output), None
 
 
 def _autocast_of_accelerate(model: nn.Module) -> torch.dtype | None:

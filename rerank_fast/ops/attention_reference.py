@@ -16,8 +16,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: float) -> Tensor:
-    """(R, num_columns) factors, 0 or 1 / (1 - p), of the (R,) rows of one stream, in fp64 or, on Apple's and
-    Intel's GPUs, which may have none, in fp32.
+    """(R, num_columns) factors, 0 or 1 / (1 - p), of the (R,) rows of one stream, in fp64, or in
+    fp32 on devices that may have none, as Apple's and Intel's GPUs.
 
     They follow from seed, stream, row and column alone, by a hash of 32 bits: every backend draws the same.
     """
@@ -27,7 +27,7 @@ def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: f
     column = (torch.arange(num_columns, device=rows.device) * 0x9E3779B9) & 0xFFFFFFFF
     drawn = _mix((column[None, :] + row[:, None]) & 0xFFFFFFFF)
     threshold = int(min(p * 2**32, 2**32 - 1))
-    wide = torch.float32 if rows.device.type in ("mps", "xpu") else torch.float64
+    wide = torch.float64 if rows.device.type in ("cpu", "cuda", "meta") else torch.float32
     return (drawn >= threshold).to(wide) / (1 - p)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ def unavailable_reason() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that the kernels were built for and this processor has, widest first."""
+    """Those that the kernels were built for and that this processor has, widest first.
+
+    Of x86-64 sse4, avx2, avx512, avx512_bf16 and amx_bf16; of 64-bit Arm neon and neon_bf16. amx_bf16 is
+    AVX-512 with bf16 whose attention multiplies bf16 in tiles: Linux has to permit the process to use them.
+    """
     return _C.instruction_sets() if available() else []
 
 
@@ -192,7 +197,7 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
     dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))

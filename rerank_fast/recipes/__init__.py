@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -20,6 +20,7 @@ class Recipe:
     model: str
     ms_marco: str | None
     lists: list[str]
+    labels: Literal["relevance", "scores"]
     held_out: int
     nano_beir: list[str]
     nano_beir_id: str
@@ -100,6 +101,8 @@ def _check(recipe: Recipe, name: str) -> None:
         value = getattr(recipe, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{key} must be an int of at least {least}, got {value!r}")
+    if recipe.labels not in ("relevance", "scores"):
+        raise ValueError(f"labels must be relevance or scores, got {recipe.labels!r}")
     if recipe.ms_marco is not None and not isinstance(recipe.ms_marco, str):
         raise ValueError(f"ms_marco must be null, a path or a hub id, got {recipe.ms_marco!r}")
     if recipe.ms_marco is None and not recipe.lists:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.gradient_cache import Loss, backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches, upload
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import StepMaker, is_out_of_memory
 from rerank_fast.objectives.base import Objective, Units
+from rerank_fast.training.collapse import spread_of_lists
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.memory import activation_bytes, available_bytes
 from rerank_fast.training.precision import products_in
@@ -56,6 +58,7 @@ class Backward:
         self.memory = (available_bytes(model.device) - state) // 2
         self._make_step: StepMaker | None = None
         self._most_tokens = 0  # of a micro-batch so far in this step
+        self._scored: list[tuple[Tensor, Tensor]] = []  # scores and offsets of this step's parts
 
     def __call__(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
         """Add the gradient of the loss of all parts, which is over the units of their global batch; one that does
@@ -109,14 +112,19 @@ class Backward:
         if state["memory"] <= 2 * self.memory:  # half of what was free: that much may be taken here too
             self.memory = state["memory"]
 
+    def spread(self) -> Tensor:
+        """(4,) on the device: how far apart the last step's scores lie in their lists; see spread_of_lists."""
+        rounding = torch.finfo(self.dtype).eps
+        parts = [spread_of_lists(scores, offsets, rounding) for scores, offsets in self._scored]
+        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(4, device=self.model.device)
+
     def _begin_anew(self, rates: Rates, before: Rates) -> None:
         self.forget()
         vars(rates).update(vars(before))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(self.model.device)
 
     def _add(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
-        self._most_tokens = 0
+        self._most_tokens, self._scored = 0, []
         totals = torch.zeros(2, device=self.model.device)
         for lists in parts:
             if len(lists):
@@ -162,6 +170,7 @@ class Backward:
         options: dict[str, Any] = {"device": device, "skip_below": limit} if cached else {}
         push: Any = backward_cached if cached else backward_direct
         pushed = push(step, plan, loss, scale=self.scale, **options)
+        self._scored.append((pushed.scores, offsets))
         rates.scored += len(lists.pairs)
         rates.skipped += pushed.num_skipped
         rates.tokens += int(lengths.sum())

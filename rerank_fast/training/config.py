@@ -116,6 +116,8 @@ class TrainingConfig:
             another measure of ir-measures, as R@100.
         load_best: after train() the model in memory is the one that was saved; False leaves the last one.
         early_stopping_patience: end after this many evaluations without a better one; None never does.
+        stop_on_collapse: end the run, the best model kept, where it warns that scores no longer tell documents
+            apart or that the model is measured as worse than what was there.
         logging_steps: steps between log lines.
         trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
         distributed_timeout: seconds after which a process that waits for another one gives up.
@@ -180,6 +182,7 @@ class TrainingConfig:
     metric_for_best: str = "ndcg@10"
     load_best: bool = True
     early_stopping_patience: int | None = None
+    stop_on_collapse: bool = False
     logging_steps: int = 10
     trackers: list[str] = field(default_factory=list)
     distributed_timeout: float = 600.0

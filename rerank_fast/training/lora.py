@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.training.config import TrainingConfig
 
 ADAPTER = "adapter"  # directory of the adapter beside the merged model
@@ -134,13 +136,19 @@ def save_lora(
     from safetensors.torch import save_file
 
     config = tuner.peft_config[_NAME]
+    above = ""
+    if isinstance(model.model, ModularReranker):  # PEFT loads it onto the encoder, which its directory holds
+        above = f"{model.model.base_model_prefix}."
+        config = dataclasses.replace(
+            config, task_type="FEATURE_EXTRACTION", modules_to_save=None, exclude_modules=None
+        )
     merged = WithState(model.model, merged_weights(model.model, state))
     model.save_as(directory, directory.resolve().name, overwrite=overwrite, model=merged)
     adapter = directory / ADAPTER
     adapter.mkdir(exist_ok=True)
     # PEFT's own names: base_model.model.<parameter>, without the adapter's.
     kept = {
-        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": value.contiguous()
+        f"base_model.model.{name.removeprefix(above).replace(f'.{_NAME}.', '.')}": value.contiguous()
         for name, value in state.items()
         if ".lora_" in name or name.split(".")[0] in (config.modules_to_save or [])
     }

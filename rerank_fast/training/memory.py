@@ -23,8 +23,8 @@ def activation_bytes(model: Any, num_tokens: int, dtype: torch.dtype, *, gradien
 
 def available_bytes(device: torch.device) -> int:
     """Memory that is free now on the device; on a CPU also what its control group leaves."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     left = _control_group_bytes()
     return free if left is None else min(free, left)

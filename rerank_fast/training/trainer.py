@@ -31,6 +31,7 @@ from rerank_fast.model.precision.hardware import arithmetic
 from rerank_fast.objectives.base import Objective
 from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.collapse import CollapseGuard
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives, launch
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
@@ -167,28 +168,35 @@ class Trainer:
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = collectives.ShardedScorer(self.model, self.processes)
+        self.guard = CollapseGuard(config.metric_for_best, self.model.activation_fn, config.learning_rate)
         self._stops = self._ran = False
 
     # -- one step ---------------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False) -> Tensor:
+    def _step(
+        self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False, logged: bool = False
+    ) -> Tensor:
         """One optimizer step on a global batch.
 
         Returns:
-            (4,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
-            interrupted, and 1 where fp16 overflowed and the step was left out.
+            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
+            interrupted, 1 where fp16 overflowed and the step was left out, and of a step that is
+            logged spread_of_lists.
         """
         config, device, rates = self.config, self.model.device, rates or Rates()
-        totals = torch.zeros(3, device=device)  # loss, units under a cut, interrupted processes
+        totals = torch.zeros(7, device=device)  # loss, units under a cut, interrupted processes, spread
         totals[2] = float(interrupted)
         with self.trained.whole():
             parts = batch.lists.split(config.gradient_accumulation_steps)
             # Over the units of all processes' lists: the loss does not depend on how a batch is cut.
             totals[0], totals[1] = self.backward(parts, batch.units, rates)
+            if logged:
+                totals[3:] = self.backward.spread()
             gradients = self.trained.sum_gradients(totals)
         if self.objective.cut_by_rank:
             # How many units the cut leaves is known only now that all are scored.
-            assert batch.units is not None and not isinstance(batch.units, tuple)
+            assert batch.units is not None
+            assert not isinstance(batch.units, tuple)
             factor = max(batch.units, 1) / totals[1].clamp(min=1)
             totals[0] *= factor
             torch._foreach_mul_(gradients, factor)
@@ -203,7 +211,8 @@ class Trainer:
             self.scheduler.step()
             self.trained.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))])
+        outcome = [totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))]
+        return torch.cat([torch.stack(outcome), totals[3:]])
 
     # -- the run ----------------------------------------------------------------------------------------
 
@@ -236,7 +245,7 @@ class Trainer:
         model.train()
         progress = self._begin()
         done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
-        agreed = torch.zeros(4)  # what _step gave for the step before
+        agreed = collectives.LateFlag()  # of the step before: processes that were interrupted
         rates = Rates()
         bar = tqdm(
             total=self.num_steps,
@@ -254,7 +263,8 @@ class Trainer:
                     raise self._kept_before(error, progress, done) from error
                 rates.waited += time.perf_counter() - asked
                 learning_rate = float(max(self.scheduler.get_last_lr()))  # of this step
-                outcome = self._step(batch, rates, interrupted=signals.came)
+                logged = self._is_logged(progress.step + 1)
+                outcome = self._step(batch, rates, interrupted=signals.came, logged=logged)
                 done.append((outcome, batch.indices))
                 progress.step += 1
                 progress.epoch, progress.batch = batch.epoch, batch.number + 1
@@ -265,15 +275,19 @@ class Trainer:
                 bar.update()
                 step = progress.step
                 self._tell("step_end", step)
-                # Several processes must stop at the same step: they go by the sum of the step before.
-                interrupted = signals.came if self.processes.num_processes == 1 else bool(agreed[2] > 0)
-                agreed = outcome
+                interrupted = signals.came
+                if self.processes.num_processes > 1:
+                    # They must stop at the same step: they go by the sum of the step before.
+                    interrupted = agreed.get()
+                    agreed.put(outcome[2])
                 due = bool(self.validation) and step % config.eval_steps == 0
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
                 if step % config.logging_steps == 0 or self._ends(step) or due or saves:
                     row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
                     self._write("log", progress, row)
+                    if "tied_lists" in row:
+                        self._heed(self.guard.logged(row, step * config.batch_size), step)
                     bar.set_postfix(loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
                     done, rates = [], Rates()
                 progress.evaluation_due = due
@@ -350,6 +364,22 @@ class Trainer:
         """End the run after the current step, as if it were the last; for callbacks, in every process."""
         self._stops = True
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.logging_steps == 0 or step == self.num_steps
+
+    def _heed(self, warning: str | None, step: int) -> None:
+        """Say that the model has collapsed, and end the run where that is asked for.
+
+        All processes find the same.
+        """
+        if warning is None:
+            return
+        stops = self.config.stop_on_collapse and not self._ends(step)
+        if self.processes.is_main_process:
+            logger.warning("%s%s", warning, f" Stopped at step {step}." if stops else "")
+        if stops:
+            self.stop()
+
     def _ends(self, step: int) -> bool:
         return step >= self.num_steps or self._stops
 
@@ -414,7 +444,7 @@ class Trainer:
     def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
         """Means over the steps since the last log line; the one wait for the device."""
         rows = torch.stack([outcome for outcome, _ in done]).cpu().double().numpy()
-        losses, norms, _, overflows = rows.T
+        losses, norms, _, overflows, *(spread, tied, several, means) = rows.T
         bad = np.flatnonzero(~np.isfinite(losses) | ~(np.isfinite(norms) | (overflows > 0)))
         if len(bad):
             at = int(bad[0])
@@ -432,6 +462,9 @@ class Trainer:
         progress.overflows += int(overflows.sum())
         row = {"loss": float(losses.mean()), "gradient_norm": float(norms[-1])}
         row["lists_without_gradient"] = progress.lists_without_gradient
+        if several[-1]:
+            measured = {"score_spread": spread, "tied_lists": tied, "score_mean": means}
+            row.update({name: float(values[-1] / several[-1]) for name, values in measured.items()})
         if self.scaler.is_enabled():
             row.update(loss_scale=self.scaler.get_scale(), overflows=progress.overflows)
         return row
@@ -459,6 +492,8 @@ class Trainer:
             metrics = self.validation(self._scorer)
         progress.evaluation_seconds += time.perf_counter() - started
         self._write("evaluate", progress, metrics)
+        greater = self.validation.greater_is_better
+        self._heed(self.guard.evaluated(metrics, progress.step, greater_is_better=greater), progress.step)
         if not progress.step:
             return
         progress.evaluations_since_best += 1

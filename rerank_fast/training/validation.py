@@ -40,7 +40,7 @@ class Validation:
         objective: Objective,
     ) -> None:
         self.evaluators: list[Evaluator] = [] if evaluator is None else [evaluator]
-        self.metric_for_best, self._greater = config.metric_for_best, True
+        self.metric_for_best, self.greater_is_better = config.metric_for_best, True
         if eval is not None:
             name = "" if evaluator is None else "eval"
             loss = validation_loss(objective, config.batch_size)
@@ -71,7 +71,7 @@ class Validation:
             given = one(model)
             metrics.update(given)
             if self.metric_for_best in given:
-                self._greater = greater_is_better(one)
+                self.greater_is_better = greater_is_better(one)
         self._check(list(metrics))
         return metrics
 
@@ -80,7 +80,7 @@ class Validation:
         if not best:
             return True
         value, before = metrics[self.metric_for_best], best[self.metric_for_best]
-        return value > before if self._greater else value < before
+        return value > before if self.greater_is_better else value < before
 
     def _check(self, names: Sequence[str]) -> None:
         if self.metric_for_best not in names:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
-from rerank_fast.model.storage.files import quiet_transformers
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives
 from rerank_fast.training.freezing import freeze, layer_depths
@@ -200,9 +200,7 @@ class TrainedWeights:
         """
         inner: Any = self._model.model
         if collectives.is_first():
-            with quiet_transformers():
-                saved = type(inner).from_pretrained(directory, config=inner.config, use_safetensors=True)
-            inner.load_state_dict(saved.state_dict())
+            inner.load_state_dict(storage.load(str(directory), dtype=None).model.state_dict())
         collectives.copy_from_first([*inner.parameters(), *inner.buffers()])
 
     def help_save(self) -> None:

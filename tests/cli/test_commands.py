@@ -93,7 +93,7 @@ def test_print_config_shows_every_setting_and_can_be_given_back(work: Path, caps
 
 def test_columns_of_other_names(work: Path, capsys: pytest.CaptureFixture):
     file = work / "renamed.jsonl"
-    rows = [{"q": row["query"], "passages": row["docs"], "labels": row["labels"]} for row in _ROWS]
+    rows = [{"q": row["query"], "passages": row["docs"], "labels": row["labels"], "n": 1} for row in _ROWS]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ["--columns", '{"query": "q", "docs": "passages"}']
     arguments = [*train_arguments(work, "renamed"), "--train", str(file), "--eval", str(file), "--max_steps", "1"]
@@ -104,7 +104,7 @@ def test_columns_of_other_names(work: Path, capsys: pytest.CaptureFixture):
     assert "`renamed.jsonl`" in (work / "renamed" / "README.md").read_text()
     assert cli.main(["evaluate", "--model", str(work / "renamed"), "--data", str(file), *columns]) == 0
     assert cli.main([*arguments, "--overwrite"]) == 2
-    assert "no column query" in capsys.readouterr().err
+    assert "no layout has the columns labels, n, passages, q; known are lists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ _RESCORED = {"cross_encoder": "a-reranker"}
 _VALUES: dict[str, dict[str, Any]] = {
     "train": {
         "model": "other", "train": "b.jsonl", "eval": "c.jsonl", "columns": {"query": "q"},
+        "labels": "scores",
         "recipe": (OWN, {"model": None, "train": None, "set": ["lists=b.jsonl"]}),
         "set": (["lists=b.jsonl", "batch_size=7"], {"model": None, "train": None, "recipe": OWN}),
         "dry_run": True, "push": "me/it", "resume": "auto",
@@ -192,14 +193,15 @@ def _behind_train(monkeypatch: pytest.MonkeyPatch, note: Note) -> None:
         note(recipe=recipe.model, lists=recipe.lists)
         return make(recipe.model, recipe.lists, config=recipe.training)
 
-    def read(source: Any, *, columns: Any = None) -> Any:
-        note(columns=columns)
+    def read(source: Any, *, columns: Any = None, labels: str = "relevance") -> Any:
+        note(columns=columns, labels=labels)
         return source
 
     monkeypatch.setattr(trainer, "Trainer", make)
     monkeypatch.setattr(building, "build_trainer", build)
     monkeypatch.setattr(lists, "load_lists", read)
     monkeypatch.setattr(lists, "ListStream", read)
+    monkeypatch.setattr(lists, "names_of", lambda source: [source])
     monkeypatch.setattr(storage, "create_repository", lambda name, **options: note(made=name))
     monkeypatch.setattr(dry_run, "describe", lambda trainer: note(dry_run=True) or [])
 
@@ -312,7 +314,7 @@ def test_an_option_arrives(
     if command == "export":
         from rerank_fast.data import lists
 
-        def read(source: Any, *, columns: Any = None) -> Any:
+        def read(source: Any, *, columns: Any = None, labels: str = "relevance") -> Any:
             if columns is not None:
                 seen["columns"] = columns
             return [{"query": "q", "docs": ["d"], "labels": [1]}]

@@ -23,10 +23,10 @@ from transformers import (
 
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.architectures import find_architecture
+from rerank_fast.model.architectures import find_answer_head, find_architecture
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.heads import Answers, find_answer_head
+from rerank_fast.model.heads import Answers
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
 from tests.model.test_encoder import DECODER, LENGTHS, PLANS, SLIDING, gradients, make_tokens, relative_errors

@@ -160,3 +160,13 @@ def test_faults_are_known_by_their_messages(message: str, meaning: str):
     assert "\n" not in found
     assert "Please update" not in found
     assert not found or found.endswith(f"({devices._first_sentences(message)})")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta", "cuda", "xpu", "mps"])
+def test_what_torch_keeps_is_given_back_where_it_was_taken(kind: str, monkeypatch: pytest.MonkeyPatch):
+    emptied: list[str] = []
+    for name in ("cuda", "xpu", "mps"):
+        module = torch.get_device_module(name)
+        monkeypatch.setattr(module, "empty_cache", lambda name=name: emptied.append(name))
+    devices.empty_cache(torch.device(kind))
+    assert emptied == ([] if kind in ("cpu", "meta") else [kind])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from rerank_fast.model import heads
-from rerank_fast.model.heads import DenseHead, find_head
+from rerank_fast.model.architectures import find_architecture
+from rerank_fast.model.heads import DenseHead
 from tests.model.test_encoder import make_model
 
 NAMES = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
@@ -25,7 +26,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
 
 def parts(model: torch.nn.Module) -> DenseHead:
-    head = find_head(model)
+    head = getattr(find_architecture(model), "head", None)
     assert isinstance(head, DenseHead)
     return head
 

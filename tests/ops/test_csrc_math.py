@@ -26,6 +26,8 @@ CASES = [
     ("exp2_below_coarse", torch.exp2, -125.9, 0.0, 3e-6, "result"),
     ("exp_negative", lambda d: torch.exp(-d), 0.0, 87.0, 3e-7, "result"),
     ("log1p_unit", torch.log1p, 1e-6, 1.0, 2e-7, "result"),
+    ("log2", torch.log2, 2.0, 1e6, 3e-7, "result"),
+    ("log2", torch.log2, 0.5, 2.0, 3e-7, "one"),
     ("tanh", torch.tanh, -10.0, 10.0, 3e-7, "result"),
     ("normal_cdf", cdf, -8.0, 8.0, 3e-7, "one"),
     ("gelu_coarse", lambda x: x * cdf(x), -4.0, 4.0, 5e-5, "one"),
@@ -55,4 +57,4 @@ def test_ends_and_nan():
     assert values[0] == 1.0
     assert values[3] == values[4] == pytest.approx(math.exp(-87), rel=1e-5)
     assert math.isnan(values[5])
-    assert all(math.isnan(evaluate(name, x)[5]) for name in ("log1p_unit", "tanh"))
+    assert all(math.isnan(evaluate(name, x)[5]) for name in ("log1p_unit", "log2", "tanh"))

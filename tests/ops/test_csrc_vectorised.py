@@ -45,6 +45,7 @@ PACKED = re.compile(
 # The same on one value of a register.
 SCALAR = re.compile(r"v?(?:add|sub|mul|fn?m(?:add|sub)\d+|div|max|min|cmp\w*)s[sd]")
 PAIRS = "vdpbf16ps"  # products of bf16 pairs
+TILES = "tdpbf16ps"  # and of tiles of them
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def disassembly():
                     current["arithmetic"] += 1
                 elif SCALAR.fullmatch(operation):
                     current["arithmetic"] += 1
-                elif operation == PAIRS:
-                    current[f"{PAIRS} {widest}"] += 1
+                elif operation in (PAIRS, TILES):
+                    current[f"{operation} {widest}"] += 1
                 # Moves of whole registers to and from the stack.
                 if "%rsp" in operands and "mov" in operation and not operation.endswith(("ss", "sd")):
                     current[f"stack {widest}"] += 1
@@ -106,7 +107,8 @@ def test_only_kernels_use_what_not_every_processor_has(disassembly):
     outside = {
         key: count
         for key, count in disassembly.items()
-        if (count["any ymm"] or count["any zmm"]) and not any(f"{len(name)}{name}" in key for name in REGISTERS)
+        if (count["any ymm"] or count["any zmm"])
+        and not any(f"{len(name)}{name}" in key for name in [*REGISTERS, "amx_bf16"])
     }
     assert not outside, outside
     narrow = kernels_of(disassembly, "avx2", "")
@@ -122,3 +124,12 @@ def test_attention_multiplies_pairs(disassembly, tensors):
     # A tile of 8 queries by one or two registers, in each product.
     assert found[f"{PAIRS} zmm"] >= 8 * 5, found
     assert found["zmm"] >= 16, found
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("AttentionForward", 2), ("8Backward", 5)])
+def test_attention_multiplies_tiles(disassembly, kernel, products):
+    found = sum(kernels_of(disassembly, "amx_bf16", kernel).values(), Counter())
+    if not kernels_of(disassembly, "amx_bf16", ""):
+        pytest.skip("built by a compiler that does not know AMX, or not for Linux")
+    assert found[f"{TILES} mm"] >= 4 * products, found  # two by two tiles
+    assert found["zmm"] >= 0.75 * found["arithmetic"], found

@@ -20,7 +20,6 @@ from rerank_fast.training.run_log import Rates
 
 _SHAPES = ("MiniLM-L12", "ModernBERT-base", "Qwen3-0.6B")
 _RUNS = 20
-_DIVISOR = 88.0
 
 
 def run(results: Results) -> None:
@@ -68,7 +67,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 def _gradient(training: Training, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     training.observer = Unobserved()
-    training.backward([training.lists], _DIVISOR, Rates())
+    training.backward([training.lists], training.units, Rates())
     weights = training.reranker.model.parameters()
     found = [weight.grad.clone() for weight in weights if weight.grad is not None]
     training.reranker.model.zero_grad(set_to_none=True)

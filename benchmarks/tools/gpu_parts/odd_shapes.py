@@ -1,4 +1,4 @@
-"""Every Triton kernel once, forward and backward, at sizes that no block divides. For the sanitizer.
+"""The Triton kernels, forward and backward, at sizes that no block divides. For the sanitizer.
 
 python -m benchmarks.tools.gpu_parts.odd_shapes
 """
@@ -51,6 +51,17 @@ def norms_and_heads(device: str, dtype: torch.dtype, rows: int, widths: Sequence
         ).sum().backward()
 
 
+def vector_gradients(device: str, dtype: torch.dtype, rows: int, width: int) -> None:
+    """What a layer's function launches besides."""
+    from rerank_fast.ops.triton.column_sums import column_sums
+    from rerank_fast.ops.triton.gelu import LAUNCH, gelu_grad
+
+    x, grad = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
+    sums = torch.empty(-(-rows // LAUNCH["ROWS"]), width, device=device)
+    gelu_grad(x, grad, sums)
+    column_sums(sums, sums[:1], torch.randn(rows, 3, device=device))
+
+
 def losses(device: str, sizes: Sequence[int]) -> None:
     offsets, total = _ends(sizes, device, torch.int64), sum(sizes)
     labels = torch.randint(0, 3, (total,), device=device).float()
@@ -66,6 +77,7 @@ def losses(device: str, sizes: Sequence[int]) -> None:
 INTERPRETED: dict[str, tuple[Any, ...]] = {
     "attention": ("cpu", torch.float32, (3, 0, 17), (12,)),
     "norms_and_heads": ("cpu", torch.float32, 5, (9,)),
+    "vector_gradients": ("cpu", torch.float32, 5, 9),
     "losses": ("cpu", (5, 0, 7, 1)),
 }
 
@@ -76,12 +88,12 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             attention("cuda", dtype, (5, 0, 67, 1, 33), (32, 40, 128))
             norms_and_heads("cuda", dtype, 37, (97, 384))
+            vector_gradients("cuda", dtype, 37, 197)
         losses("cuda", (5, 0, 37, 1, 700))
         torch.cuda.synchronize()
     else:
-        attention(*INTERPRETED["attention"])
-        norms_and_heads(*INTERPRETED["norms_and_heads"])
-        losses(*INTERPRETED["losses"])
+        for function in (attention, norms_and_heads, vector_gradients, losses):
+            function(*INTERPRETED[function.__name__])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ LABELS = (*RELEVANCE, *SCORES)
 class Options:
     """What is read of rows.
 
-    labels: which numbers become the labels where rows have both: "relevance", or a teacher's "scores".
+    labels: what becomes the labels where rows have both: "relevance", or a teacher's "scores".
     consecutive: rows of a query that do not stand together are several lists; nothing is held back.
     """
 
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """Values by field, where they are, and the source's own names of fields that it calls otherwise."""
+    """Values by field, their place, and the source's own names of what it calls otherwise."""
 
     place: str
     values: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Row:
         return found
 
     def given(self, name: str) -> bool:
-        """Whether there is such a field and something in it; a table has None where a row has none."""
+        """Whether there is something in a field: a table has None where a row has none."""
         value = plain(self.values.get(name))
         return value is not None and value != ""
 
@@ -67,7 +67,7 @@ class Row:
         value = plain(self.values[name])
         if or_one and isinstance(value, str):
             return [check_text(value, self.where(name))]
-        return self._all(name, self._listed(name, value, "a list"), check_text)
+        return self._all(name, check_text)
 
     def number(self, name: str) -> float:
         return number_of(self.values[name], self.where(name))
@@ -77,7 +77,7 @@ class Row:
         value = plain(self.values[name])
         if or_one and not isinstance(value, list | tuple) and not _looks_listed(value):
             return [number_of(value, self.where(name))]
-        return self._all(name, self._listed(name, value, "a list"), number_of)
+        return self._all(name, number_of)
 
     def is_listed(self, name: str) -> bool:
         value = plain(self.values[name])
@@ -86,7 +86,9 @@ class Row:
     def labels_field(self, options: Options) -> str:
         return self.first(SCORES if options.labels == "scores" else LABELS)
 
-    def _listed(self, name: str, value: Any, expected: str) -> Sequence[Any]:
+    def listed(self, name: str) -> Sequence[Any]:
+        """A list of whatever."""
+        value, expected = plain(self.values[name]), "a list"
         if isinstance(value, Cell):
             expected = "a list as JSON writes it"
             try:
@@ -97,9 +99,9 @@ class Row:
             raise ValueError(f"{self.where(name)}: expected {expected}, got {shown(value)}")
         return value
 
-    def _all(self, name: str, values: Sequence[Any], check: Any) -> list[Any]:
+    def _all(self, name: str, check: Callable[[Any, str], Any]) -> list[Any]:
         where = self.where(name)
-        return [check(value, f"{where}[{i}]") for i, value in enumerate(values)]
+        return [check(value, f"{where}[{i}]") for i, value in enumerate(self.listed(name))]
 
 
 def _looks_listed(value: Any) -> bool:
@@ -116,7 +118,12 @@ def number_of(value: Any, place: str) -> float:
     return check_finite(value, place)
 
 
-def check_sizes(row: Row, docs: Sequence[str], labels: Sequence[float], fields: tuple[str, str]) -> None:
+def check_sizes(
+    row: Row,
+    docs: Sequence[str],
+    labels: Sequence[float],
+    fields: tuple[str, str],
+) -> None:
     """Of documents and labels that came of the fields of these names.
 
     Raises:
@@ -126,10 +133,17 @@ def check_sizes(row: Row, docs: Sequence[str], labels: Sequence[float], fields: 
     if not docs:
         raise ValueError(f"{row.place}, field {of_docs}: no documents")
     if len(docs) != len(labels):
-        raise ValueError(f"{row.place}: {len(docs)} documents in {of_docs} but {len(labels)} labels in {of_labels}")
+        sizes = f"{len(docs)} documents in {of_docs} but {len(labels)} labels in {of_labels}"
+        raise ValueError(f"{row.place}: {sizes}")
 
 
-def ranked(row: Row, query: str, docs: list[str], labels: list[float], fields: tuple[str, str]) -> dict[str, Any]:
+def ranked(
+    row: Row,
+    query: str,
+    docs: list[str],
+    labels: list[float],
+    fields: tuple[str, str],
+) -> dict[str, Any]:
     """A list, once its sizes agree; see check_sizes."""
     check_sizes(row, docs, labels, fields)
     return {"query": query, "docs": docs, "labels": labels}

@@ -50,14 +50,14 @@ def read_texts(source: Source) -> dict[str, str]:
     """All texts of a corpus or of queries by their ids, in memory; a title goes before its text.
 
     Args:
-        source: rows with an id (_id, id, docid ...), a text (text, query, passage ...) and perhaps a
-            title; or a .tsv file without a header: id, text or id, title, text.
+        source: rows with an id (_id, id, docid ...), a text (text, query, passage ...) and perhaps
+            a title; or a .tsv file without a header: id, text or id, title, text.
 
     Raises:
         ValueError: the source can't be read, has no such columns, or an id stands for two texts.
     """
     texts: dict[str, str] = {}
-    for place, row in read_rows(source, headerless=_headerless):
+    for place, row in read_rows(source, headerless=headerless):
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected an object with an id and a text, got {shown(row)}")
         columns = list(map(str, row))
@@ -74,6 +74,7 @@ def read_texts(source: Source) -> dict[str, str]:
     return texts
 
 
-def _headerless(cells: Sequence[str]) -> Sequence[str] | None:
+def headerless(cells: Sequence[str]) -> Sequence[str] | None:
+    """The columns of a .tsv file of texts by its first line, None where that is a header."""
     named = column_of(cells, _ID) is not None and column_of(cells, _TEXT) is not None
     return None if named else _COLUMNS.get(len(cells))

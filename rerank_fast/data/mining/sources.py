@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict
 
+from rerank_fast.data.layouts import texts, triples
 from rerank_fast.data.layouts.choice import FIELDS
 from rerank_fast.data.layouts.judgements import judged_lists
 from rerank_fast.data.layouts.lists import documents
 from rerank_fast.data.layouts.parts import find_parts
 from rerank_fast.data.layouts.row import Options, Row
 from rerank_fast.data.layouts.sources import read_lists
-from rerank_fast.data.layouts.triples import headerless
 from rerank_fast.data.rows import Placed, read_rows
 from rerank_fast.model.texts import check_text, plain, shown
 
@@ -109,7 +109,7 @@ def _queries(
 ) -> Iterator[Placed]:
     """Rows with positives, their ids or documents as they are; others as lists by their layout."""
     if find_parts(queries) is None:
-        rows = read_rows(queries, headerless=headerless)
+        rows = read_rows(queries, headerless=triples.headerless)
         first = next(rows, None)
         if first is None:
             return
@@ -121,7 +121,7 @@ def _queries(
             return
     named = {field: name for field, name in (columns or {}).items() if field in FIELDS}
     for number, one in enumerate(read_lists(queries, Options(), columns=named, say=logger.info)):
-        yield f"list {number}", one
+        yield f"list {number}", {names[field][0]: value for field, value in one.items()}
 
 
 def _column(row: Mapping[str, Any], candidates: Sequence[str], place: str) -> str:
@@ -147,7 +147,7 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
             yield f"corpus, document {i}", str(i), check_text(text, f"corpus, document {i}")
         return
     rows = 0
-    for place, row in read_rows(corpus):
+    for place, row in read_rows(corpus, headerless=texts.headerless):
         rows += 1
         if not isinstance(row, Mapping):
             raise ValueError(f"{place}: expected an object with a text, got {shown(row)}")

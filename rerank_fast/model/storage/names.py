@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 # torch.compile, FSDP, activation checkpointing and DeepSpeed: they wrap layers too, so anywhere in a name.
 _WRAPPERS = re.compile(
@@ -40,14 +37,18 @@ def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> d
     return {name: short.removeprefix(prefix) for name, short in plain.items()}
 
 
-def in_encoder(model: Any, missing: Iterable[str]) -> list[str]:
-    """Those of the missing names that are the encoder's: not the head's, nor its part in the encoder, a pooler."""
-    base = model.base_model_prefix
-    return sorted(name for name in missing if name.startswith(f"{base}.") and "pooler" not in name.split("."))
+def _of_encoder(model: Any, names: Iterable[str]) -> list[str]:
+    """Those of the names that are the encoder's: neither head nor pooler."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return sorted(name for name in names if name.startswith(prefix) and "pooler" not in name.split("."))
 
 
-def check_missing(name: str, model: Any, missing: Collection[str], names: Collection[str]) -> None:
-    """That a checkpoint holds a whole encoder; a head that it lacks is said.
+def in_encoder(model: Any, missing: Iterable[str]) -> bool:
+    return bool(_of_encoder(model, missing))
+
+
+def check_encoder(name: str, model: Any, missing: Collection[str], names: Collection[str]) -> None:
+    """That a checkpoint holds a whole encoder.
 
     Args:
         name: of the checkpoint.
@@ -58,15 +59,15 @@ def check_missing(name: str, model: Any, missing: Collection[str], names: Collec
     Raises:
         ValueError: the encoder lacks weights; counts them.
     """
-    lacking = in_encoder(model, missing)
+    lacking = _of_encoder(model, missing)
     if lacking:
-        of = sum(one.startswith(f"{model.base_model_prefix}.") for one in model.state_dict())
+        of = len(_of_encoder(model, model.state_dict()))
         there = f"; they hold {len(names)} tensors, as {sorted(names)[0]}" if names else ""
         raise ValueError(
             f"{name}: {len(lacking)} of the encoder's {of} weights are not in its files, as {lacking[0]}{there}"
         )
-    if missing:
-        some = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} others" if len(missing) > 4 else "")
-        logger.warning(
-            "%s has no trained score head: %s start from random values, so train before you rank.", name, some
-        )
+
+
+def named_shortly(names: Collection[str]) -> str:
+    """The first names, and how many others there are."""
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")

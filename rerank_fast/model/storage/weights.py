@@ -59,7 +59,7 @@ def check_weight_files(checkpoint: Checkpoint, named: Any) -> WeightFiles:
             where = first if first.endswith(".json") else "config.json"
             raise ValueError(f"{checkpoint.name} has no {name}, which its {where} names")
         found.files.append(file)
-        found.dtypes.update(_header(file))
+        found.dtypes.update(header(file))
     return found
 
 
@@ -72,7 +72,7 @@ def _check_adapter(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.name} has an adapter_config.json and no adapter_model.safetensors; "
                 "pickled weights are not loaded"
             )
-        _header(file)
+        header(file)
 
 
 def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
@@ -96,7 +96,12 @@ def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _header(file: Path) -> dict[str, str]:
+def header(file: Path) -> dict[str, str]:
+    """The dtype of each tensor in a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or none.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118

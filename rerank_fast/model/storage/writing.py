@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from transformers import __version__ as transformers_version
 
 from rerank_fast.model.card import CARD_FILE, Card
 from rerank_fast.model.heads import Answers
+from rerank_fast.model.modular.reranker import Entry
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
+from rerank_fast.model.storage.modules import TRANSFORMER_CONFIG
 from rerank_fast.model.storage.tokenizer import TokenizerSettings
 from rerank_fast.model.texts import one_line
 
@@ -41,9 +43,11 @@ def save(
     directory: Path,
     *,
     tokenizer_settings: TokenizerSettings,
+    entries: Sequence[Entry],
     answers: Answers | None,
     prompts: Mapping[str, str],
     default_prompt_name: str | None,
+    keep_in_fp32_modules: list[str],
     overwrite: bool,
 ) -> None:
     """Write a model directory; files appear in it only once all of them are written."""
@@ -60,16 +64,19 @@ def save(
         with quiet_transformers():
             model.save_pretrained(staging)
             tokenizer_settings.save(tokenizer, staging, max_length)
-        files = _sentence_transformers_files(activation_fn, answers, prompts, default_prompt_name)
+        files = _module_files(entries or _plain_entries(answers))
+        files[SENTENCE_TRANSFORMERS_CONFIG] = _settings(
+            activation_fn, prompts, default_prompt_name, keep_in_fp32_modules
+        )
         for name, content in files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
         mode = (staging / "modules.json").stat().st_mode
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             file.chmod(mode)  # safetensors makes its files the owner's alone
             target = directory / file.relative_to(staging)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
     except Exception as error:
         # tokenizers has no kind of its own for what the system refuses.
@@ -80,47 +87,57 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _sentence_transformers_files(
-    activation_fn: object, answers: Answers | None, prompts: Mapping[str, str], default_prompt_name: str | None
+def _settings(
+    activation_fn: object,
+    prompts: Mapping[str, str],
+    default_prompt_name: str | None,
+    keep_in_fp32_modules: list[str],
 ) -> dict[str, Any]:
-    """What sentence-transformers 6 reads beside the Hugging Face files."""
     kind = type(activation_fn)
     if not kind.__module__.startswith("torch.nn.modules."):
         logger.warning(
             "The activation %s is not one of torch.nn: the saved model opens with Sigmoid.", activation_fn
         )
-    modules = ["sentence_transformers.base.modules.transformer.Transformer"]
-    transformer: dict[str, Any] = {
-        "transformer_task": "sequence-classification",
-        "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
-        "module_output_name": "scores",
+    settings = {
+        "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
+        "activation_fn": f"{kind.__module__}.{kind.__qualname__}",
+        "default_prompt_name": default_prompt_name,
+        "model_type": "CrossEncoder",
+        "prompts": dict(prompts),
     }
-    files: dict[str, Any] = {}
-    if answers is not None:
-        modules.append("sentence_transformers.cross_encoder.modules.logit_score.LogitScore")
-        output = {"method": "forward", "method_output_name": "logits"}
-        transformer = {
-            "transformer_task": "text-generation",
-            "modality_config": {"text": output, "message": output | {"format": "flat"}},
-            "module_output_name": "causal_logits",
+    return settings | ({"keep_in_fp32_modules": keep_in_fp32_modules} if keep_in_fp32_modules else {})
+
+
+def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
+    """modules.json and each module's config."""
+    files: dict[str, Any] = {TRANSFORMER_CONFIG: dict(entries[0].config)}
+    files |= {f"{entry.path}/config.json": dict(entry.config) for entry in entries[1:]}
+    files["modules.json"] = [
+        {"idx": index, "name": entry.name, "path": entry.path, "type": entry.type}
+        | ({"kwargs": list(entry.kwargs)} if entry.kwargs else {})
+        for index, entry in enumerate(entries)
+    ]
+    return files
+
+
+def _plain_entries(answers: Answers | None) -> list[Entry]:
+    """The modules of a Hugging Face model that gives the score itself, or the logits of answers."""
+    transformer = "sentence_transformers.base.modules.transformer.Transformer"
+    output = {"method": "forward", "method_output_name": "logits"}
+    if answers is None:
+        config: dict[str, Any] = {
+            "transformer_task": "sequence-classification",
+            "modality_config": {"text": output},
+            "module_output_name": "scores",
         }
-        files["1_LogitScore/config.json"] = {**asdict(answers), "module_input_name": "causal_logits"}
-    return files | {
-        "modules.json": [
-            {
-                "idx": index,
-                "name": str(index),
-                "path": f"{index}_{name.rpartition('.')[2]}" if index else "",
-                "type": name,
-            }
-            for index, name in enumerate(modules)
-        ],
-        "sentence_bert_config.json": transformer,
-        SENTENCE_TRANSFORMERS_CONFIG: {
-            "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
-            "activation_fn": f"{kind.__module__}.{kind.__qualname__}",
-            "default_prompt_name": default_prompt_name,
-            "model_type": "CrossEncoder",
-            "prompts": dict(prompts),
-        },
+        return [Entry("0", transformer, "", config)]
+    config = {
+        "transformer_task": "text-generation",
+        "modality_config": {"text": output, "message": output | {"format": "flat"}},
+        "module_output_name": "causal_logits",
     }
+    score = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    return [
+        Entry("0", transformer, "", config),
+        Entry("1", score, "1_LogitScore", {**asdict(answers), "module_input_name": "causal_logits"}),
+    ]

@@ -61,7 +61,7 @@ def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
 
 def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
-        types = {argument: f"*{name}" for argument in ("x", "grad", "dx")} | {"sums": "*fp32"}
+        types = dict.fromkeys(("x", "grad", "dx"), f"*{name}") | {"sums": "*fp32"}
         types |= dict.fromkeys(["sums_stride", "num_rows", "width"], "i32")
         multiples = [argument for argument in types if argument != "num_rows"]
         yield Variant(f"gelu_grad-{name}", gelu_grad_kernel, types, LAUNCH, multiples=multiples)

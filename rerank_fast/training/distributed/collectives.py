@@ -52,10 +52,16 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """
     if not several():
         return
+    under_way: _Message | None = None
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [one for one in tensors if one.dtype == dtype]
         for part in messages(alike):
-            _sum(alike[part])
+            message = _Message(alike[part])  # copied in while the one before travels
+            if under_way is not None:
+                under_way.finish()
+            under_way = message
+    if under_way is not None:
+        under_way.finish()
 
 
 def messages(tensors: Sequence[Tensor]) -> list[slice]:
@@ -69,12 +75,45 @@ def messages(tensors: Sequence[Tensor]) -> list[slice]:
     return [*parts, slice(start, len(tensors))]
 
 
-def _sum(tensors: list[Tensor]) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+class _Message:
+    """Tensors of one dtype on their way to be summed; in and out by a copy of all of them at once."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        sizes = [tensor.numel() for tensor in tensors]
+        flat = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+        self._tensors = tensors
+        self._parts = [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+        torch._foreach_copy_(self._parts, tensors)
+        self._work: Any = dist.all_reduce(flat, async_op=True)
+
+    def finish(self) -> None:
+        self._work.wait()
+        torch._foreach_copy_(self._tensors, self._parts)
+
+
+class LateFlag:
+    """A number of the device as a flag of the host that is read a step later: nothing waits for the step
+    in between.
+    """
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def put(self, value: Tensor) -> None:
+        """A () tensor, whose copy is under way from now on."""
+        if not value.is_cuda:
+            self._value = value.detach().clone()
+            return
+        self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._value.copy_(value.detach(), non_blocking=True)
+        self._arrived = torch.cuda.current_stream(value.device).record_event()
+
+    def get(self) -> bool:
+        """Whether what was put last is above 0; False before the first."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._value is not None and bool(self._value > 0)
 
 
 def copy_from_first(tensors: Sequence[Tensor]) -> None:

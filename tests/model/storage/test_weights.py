@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,21 @@ def test_a_weight_that_a_narrower_dtype_does_not_hold(directory: Path):
     assert np.isfinite(CrossEncoder(directory, device="cpu").predict(PAIRS)).all()
     with pytest.raises(ValueError, match=r"classifier\.weight has a value that is infinite in float16"):
         CrossEncoder(directory, device="cpu", dtype="float16")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("others", [r"LayerNorm", r"classifier", r"word_embeddings|layer\.1", r"^$"])
+@pytest.mark.parametrize("said", [None, "float32", "bfloat16", "float16"])
+def test_files_of_any_and_of_several_dtypes(directory: Path, stored: torch.dtype, others: str, said: str | None):
+    """Weights are those of the file, in the one dtype of the config or of the file's first weights."""
+    expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
+    edit_weights(
+        directory,
+        lambda tensors: tensors.update(
+            {name: one.to(stored) for name, one in tensors.items() if not re.search(others, name)}
+        ),
+    )
+    edit(directory, "config.json", dtype=said)
+    model = CrossEncoder(directory, device="cpu")
+    assert len({one.dtype for one in model.parameters()}) == 1
+    np.testing.assert_allclose(model.predict(PAIRS), expected, atol=5e-3)

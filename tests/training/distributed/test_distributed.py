@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.training.checkpoints import checkpoints
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
@@ -201,3 +202,46 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
     counts = sum((share != 0).int() for share in shares)
     assert counts.tolist() == [1] * len(pairs)  # each pair by exactly one
     np.testing.assert_allclose(model.activation_fn(sum(shares)).numpy(), expected, atol=1e-6)
+
+
+def test_messages_are_summed_while_the_next_is_copied_in(monkeypatch: pytest.MonkeyPatch):
+    """Of any dtypes and shapes, transposed too; two are on their way at most."""
+    under_way: list[int] = []
+    sizes: list[int] = []
+
+    class Work:
+        def __init__(self, flat: torch.Tensor) -> None:
+            self.flat = flat
+
+        def wait(self) -> None:
+            self.flat.mul_(2)  # two processes with the same
+            under_way.pop()
+
+    def all_reduce(flat: torch.Tensor, *, async_op: bool) -> Work:
+        assert async_op
+        under_way.append(flat.numel())
+        sizes.append(flat.numel())
+        assert len(under_way) <= 2
+        return Work(flat)
+
+    monkeypatch.setattr(collectives, "several", lambda: True)
+    monkeypatch.setattr(collectives, "_MESSAGE", 20)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    shapes = [(3, 5), (), (40,), (2, 2), (0,), (4, 3)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors += [torch.randn(6, 4).t(), torch.randn(5).bfloat16(), torch.randn(2, 3).double()]
+    expected = [2 * one for one in tensors]
+    collectives.sum_over_processes(tensors)
+    assert not under_way
+    assert sizes == [16, 40, 16, 24, 5, 6]
+    assert all(torch.equal(one, two) for one, two in zip(tensors, expected, strict=True))
+
+
+def test_a_flag_is_that_of_the_step_before():
+    flag, value = collectives.LateFlag(), torch.zeros(())
+    assert not flag.get()
+    for step in range(4):
+        value.fill_(step // 2)
+        flag.put(value)
+        value.fill_(1 - step // 2)  # the device goes on with it
+        assert flag.get() == (step >= 2)

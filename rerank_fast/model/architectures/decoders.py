@@ -1,0 +1,81 @@
+"""Llama and Qwen: read at their last token, by a classifier or by the logits of their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_fast.model.architectures.views import Body, PreNormLayer, Reading
+from rerank_fast.model.heads import AnswerHead, Answers, own_class
+
+# Their logits are the last hidden states times the vocabulary and nothing else.
+CAUSAL_FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def decoder_body(base: Any) -> Body:
+    return Body(
+        word_embeddings=base.embed_tokens,
+        embed=lambda rows, types, positions: rows,
+        layers=[_decoder_layer(layer) for layer in base.layers[: base.config.num_hidden_layers]],
+        final_norm=base.norm,
+        rotary=lambda hidden, positions: {"all": flat(base.rotary_emb(hidden, positions))},
+    )
+
+
+def _decoder_layer(layer: Any) -> PreNormLayer:
+    attention = layer.self_attn
+    reach = getattr(attention, "sliding_window", None)
+    return PreNormLayer(
+        attention_norm=layer.input_layernorm,
+        projections=[attention.q_proj, attention.k_proj, attention.v_proj],
+        num_heads=attention.config.num_attention_heads,
+        num_key_value_heads=attention.config.num_key_value_heads,
+        head_size=attention.head_dim,
+        scale=attention.scaling,
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
+        rotary="all",
+        causal=True,
+        window=None if reach is None else (reach - 1, 0),
+        attention=attention,
+        attention_dropout=attention.attention_dropout,
+        attention_out=attention.o_proj,
+        attention_out_dropout=None,
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=[layer.mlp.gate_proj, layer.mlp.up_proj],
+        activation=layer.mlp.act_fn,
+        mlp_dropout=None,
+        down=layer.mlp.down_proj,
+    )
+
+
+def flat(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary
+    return cos[0], sin[0]
+
+
+def decoder_reading(model: Any) -> Reading | None:
+    """A score for the last token that is not padding."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return None
+    return Reading(
+        head=lambda last: model.score(last).squeeze(1),
+        reads="last",
+        unread_token_id=model.config.pad_token_id,
+    )
+
+
+def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
+    """The head of a causal model whose score is the last hidden state times the vocabulary; None for another."""
+    vocabulary = model.get_output_embeddings()
+    if own_class(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
+        return None
+    if not own_class(model).__module__.startswith("transformers.models.") or vocabulary._forward_hooks:
+        return None
+    ids = [answers.true_token_id] + ([] if answers.false_token_id is None else [answers.false_token_id])
+    rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
+    bias = None if vocabulary.bias is None else vocabulary.bias[ids]
+    return AnswerHead(rows, bias)

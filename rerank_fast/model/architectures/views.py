@@ -1,0 +1,107 @@
+"""Where the parts of a model are that packed execution reads: views, nothing is changed in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from rerank_fast.model.heads import Head
+from rerank_fast.model.modular.pooling import Pool
+
+
+@dataclass(frozen=True)
+class PostNormLayer:
+    """A layer as BERT has it: attention, add and norm, feed-forward, add and norm."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_dropout: nn.Dropout
+    num_heads: int
+    scale: float
+    attention_out: nn.Module
+    attention_out_dropout: nn.Dropout | None
+    attention_norm: nn.LayerNorm
+    up: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    down: nn.Module
+    down_dropout: nn.Dropout | None
+    output_norm: nn.LayerNorm
+
+
+@dataclass(frozen=True)
+class PreNormLayer:
+    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated feed-forward, add."""
+
+    attention_norm: nn.Module | None
+    projections: list[nn.Module]  # query, key and value, or one for all three
+    num_heads: int
+    num_key_value_heads: int
+    head_size: int
+    scale: float
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    rotary: str
+    causal: bool
+    window: tuple[int, int] | None
+    attention: nn.Module  # says whether it is training
+    attention_dropout: float
+    attention_out: nn.Module
+    attention_out_dropout: nn.Module | None
+    mlp_norm: nn.Module
+    gate_up: list[nn.Module]  # the gate and what it is multiplied with, or one for both
+    activation: Callable[[Tensor], Tensor]
+    mlp_dropout: nn.Module | None
+    down: nn.Module
+
+
+Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """The parts of an encoder that runs packed."""
+
+    word_embeddings: nn.Embedding
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # word rows, token types, positions, all (1, T) -> (1, T, H)
+    layers: Sequence[PostNormLayer | PreNormLayer]
+    final_norm: nn.Module | None = None
+    rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
+    pad_position: int | None = None  # RoBERTa and its kin count positions from here + 1, a padding token has this
+    embeddings: nn.Module | None = None  # all that embed calls, where that is one module
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadParts:
+    """The layers of a head in the order of their calls; None, and a dropout of 0, where it has none."""
+
+    pooling: str
+    dropout_in: float = 0.0
+    dense: nn.Linear | None = None
+    activation: nn.Module | None = None
+    norm: nn.LayerNorm | None = None
+    dropout: float = 0.0
+    out: nn.Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a score is made of, and how."""
+
+    head: Head
+    reads: Literal["first", "last"] = "first"  # the token that the head sees
+    pool: Pool | None = None  # of all tokens instead
+    unread_token_id: int | None = None  # the last token is the last that is not this one
+    parts: HeadParts | None = None  # of the head, where it is made of nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Body, Reading):
+    """The parts of a reranker that runs packed: those of its encoder, and how its score is read."""
+
+    @staticmethod
+    def of(body: Body, reading: Reading) -> Architecture:
+        return Architecture(**vars(body), **vars(reading))

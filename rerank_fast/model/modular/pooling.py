@@ -1,0 +1,116 @@
+"""Token embeddings to one embedding a text, in each of sentence-transformers' modes, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (T, H) token embeddings, (N + 1,) cumulative tokens, (T,) sequence of each token -> (N, F)
+Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# As older releases named them, in the order in which they lay the results side by side.
+_LEGACY = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def _summed(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    """(N, H) sums in fp32 at least."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return wide.new_zeros(len(ends) - 1, rows.shape[1]).index_add(0, owner, wide)
+
+
+def _lengths(ends: Tensor) -> Tensor:
+    """(N, 1)."""
+    return ends.diff().clamp(min=1)[:, None]
+
+
+def _first(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    return rows.index_select(0, ends[:-1].long())
+
+
+def _last(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    return rows.index_select(0, ends[1:].long() - 1)
+
+
+def _max(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    least = rows.new_full((len(ends) - 1, rows.shape[1]), float("-inf"))
+    return least.scatter_reduce(0, owner[:, None].expand_as(rows), rows, "amax")
+
+
+def _mean(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    return _summed(rows, ends, owner) / _lengths(ends)
+
+
+def _mean_sqrt(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    return _summed(rows, ends, owner) / _lengths(ends).to(torch.promote_types(rows.dtype, torch.float32)).sqrt()
+
+
+def _weighted_mean(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+    """Weights rise with the place of a token: 1, 2, 3, ..."""
+    place = torch.arange(1, len(rows) + 1, device=rows.device) - ends[:-1].long().index_select(0, owner)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    lengths = _lengths(ends)
+    return _summed(wide * place[:, None], ends, owner) / (lengths * (lengths + 1) // 2)
+
+
+_POOLS: dict[str, Pool] = {
+    "cls": _first,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}
+
+
+def pool_by(modes: Sequence[str]) -> Pool:
+    """What pools a flat run of sequences by each of the modes, results side by side."""
+
+    def pool(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
+        return torch.cat([_POOLS[mode](rows, ends, owner).to(rows.dtype) for mode in modes], dim=1)
+
+    return pool
+
+
+def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
+    """The modes that the config of a Pooling module names, in today's or an older release's way.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for name, mode in _LEGACY.items() if config.get(name)] or ["mean"]
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    if not modes or (unknown := [mode for mode in modes if mode not in _POOLS]):
+        raise ValueError(f"expected pooling modes of {', '.join(_POOLS)}, got {(unknown if modes else modes)!r}")
+    return modes
+
+
+class Pooling(nn.Module):
+    """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes * H)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.pooling_mode = pooling_modes(config)
+        self.include_prompt = bool(config.get("include_prompt", True))
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = features["attention_mask"].bool()
+        ends = F.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+        owner = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+        pooled = pool_by(self.pooling_mode)(features["token_embeddings"][mask], ends, owner)
+        return features | {"sentence_embedding": pooled}
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.pooling_mode)

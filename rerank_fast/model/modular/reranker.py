@@ -1,0 +1,102 @@
+"""An encoder and the modules behind it as one model, which the rest takes for a sequence classifier."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+_HEAD, _ENCODER = "head.", "encoder."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module as modules.json has it, and its own config.json."""
+
+    name: str
+    type: str  # its class, with the path of its Python module
+    path: str  # of its folder; empty for that of the model
+    config: Mapping[str, Any]
+    kwargs: Sequence[str] = ()
+
+    @property
+    def kind(self) -> str:
+        return self.type.rpartition(".")[2]
+
+
+class ModularReranker(nn.Module):
+    """Runs an encoder on a padded batch and its modules on what comes out; the last of them gives the scores.
+
+    Args:
+        encoder: a Hugging Face model.
+        head: the modules behind it, this package's or sentence-transformers'.
+        entries: of the encoder and of each module, as they are saved; none for a view of somebody else's model.
+        output: of the encoder's outputs, and what its name is among the features.
+    """
+
+    base_model_prefix = "encoder"  # as of transformers' models
+
+    def __init__(
+        self,
+        encoder: Any,
+        head: Sequence[nn.Module],
+        entries: Sequence[Entry] = (),
+        output: tuple[str, str] = ("last_hidden_state", "token_embeddings"),
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.ModuleList(head)
+        self.entries, self.output, self.training = tuple(entries), output, encoder.training
+        parameters = inspect.signature(encoder.forward).parameters
+        self._accepted = parameters.keys() - {"kwargs"}
+
+    @property
+    def base_model(self) -> Any:
+        return self.encoder
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """(B, 1) logits of a padded batch of input_ids, attention_mask and, where there are any, token_type_ids."""
+        output, name = self.output
+        encoded = self.encoder(**{key: value for key, value in inputs.items() if key in self._accepted})
+        features = {**inputs, name: encoded[output]}
+        for module in self.head:
+            features = module(features)
+        return SequenceClassifierOutput(logits=features["scores"])
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the encoder's files, and each module's weights in its folder; the configs are the caller's."""
+        state = self.state_dict() if state_dict is None else state_dict
+        encoder = {name.removeprefix(_ENCODER): one for name, one in state.items() if name.startswith(_ENCODER)}
+        self.encoder.save_pretrained(directory, state_dict=encoder)
+        module: Any
+        for index, (entry, module) in enumerate(zip(self.entries[1:], self.head, strict=True)):
+            folder = Path(directory, entry.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            if hasattr(module, "save"):  # sentence-transformers' own
+                module.save(str(folder), safe_serialization=True)
+                continue
+            prefix = f"{_HEAD}{index}."
+            tensors = {
+                name.removeprefix(prefix): one.detach().contiguous()
+                for name, one in state.items()
+                if name.startswith(prefix)
+            }
+            if tensors:
+                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,108 @@
+"""Pickled weights: closed, and converted where the user asks for it, as tensors and nothing else."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rerank_fast import CrossEncoder
+from rerank_fast.cli import main
+from tests.model.modular_factory import ettin, make_peer
+from tests.model.storage.damage import PAIRS, refused
+from tests.model.storage.test_weights import Payload
+
+
+def to_pickles(directory: Path, parts: int = 1) -> None:
+    """Every safetensors file of a directory as older releases wrote it."""
+    for file in directory.rglob("model.safetensors"):
+        tensors = load_file(file)
+        file.unlink()
+        if parts == 1:
+            torch.save(tensors, file.with_name("pytorch_model.bin"))
+            continue
+        names, index = sorted(tensors), {}
+        for part in range(parts):
+            name = f"pytorch_model-{part + 1:05}-of-{parts:05}.bin"
+            torch.save({key: tensors[key] for key in names[part::parts]}, file.with_name(name))
+            index |= dict.fromkeys(names[part::parts], name)
+        content = {"metadata": {"total_size": 1}, "weight_map": index}
+        (file.parent / "pytorch_model.bin.index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_they_are_closed_until_they_are_converted(directory: Path, tmp_path: Path, parts: int, capsys: Any):
+    expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
+    to_pickles(directory, parts)
+    (directory / "optimizer.pt").write_bytes(b"of no use")
+    refused(directory, "pickled weights are not loaded: rerank-fast convert --model .* --output DIR")
+    assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("converted") == parts
+    np.testing.assert_array_equal(CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS), expected)
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".bin", ".pt")]
+
+
+def test_an_encoder_gets_no_head_by_it(directory: Path, tmp_path: Path):
+    file = directory / "model.safetensors"
+    tensors = {name.removeprefix("bert."): one for name, one in load_file(file).items() if name.startswith("bert.")}
+    file.unlink()
+    tensors["embeddings.tied"] = tensors["embeddings.word_embeddings.weight"]  # memory that is shared
+    torch.save(tensors, directory / "pytorch_model.bin")
+    assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+
+
+def test_modules_are_converted_too(tmp_path: Path):
+    peer = make_peer(tmp_path, ettin())
+    to_pickles(tmp_path / "model")
+    assert main(["convert", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    scores = CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("content", ["code", "a list", "numbers", "damaged"])
+def test_what_is_more_than_tensors_is_refused_and_not_run(
+    directory: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture
+):
+    tensors, file, marker = (
+        load_file(directory / "model.safetensors"),
+        directory / "pytorch_model.bin",
+        tmp_path / "ran",
+    )
+    (directory / "model.safetensors").unlink()
+    if content == "code":
+        file.write_bytes(pickle.dumps({**tensors, "x": Payload(marker)}))
+    elif content == "damaged":
+        torch.save(tensors, file)
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        torch.save([1, 2] if content == "a list" else {**tensors, "step": 3}, file)
+    assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "pytorch_model.bin" in said
+    assert said.count("\n") == 1
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("fault", ["no pickles", "no directory", "output holds a model"])
+def test_nothing_to_convert(directory: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture):
+    source, output = directory, tmp_path / "out"
+    if fault == "no directory":
+        source = Path("somebody/model")
+    elif fault == "output holds a model":
+        shutil.copytree(directory, output)
+    assert main(["convert", "--model", str(source), "--output", str(output)]) == 2
+    expected = {
+        "no pickles": "has no pickled weights (pytorch_model.bin) to convert",
+        "no directory": "expected a local model directory, got somebody/model",
+        "output holds a model": "already holds a model or a README.md; --overwrite replaces it",
+    }
+    assert expected[fault] in capsys.readouterr().err

@@ -1,0 +1,237 @@
+"""CrossEncoders of modules beside sentence-transformers: opened, packed, trained and saved as they came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from sentence_transformers.cross_encoder.losses import LambdaLoss as PeerLambdaLoss
+from torch import nn
+
+from rerank_fast import CrossEncoder
+from rerank_fast.losses import LambdaLoss
+from rerank_fast.model import scoring
+from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
+from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.wrappers import Wrapped, find_cross_encoder
+from tests.model.modular_factory import ENCODERS, HEADS, PAIRS, THEIRS, ettin, make_peer
+
+MODES = ["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", ("cls", "mean", "lasttoken")]
+
+
+def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder:
+    """Scores are those of sentence-transformers, and it reads what is saved; packed, padded and alone."""
+    expected = peer.predict(PAIRS)
+    assert np.ptp(expected) > 0.01
+    model = CrossEncoder(directory / "model", device="cpu")
+    step = model.step(model.tokenize(PAIRS))
+    assert isinstance(step, PackedStep) is packed
+    for scores in (
+        model.predict(PAIRS),
+        [model.predict(pair) for pair in PAIRS],
+        scoring.run(model.step(model.tokenize(PAIRS), packed=False)).detach(),
+        model.forward(model.preprocess(PAIRS))["scores"].detach(),
+    ):
+        np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(directory / "saved")
+    theirs = PeerCrossEncoder(str(directory / "saved"), device="cpu")
+    np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    assert [type(one) for one in theirs] == [type(one) for one in peer]
+    for name in ("modules.json", "sentence_bert_config.json"):
+        saved, given = (json.loads((directory / one / name).read_text()) for one in ("saved", "model"))
+        assert saved == given
+    again = CrossEncoder(directory / "saved", device="cpu")
+    np.testing.assert_array_equal(again.predict(PAIRS), model.predict(PAIRS))
+    return model
+
+
+def check_gradients(model: CrossEncoder) -> None:
+    """Every parameter's gradient, packed, is that of the padded model, also by the gradient cache."""
+    tokens = model.tokenize(PAIRS)
+    upstream = torch.linspace(-1, 2, len(PAIRS))
+    found = []
+    plan = plan_micro_batches(tokens.lengths, max_pairs=2)
+    for packed, backward in ((False, None), (True, None), (True, backward_direct), (True, backward_cached)):
+        model.zero_grad()
+        step = model.step(tokens, packed=packed)
+        if backward is None:
+            scoring.run(step).backward(upstream)
+        else:
+            options = {} if backward is backward_direct else {"device": model.device}
+            backward(step, plan, lambda scores: (scores * upstream).sum(), **options)
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    expected = found[0]
+    assert sum(".head." in name for name in expected) >= 1
+    least = 1e-3 * max(gradient.norm() for gradient in expected.values())
+    for gradients in found[1:]:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).norm() <= 2e-4 * max(gradient.norm(), least), name
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_pooling_in_each_of_its_modes(mode: Any, tmp_path: Path):
+    check_gradients(check_both_ways(make_peer(tmp_path, ettin(mode)), tmp_path, packed=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_sequences_of_modules(name: str, tmp_path: Path):
+    check_gradients(check_both_ways(make_peer(tmp_path, HEADS[name]()), tmp_path, packed=True))
+
+
+# The first token of a causal model sees no other.
+@pytest.mark.parametrize(
+    ("encoder", "mode"),
+    [(one, mode) for one in ENCODERS for mode in ("cls", "mean", "lasttoken") if (one, mode) != ("qwen3", "cls")],
+)
+def test_encoders(encoder: str, mode: str, tmp_path: Path):
+    packed = encoder != "deberta"
+    model = check_both_ways(make_peer(tmp_path, ettin(mode), encoder), tmp_path, packed=packed)
+    if packed:
+        check_gradients(model)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_is_theirs_alone_runs_padded(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    scoring._said.clear()
+    check_both_ways(make_peer(tmp_path, THEIRS[name]()), tmp_path, packed=False)
+    assert sum("padded and sorted by length" in record.message for record in caplog.records) == 1
+
+
+def test_an_older_pooling_config_opens(tmp_path: Path):
+    peer = make_peer(tmp_path, ettin(("max", "mean")))
+    file = tmp_path / "model" / "1_Pooling" / "config.json"
+    older = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    file.write_text(json.dumps(older | {"pooling_mode_cls_token": False}))
+    scores = CrossEncoder(tmp_path / "model", device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_token_that_is_read_is_computed_in_the_last_layer(tmp_path: Path):
+    make_peer(tmp_path, ettin("cls"))
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    step = model.step(model.tokenize(PAIRS))
+    assert [layer.one_token for layer in step.layers] == [False, True]
+
+
+@pytest.mark.parametrize("prompt", [None, "query: "])
+def test_prompts(prompt: str | None, tmp_path: Path):
+    prompts = {"web": "is it of the sea ", "none": ""}
+    peer = make_peer(tmp_path, ettin("mean"), prompts=prompts, default_prompt_name="web")
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    expected = peer.predict(PAIRS, prompt=prompt)
+    np.testing.assert_allclose(model.predict(PAIRS, prompt=prompt), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(model.predict(PAIRS, prompt="") - expected).max() > 1e-3
+    model.save_pretrained(tmp_path / "saved")
+    theirs = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+    assert theirs.prompts == peer.prompts
+    np.testing.assert_allclose(theirs.predict(PAIRS, prompt=prompt), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_without_the_prompt_is_refused_with_one(tmp_path: Path):
+    head = ettin("mean")
+    head[0].include_prompt = False  # type: ignore[assignment]
+    peer = make_peer(tmp_path, head)
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    np.testing.assert_allclose(model.predict(PAIRS), peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="pools without the tokens of a prompt"):
+        model.predict(PAIRS, prompt="query: ")
+
+
+@pytest.mark.parametrize("names", [["4.linear"], ["2.linear", "4.linear"], ["0.model.layers.0.mlp.Wo"]], ids=str)
+def test_layers_that_are_kept_in_fp32(names: list[str], tmp_path: Path):
+    peer = make_peer(tmp_path, ettin("cls"), keep_in_fp32_modules=names)
+    model = check_both_ways(peer, tmp_path, packed=True)
+    assert model.keep_in_fp32_modules == names
+    half = CrossEncoder(tmp_path / "saved", device="cpu", dtype="bfloat16")
+    if "2.linear" not in names:  # a norm of bf16 weights takes no fp32, there as here
+        np.testing.assert_allclose(half.predict(PAIRS), model.predict(PAIRS), atol=0.15)
+    outputs = []
+    last: Any = half.model.get_submodule("head.3.linear")
+    last.register_forward_hook(lambda module, args, out: outputs.append(out.dtype))
+    with torch.no_grad():
+        last(torch.zeros(1, 32, dtype=torch.bfloat16))
+    assert outputs == [torch.float32 if "4.linear" in names else torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_narrower_arithmetic(dtype: str, tmp_path: Path):
+    peer = make_peer(tmp_path, ettin("mean"), "bert")
+    model = CrossEncoder(tmp_path / "model", device="cpu", dtype=dtype)
+    np.testing.assert_allclose(model.predict(PAIRS), peer.predict(PAIRS), atol=0.2)
+
+
+def test_a_sequence_classifier_with_a_layer_behind_it_runs_padded(tmp_path: Path):
+    from sentence_transformers.cross_encoder.modules import Dense, Transformer
+
+    from tests.model_factory import make_tiny_bert
+
+    path = make_tiny_bert(tmp_path / "encoder", num_labels=3)
+    last = Dense(3, 1, activation_function=nn.Identity(), module_input_name="scores")
+    first = Transformer(str(path), transformer_task="sequence-classification")
+    peer = PeerCrossEncoder(modules=[first, last], activation_fn=nn.Identity(), device="cpu")
+    peer.save_pretrained(str(tmp_path / "model"))
+    check_both_ways(peer, tmp_path, packed=False)
+
+
+# -- inside their trainer ------------------------------------------------------------------------------------------
+
+QUERIES = ["what is a panda", "rain"]
+DOCS = [["a bear", "the sea", "a panda is a kind of bear"], ["the wind", "rain in paris"]]
+LABELS = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0])]
+
+
+@pytest.mark.parametrize(
+    ("head", "packed"),
+    [(lambda: ettin("cls"), True), (lambda: ettin("mean"), True), (THEIRS["convolutions"], False)],
+    ids=["cls", "mean", "theirs alone"],
+)
+def test_the_drop_in_packs_their_model(
+    head: Callable[[], list[nn.Module]], packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps = []
+    original = PackedStep.__call__
+    monkeypatch.setattr(PackedStep, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1])
+    peer = make_peer(tmp_path, head()).eval()
+    results = []
+    for kind in (PeerLambdaLoss, LambdaLoss):
+        peer.zero_grad()
+        loss = kind(peer)([QUERIES, DOCS], LABELS)
+        loss.backward()
+        results.append((loss.item(), {n: p.grad.clone() for n, p in peer.named_parameters() if p.grad is not None}))
+    assert bool(steps) is packed
+    (expected, gradients), (found, ours) = results
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_module_with_a_hook_must_be_called(place: int, tmp_path: Path):
+    peer = make_peer(tmp_path, ettin())
+    found = find_cross_encoder(peer)
+    assert isinstance(found, Wrapped)
+    peer[place].register_forward_hook(lambda module, args, out: None)
+    assert "has hooks" in str(find_cross_encoder(peer))
+
+
+def test_their_logits_of_answers_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+    from tests.model_factory import make_tiny_qwen3
+
+    path = make_tiny_qwen3(tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE)
+    peer = PeerCrossEncoder(str(path), device="cpu").eval()
+    steps = []
+    original = PackedStep.__call__
+    monkeypatch.setattr(PackedStep, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1])
+    values = [kind(peer)([QUERIES, DOCS], LABELS).item() for kind in (PeerLambdaLoss, LambdaLoss)]
+    assert steps
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
