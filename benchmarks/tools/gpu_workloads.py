@@ -34,10 +34,10 @@ from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.ops import cpu
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.freezing import layer_depths
 from rerank_fast.training.objective import choose_objective
 from rerank_fast.training.optimizer import parameter_groups
 from rerank_fast.training.run_log import Rates
-from rerank_fast.training.weights import layer_depths
 
 _ONE_LABEL: dict[str, Any] = {"num_labels": 1, "pad_token_id": 0}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}

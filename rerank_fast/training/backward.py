@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +100,17 @@ class Backward:
             f"a step does not fit memory, nor with micro-batches of {self.max_tokens} tokens: expected "
             f"{also}{advice[self.config.gradient_cache]} or a smaller model"
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """What the machine and the steps so far have made of the settings."""
+        return {"max_tokens_per_microbatch": self.max_tokens, "memory": self.memory}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        if self.config.max_tokens_per_microbatch is None:
+            # Another cut of a batch drops out and rounds differently, and this machine may be another.
+            self.max_tokens = state["max_tokens_per_microbatch"]
+        if state["memory"] <= 2 * self.memory:  # half of what was free: that much may be taken here too
+            self.memory = state["memory"]
 
     def spread(self) -> Tensor:
         """(4,) on the device: how far apart the last step's scores lie in their lists; see spread_of_lists."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rerank_fast.cards.energy import Energy
 from rerank_fast.cards.record import Change
-from rerank_fast.model.random_state import device_state, set_device_state
 from rerank_fast.training import checkpoints
 from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
 from rerank_fast.training.distributed import collectives
 from rerank_fast.training.from_json import from_json
+from rerank_fast.training.generators import generators_in, random_state, set_random_state
 from rerank_fast.training.run_identity import find_changes
+from rerank_fast.training.schedule import ScheduleState, load_schedule_state, schedule_state
 from rerank_fast.training.weights import check_tensors
 
 if TYPE_CHECKING:
@@ -52,20 +50,12 @@ class Progress:
 
 
 @dataclass
-class _Schedule:
-    """What a scheduler of torch counts; the rest of it follows from the settings."""
-
-    last_epoch: int  # steps of the optimizer
-    _step_count: int
-
-
-@dataclass
 class _Values:
     """What a checkpoint's JSON file holds."""
 
     step: int
     progress: Progress
-    scheduler: _Schedule
+    scheduler: ScheduleState
     scaler: dict[str, Any]
     random: list[dict[str, Any]]  # of each process
     log_position: int
@@ -77,35 +67,19 @@ class _Values:
 
 def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Values and tensors of a run between two steps. All processes must call it: each has random numbers."""
-    schedule = trainer.scheduler.state_dict()
     values = {
         "progress": asdict(progress),
-        "scheduler": {one.name: schedule[one.name] for one in fields(_Schedule)},
+        "scheduler": asdict(schedule_state(trainer.scheduler)),
         "scaler": trainer.scaler.state_dict(),
         "random": collectives.gather(random_state(trainer.model.device)),
         "log_position": log_position,
         "run": trainer.described,
-        "max_tokens_per_microbatch": trainer.backward.max_tokens,
-        "memory": trainer.backward.memory,
+        **trainer.backward.state_dict(),
         "frozen": trainer.trained.frozen,
     }
-    parts = {f"weights.{name}": weight.detach() for name, weight in trainer.weights.items()}
-    for name, weight in trainer.weights.items():
-        for key, value in trainer.optimizer.state.get(weight, {}).items():
-            if isinstance(value, Tensor):
-                parts[f"optimizer.{name}.{key}"] = value
-    if trainer.trained.average is not None:
-        parts.update({f"average.{name}": value for name, value in trainer.trained.average.weights.items()})
-    tensors = {}
-    for name, part in parts.items():
-        whole = trainer.trained.gathered(part)
-        if trainer.processes.is_main_process:  # the one that writes
-            # Shards gathered on a GPU would not fit there together.
-            tensors[name] = whole if whole is part else whole.cpu()
-    return values, tensors
+    return values, trainer.trained.state_dict(trainer.optimizer)
 
 
-@torch.no_grad()
 def restore(
     trainer: Trainer, checkpoint: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Progress:
@@ -143,45 +117,15 @@ def restore(
         averaged=bool(values.run.get("ema_decay")),
         where=f"checkpoint {checkpoint}, {TENSORS_FILE}",
     )
-    kept: dict[str, dict[str, Tensor]] = {}  # by the optimizer, for each weight
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            weight_name, _, key = rest.rpartition(".")
-            kept.setdefault(weight_name, {})[key] = value
-    defaults = trainer.optimizer.defaults
-    counts_on_device = bool(defaults.get("fused") or defaults.get("capturable"))
-    for name, weight in trainer.weights.items():
-        weight.copy_(trained.part_of(tensors[f"weights.{name}"].to(device), weight))
-        for key, value in kept.get(name, {}).items():
-            # What is one number, as the count of steps, stays on the CPU but where a kernel reads it.
-            place = device if value.dim() or counts_on_device else value.device
-            part = trained.part_of(value.to(place, copy=True), weight)
-            trainer.optimizer.state[weight][key] = part
-    if trained.masters is not None:
-        trained.masters.write_back()
-    if trained.average is not None:
-        for name, value in trained.average.weights.items():
-            saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # an average that begins here
-            value.copy_(trained.part_of(saved.to(device), value))
-    scheduler = trainer.scheduler
-    step = values.scheduler.last_epoch
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    counts = asdict(values.scheduler)
-    scheduler.load_state_dict({**scheduler.state_dict(), **counts, "_last_lr": rates})
-    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    trained.load_state_dict(tensors, trainer.optimizer)
+    load_schedule_state(trainer.scheduler, values.scheduler)
     if values.scaler:
         trainer.scaler.load_state_dict(values.scaler)
     rank, processes, states = trainer.processes.process_index, trainer.processes.num_processes, values.random
     if len(states) != processes and rank == 0:
         logger.warning("%d processes go on from a run of %d: dropout differs", processes, len(states))
     set_random_state(states[rank % len(states)], device)
-    if trainer.config.max_tokens_per_microbatch is None:
-        # Another cut of a batch drops out and rounds differently, and this machine may be another.
-        trainer.backward.max_tokens = values.max_tokens_per_microbatch
-    if values.memory <= 2 * trainer.backward.memory:  # half of what was free: that much may be taken here too
-        trainer.backward.memory = values.memory
+    trainer.backward.load_state_dict(vars(values))
     progress.changes += changes
     _forget_other_best(trainer, progress)
     return progress
@@ -241,44 +185,8 @@ def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, wh
         raise ValueError(f"{where}, field random: expected the state of each process, got none")
     for rank, state in enumerate(values.random):
         try:
-            _generators(state)
+            generators_in(state)
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"{where}, field random[{rank}]: expected states of generators: {error!r:.200}"
             ) from error
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that a run may draw from, as plain numbers."""
-    legacy: Any = np.random.get_state()
-    name, keys, place, has_gauss, gauss = legacy
-    version, internal, next_gauss = random.getstate()
-    own = device_state(device)
-    return {
-        "python": [version, list(internal), next_gauss],
-        "numpy": [name, keys.tolist(), place, has_gauss, gauss],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": None if own is None else own.tolist(),  # or another device's
-    }
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    python, numpy, cpu = _generators(state)
-    random.setstate(python.getstate())
-    np.random.set_state(numpy.get_state())
-    torch.set_rng_state(cpu.get_state())
-    if device_state(device) is not None and state["cuda"] is not None:
-        set_device_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
-
-
-def _generators(state: Mapping[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
-    """Generators in that state, which nobody draws from: an error shows before anything is set."""
-    python, numpy, cpu = random.Random(), np.random.RandomState(), torch.Generator()
-    version, internal, next_gauss = state["python"]
-    python.setstate((version, tuple(internal), next_gauss))
-    name, keys, *rest = state["numpy"]
-    numpy.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    cpu.set_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None:
-        torch.tensor(state["cuda"], dtype=torch.uint8)
-    return python, numpy, cpu

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from rerank_fast.training.config import TrainingConfig
+
+
+@dataclass
+class ScheduleState:
+    """What a scheduler of torch counts; the rest of it follows from the settings."""
+
+    last_epoch: int  # steps of the optimizer
+    _step_count: int
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int) -> LambdaLR:
@@ -37,3 +46,17 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_
         ) from error
     assert isinstance(schedule, LambdaLR)
     return schedule
+
+
+def schedule_state(schedule: LambdaLR) -> ScheduleState:
+    state = schedule.state_dict()
+    return ScheduleState(state["last_epoch"], state["_step_count"])
+
+
+def load_schedule_state(schedule: LambdaLR, state: ScheduleState) -> None:
+    """Put it back to where it was, and the optimizer's learning rates with it."""
+    step = state.last_epoch
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict({**schedule.state_dict(), **asdict(state), "_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -195,7 +195,8 @@ class Trainer:
             gradients = self.trained.sum_gradients(totals)
         if self.objective.cut_by_rank:
             # How many units the cut leaves is known only now that all are scored.
-            assert isinstance(batch.units, int)
+            assert batch.units is not None
+            assert not isinstance(batch.units, tuple)
             factor = max(batch.units, 1) / totals[1].clamp(min=1)
             totals[0] *= factor
             torch._foreach_mul_(gradients, factor)

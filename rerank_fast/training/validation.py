@@ -112,7 +112,7 @@ def validation_loss(objective: Objective, batch_size: int) -> Callable[[Tensor, 
         if units is None:
             return float(mean) * batch_size / (len(offsets) - 1)
         if left is not None:
-            assert isinstance(units, int)
+            assert not isinstance(units, tuple)
             return float(mean) * max(units, 1) / max(int(left), 1)
         return float(mean)
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives
+from rerank_fast.training.freezing import freeze, layer_depths
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
 from rerank_fast.training.optimizer import make_optimizer, state_like
 
 if TYPE_CHECKING:
     from rerank_fast.training.distributed.sharding import ShardedWeights
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
-_EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
 
 
 class TrainedWeights:
@@ -138,6 +134,51 @@ class TrainedWeights:
         with average, self.whole():
             yield
 
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Weights, what the optimizer keeps for each, and their average, whole; in the process that writes.
+
+        As weights.NAME, optimizer.NAME.KEY and average.NAME. Every process must call it; the others
+        get nothing.
+        """
+        parts = {f"weights.{name}": weight.detach() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key, value in optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    parts[f"optimizer.{name}.{key}"] = value
+        if self.average is not None:
+            parts |= {f"average.{name}": value for name, value in self.average.weights.items()}
+        tensors = {}
+        for name, part in parts.items():
+            whole = self.gathered(part)
+            if collectives.is_first():
+                # Shards gathered on a GPU would not fit there together.
+                tensors[name] = whole if whole is part else whole.cpu()
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Put back what state_dict gave, which check_tensors has found to fit."""
+        device = self._model.device
+        kept: dict[str, dict[str, Tensor]] = {}  # by the optimizer, for each weight
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                weight_name, _, key = rest.rpartition(".")
+                kept.setdefault(weight_name, {})[key] = value
+        on_device = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+        for name, weight in self.weights.items():
+            weight.copy_(self.part_of(tensors[f"weights.{name}"].to(device), weight))
+            for key, value in kept.get(name, {}).items():
+                # What is one number, as the count of steps, stays on the CPU but where a kernel reads it.
+                place = device if value.dim() or on_device else value.device
+                optimizer.state[weight][key] = self.part_of(value.to(place, copy=True), weight)
+        if self.masters is not None:
+            self.masters.write_back()
+        if self.average is not None:
+            for name, value in self.average.weights.items():
+                saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # one that begins here
+                value.copy_(self.part_of(saved.to(device), value))
+
     def save(self, directory: Path) -> None:
         """Write the model as it is used: adapters merged, and written beside it too.
 
@@ -217,43 +258,6 @@ def check_tensors(
         needed += moments[name]
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, as {missing[0]}")
-
-
-def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Depth of every parameter: 0 for embeddings, i + 1 for layer i, layers + 1 for the head and what lies near."""
-    found = {name: _LAYER.search(name) for name, _ in model.named_parameters()}
-    layers = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
-    return {
-        name: int(match[1]) + 1 if match else 0 if _EMBEDDINGS.search(name) else layers + 1
-        for name, match in found.items()
-    }
-
-
-def freeze(model: nn.Module, *, num_layers: int, patterns: list[str]) -> None:
-    """Take parameters out of training: embeddings and the first layers, and those whose names match a pattern.
-
-    Raises:
-        ValueError: more layers than there are, a pattern that matches none (names some that there are), or nothing
-            left to train.
-    """
-    depths = layer_depths(model)
-    layers = max(depths.values()) - 1
-    if num_layers > layers:
-        raise ValueError(f"freeze_layers is {num_layers}, but the model has {layers} layers")
-    for pattern in patterns:
-        if not fnmatch.filter(depths, pattern):
-            some = ", ".join(list(depths)[:: max(len(depths) // 5, 1)])
-            raise ValueError(f"freeze: no parameter's name matches {pattern!r}; there are {some} and others")
-    frozen = {
-        name
-        for name, depth in depths.items()
-        if (depth <= num_layers and num_layers > 0) or any(fnmatch.fnmatch(name, one) for one in patterns)
-    }
-    parameters = dict(model.named_parameters())
-    if not any(one.requires_grad and name not in frozen for name, one in parameters.items()):
-        raise ValueError("freeze leaves no parameter to train")
-    for name in frozen:
-        parameters[name].requires_grad_(False)
 
 
 class MasterWeights:

@@ -471,3 +471,12 @@ def test_an_option_that_would_decide_nothing_is_refused(
     assert cli.main(arguments(command, {**_NEEDED[command], **settings})) == 2
     assert f"error: --{refused} " in (errors := capsys.readouterr().err)
     assert "would not be applied" in errors
+
+
+def test_several_objectives_are_a_list_on_the_line_and_in_yaml(tmp_path: Path):
+    several = [{"name": "listnet", "temperature": 0.5}, {"name": "lambda_loss", "weight": 0.5}]
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": "m", "train": "t", "objective": several}))
+    parser = cli.make_parser()
+    for line in (["--config", str(file)], ["--model", "m", "--train", "t", "--objective", str(several)]):
+        assert parser.parse_args(["train", *line]).train.objective == several

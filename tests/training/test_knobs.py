@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.evaluation import RerankingEvaluator
-from rerank_fast.training.weights import layer_depths
+from rerank_fast.training.freezing import layer_depths
 from tests.model_factory import make_tiny_roberta
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 

@@ -269,7 +269,7 @@ def test_a_malformed_row_of_a_stream_costs_no_step(
     settings = {"streaming": True, "shuffle_buffer": 4, "save_steps": 99, "max_steps": 9, "logging_steps": 99}
     rows = [json.dumps(row) + "\n" for row in make_lists(48)]
     (tmp_path / "sound.jsonl").write_text("".join(rows))
-    (tmp_path / "lists.jsonl").write_text("".join([*rows[:30], rows[30].replace("query", "question"), *rows[31:]]))
+    (tmp_path / "lists.jsonl").write_text("".join([*rows[:30], rows[30].replace("query", "asked"), *rows[31:]]))
     config = config_for(tmp_path / "run", **settings)
     with pytest.raises(ValueError, match=r"lists.jsonl, line 31: .*checkpoint-\d holds the steps before: mend it"):
         Trainer(tiny_bert, str(tmp_path / "lists.jsonl"), config=config).train()

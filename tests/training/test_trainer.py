@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Pa
         return loss_and_pairs
 
     trainer.backward = spoiled
-    spoiled.max_tokens, spoiled.memory = backward.max_tokens, backward.memory
+    spoiled.max_tokens, spoiled.state_dict = backward.max_tokens, backward.state_dict
     with pytest.raises(FloatingPointError, match=rf"the gradient's norm became {value} in step 4; .*its lists"):
         trainer.train()
     written = json.loads((tmp_path / "non_finite_loss.json").read_text())
