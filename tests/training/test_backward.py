@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from rerank_fast import CrossEncoder
+from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.data.tokenized import tokenize_lists
 from rerank_fast.model import scoring
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
@@ -19,7 +21,8 @@ from rerank_fast.training.backward import Backward
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.memory import activation_bytes
 from rerank_fast.training.run_log import Rates
-from tests.training.test_gradient_cache import opened
+from tests.model.test_gradient_cache import opened, upstream_of
+from tests.training.conftest import config_for, log_rows
 
 FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
 
@@ -142,3 +145,25 @@ def test_layers_are_computed_again_in_training_only(tiny_bert: Path, checkpointi
     assert make(lists.pairs).gradient_checkpointing == checkpointing
     model.eval()
     assert not make(lists.pairs).gradient_checkpointing
+
+
+def test_skip_below_is_of_the_loss_that_the_cut_leaves(still_bert: Path, tmp_path: Path):
+    """Its divisor, the pairs under the cut, is known only when all are scored."""
+    words = ["weather", "rain", "sea", "museum", "city", "wind"]
+    draw = np.random.default_rng(5)
+    docs = [[" ".join(draw.choice(words, 6)) for _ in range(20)] for _ in range(4)]
+    rows = Dataset.from_dict({"query": ["panda"] * 4, "docs": docs, "labels": [[1.0] * 3 + [0.0] * 17] * 4})
+    model = CrossEncoder(still_bert, device="cpu")
+    lists = tokenize_lists(rows.to_list(), model)
+    scores = model.score_tokens(lists.pairs, activation_fn=torch.nn.Identity())
+    upstream = upstream_of(lists, scores, k=1).abs()
+    limit = float(upstream[upstream > 0].median()) * 1.001
+    config = config_for(
+        tmp_path, k=1, gradient_cache="on", skip_below=limit, batch_size=4, max_steps=1, mini_batch_size=1
+    )
+    Trainer(model, rows, config=config).train()
+    (row,) = log_rows(tmp_path)
+    expected = float((upstream <= limit).float().mean())
+    assert 0 < expected < 1
+    assert row["skipped_share"] == pytest.approx(expected, abs=0.01)
+    assert row["gradient_norm"] > 0

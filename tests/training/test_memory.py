@@ -10,7 +10,7 @@ import torch
 
 from rerank_fast.training import memory
 from rerank_fast.training.memory import activation_bytes, available_bytes
-from tests.training.test_gradient_cache import opened
+from tests.model.test_gradient_cache import opened
 
 GIB = 2**30
 V1 = {"limit": "memory/memory.limit_in_bytes", "used": "memory/memory.usage_in_bytes", "stat": "memory/memory.stat"}

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
-from rerank_fast import CrossEncoder, Trainer, lambda_loss
+from rerank_fast import CrossEncoder, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packing import plan_micro_batches
 from rerank_fast.model.scoring import StepMaker
-from tests.training.conftest import config_for, log_rows, make_lists
+from tests.training.conftest import make_lists
 
 CPU = torch.device("cpu")
 
@@ -184,28 +183,6 @@ def test_skip_below_leaves_out_small_gradients_and_counts_them(still_bert: Path)
     assert cached.num_skipped == int((scores.grad.abs() <= limit).sum())
     name = "model.classifier.weight"
     assert not torch.allclose(found[name], expected[name], rtol=0, atol=1e-6)
-
-
-def test_skip_below_is_of_the_loss_that_the_cut_leaves(still_bert: Path, tmp_path: Path):
-    """Its divisor, the pairs under the cut, is known only when all are scored."""
-    words = ["weather", "rain", "sea", "museum", "city", "wind"]
-    draw = np.random.default_rng(5)
-    docs = [[" ".join(draw.choice(words, 6)) for _ in range(20)] for _ in range(4)]
-    rows = Dataset.from_dict({"query": ["panda"] * 4, "docs": docs, "labels": [[1.0] * 3 + [0.0] * 17] * 4})
-    model = CrossEncoder(still_bert, device=CPU)
-    lists = tokenize_lists(rows.to_list(), model)
-    scores = model.score_tokens(lists.pairs, activation_fn=torch.nn.Identity())
-    upstream = upstream_of(lists, scores, k=1).abs()
-    limit = float(upstream[upstream > 0].median()) * 1.001
-    config = config_for(
-        tmp_path, k=1, gradient_cache="on", skip_below=limit, batch_size=4, max_steps=1, mini_batch_size=1
-    )
-    Trainer(model, rows, config=config).train()
-    (row,) = log_rows(tmp_path)
-    expected = float((upstream <= limit).float().mean())
-    assert 0 < expected < 1
-    assert row["skipped_share"] == pytest.approx(expected, abs=0.01)
-    assert row["gradient_norm"] > 0
 
 
 class Held:
