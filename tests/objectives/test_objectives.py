@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.tools.gpu_counts import counting
+from rerank_fast.objectives import NAMES
 from rerank_fast.objectives.adr_mse import ADRMSE
 from rerank_fast.objectives.approx_ndcg import ApproxNDCG
 from rerank_fast.objectives.binary_cross_entropy import BinaryCrossEntropy
@@ -63,6 +64,11 @@ every = pytest.mark.parametrize(
     OBJECTIVES,
     ids=lambda one: "-".join([one.name, *changed(one)]),
 )
+
+
+def test_every_objective_is_among_them():
+    """LambdaLoss has tests of its own."""
+    assert {one.name for one in OBJECTIVES} == set(NAMES) - {"lambda_loss"}
 
 
 def lists(objective, sizes=SIZES, *, dtype=torch.float64, seed=0):
