@@ -106,7 +106,9 @@ class PostNormStep:
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
-            result, narrow = TrainedPostNorm.apply(wide, None if x is wide else x, self, batch, *self.trained)
+            # By dtype: of one tensor, what torch's checkpoint has saved comes back as two.
+            one = isinstance(x, Tensor) and x.dtype == wide.dtype
+            result, narrow = TrainedPostNorm.apply(wide, None if one else x, self, batch, *self.trained)
             return result, result if narrow is None else narrow
         queries_of = x
         if batch.read is not None:
