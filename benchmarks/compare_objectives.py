@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
+from benchmarks.onnx_teacher import teacher_scores
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig, ndcg
 from rerank_fast.data import load_lists
 from rerank_fast.data.held_out import hold_out
@@ -52,12 +52,12 @@ class Contender:
 
     name: str
     source: str  # labels or teacher
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str = ""  # what the options are, in short
 
     @property
     def title(self) -> str:
-        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        return f"{self.name} ({options})" if options else self.name
+        return f"{self.name}, {self.note}" if self.note else self.name
 
     @property
     def key(self) -> str:
@@ -71,60 +71,14 @@ def contenders() -> list[Contender]:
     """All of the package; a loss that only fits one kind of labels is there once."""
     relevance = ["lambda_loss", "ranknet", "listnet", "listmle", "plistmle", "infonce"]
     relevance += ["approx_ndcg", "binary_cross_entropy"]
-    found = [Contender(name, "labels", {}) for name in relevance]
+    found = [Contender(name, "labels") for name in relevance]
     scores = ("mse", "ranknet", "listmle", "plistmle", "adr_mse")
-    found += [Contender(name, "teacher", {}) for name in scores]
-    found.append(Contender("margin_mse", "teacher", {"pairs": "all"}))
-    temperatures = (1.0, 2.0)
-    return found + [
-        Contender("listnet", "teacher", {"kl": True, "temperature": t, "label_temperature": t})
-        for t in temperatures
-    ]
-
-
-class Teacher:
-    """A cross-encoder in ONNX, a pair at a time: int8 scores depend on a batch's other pairs."""
-
-    def __init__(self, directory: Path, max_length: int) -> None:
-        import onnxruntime
-        from tokenizers import Tokenizer
-
-        for name in ("model.onnx", "tokenizer.json"):
-            if not (directory / name).is_file():
-                raise SystemExit(f"--teacher must be a directory with {name}, got {directory}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options)
-        self.inputs = [one.name for one in self.session.get_inputs()]
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(max_length, strategy="longest_first")
-
-    def score(self, query: str, document: str) -> float:
-        """The raw score of one pair."""
-        encoded = self.tokenizer.encode(query, document)
-        arrays = {
-            "input_ids": encoded.ids,
-            "attention_mask": encoded.attention_mask,
-            "token_type_ids": encoded.type_ids,
-        }
-        feed = {name: np.array([arrays[name]], dtype=np.int64) for name in self.inputs}
-        return float(np.asarray(self.session.run(None, feed)[0]).reshape(-1)[0])
-
-
-def teacher_scores(lists: Dataset, directory: Path, max_length: int, cache: Path) -> np.ndarray:
-    """(N,) fp32 raw scores of all pairs, from the cache if the teacher scored the same ones."""
-    pairs = [(row["query"], doc) for row in lists for doc in row["docs"]]
-    digest = hashlib.sha256((directory / "model.onnx").read_bytes())
-    digest.update(json.dumps([max_length, pairs]).encode())
-    file = cache / f"teacher-{digest.hexdigest()[:16]}.npy"
-    if file.is_file():
-        return np.load(file, allow_pickle=False)
-    teacher, started = Teacher(directory, max_length), time.perf_counter()
-    scores = np.array([teacher.score(*pair) for pair in pairs], dtype=np.float32)
-    print(f"teacher: {len(pairs)} pairs in {time.perf_counter() - started:.0f} s", flush=True)
-    np.save(file, scores, allow_pickle=False)
-    return scores
+    found += [Contender(name, "teacher") for name in scores]
+    found.append(Contender("margin_mse", "teacher", {"pairs": "all"}, "all pairs"))
+    for temperature in (1.0, 2.0):
+        options = {"kl": True, "temperature": temperature, "label_temperature": temperature}
+        found.append(Contender("listnet", "teacher", options, f"KL at temperature {temperature:g}"))
+    return found
 
 
 def relabelled(lists: Dataset, scores: np.ndarray) -> Dataset:
@@ -196,18 +150,38 @@ class Runs:
         partial.replace(self.file)
 
     def of(self, key: str, seeds: Sequence[int], name: str) -> np.ndarray | None:
-        """(Q,): each query's mean over the seeds on one set; None where a run is missing."""
+        """(S, Q): of each seed and query of one set; None where a run is missing."""
         found = [self.values[f"{key}, {seed}"] for seed in seeds if f"{key}, {seed}" in self.values]
         if len(found) < len(seeds):
             return None
-        return np.mean([one[name] for one in found], axis=0)
+        return np.array([one[name] for one in found])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of one set: the mean, its interval over queries, and what lies between seeds."""
+
+    mean: float
+    low: float
+    high: float
+    deviation: float  # standard deviation of the seeds' means; 0 of one seed
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Cell:
+        low, high = bootstrap_interval(values.mean(axis=0))
+        deviation = values.mean(axis=1).std(ddof=1) if len(values) > 1 else 0.0
+        return cls(float(values.mean()), low, high, float(deviation))
+
+    def text(self, best: float | None) -> str:
+        mean = f"**{self.mean:.3f}**" if self.mean == best else f"{self.mean:.3f}"
+        return f"{mean} ± {self.deviation:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class Row:
     title: str
     source: str
-    cells: dict[str, tuple[float, float, float]]  # by set: mean, and its 95 % interval
+    cells: dict[str, Cell]  # by set
 
 
 def summarise(
@@ -224,7 +198,7 @@ def summarise(
         for name in sets:
             values = runs.of(key, own_seeds, name)
             if values is not None:
-                cells[name] = (float(values.mean()), *bootstrap_interval(values))
+                cells[name] = Cell.of(values)
         if cells:
             rows.append(Row(title, source, cells))
     return rows
@@ -233,19 +207,15 @@ def summarise(
 def table(rows: Sequence[Row], sets: dict[str, int], settings: dict[str, Any]) -> str:
     """Markdown: NDCG@10 with its interval, of each set its best mean of a trained model in bold."""
     trained = [row for row in rows if row.source]
-    best = {name: max((row.cells[name][0] for row in trained), default=0.0) for name in sets}
+    best = {name: max((row.cells[name].mean for row in trained), default=0.0) for name in sets}
     columns = [f"{name} ({count} lists)" for name, count in sets.items()]
     head = ["objective", "learns from", *columns]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        cells = []
-        for name in sets:
-            mean, low, high = row.cells[name]
-            value = f"**{mean:.3f}**" if row.source and mean == best[name] else f"{mean:.3f}"
-            cells.append(f"{value} [{low:.3f}, {high:.3f}]")
+        cells = [row.cells[name].text(best[name] if row.source else None) for name in sets]
         lines.append(f"| {' | '.join([row.title, row.source, *cells])} |")
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
-    means = "NDCG@10, mean over queries and seeds, 95 % bootstrap interval."
+    means = "NDCG@10: mean ± deviation between seeds [95 % bootstrap interval over queries]."
     return "\n".join([*lines, "", f"{means} {said}.", ""])
 
 
@@ -260,9 +230,10 @@ def plot(rows: Sequence[Row], sets: Sequence[str], file: Path) -> None:
     colours = {"labels": "tab:blue", "teacher": "tab:orange", "": "tab:gray"}
     for panel, name in zip(panels[0], sets, strict=True):
         for place, row in zip(places, rows, strict=True):
-            mean, low, high = row.cells[name]
-            errors = [[mean - low], [high - mean]]
-            panel.errorbar(mean, place, xerr=errors, fmt="o", capsize=3, color=colours[row.source])
+            cell = row.cells[name]
+            errors = [[cell.mean - cell.low], [cell.high - cell.mean]]
+            colour = colours[row.source]
+            panel.errorbar(cell.mean, place, xerr=errors, fmt="o", capsize=3, color=colour)
         panel.set(title=name, xlabel="NDCG@10")
         panel.grid(axis="x", alpha=0.3)
     names = [f"{row.title} · {row.source}" if row.source else row.title for row in rows]

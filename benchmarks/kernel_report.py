@@ -28,13 +28,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rerank_fast.ops.triton import (
+    add_norm,
     approx_ranks,
     column_sums,
+    embedding,
+    gated,
     gelu,
     guard,
     lambda_loss,
     ndcg,
     residual_norm,
+    rotary,
     score_head,
     score_head_backward,
     varlen_attention,
@@ -48,12 +52,16 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 # The files whose shipped() yields a Variant for each way a kernel is launched.
 SOURCES = (
+    add_norm,
     approx_ranks,
     column_sums,
+    embedding,
+    gated,
     gelu,
     lambda_loss,
     ndcg,
     residual_norm,
+    rotary,
     score_head,
     score_head_backward,
     varlen_attention,

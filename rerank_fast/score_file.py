@@ -25,7 +25,7 @@ from rerank_fast.data.pairs import PairBlock, PairFile, as_text
 from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.texts import check_text, one_line
-from rerank_fast.training.distributed import join_processes
+from rerank_fast.training.distributed.collectives import join_processes
 
 logger = logging.getLogger(__name__)
 

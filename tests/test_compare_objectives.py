@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare_objectives as comparison
+from benchmarks import onnx_teacher
 from rerank_fast.objectives import NAMES
 from tests.model_factory import make_tiny_bert
 
@@ -47,7 +48,7 @@ def scored(monkeypatch):
             asked.append((query, document))
             return 5.0 * document.count("panda") - 2.0
 
-    monkeypatch.setattr(comparison, "Teacher", Teacher)
+    monkeypatch.setattr(onnx_teacher, "Teacher", Teacher)
     return asked
 
 
@@ -72,7 +73,7 @@ def test_a_comparison_and_its_continuation(files, scored, monkeypatch, capsys):
         "| mse",
     ]
     assert "second (5 lists)" in text  # the one without a relevant document is left out
-    assert rows[1][2].startswith("1.000 [1.000, 1.000]")
+    assert rows[1][2].startswith("1.000 ± 0.000 [1.000, 1.000]")
     assert (files / "out" / "comparison.png").stat().st_size > 1000
     first = json.loads((files / "out" / "runs.json").read_text(encoding="utf-8"))
     assert len(first["values"]) == 1 + 2 * 2
@@ -103,8 +104,7 @@ def test_every_objective_of_the_package_takes_part_and_can_be_made():
     names = {one.name for one in comparison.contenders()}
     assert names == set(NAMES)
     assert len({one.key for one in comparison.contenders()}) == len(comparison.contenders())
-    kl = comparison.Contender("listnet", "teacher", {"kl": True})
-    assert kl.key == "teacher: listnet (kl True)"
+    assert comparison.Contender("listnet", "teacher", {}, "KL").key == "teacher: listnet, KL"
     for one in comparison.contenders():
         assert one.make().name == one.name
 
@@ -125,13 +125,15 @@ def test_intervals_are_of_queries_and_the_best_is_bold():
     runs.values = {key: {"set": value} for key, value in values.items()}
     chosen = [comparison.Contender(name, "labels", {}) for name in "ab"]
     (row,) = comparison.summarise(runs, chosen, [1, 2], ["set"])  # of b a seed is missing
-    assert row.cells["set"] == pytest.approx((0.4, 0.3, 0.5))
+    found = row.cells["set"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.4, 0.3, 0.5))
+    assert found.deviation == pytest.approx(0.2 / 2**0.5)  # of 0.3 and 0.5
     text = comparison.table([row], {"set": 2}, {"steps": 5})
-    assert "| a | labels | **0.400** [0.300, 0.500] |" in text
+    assert "| a | labels | **0.400** ± 0.141 [0.300, 0.500] |" in text
     assert "steps 5." in text
 
 
 def test_a_teacher_that_is_none(tmp_path):
     pytest.importorskip("onnxruntime")
     with pytest.raises(SystemExit, match=r"a directory with model\.onnx"):
-        comparison.Teacher(tmp_path, 32)
+        onnx_teacher.Teacher(tmp_path, 32)

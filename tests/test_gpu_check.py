@@ -48,7 +48,7 @@ def test_a_dry_run_runs_every_part_and_measures_nothing(part: str, dry_run: tupl
         measured = {key: value for key, value in row.items() if key.startswith("measured_")}
         assert not any(value is not None for value in measured.values()), row
         assert "left_out" not in row or "flash" in row["what"] or "varlen" in row["what"], row
-    assert f"## {part}: ended" in printed
+    assert f"| {part} | ended |" in printed
     assert f"## {part}: ended" in (output / "summary.md").read_text()
 
 
@@ -193,3 +193,46 @@ def test_a_profile_counts_launches_and_the_time_of_any_kernel():
     assert found.busy_seconds == pytest.approx(30e-6)
     assert found.launches_by_name == {"gemm": 2, "norm": 1}
     assert found.seconds_by_name == pytest.approx({"gemm": 20e-6, "norm": 10e-6})
+
+
+class FakeEvent:
+    """Recorded on a clock that every call and every mark moves on by a millisecond."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now = FakeEvent.now + 1.0
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_loop_is_timed_by_events_around_all_its_calls():
+    def call() -> None:
+        FakeEvent.now += 5.0
+
+    seconds = timing.loop_seconds(call, torch.device("cuda"), calls=4)
+    assert seconds == pytest.approx((4 * 5 + 1) / 4 / 1e3)
+    assert timing.loop_seconds(call, torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("clock")
+def test_phases_that_come_again_are_added_up():
+    phases = timing.EventClock()
+    for phase, milliseconds in (("forward", 3), ("backward", 7), ("forward", 1), ("", 50)):
+        phases.begin(phase)
+        FakeEvent.now += milliseconds
+    phases.begin("")
+    assert phases.seconds() == pytest.approx({"forward": 6e-3, "backward": 8e-3})

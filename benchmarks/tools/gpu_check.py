@@ -92,8 +92,11 @@ def run_part(part: str, output: Path, limit: float, *, dry: bool) -> dict[str, A
 
 def is_sound(content: dict[str, Any]) -> bool:
     """Whether a part ended and none of its rows says otherwise."""
-    rows = content["rows"]
-    return content["state"] == "ended" and not any(row.get("sound") is False or row.get("failures") for row in rows)
+    return content["state"] == "ended" and not any(map(_is_unsound, content["rows"]))
+
+
+def _is_unsound(row: dict[str, Any]) -> bool:
+    return row.get("sound") is False or bool(row.get("failures"))
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:
@@ -101,13 +104,31 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     lines = ["# GPU check", ""]
     for part, content in found.items():
         lines += [f"## {part}: {content['state']}, {content['seconds']} s, on {content['device']}", ""]
-        for row in content["rows"]:
-            values = [
-                f"{name} {_short(value)}" for name, value in row.items() if name != "what" and _is_short(value)
-            ]
-            lines.append(f"- {row['what']}: {', '.join(values)}")
-        lines.append("")
+        lines += [*map(_line, content["rows"]), ""]
     return "\n".join(lines)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """How each part ended, then what is wrong, what the GPU reaches, and our runs beside the model's
+    and the peer's.
+    """
+    lines = ["| part | state | seconds | rows | unsound |", "| --- | --- | ---: | ---: | ---: |"]
+    kept = []
+    for part, content in found.items():
+        rows = content["rows"]
+        unsound = [row for row in rows if _is_unsound(row)]
+        cells = (part, content["state"], content["seconds"], len(rows), len(unsound))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        kept += unsound
+        if part == "ceilings":
+            kept += rows
+        kept += [row for row in rows if "modelled_launches" in row or row.get("measured_ratio") is not None]
+    return "\n".join([*lines, "", *map(_line, kept)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    kept = {name: value for name, value in row.items() if name != "what" and _is_short(value)}
+    return f"- {row['what']}: " + ", ".join(f"{name} {_short(value)}" for name, value in kept.items())
 
 
 def _is_short(value: Any) -> bool:
@@ -148,9 +169,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         found[part] = run_part(part, options.output, limit, dry=options.dry_run)
         print(f"{part}: {found[part]['state']}, {found[part]['seconds']} s", flush=True)
-    text = summary(found)
-    (options.output / "summary.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    (options.output / "summary.md").write_text(summary(found) + "\n", encoding="utf-8")
+    print(table(found))
     return 0 if len(found) == len(options.parts) and all(map(is_sound, found.values())) else 1
 
 

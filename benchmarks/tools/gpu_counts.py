@@ -138,10 +138,17 @@ TRITON = {
     f"{name}{suffix}"
     for name in ("varlen_attention", "residual_norm", "score_head", "lambda_loss", "approx_ranks")
     for suffix in ("", "_backward")
-} | {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums"}
+}
+TRITON |= {"attention_grads", "residual_norm_grads", "gelu_grad", "column_sums", "segment_sums"}
+TRITON |= {
+    f"{name}{suffix}"
+    for name in ("add_norm", "embed_norm", "rotary", "gated")
+    for suffix in ("", "_grad", "_grads")
+}
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "bernoulli_", "normal_", "uniform_"}
 _GATHERS = {"embedding", "index_select", "index", "gather"}
+_SCATTERS = {"index_copy_": 1, "index_add_": 2}  # how often each row that the index names is read or written
 # torch's multi_tensor_apply: the most tensors of a launch by the lists it takes, its most blocks,
 # and their elements.
 _MOST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -293,6 +300,12 @@ def _bytes(func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: lis
     read = inputs
     if func._opname in _WRITES_ONLY:
         read = [one for one in inputs if id(one) not in written]
+    if func._opname.startswith("embed_norm"):  # of the tables a row for each of the tokens, which lie in (3, T)
+        gathered = args[3].shape[1] * sum(row.shape[1] * row.element_size() for row in args[:3] if row is not None)
+        return gathered + sum(map(_stored, read[3:])) + sum(map(_stored, written.values()))
+    if func._opname in _SCATTERS:
+        index, source = args[2:4]
+        return _stored(index) + (1 + _SCATTERS[func._opname]) * _stored(source)
     if func._opname in _GATHERS:  # of the table what the index asks for
         read = [*inputs[1:], *outputs]
     return sum(map(_stored, read)) + sum(map(_stored, written.values()))

@@ -100,11 +100,12 @@ def host_times(run: Run, repeats: int = 40) -> dict[str, float]:
     """Seconds of each phase in the fastest of some calls, the first left out: other work only adds
     to them."""
     calls = []
-    for _ in range(repeats + 1):
-        clock = HostClock()
-        run(clock)
-        clock.seconds.pop("", None)
-        calls.append(clock.seconds)
+    with gpu_workloads.stubbed_kernels():
+        for _ in range(repeats + 1):
+            clock = HostClock()
+            run(clock)
+            clock.seconds.pop("", None)
+            calls.append(clock.seconds)
     return {phase: min(seconds[phase] for seconds in calls[1:]) for phase in calls[0]}
 
 
@@ -234,6 +235,7 @@ ran on a GPU.
         1e6 * gpu_counts.LEAST_SECONDS
     } microseconds a kernel at least. {cards}.
 - Host: processor time of one thread here for the same layers with next to nothing in their tensors,
+  this package's kernels left out,
   and {1e6 * LAUNCH_SECONDS} microseconds of a driver a launch, {1e6 * TRITON_SECONDS:.0f} more for
   one of Triton's. It counts the loss to the forward pass.
 """

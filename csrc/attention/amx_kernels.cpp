@@ -1,5 +1,6 @@
 // Attention by AMX's products of tiles of bf16. Scores lie with a key in each row and a query in each lane: what
 // belongs to a query is then a register's worth of 16 of them, and no maximum or sum goes across lanes.
+#include "attention/amx_queries.h"
 #include "attention/amx_tiles.h"
 #include "attention/sequence.h"
 #include "common/math.h"
@@ -18,80 +19,10 @@ void bf16_backward(const AttentionShape&, const AttentionBackward&, std::int64_t
 inline namespace RERANK_FAST_SET {
 namespace {
 
-using Vector = Lanes<float>;
-using Numbers = Lanes<std::int32_t>;
 constexpr std::int64_t kFewQueries = 8;  // a tile of so few is mostly empty
 
-// The keys that each of 16 queries may read. Lanes beyond the sequence's queries mean nothing.
-struct Reach {
-  Numbers from, to;
-
-  RERANK_FAST_INLINE Reach(const AttentionShape& shape, const Sequence& sequence, std::int64_t first) {
-    const std::int64_t all = sequence.num_q + sequence.num_k;
-    const auto left = static_cast<std::int32_t>(shape.window_left < 0 ? all : smaller(shape.window_left, all));
-    const auto right = static_cast<std::int32_t>(shape.window_right < 0 ? all : smaller(shape.window_right, all));
-    const auto num_k = static_cast<std::int32_t>(sequence.num_k);
-    const Numbers places = lane_numbers<std::int32_t>() + static_cast<std::int32_t>(first + num_k - sequence.num_q);
-    const Numbers low = places - left, high = places + right + 1;
-    from = low > 0 ? low : Numbers{};
-    to = high > num_k ? every_lane(num_k) : high;
-  }
-  RERANK_FAST_INLINE Numbers nothing() const { return to <= from; }
-  RERANK_FAST_INLINE Numbers hides(std::int64_t key) const {
-    return (from > static_cast<std::int32_t>(key)) | (to <= static_cast<std::int32_t>(key));
-  }
-};
-
-// Whether some of `count` queries from `first` on may not read some of the keys [from, to).
-RERANK_FAST_INLINE bool hides_some(const AttentionShape& shape, const Sequence& sequence, std::int64_t first,
-                                   std::int64_t count, std::int64_t from, std::int64_t to) {
-  const KeyRange every = sequence.readable_by_all(shape, first, first + count);
-  return from < every.from || to > every.to;
-}
-
-// What stands for each of 16 queries in the dropout.
-RERANK_FAST_INLINE Words dropout_rows(const Dropout& dropout, std::int64_t head, std::int64_t token,
-                                      std::int64_t count) {
-  Words rows = {};
-  for (std::int64_t r = 0; dropout.threshold != 0 && r < smaller(count, kSide); ++r)
-    rows[r] = dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
-  return rows;
-}
-
-RERANK_FAST_INLINE __mmask16 kept(const Dropout& dropout, Words rows, std::int64_t key) {
-  const Words drawn = Dropout::draw(rows, static_cast<std::uint32_t>(key));
-  return _mm512_cmpge_epu32_mask((__m512i)drawn, _mm512_set1_epi32(static_cast<int>(dropout.threshold)));
-}
-
-RERANK_FAST_INLINE Vector keep(__mmask16 which, Vector values, float rescale) {
-  return (Vector)_mm512_maskz_mul_ps(which, (__m512)values, _mm512_set1_ps(rescale));
-}
-
-// values, those that are kept, less what is taken off.
-RERANK_FAST_INLINE Vector keep_less(__mmask16 which, Vector values, float rescale, Vector off) {
-  return (Vector)_mm512_mask3_fmadd_ps((__m512)values, _mm512_set1_ps(rescale), (__m512)-off, which);
-}
-
-// The queries of `count` rows from `first` on, in columns of a transposed result of 32 elements (two by two tiles from
-// `sums` on): elements e and on of theirs in `rows`.
-RERANK_FAST_INLINE void write_columns(const float* sums, Vector factor, const Rows& rows, std::int64_t head,
-                                      std::int64_t token, std::int64_t count, std::int64_t size, std::int64_t e) {
-  Words words[kSide];
-#pragma GCC unroll 16
-  for (int w = 0; w < kSide; ++w) {
-    const float* from = sums + w / 8 * 2 * kTile + w % 8 * 2 * kSide;
-    words[w] = interleave(narrow(load(from) * factor, load(from + kSide) * factor));
-  }
-  transpose(words);
-  for (std::int64_t r = 0; r < smaller(kSide, count); ++r) {
-    std::uint16_t* const to = place(rows, head, token + r) + e;
-    __builtin_prefetch(to + rows.head_stride, 1);
-    store_elements(words[r], to, size - e);
-  }
-}
-
-// Scores of up to 32 queries and all keys: (blocks of 32 keys, two by two tiles). Weights, for the product along keys:
-// (blocks of 32 keys, two tiles).
+// Scores of up to 32 queries and all keys: (blocks of 32 keys, two by two tiles). Weights, for the product along
+// keys: (blocks of 32 keys, two tiles).
 struct ForwardMemory {
   Scratch<Word> keys, values, queries, weights;
   Scratch<float> scores, sums;
@@ -197,25 +128,12 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
         multiply<false>({values + block * block_words + e / kSide * kTile, 2, kTile, block_words},
                         {weights + block * 2 * kTile, columns, kTile, 2 * kTile}, depth, sums);
         for (std::int64_t n = 0; n < columns; ++n)
-          write_columns(sums + n * kTile, rescale[n], tensors.out, head, token + n * kSide, count - n * kSide, size, e);
+          write_columns(sums + n * kTile, rescale[n], tensors.out, head, token + n * kSide, count - n * kSide, size,
+                        e);
       }
     }
   }
 }
-
-// Of one head unless said; `blocks` are of 32 queries or keys. Gradients: (blocks, chunks, two by two tiles).
-struct BackwardMemory {
-  Scratch<Word> keys, keys_turned, values;                 // (blocks of 16 or 32, chunks, ...), as Packing has them
-  Scratch<Word> queries, query_pairs, grads, grad_pairs;
-  Scratch<Word> weights, slopes, slope_pairs;              // (blocks of queries, two tiles), of one block of keys
-  Scratch<float> dq, dk, dv;
-};
-
-// What backward knows of 32 queries. Lanes beyond the sequence's weigh nothing.
-struct Queries {
-  Vector log_sum[2], along[2];  // along: sum of out * grad_out, what the softmax takes off
-  Words drawn[2];
-};
 
 // The scores and the gradients of the weights of one block of 32 keys from `key` on and up to 32 queries, two by two
 // tiles each.
@@ -223,11 +141,11 @@ struct Block {
   alignas(64) float scores[kBlockTile], grads[kBlockTile];
 };
 
-// From them the weights, dropped out, and the gradients of the scores: for products along queries (two tiles of keys),
-// and the latter along keys too (two tiles of queries).
-RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries, const Dropout& dropout, float factor,
-                                      std::int64_t columns, const Reach* reach, std::int64_t key, std::int64_t count,
-                                      Word* weights, Word* slopes, Word* slope_pairs) {
+// From them the weights, dropped out, and the gradients of the scores: for products along queries (two tiles of
+// keys), and the latter along keys too (two tiles of queries).
+RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries, const Dropout& dropout,
+                                      float factor, std::int64_t columns, const Reach* reach, std::int64_t key,
+                                      std::int64_t count, Word* weights, Word* slopes, Word* slope_pairs) {
   for (std::int64_t j = 0; j < count; j += 2) {
     Vector weight[2][2] = {}, slope[2][2] = {};
 #pragma GCC unroll 2
@@ -261,43 +179,27 @@ RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries
     for (std::int64_t n = 0; n < 2; ++n) store(Words{}, slope_pairs + n * kTile + j / 2 * kSide);
 }
 
-RERANK_FAST_INLINE Queries known_of(const AttentionShape& shape, const AttentionBackward& tensors,
-                                    const Dropout& dropout, std::int64_t head, std::int64_t token,
-                                    std::int64_t count) {
-  alignas(64) float log_sum[kBlockSide], along[kBlockSide] = {};
-  fill(log_sum, kBlockSide, kInfinity);
-  for (std::int64_t r = 0; r < count; ++r) {
-    fetch<0>(place(tensors.out, head + 1, token + r), shape.head_size);
-    log_sum[r] = tensors.lse[head * shape.num_queries + token + r];
-    along[r] = dot_rows(place(tensors.out, head, token + r), place(tensors.grad_out, head, token + r),
-                        shape.head_size);
-  }
-  return {{load(log_sum), load(log_sum + kSide)},
-          {load(along), load(along + kSide)},
-          {dropout_rows(dropout, head, token, count), dropout_rows(dropout, head, token + kSide, count - kSide)}};
-}
+// Blocks are of 32 queries or keys.
+struct BackwardMemory {
+  Scratch<Word> keys, keys_turned, values, queries, query_pairs, grads, grad_pairs;  // as Packing has them
+  Scratch<Word> weights, slopes, slope_pairs;  // of one block of keys: (blocks of queries, two tiles)
+  Scratch<float> dq, dk, dv;                   // (blocks, chunks, two by two tiles)
+  Scratch<Queries> known;                      // (blocks of queries)
+};
 
-// Rows of a head from its sums, (blocks of 32 rows, chunks, two by two tiles).
-RERANK_FAST_INLINE void write_rows(const float* sums, float factor, const Rows& rows, std::int64_t head,
-                                   std::int64_t token, std::int64_t count, std::int64_t size, std::int64_t chunks) {
-  for (std::int64_t i = 0; i < count; ++i)
-    for (std::int64_t e = 0; e < size; e += kBlockSide) {
-      const float* const from = sums + (i / kBlockSide * chunks + e / kBlockSide) * kBlockTile +
-                                i % kBlockSide / kSide * 2 * kTile + i % kSide * kSide;
-      std::uint16_t* const to = place(rows, head, token + i) + e;
-      __builtin_prefetch(to + rows.head_stride, 1);
-      store_elements(narrow(load(from) * factor, load(from + kTile) * factor), to, size - e);
-    }
-}
-
-void backward(const AttentionShape& shape, const AttentionBackward& tensors, const Sequence& sequence,
-              std::int64_t kv_head) {
+// One sequence and one head of keys and values.
+struct Backward {
+  const AttentionShape& shape;
+  const AttentionBackward& tensors;
+  const Sequence& sequence;
+  const std::int64_t kv_head;
+  BackwardMemory& memory;
   const std::int64_t size = shape.head_size, chunks = whole(size, kBlockSide) / kBlockSide;
   const std::int64_t key_blocks = whole(sequence.num_k, kBlockSide) / kBlockSide;
   const std::int64_t query_blocks = whole(sequence.num_q, kBlockSide) / kBlockSide;
   const std::int64_t block_words = 2 * chunks * kTile, block_sums = chunks * kBlockTile;
-  const std::int64_t group = shape.num_heads / shape.num_kv_heads;
-  static thread_local BackwardMemory memory;
+  const float scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
+  const Dropout dropout{shape.dropout_p, shape.seed, shape.dropout_rows};
   Word* const keys = memory.keys.room(key_blocks * block_words);
   Word* const keys_turned = memory.keys_turned.room(key_blocks * block_words);
   Word* const values = memory.values.room(key_blocks * block_words);
@@ -311,71 +213,105 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
   float* const dq = memory.dq.room(query_blocks * block_sums);
   float* const dk = memory.dk.room(key_blocks * block_sums);
   float* const dv = memory.dv.room(key_blocks * block_sums);
-  static thread_local Scratch<Queries> known_memory;
-  Queries* const known = known_memory.room(query_blocks);
-  const auto scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
-  const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
-  const auto columns_of = [&](std::int64_t b) { return sequence.num_q - b * kBlockSide > kSide ? 2 : 1; };
-  const TileRegisters registers;
-  const Packing from_k(tensors.k, kv_head, sequence.first_k, sequence.num_k, size);
-  from_k.as_rows(keys);
-  from_k.as_pairs<true>(keys_turned);
-  Packing(tensors.v, kv_head, sequence.first_k, sequence.num_k, size).as_rows(values);
-  fill(dk, key_blocks * block_sums, 0.0f);
-  fill(dv, key_blocks * block_sums, 0.0f);
-  for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+  Queries* const known = memory.known.room(query_blocks);
+
+  RERANK_FAST_INLINE std::int64_t columns(std::int64_t b) const {
+    return sequence.num_q - b * kBlockSide > kSide ? 2 : 1;
+  }
+
+  RERANK_FAST_INLINE void pack_keys() const {
+    const Packing from_k(tensors.k, kv_head, sequence.first_k, sequence.num_k, size);
+    from_k.as_rows(keys);
+    from_k.as_pairs<true>(keys_turned);
+    Packing(tensors.v, kv_head, sequence.first_k, sequence.num_k, size).as_rows(values);
+  }
+
+  RERANK_FAST_INLINE void pack_queries(std::int64_t head) const {
     const Packing from_q(tensors.q, head, sequence.first_q, sequence.num_q, size);
     const Packing from_grad(tensors.grad_out, head, sequence.first_q, sequence.num_q, size);
     from_q.as_columns(queries);
     from_q.as_pairs<false>(query_pairs);
     from_grad.as_columns(grads);
     from_grad.as_pairs<false>(grad_pairs);
-    fill(dq, query_blocks * block_sums, 0.0f);
     for (std::int64_t b = 0; b < query_blocks; ++b)
       known[b] = known_of(shape, tensors, dropout, head, sequence.first_q + b * kBlockSide,
                           smaller(kBlockSide, sequence.num_q - b * kBlockSide));
-    for (std::int64_t block = 0; block < key_blocks; ++block) {
-      const std::int64_t key = block * kBlockSide, count = smaller(kBlockSide, sequence.num_k - key);
-      const std::int64_t rows = whole(count, kSide) / kSide;
-      const KeyRange readers = sequence.readers(shape, key, key + count);
-      const std::int64_t from = readers.from / kBlockSide, to = whole(readers.to, kBlockSide) / kBlockSide;
-      Block next[2];
-      const auto prepare = [&](std::int64_t b) {
-        const std::int64_t columns = columns_of(b), at = b * block_words;
-        multiply<false>({keys + block * block_words, rows, chunks * kTile, kTile},
-                        {queries + at, columns, chunks * kTile, kTile}, chunks, next[b % 2].scores);
-        multiply<false>({values + block * block_words, rows, chunks * kTile, kTile},
-                        {grads + at, columns, chunks * kTile, kTile}, chunks, next[b % 2].grads);
-      };
-      if (from < to) prepare(from);
-      for (std::int64_t b = from; b < to; ++b) {
-        if (b + 1 < to) prepare(b + 1);  // what takes its time meanwhile
-        const std::int64_t first = b * kBlockSide, num = smaller(kBlockSide, sequence.num_q - first);
-        const Reach reach[2] = {{shape, sequence, first}, {shape, sequence, first + kSide}};
-        const bool hidden = hides_some(shape, sequence, first, num, key, key + whole(count, 2));
-        differentiate(next[b % 2], known[b], dropout, factor, columns_of(b), hidden ? reach : nullptr, key, count,
-                      weights + b * 2 * kTile, slopes + b * 2 * kTile, slope_pairs + b * 2 * kTile);
-      }
-      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        for (std::int64_t b = from; b < to; ++b)
-          multiply<true>({keys_turned + block * block_words + chunk * 2 * kTile, 2, kTile, 0},
-                         {slope_pairs + b * 2 * kTile, columns_of(b), kTile, 0}, 1,
-                         dq + b * block_sums + chunk * kBlockTile);
-        const std::int64_t at = from * block_words + chunk * 2 * kTile;
-        multiply<true>({weights + from * 2 * kTile, rows, kTile, 2 * kTile}, {grad_pairs + at, 2, kTile, block_words},
-                       to - from, dv + block * block_sums + chunk * kBlockTile);
-        multiply<true>({slopes + from * 2 * kTile, rows, kTile, 2 * kTile}, {query_pairs + at, 2, kTile, block_words},
-                       to - from, dk + block * block_sums + chunk * kBlockTile);
-      }
-    }
-    for (std::int64_t first = 0; first < sequence.num_q; first += kSide)
-      for (std::int64_t e = 0; e < size; e += kBlockSide)
-        write_columns(dq + first / kBlockSide * block_sums + e / kBlockSide * kBlockTile + first / kSide % 2 * kTile,
-                      every_lane(scale), tensors.dq, head, sequence.first_q + first, sequence.num_q - first, size, e);
   }
-  write_rows(dk, scale, tensors.dk, kv_head, sequence.first_k, sequence.num_k, size, chunks);
-  write_rows(dv, 1.0f, tensors.dv, kv_head, sequence.first_k, sequence.num_k, size, chunks);
-}
+
+  // What a block of keys and a block of queries begin with.
+  RERANK_FAST_INLINE void score(std::int64_t block, std::int64_t rows, std::int64_t b, Block* to) const {
+    const std::int64_t from_k = block * block_words, from_q = b * block_words, next = chunks * kTile;
+    multiply<false>({keys + from_k, rows, next, kTile}, {queries + from_q, columns(b), next, kTile}, chunks,
+                    to->scores);
+    multiply<false>({values + from_k, rows, next, kTile}, {grads + from_q, columns(b), next, kTile}, chunks,
+                    to->grads);
+  }
+
+  // Adds what a block of keys and all queries that read it give each other.
+  RERANK_FAST_INLINE void add(std::int64_t block) const {
+    const std::int64_t key = block * kBlockSide, count = smaller(kBlockSide, sequence.num_k - key);
+    const std::int64_t rows = whole(count, kSide) / kSide;
+    const KeyRange readers = sequence.readers(shape, key, key + count);
+    const std::int64_t from = readers.from / kBlockSide, to = whole(readers.to, kBlockSide) / kBlockSide;
+    Block blocks[2];
+    if (from < to) score(block, rows, from, &blocks[from % 2]);
+    for (std::int64_t b = from; b < to; ++b) {
+      if (b + 1 < to) score(block, rows, b + 1, &blocks[(b + 1) % 2]);  // takes its time meanwhile
+      const std::int64_t first = b * kBlockSide, num = smaller(kBlockSide, sequence.num_q - first);
+      const Reach reach[2] = {{shape, sequence, first}, {shape, sequence, first + kSide}};
+      const bool hidden = hides_some(shape, sequence, first, num, key, key + whole(count, 2));
+      differentiate(blocks[b % 2], known[b], dropout, factor, columns(b), hidden ? reach : nullptr, key, count,
+                    weights + b * 2 * kTile, slopes + b * 2 * kTile, slope_pairs + b * 2 * kTile);
+    }
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const std::int64_t at = chunk * 2 * kTile, first = from * 2 * kTile;
+      const std::int64_t sums = chunk * kBlockTile, key_sums = block * block_sums + sums;
+      for (std::int64_t b = from; b < to; ++b)
+        multiply<true>({keys_turned + block * block_words + at, 2, kTile, 0},
+                       {slope_pairs + b * 2 * kTile, columns(b), kTile, 0}, 1, dq + b * block_sums + sums);
+      multiply<true>({weights + first, rows, kTile, 2 * kTile},
+                     {grad_pairs + from * block_words + at, 2, kTile, block_words}, to - from, dv + key_sums);
+      multiply<true>({slopes + first, rows, kTile, 2 * kTile},
+                     {query_pairs + from * block_words + at, 2, kTile, block_words}, to - from, dk + key_sums);
+    }
+  }
+
+  RERANK_FAST_INLINE void write_queries(std::int64_t head) const {
+    for (std::int64_t i = 0; i < sequence.num_q; i += kSide)
+      for (std::int64_t e = 0; e < size; e += kBlockSide) {
+        const float* const sums = dq + i / kBlockSide * block_sums + e / kBlockSide * kBlockTile;
+        write_columns(sums + i / kSide % 2 * kTile, every_lane(scale), tensors.dq, head, sequence.first_q + i,
+                      sequence.num_q - i, size, e);
+      }
+  }
+
+  RERANK_FAST_INLINE void write_keys(const float* sums, float times, const Rows& to) const {
+    for (std::int64_t i = 0; i < sequence.num_k; ++i)
+      for (std::int64_t e = 0; e < size; e += kBlockSide) {
+        const float* const from = sums + i / kBlockSide * block_sums + e / kBlockSide * kBlockTile +
+                                  i % kBlockSide / kSide * 2 * kTile + i % kSide * kSide;
+        std::uint16_t* const row = place(to, kv_head, sequence.first_k + i) + e;
+        __builtin_prefetch(row + to.head_stride, 1);
+        store_elements(narrow(load(from) * times, load(from + kTile) * times), row, size - e);
+      }
+  }
+
+  void run() const {
+    const std::int64_t group = shape.num_heads / shape.num_kv_heads;
+    const TileRegisters registers;
+    pack_keys();
+    fill(dk, key_blocks * block_sums, 0.0f);
+    fill(dv, key_blocks * block_sums, 0.0f);
+    for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      pack_queries(head);
+      fill(dq, query_blocks * block_sums, 0.0f);
+      for (std::int64_t block = 0; block < key_blocks; ++block) add(block);
+      write_queries(head);
+    }
+    write_keys(dk, scale, tensors.dk);
+    write_keys(dv, 1.0f, tensors.dv);
+  }
+};
 
 void bf16_forward(const AttentionShape& shape, const AttentionForward& tensors, std::int64_t index,
                   std::int64_t kv_head) {
@@ -389,7 +325,8 @@ void bf16_backward(const AttentionShape& shape, const AttentionBackward& tensors
                    std::int64_t kv_head) {
   const Sequence sequence(shape, index);
   if (sequence.num_q <= kFewQueries) return avx512_bf16::bf16_backward(shape, tensors, index, kv_head);
-  backward(shape, tensors, sequence, kv_head);
+  static thread_local BackwardMemory memory;
+  Backward{shape, tensors, sequence, kv_head, memory}.run();
 }
 
 }  // namespace

@@ -39,8 +39,8 @@ RERANK_FAST_INLINE void touch([[maybe_unused]] const void* tile) {
 #endif
 }
 
-// In assembly, since compilers' own functions take no number of a tile from a template, and GCC's do not say that they
-// read memory.
+// In assembly, since compilers' own functions take no number of a tile from a template, and GCC's do not say that
+// they read memory.
 template <int kNumber>
 RERANK_FAST_INLINE void load_tile(const void* from) {
   touch(from);
@@ -152,8 +152,10 @@ struct Packing {
   // The words of rows i and i + 1, elements e to e + 15.
   RERANK_FAST_INLINE Words pair(std::int64_t i, std::int64_t e) const {
     if (e >= size) return Words{};
-    __builtin_prefetch(rows[i] + e + next_head);
-    __builtin_prefetch(rows[i + 1] + e + next_head);
+    if (e % kBlockSide == 0) {
+      __builtin_prefetch(rows[i] + e + next_head);
+      __builtin_prefetch(rows[i + 1] + e + next_head);
+    }
     return pair_elements(rows[i] + e, rows[i + 1] + e);
   }
 

@@ -51,7 +51,8 @@ struct Sequence {
   RERANK_FAST_INLINE KeyRange readers(const AttentionShape& shape, std::int64_t first, std::int64_t last) const {
     const std::int64_t before = num_k - num_q;  // of a query's place
     const std::int64_t from = shape.window_right < 0 ? 0 : larger(0, first - before - shape.window_right);
-    const std::int64_t to = shape.window_left < 0 ? num_q : smaller(num_q, last - before + shape.window_left);
+    const std::int64_t beyond = shape.window_left < 0 ? num_q : last - before + shape.window_left;
+    const std::int64_t to = larger(0, smaller(num_q, beyond));
     return {smaller(from, to), to};
   }
 

@@ -10,14 +10,21 @@
 namespace rerank_fast {
 inline namespace RERANK_FAST_SET {
 
+// Under AddressSanitizer an allocation is as large as was asked for, so that what lies beyond is found.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kExactScratch = true;
+#else
+constexpr bool kExactScratch = false;
+#endif
+
 // Values on a cache-line bound, in an allocation that only grows; what it held is then lost.
 template <typename T>
 class Scratch {
  public:
   T* room(std::int64_t count) {
-    if (count > capacity_) {
+    if (count > capacity_ || (kExactScratch && count < capacity_)) {
       release();
-      const std::int64_t wanted = count + count / 2;
+      const std::int64_t wanted = kExactScratch ? count : count + count / 2;
       data_ = static_cast<T*>(::operator new(static_cast<std::size_t>(wanted) * sizeof(T), std::align_val_t{64}));
       capacity_ = wanted;
     }

@@ -158,13 +158,13 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_base(name: str, metrics: Mapping[str, Any]) -> bool:
-    from rerank_fast.training.card_results import base_of
+    from rerank_fast.cards.results import base_of
 
     return any(base_of(other, metrics) == name for other in metrics)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
-    from rerank_fast.training.card_results import base_of
+    from rerank_fast.cards.results import base_of
 
     names = [name for name in metrics if not _is_base(name, metrics)]
     width = max(10, *map(len, names))

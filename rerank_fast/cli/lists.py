@@ -9,7 +9,7 @@ from rerank_fast.cli.parser import CommandParser
 
 # A path, a glob or a hub id; several; or parts, as {corpus: ..., queries: ..., qrels: ...}.
 Source: TypeAlias = dict[str, Any] | list[str] | str
-LISTS = "lists: file, glob, folder, hub id NAME:CONFIG[SPLIT], [several] or {parts: ...}; docs/data_layouts.md"
+LISTS = "lists: file, glob, folder, hub id NAME:CONFIG[SPLIT], [several] or {parts: ...}"
 
 
 def add_columns(parser: CommandParser) -> None:

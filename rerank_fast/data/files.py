@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON arrays and Parquet; what is damaged is named by file and line, or row."""
+"""Rows of JSON and Parquet; what is damaged is named by file and line, or row."""
 
 from __future__ import annotations
 

@@ -25,7 +25,13 @@ from rerank_fast.data.rows import Source, is_path, name_of, parse_address
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features({"query": Value("string"), "docs": List(Value("string")), "labels": List(Value("float32"))})
+FEATURES = Features(
+    {
+        "query": Value("string"),
+        "docs": List(Value("string")),
+        "labels": List(Value("float32")),
+    }
+)
 _HUB_URL = re.compile(r"hf://datasets/([^/@]+(?:/[^/@]+)?)@")
 
 
@@ -36,19 +42,19 @@ def load_lists(
     split: str | None = None,
     labels: Literal["relevance", "scores"] = "relevance",
 ) -> Dataset:
-    """Ranking lists as a Dataset with the columns query (string), docs (strings) and labels (float32s).
+    """Ranking lists as a Dataset: query (string), docs (strings) and labels (float32s).
 
     What columns a row may have is in docs/data_layouts.md, and in the error where none fits; the
     log says which layout was taken. The rows of a query become one list, wherever they stand.
 
     Args:
-        source: a .jsonl, .json, .csv, .tsv (each also .gz or .zst) or .parquet file; several of them
-            or a glob; a directory written by `Dataset.save_to_disk`; a dataset of the hub, as
+        source: a .jsonl, .json, .csv, .tsv (each also .gz or .zst) or .parquet file; several of
+            them or a glob; a directory written by `Dataset.save_to_disk`; a dataset of the hub, as
             NAME:CONFIG[SPLIT]; a `datasets.Dataset`; a table of pandas, polars or Arrow; a sequence
             of mappings. Or several parts: a folder as BEIR's, or a mapping with some of corpus,
             queries, qrels, run and lists, each of which is any of these.
-        columns: where the source's columns have other names: {"query": ..., "docs": ..., "labels": ...},
-            or document, label, scores, score, positive, negative.
+        columns: where the source's columns have other names: {"query": ..., "docs": ...}, or of
+            labels, document, label, scores, score, positive and negative.
         split: of a hub or saved dataset, or of a folder's files; "train" where it is left out.
         labels: what becomes the label where rows have both: "relevance", their labels, or 1 for a
             positive and 0 for a negative; or a teacher's "scores" as they are, for distillation.
@@ -62,11 +68,12 @@ def load_lists(
 
 
 class ListStream:
-    """Lists that are read anew, one after the other, each time they are iterated: for more than memory holds.
+    """Lists that are read anew, one after the other, each time they are iterated.
 
-    Gives {"query": str, "docs": [str], "labels": [float]}, checked as load_lists checks them. Where
-    each document has a row of its own, a list is of rows that follow each other: rows of its query
-    elsewhere are another list. Of parts, the queries' and the corpus's texts are in memory.
+    For more than memory holds. Gives {"query": str, "docs": [str], "labels": [float]}, checked as
+    load_lists checks them. Where each document has a row of its own, a list is of rows that follow
+    each other: rows of its query elsewhere are another list. Of parts, the texts of queries and
+    corpus are in memory.
 
     Args:
         source: what load_lists takes, or a `datasets.IterableDataset`.
@@ -102,13 +109,14 @@ def open_lists(source: Source | ListStream, *, streaming: bool = False) -> Datas
     """A stream where one is given or asked for, else all lists; see load_lists."""
     if isinstance(source, ListStream):
         return source
-    return ListStream(source) if streaming or isinstance(source, IterableDataset) else load_lists(source)
+    streaming = streaming or isinstance(source, IterableDataset)
+    return ListStream(source) if streaming else load_lists(source)
 
 
 def names_of(source: Source | ListStream) -> list[str]:
     """Where lists come from, as a reader would look for them: files, directories and hub ids.
 
-    Of a dataset that is already open, what its info says of the hub; empty for lists made in memory.
+    Of a dataset that is already open, what its info says of the hub; of lists in memory nothing.
     """
     if isinstance(source, ListStream):
         return names_of(source.source)

@@ -79,7 +79,7 @@ def is_path(source: Any) -> bool:
 
 
 def paths_in(source: Any) -> list[str] | None:
-    """The files, directories and hub ids that a source names, globs resolved; None where it is none.
+    """The files, directories and hub ids of a source, globs resolved; None where it is no path.
 
     Raises:
         ValueError: no file matches a glob.
@@ -117,7 +117,12 @@ def no_names(cells: Sequence[str]) -> None:
     """For tables whose first line must name their columns."""
 
 
-def read_rows(source: Source, *, split: str | None = None, headerless: Headerless = no_names) -> Iterator[Placed]:
+def read_rows(
+    source: Source,
+    *,
+    split: str | None = None,
+    headerless: Headerless = no_names,
+) -> Iterator[Placed]:
     """Every row of a source, unchecked, with the place that an error names.
 
     Args:
@@ -154,14 +159,15 @@ def read_items(
     if hasattr(source, "__arrow_c_stream__"):
         return iter([(name, _arrow_rows(source, name))])
     raise ValueError(
-        "expected a path, a dataset, a table, a sequence of rows or a mapping of corpus, queries, qrels, "
-        f"run and lists, got {shown(source)}"
+        "expected a path, a dataset, a table, a sequence of rows or a mapping of corpus, queries, "
+        f"qrels, run and lists, got {shown(source)}"
     )
 
 
 def _split_of(parts: Mapping[Any, Any], split: str | None, name: str) -> Any:
     if (split or "train") not in parts:
-        raise ValueError(f"{name} has the splits {sorted(map(str, parts))}, not {split or 'train'!r}")
+        there = sorted(map(str, parts))
+        raise ValueError(f"{name} has the splits {there}, not {split or 'train'!r}")
     return parts[split or "train"]
 
 
@@ -197,7 +203,8 @@ def _saved_rows(path: str, split: str | None) -> Iterator[Placed]:
     except Exception as error:  # of as many kinds as there are parts of its files
         neither = "not a dataset written by save_to_disk, nor a folder with a corpus"
         raise ValueError(f"{path} is {neither}: {one_line(error)}") from error
-    return _dataset_rows(_split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved, path)
+    saved = _split_of(saved, split, path) if isinstance(saved, DatasetDict) else saved
+    return _dataset_rows(saved, path)
 
 
 def _parquet_rows(path: str) -> Iterator[Placed]:

@@ -77,9 +77,12 @@ def rank_candidates(
 
 def _holds_samples(source: Any) -> bool:
     if isinstance(source, Dataset):
-        return "positive" in source.column_names
-    first = source[0] if isinstance(source, Sequence) and source else None
-    return isinstance(first, Mapping) and ("positive" in first or "negative" in first)
+        columns: Any = source.column_names
+    else:
+        columns = source[0] if isinstance(source, Sequence) and source else None
+    if not isinstance(columns, Mapping | list) or "negative_1" in columns:  # a layout of lists
+        return False
+    return "positive" in columns or "negative" in columns
 
 
 def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candidates:
@@ -97,7 +100,9 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
     positive = plain(row["positive"])
     positive = [positive] if isinstance(positive, str) else positive
     relevant = _texts_by_id(positive, "p", f"{place}, field positive")
-    rest = _texts_by_id(row[others[0]], "d", f"{place}, field {others[0]}")
+    rest = plain(row[others[0]])
+    rest = [rest] if isinstance(rest, str) and others[0] == "negative" else rest
+    rest = _texts_by_id(rest, "d", f"{place}, field {others[0]}")
     if others[0] == "documents":
         return rank_candidates(str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives)
     docs = {**relevant, **rest}

@@ -22,6 +22,8 @@ from rerank_fast.evaluation.measured import (
 
 logger = logging.getLogger(__name__)
 
+LOSS = "eval_loss"  # of lists without a name
+
 
 class RerankingEvaluator:
     """Scores every document of every query in one stream and measures the order.
@@ -118,7 +120,8 @@ class RerankingEvaluator:
         labels = [one.labels for one in self.set.candidates]
         offsets = torch.tensor([0, *map(len, labels)]).cumsum(0)
         flat = torch.from_numpy(np.concatenate(labels)).float()
-        return {f"{self.name or 'eval'}_loss": self.loss(torch.from_numpy(scores).float(), flat, offsets)}
+        loss = self.loss(torch.from_numpy(scores).float(), flat, offsets)
+        return {f"{self.name}_loss" if self.name else LOSS: loss}
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1

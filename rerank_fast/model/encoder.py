@@ -12,11 +12,44 @@ from torch.utils.checkpoint import checkpoint
 
 from rerank_fast.model.architectures import Architecture, PostNormLayer
 from rerank_fast.model.compilation import Compiler, compiled_layer
+from rerank_fast.model.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
 from rerank_fast.model.heads import cut, cut_head
 from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
 from rerank_fast.model.linear import NarrowCopies
 from rerank_fast.model.packing import TokenizedPairs, fill_up, upload
+from rerank_fast.model.pre_norm import has_kernels
 from rerank_fast.model.random_state import nothing_drawn, random_state
+
+
+class ReadyLayers:
+    """The layers of an architecture with copies of their weights, for one step or for one after the other.
+
+    Args:
+        architecture: of the model.
+        dtype: of products and attention.
+        num_tokens: about how many a step has.
+        compiles: whether torch.compile traces the layers.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, num_tokens: int, *, compiles: bool) -> None:
+        grads, on_cpu = torch.is_grad_enabled(), architecture.word_embeddings.weight.device.type == "cpu"
+        self._dtype, self.layers = dtype, []
+        # Without gradients a CPU lays weights out anew, one by one.
+        self._copies = NarrowCopies() if grads or not on_cpu else None
+        for depth, layer in enumerate(architecture.layers, start=1):
+            one_token = depth == len(architecture.layers) and architecture.pool is None
+            make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
+            options = {"one_token": one_token, "copies": self._copies, "trains": grads and not compiles}
+            self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
+
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Whether the modules have the weights still that they had, and products the dtype."""
+        return dtype == self._dtype and all(one.is_current() for layer in self.layers for one in layer.linears)
+
+    def fill(self) -> None:
+        """Copy the weights as they are now."""
+        if self._copies is not None:
+            self._copies.fill()
 
 
 class PackedStep:
@@ -34,6 +67,7 @@ class PackedStep:
         gradient_checkpointing: compute the inside of every layer again in backward.
         compiler: torch.compile's backend for the layers; None runs them eagerly. On a CPU without gradients they
             are eager all the same: oneDNN's own products are faster there than what is compiled.
+        ready: the layers of an earlier step, whose graph is done with; None makes new ones.
 
     Attributes:
         draws_by_row: whether all that was dropped inside the layers so far follows from a seed and a row, as the
@@ -51,6 +85,7 @@ class PackedStep:
         dtype: torch.dtype,
         gradient_checkpointing: bool = False,
         compiler: Compiler | None = None,
+        ready: ReadyLayers | None = None,
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
@@ -67,29 +102,19 @@ class PackedStep:
             self.region = torch.autocast(kind, enabled=False)
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
-        self.layers = []
-        # Without gradients a CPU lays them out anew, one by one.
-        copies = NarrowCopies() if compiles else None
-        trains = torch.is_grad_enabled() and self.compiled is None
-        for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.pool is None
-            make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            ready = make(
-                layer,  # type: ignore[arg-type]
-                dtype,
-                len(tokens.input_ids),
-                one_token=one_token,
-                copies=copies,
-                trains=trains,
-            )
-            self.layers.append(ready)
-        if copies is not None:
-            copies.fill()
+        if ready is None:
+            ready = ReadyLayers(architecture, dtype, len(tokens.input_ids), compiles=self.compiled is not None)
+        ready.fill()
+        self.layers = ready.layers
         self._rows, self._rows_of_tokens = weight, tokens.input_ids
         if torch.is_grad_enabled() and weight.requires_grad:
             used, self._rows_of_tokens = _distinct(tokens.input_ids, len(weight))
             padding = architecture.word_embeddings.padding_idx
-            self._rows = F.embedding(upload(used, weight.device), weight, padding)
+            unread = padding if padding is not None and padding in used else None
+            self._rows = DistinctRows.apply(weight, upload(used, weight.device), unread)
+        self._embeddings = None
+        if has_kernels(self.device, dtype):
+            self._embeddings = FusedEmbeddings.find(architecture.embeddings)
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
@@ -108,13 +133,7 @@ class PackedStep:
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
         architecture = self.architecture
-        position_ids = upload(positions, device)[None]
-        embedded = architecture.embed(
-            F.embedding(upload(self._rows_of_tokens[flat], device), self._rows)[None],
-            upload(type_ids, device)[None],
-            position_ids,
-        ).squeeze(0)
-        tokens = pairs = None
+        places = pairs = None
         num_sequences = len(starts) - 1
         if keep is not None and not keep.all():
             # The embeddings' dropout, as the head's below, is drawn for all.
@@ -124,21 +143,17 @@ class PackedStep:
             if fills:
                 added, starts = fill_up(starts)
                 places = places[added]
-            tokens, pairs = upload(places, device), upload(kept, device)
-            embedded, position_ids = embedded.index_select(0, tokens), position_ids.index_select(1, tokens)
+            pairs = upload(kept, device)
         lengths = np.diff(starts)
-        # A view in one layer and none in the next would be two graphs.
-        wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
-        # Norms before the sublayers read the stream itself.
-        x: Rows = wide if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype)
-        cu_seqlens = upload(starts.astype(np.int32), device)
+        wide, x, position_ids, tokens = self._embed(flat, positions, type_ids, places)
+        cu_seqlens, one_each = upload(np.stack([starts, np.arange(len(starts))]).astype(np.int32), device)
         batch = MicroBatch(
             cu_seqlens,
-            torch.arange(len(starts), dtype=torch.int32, device=device),
+            one_each,
             upload(starts[1:] - 1 if architecture.reads == "last" else starts[:-1], device),
             {} if architecture.rotary is None else architecture.rotary(wide, position_ids),
             lengths,
-            None if tokens is None else tokens.int(),
+            tokens,
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
             reads_last=architecture.reads == "last",
         )
@@ -153,6 +168,8 @@ class PackedStep:
                 wide, x = run(layer, wide, x, layer_batch)
         if before is not None and not nothing_drawn(before, random_state(device)):
             self.draws_by_row = False
+        if isinstance(self.layers[-1], PreNormStep) and isinstance(x, Tensor):
+            wide = wide + x
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
         if architecture.pool is not None:
@@ -165,6 +182,30 @@ class PackedStep:
         among_all = read.new_zeros(num_sequences, read.shape[1])
         among_all = among_all.index_copy(0, pairs, read[: len(pairs)])
         return architecture.head(among_all).to(wide.dtype).index_select(0, pairs)
+
+    def _embed(
+        self, flat: np.ndarray, positions: np.ndarray, types: np.ndarray, places: np.ndarray | None
+    ) -> tuple[Tensor, Rows | None, Tensor, Tensor | None]:
+        """The first layer's rows, wide and as products read them, and their positions.
+
+        Last, where only the tokens at some places are to be computed, these as they stand for them in dropout.
+        """
+        device, words = self.device, self._rows_of_tokens[flat]
+        tokens = None if places is None else upload(places.astype(np.int32), device)
+        if self._embeddings is not None:
+            chosen = [ids if places is None else ids[places] for ids in (words, positions, types)]
+            found = TokenPlaces.of(*chosen, len(self._rows), self._embeddings.positions, device)
+            return *self._embeddings(self._rows, found, tokens, self.dtype), found.ids[1:2], tokens
+        position_ids = upload(positions, device)[None]
+        embedded = self.architecture.embed(
+            F.embedding(upload(words, device), self._rows)[None], upload(types, device)[None], position_ids
+        ).squeeze(0)
+        if tokens is not None:
+            embedded, position_ids = embedded.index_select(0, tokens), position_ids.index_select(1, tokens)
+        # A view in one layer and none in the next would be two graphs.
+        wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
+        # Before the first pre-norm layer nothing is left to be added.
+        return wide, None if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype), position_ids, tokens
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """Cut what the micro-batches share off from the weights, so that each can have a backward of its own.

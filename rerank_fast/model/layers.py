@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
 from rerank_fast.model.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.post_norm import TrainedPostNorm
+from rerank_fast.model.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -52,9 +53,11 @@ class LayerBatch:
     rows: Tensor | None = None  # int32: the numbers in the dropout of the tokens that go on; None: their places
 
 
-def run_layer(layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
-    """(T, H) results of a layer, in the residual stream's dtype and in what products read."""
-    return layer(wide, x, batch)
+def run_layer(
+    layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows | None, batch: LayerBatch
+) -> tuple[Tensor, Rows | None]:
+    """(T, H) results of a layer: the residual stream, and what products read of it or what is to be added to it."""
+    return layer(wide, x, batch)  # type: ignore[arg-type]
 
 
 class PostNormStep:
@@ -85,13 +88,16 @@ class PostNormStep:
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.up, self.attention_out, *self.projections]
+        self.linears = linears
         plain = all(one.has_weight and one.biases for one in linears)
         self.trains = trains and plain and joins_product(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
+        self._backends: tuple[str, str] | None = None  # of attention and norms
         self.trained: list[Tensor] = []  # as TrainedPostNorm takes them
         if self.trains:
             self.width, self.inner_width = self.down.weights[0].shape
+            self.weights = [one.ready[0] for one in linears]
             self.trained = [weight for one in linears for weight in one.weights]
             for norm, first, second in (
                 (layer.output_norm, self.down, [self.up]),
@@ -101,14 +107,15 @@ class PostNormStep:
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        seeds = [_seed(one) for one in (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)]
+        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
+        seeds = _seeds([_p(one) for one in dropouts])
         return _layer_batch(batch, seeds, one_token=self.one_token)
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
-            # By dtype: of one tensor, what torch's checkpoint has saved comes back as two.
-            one = isinstance(x, Tensor) and x.dtype == wide.dtype
-            result, narrow = TrainedPostNorm.apply(wide, None if one else x, self, batch, *self.trained)
+            # By the dtype: checkpointing's second run has two tensors for one.
+            narrow_rows = None if x.dtype == wide.dtype else x
+            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, self, batch, *self.trained)
             return result, result if narrow is None else narrow
         queries_of = x
         if batch.read is not None:
@@ -144,22 +151,25 @@ class PostNormStep:
         """(T, heads, head size) queries, keys and values in the results of these products."""
         heads = self.layer.num_heads
         if len(projected) == 1:
-            query, key, value = projected[0].view(len(projected[0]), 3, heads, -1).unbind(1)
+            query, key, value = projected[0].view(projected[0].shape[0], 3, heads, -1).unbind(1)
         else:
-            query = projected[0].view(len(projected[0]), heads, -1)
-            key, value = projected[1].view(len(projected[1]), 2, heads, -1).unbind(1)
+            query = projected[0].view(projected[0].shape[0], heads, -1)
+            key, value = projected[1].view(projected[1].shape[0], 2, heads, -1).unbind(1)
         return query, key, value
 
     def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
         """What the unchecked ops take behind their tensors: of attention and of both norms."""
         layer = self.layer
-        backend, heads = backend_for(rows, wide), rows.view(len(rows), layer.num_heads, -1)
+        if self._backends is None:  # the same for all that the step computes
+            heads = rows.view(rows.shape[0], layer.num_heads, -1)
+            self._backends = own_backend_for(heads), backend_for(rows, wide)
+        attention_backend, backend = self._backends
         dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
         drawn = [(_p(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
         numbers = [batch.rows if p > 0 else None for p, _ in drawn]
         places = batch.cu_queries, batch.cu_keys, numbers[0]
         return (
-            (*places, layer.scale, -1, -1, *drawn[0], own_backend_for(heads)),
+            (*places, layer.scale, -1, -1, *drawn[0], attention_backend),
             (numbers[1], self.attention_norm.eps, *drawn[1], backend),
             (numbers[2], self.output_norm.eps, *drawn[2], backend),
         )
@@ -201,9 +211,10 @@ def _p(module: nn.Module | None, p: float | None = None) -> float:
     return float(module.p) if isinstance(module, nn.Dropout) else p or 0.0
 
 
-def _seed(module: nn.Module | None, p: float | None = None) -> int:
-    """For such a dropout, from torch's generator of the host, so that a saved state repeats it."""
-    return int(torch.randint(2**62, ())) if _p(module, p) else 0
+def _seeds(shares: list[float]) -> list[int]:
+    """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0 for one of 0."""
+    drawn = iter(torch.randint(2**62, (count,)).tolist() if (count := sum(p > 0 for p in shares)) else ())
+    return [next(drawn) if p > 0 else 0 for p in shares]
 
 
 def _add_norm(
@@ -223,7 +234,11 @@ def _add_norm(
 
 
 class PreNormStep:
-    """The same for a PreNormLayer."""
+    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the second result.
+
+    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped but attention's
+    weights.
+    """
 
     def __init__(
         self,
@@ -242,10 +257,22 @@ class PreNormStep:
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
+        self.linears = linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        self.parts: TrainedParts | None = None
+        self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
+        if not trains or copies is None or not all(one.has_weight for one in linears):
+            return
+        if has_kernels(self.down.weights[0].device, dtype):
+            self.parts = TrainedParts.of(layer, copies)
+        if self.parts is not None:
+            self.weights = [one.ready[0] for one in linears]
+            self.trained = [weight for one in linears for weight in one.weights]
+            self.trained += [bias for one in linears for bias in one.biases]
+            self.trained += self.parts.parameters
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        seeds = [_seed(layer.attention, layer.attention_dropout)]
+        seeds = _seeds([_p(layer.attention, layer.attention_dropout)])
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
         prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and layer.window is not None and not (layer.causal or batch.reads_last):
@@ -254,8 +281,19 @@ class PreNormStep:
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
         return prepared
 
-    def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
+    def options(self, batch: LayerBatch) -> tuple[Any, ...]:
+        """What the unchecked attention takes behind its tensors."""
         layer = self.layer
+        left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
+        dropout_p = _p(layer.attention, layer.attention_dropout)
+        places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
+        return *places, layer.scale, left, 0 if layer.causal else right, dropout_p, batch.seeds[0], "triton"
+
+    def __call__(self, wide: Tensor, x: Tensor | None, batch: LayerBatch) -> tuple[Tensor, Tensor | None]:
+        layer = self.layer
+        if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
+            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
+        wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
         query, key, value = heads.split([layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1)
@@ -285,8 +323,7 @@ class PreNormStep:
         )
         wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
         gate, up = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype)).chunk(2, dim=1)
-        wide = wide + self.down(_dropped(layer.activation(gate) * up, layer.mlp_dropout))
-        return wide, wide
+        return wide + self.down(_dropped(layer.activation(gate) * up, layer.mlp_dropout)), None
 
 
 def norm(wide: Tensor, module: nn.Module) -> Tensor:

@@ -56,7 +56,15 @@ class _NarrowLinear(torch.autograd.Function):
 
 
 def _split(gradient: Tensor, rows: list[int]) -> Sequence[Tensor]:
-    return [gradient] if len(rows) == 1 else gradient.split(rows)
+    return [gradient] if len(rows) == 1 else gradient.split_with_sizes(rows)
+
+
+def in_own_dtypes(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients in the dtypes of their parameters."""
+    return [
+        gradient if gradient is None or gradient.dtype is weight.dtype else gradient.to(weight.dtype)
+        for gradient, weight in zip(gradients, parameters, strict=True)
+    ]
 
 
 def _widens(grad: Tensor, dtype: torch.dtype) -> bool:
@@ -94,10 +102,12 @@ class NarrowCopies:
         for copy, weight in zip(joined.split(rows), weights, strict=True):
             copies, originals = self._made.setdefault((weight.dtype, dtype), ([], []))
             copies.append(copy)
-            originals.append(weight.detach())
+            originals.append(weight)
         return joined
 
+    @torch.no_grad()
     def fill(self) -> None:
+        """Write the weights as they are now; graphs of what was there before can't be gone back through."""
         for copies, originals in self._made.values():
             torch._foreach_copy_(copies, originals)
 
@@ -158,9 +168,12 @@ class StepLinear:
         if not all(type(module) is nn.Linear and not must_be_called(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return
+        self._owners = modules
         self.weights: list[Tensor] = [module.weight for module in modules]  # type: ignore[misc]
         biases: list[Any] = [module.bias for module in modules]
         self.biases: list[Tensor] = [] if biases[0] is None else biases
+        self._dtypes = [one.dtype for one in self.weights]
+        self._sizes = [one.shape[0] for one in self.weights]
         self.narrow: tuple[Tensor, Tensor | None] | None = None
         if len(self.weights) > 1 or self.weights[0].dtype != dtype:
             own = NarrowCopies() if copies is None else copies
@@ -184,11 +197,26 @@ class StepLinear:
         """The product's weight and bias, as copies where they are not a module's own."""
         return self.narrow or (self.weights[0], self.biases[0] if self.biases else None)
 
+    def is_current(self) -> bool:
+        """Whether the weights are still its modules'."""
+        if not self.has_weight:
+            return True
+        return all(
+            module.weight is weight and module.weight.dtype == dtype
+            for module, weight, dtype in zip(self._owners, self.weights, self._dtypes, strict=True)
+        )
+
     def weight_gradients(self, grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
         """Of each weight, from the product's gradient and its rows."""
         if not any(weight.requires_grad for weight in self.weights):
             return [None] * len(self.weights)
-        return _split(_weight_gradient(grad, x, self.weights[0].dtype), [len(weight) for weight in self.weights])
+        return _split(_weight_gradient(grad, x, self.weights[0].dtype), self._sizes)
+
+    def bias_gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
+        """Of each bias, from the product's gradient."""
+        if not any(bias.requires_grad for bias in self.biases):
+            return [None] * len(self.biases)
+        return _split(bias_gradient(grad, self.biases[0].dtype), self._sizes)
 
     @property
     def has_weight(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rerank_fast.model.linear import in_own_dtypes
 from rerank_fast.model.vector_gradients import vector_gradients
 from rerank_fast.ops import residual_norm, varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
@@ -47,7 +48,8 @@ class TrainedPostNorm(torch.autograd.Function):
         ctx.step, ctx.read, ctx.options = step, batch.read, (attention, first_norm, second_norm)
         ctx.is_wide = x is None
         saved = (keys_of, queries_of, wide, attended, lse, added, *stats, y, narrow, hidden, active, down)
-        ctx.save_for_backward(*saved, *last_stats, *projected)
+        # With the weights: their change would be noticed.
+        ctx.save_for_backward(*saved, *last_stats, *step.weights, *projected)
         ctx.set_materialize_grads(False)
         return result, None if x is None else result_narrow
 
@@ -57,17 +59,18 @@ class TrainedPostNorm(torch.autograd.Function):
         step: PostNormStep = ctx.step
         attention, first_norm, second_norm = ctx.options
         keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = ctx.saved_tensors
-        hidden, active, down, last_mean, last_rstd, *projected = saved
+        hidden, active, down, last_mean, last_rstd, down_weight, up_weight, out_weight, *saved = saved
+        in_weights, projected = saved[: len(step.projections)], saved[len(step.projections) :]
         d_projected = [torch.empty_like(one) for one in projected]
         vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
 
         norm = (step.output_norm.weight, last_mean, last_rstd)
         d_down, d_y = vectors.norm(down, y, *norm, d_result, d_narrow, *second_norm)
-        d_hidden = vectors.gelu(hidden, d_down @ step.down.ready[0])
-        d_first, d_first_narrow = _through_product(d_y, d_hidden, step.up.ready[0], into_wide=ctx.is_wide)
+        d_hidden = vectors.gelu(hidden, d_down @ down_weight)
+        d_first, d_first_narrow = _through_product(d_y, d_hidden, up_weight, into_wide=ctx.is_wide)
         norm = (step.attention_norm.weight, mean, rstd)
         d_added, d_wide = vectors.norm(added, wide, *norm, d_first, d_first_narrow, *first_norm)
-        d_attended = (d_added @ step.attention_out.ready[0]).view_as(attended)
+        d_attended = (d_added @ out_weight).view_as(attended)
         vectors.attention(*step.heads_of(projected), attended, lse, d_attended, *attention)
 
         products = [
@@ -78,21 +81,15 @@ class TrainedPostNorm(torch.autograd.Function):
         for (linear, rows), grad in zip(step.projections_of(queries_of, keys_of), d_projected, strict=True):
             products.append((linear, grad, rows))
         weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
-        found = [*weights, *vectors.all()]
-        typed = [
-            None if gradient is None else gradient.to(weight.dtype)
-            for gradient, weight in zip(found, step.trained, strict=True)
-        ]
+        found = in_own_dtypes([*weights, *vectors.all()], step.trained)
         if not any(ctx.needs_input_grad[:2]):
-            return None, None, None, None, *typed
-        last = step.projections[-1].ready[0]
+            return None, None, None, None, *found
         if ctx.read is None:
-            inputs = _through_product(d_wide, d_projected[0], last, into_wide=ctx.is_wide)
+            inputs = _through_product(d_wide, d_projected[0], in_weights[0], into_wide=ctx.is_wide)
         else:
-            first = step.projections[0].ready[0]
-            rows = _through_product(d_wide, d_projected[0], first, into_wide=ctx.is_wide)
-            inputs = _scattered(*rows, d_projected[1] @ last, ctx.read)
-        return *inputs, None, None, *typed
+            rows = _through_product(d_wide, d_projected[0], in_weights[0], into_wide=ctx.is_wide)
+            inputs = _scattered(*rows, d_projected[1] @ in_weights[1], ctx.read)
+        return *inputs, None, None, *found
 
 
 def _vectors(norm: nn.LayerNorm | NormWeights) -> tuple[Tensor, Tensor]:
@@ -113,5 +110,5 @@ def _scattered(d_wide: Tensor, d_rows: Tensor | None, d_keys: Tensor, read: Tens
     """The gradients of all tokens from those of the ones that are read, and from the keys' and values' of all."""
     if d_rows is None:
         return d_keys.index_add_(0, read, d_wide), None
-    whole = d_wide.new_zeros(len(d_keys), d_wide.shape[1]).index_copy_(0, read, d_wide)
+    whole = d_wide.new_zeros(d_keys.shape[0], d_wide.shape[1]).index_copy_(0, read, d_wide)
     return whole, d_keys.index_add_(0, read, d_rows)

@@ -23,7 +23,7 @@ from rerank_fast.model.architectures import (
 )
 from rerank_fast.model.compilation import Compiler
 from rerank_fast.model.devices import empty_cache
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.encoder import PackedStep, ReadyLayers
 from rerank_fast.model.heads import AnswerHead, Answers, cut_head
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs, most_tokens, plan_micro_batches, row_count, upload
@@ -167,7 +167,8 @@ class StepMaker:
     """Makes steps of a model whose modules stay what and where they are: their parts are found once.
 
     Weights, the mode of training and whether gradients are on may change from step to step. After a
-    module, a hook or an adapter has come or gone it needs a new one.
+    module, a hook or an adapter has come or gone it needs a new one. Steps with gradients share the
+    copies of weights that they make: a step must be gone back through before the next is made.
 
     Args:
         model: a Hugging Face sequence-classification model with one label, or a causal language model.
@@ -195,6 +196,7 @@ class StepMaker:
         self.dtype, self.packed_dtype = dtype, dtype or packed_dtype
         self.answers, self.compiler = answers, compiler
         self.recomputes = _recomputes(model)
+        self._ready: ReadyLayers | None = None  # of steps with gradients
         self.architecture = find_packed(model, self.packed_dtype, answers) if packed else None
 
     def __call__(self, tokens: TokenizedPairs) -> PackedStep | PaddedStep:
@@ -218,6 +220,11 @@ class StepMaker:
                 recomputes=recomputes,
                 answers=self.answers,
             )
+        dtype = self.packed_dtype or _own_dtype(self.model)
+        if torch.is_grad_enabled() and (self._ready is None or not self._ready.is_current(dtype)):
+            self._ready = ReadyLayers(
+                self.architecture, dtype, len(tokens.input_ids), compiles=self.compiler is not None
+            )
         architecture = self.architecture
         if self.answers is not None:  # this head has rows of the weights
             head = find_answer_head(self.model, self.answers)
@@ -226,9 +233,10 @@ class StepMaker:
         return PackedStep(
             architecture,
             tokens,
-            dtype=self.packed_dtype or _own_dtype(self.model),
+            dtype=dtype,
             gradient_checkpointing=recomputes,
             compiler=self.compiler,
+            ready=self._ready if torch.is_grad_enabled() else None,
         )
 
 
@@ -315,10 +323,24 @@ def run(
     return in_order(parts, plan)
 
 
+class _Permuted(torch.autograd.Function):
+    """index_select of each row once: its gradient is one too, and needs no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.back), None, None
+
+
 def in_order(parts: list[Tensor], plan: Sequence[np.ndarray]) -> Tensor:
     """(N,) scores of all micro-batches in the order of the pairs."""
-    order = upload(np.argsort(np.concatenate(plan)), parts[0].device)
-    return torch.cat(parts).index_select(0, order)
+    planned = np.concatenate(plan)
+    back, order = upload(np.stack([planned, np.argsort(planned)]), parts[0].device)
+    return _Permuted.apply(parts[0] if len(parts) == 1 else torch.cat(parts), order, back)
 
 
 # About what a token takes in a forward pass that keeps no graph, in bytes a unit of the model's

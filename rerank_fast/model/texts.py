@@ -132,7 +132,9 @@ def check_input(value: Any, place: str) -> Any:
 
 def real(value: Any) -> float | None:
     """Any real number as a float, Python's, NumPy's or a tensor's; of anything else None."""
-    number = plain(value)
+    if type(value) is float:  # nearly always
+        return value
+    number = value if type(value) is int else plain(value)
     if not isinstance(number, Real | Decimal):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Gradients of a post-norm layer's vectors, its norms' and biases, beside those of the rows that they are sums of."""
+"""Gradients of a post-norm layer's vectors, of norms and biases, beside those of the rows they are sums of."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class _SumsOfKernels:
         self._step, self._d_projected, self._grads = step, d_projected, kernels.residual_norm_grads
         width, inner = step.width, step.inner_width
         self._sizes = [width, width, width, inner, *[width] * 6]
-        self._sums = wide.new_empty(kernels.programs(len(wide)), 6 * width + inner)
+        self._sums = wide.new_empty(kernels.programs(wide.shape[0]), 6 * width + inner)
         # Of the later norm, the GELU and the earlier norm.
         self._parts = iter(self._sums.split([3 * width, inner, 3 * width], dim=1))
 
     def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *tensors, eps, dropout_p, seed, backend = rest
+        *tensors, _eps, dropout_p, seed, _backend = rest
         return self._grads(x, residual, *tensors, next(self._parts), dropout_p, seed)
 
     def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _SumsOfKernels:
     def attention(self, q: Tensor, k: Tensor, *arguments: Any) -> None:
         from rerank_fast.ops.triton import varlen_attention_backward as kernels
 
-        *tensors, scale, left, right, dropout_p, seed, backend = arguments
+        *tensors, scale, left, right, dropout_p, seed, _backend = arguments
         self._attention_sums = kernels.sums_for(q, k, num_sequences=tensors[4].shape[0] - 1)
         outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
         kernels.attention_grads(q, k, *tensors, *outputs, scale, left, right, dropout_p, seed)
@@ -105,4 +105,4 @@ class _SumsOfKernels:
     def all(self) -> Sequence[Tensor]:
         from rerank_fast.ops.triton.column_sums import column_sums
 
-        return column_sums(self._sums, *self._attention_sums).split(self._sizes)
+        return column_sums(self._sums, *self._attention_sums).split_with_sizes(self._sizes)

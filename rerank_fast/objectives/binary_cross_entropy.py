@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rerank_fast.objectives.base import ObjectiveSum
-from rerank_fast.objectives.gradient import with_gradient
 from rerank_fast.objectives.segments import flat
 from rerank_fast.objectives.units import PerDocument
 from rerank_fast.ops.options import check_positive
@@ -49,14 +48,12 @@ class BinaryCrossEntropy(PerDocument):
         check_positive("pos_weight", self.pos_weight)
 
     def __call__(self, scores: Tensor, labels: Tensor, offsets: Tensor) -> ObjectiveSum:
-        s, y, lists = flat(scores, labels, offsets)
-        # softplus(-s) = -log sigmoid(s), and softplus(s) = s + softplus(-s).
-        irrelevant = 1 - y
-        both = irrelevant + self.pos_weight * y
-        loss = irrelevant * s + both * softplus(-s)
-        slope = irrelevant - both * (-s).sigmoid()
-        total = self.weigh(loss, lists).sum()
-        return ObjectiveSum(with_gradient(scores, total, self.weigh(slope, lists)))
+        _, y, lists = flat(scores, labels, offsets)
+        # Filled on the device: a tensor of a Python number would be sent there.
+        weight = None if self.pos_weight == 1 else y.new_full((), self.pos_weight)
+        options: dict[str, Any] = {"pos_weight": weight, "reduction": "none"}
+        loss = binary_cross_entropy_with_logits(scores.to(y.dtype), y, **options)
+        return ObjectiveSum(self.weigh(loss, lists).sum())
 
     def check(self, labels: np.ndarray) -> None:
         outside = labels[~((labels >= 0) & (labels <= 1))]

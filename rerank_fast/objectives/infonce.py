@@ -59,11 +59,12 @@ class InfoNCE(PerList):
 
     def __call__(self, scores: Tensor, labels: Tensor, offsets: Tensor) -> ObjectiveSum:
         s, y, lists = flat(scores, labels, offsets)
+        z = torch.add(s, y, alpha=0) / self.temperature  # a label that is NaN is seen in z
         run = _each if self.positives == "each" else _any
-        total, gradient = run(s / self.temperature, y > 0, lists)
-        seen = lists.unlike_numbers(s + y)
-        gradient = gradient / self.temperature + lists.each(seen)
-        return ObjectiveSum(with_gradient(scores, total + seen.sum(), gradient))
+        total, gradient = run(z, y > 0, lists)
+        # Of a list without a positive NaN is in the gradient alone.
+        total = total + (0 * gradient).sum()
+        return ObjectiveSum(with_gradient(scores, total, gradient / self.temperature))
 
     def contributes(self, labels: np.ndarray) -> bool:
         return bool((labels > 0).any() and (labels <= 0).any())
@@ -79,24 +80,22 @@ class InfoNCE(PerList):
         return advice_on_scores(self.name, labels)
 
 
-def _softmax_of(z: Tensor, members: Tensor, log_sum: Tensor, lists: Segments) -> Tensor:
-    """(N,): softmax over a list's members, (N,) bool; log_sum, (Q,), is their log-sum-exp."""
-    return (z - lists.each(log_sum)).masked_fill(~members, -torch.inf).exp()
-
-
 def _each(z: Tensor, positive: Tensor, lists: Segments) -> tuple[Tensor, Tensor]:
     negatives = lists.log_sum_exp(z.masked_fill(positive, -torch.inf))
-    # How far the negatives are ahead; -inf has neither loss nor pull.
-    ahead = (lists.each(negatives) - z).masked_fill(~positive, -torch.inf)
+    # How far each document is behind the negatives; at -inf there is neither loss nor pull.
+    behind = lists.each(negatives) - z
+    ahead = behind.masked_fill(~positive, -torch.inf)
     share = 1 / lists.each(lists.sum(positive.to(z.dtype))).clamp(min=1)
     pull = ahead.sigmoid() * share
-    push = _softmax_of(z, ~positive, negatives, lists) * lists.each(lists.sum(pull))
-    return torch.dot(softplus(ahead), share), push - pull
+    softmax = (-behind).masked_fill(positive, -torch.inf).exp()  # of the negatives
+    return torch.dot(softplus(ahead), share), softmax * lists.each(lists.sum(pull)) - pull
 
 
 def _any(z: Tensor, positive: Tensor, lists: Segments) -> tuple[Tensor, Tensor]:
-    positives = lists.log_sum_exp(z.masked_fill(~positive, -torch.inf))
-    negatives = lists.log_sum_exp(z.masked_fill(positive, -torch.inf))
-    ahead = (negatives - positives).where(positives > -torch.inf, -torch.inf)
-    push = _softmax_of(z, ~positive, negatives, lists) - _softmax_of(z, positive, positives, lists)
+    sides = (z.masked_fill(~positive, -torch.inf), z.masked_fill(positive, -torch.inf))
+    positives, negatives = map(lists.log_sum_exp, sides)
+    ahead = (negatives - positives).where(positives != -torch.inf, -torch.inf)
+    of_positives = (sides[0] - lists.each(positives)).exp()  # softmax, 0 of others
+    of_negatives = (sides[1] - lists.each(negatives)).exp()
+    push = torch.where(positive, -of_positives, of_negatives)
     return softplus(ahead).sum(), push * lists.each(ahead.sigmoid())

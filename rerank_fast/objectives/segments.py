@@ -22,7 +22,11 @@ class Segments:
         num_documents: int,
     ) -> None:
         self.offsets, self.num_documents = offsets, num_documents
-        self.sizes = offsets.diff()  # (Q,)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """(Q,) int64: documents of each list."""
+        return self.offsets.diff()
 
     @functools.cached_property
     def of(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
     dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))

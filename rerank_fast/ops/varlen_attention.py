@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -121,13 +122,19 @@ def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return (torch.ops.rerank_fast.varlen_attention.default if q.is_meta else _forward)(q, *rest)
 
 
-def unchecked_backward(*arguments: Any, into: tuple[Tensor, Tensor, Tensor]) -> None:
+def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
     """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row contiguous."""
-    if arguments[-1] == "cpu":
-        cpu.varlen_attention_backward(*arguments[:-1], into=into)
+    *tensors, scale, left, right, dropout_p, seed, backend = arguments
+    options = (scale, left, right, dropout_p, seed)
+    if backend == "cpu":
+        cpu.varlen_attention_backward(*tensors, *options, into=into)
         return
-    backward = torch.ops.rerank_fast.varlen_attention_backward.default if arguments[0].is_meta else _backward
-    for to, gradient in zip(into, backward(*arguments), strict=True):
+    if backend == "triton":
+        from rerank_fast.ops.triton.varlen_attention_backward import attention_grads
+
+        attention_grads(*tensors, *into, None, None, *options)
+        return
+    for to, gradient in zip(into, _backward(*arguments), strict=True):
         to.copy_(gradient)
 
 

@@ -55,7 +55,7 @@ class CollapseGuard:
         learning_rate: the schedule's peak.
     """
 
-    def __init__(self, metric: str, activation: nn.Module | None, learning_rate: float) -> None:
+    def __init__(self, metric: str, activation: object, learning_rate: float) -> None:
         self.metric, self.activation, self.learning_rate = metric, activation, learning_rate
         self.found = False
         self._tied = self._worse = 0

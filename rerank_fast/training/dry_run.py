@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from rerank_fast.data.held_out import query_keys
 from rerank_fast.evaluation.evaluator import measured_sets
-from rerank_fast.training import distributed
+from rerank_fast.training.distributed import collectives
 
 if TYPE_CHECKING:
     from rerank_fast.training.trainer import Trainer
@@ -59,7 +59,7 @@ def count(trainer: Trainer) -> Counted:
             counted.units = [total + (one or 0) for total, one in zip(counted.units, units, strict=True)]
             counted.negatives += batch.negatives_added
             bar.update()
-    counted.truncated = sum(distributed.gather(counted.truncated))
+    counted.truncated = sum(collectives.gather(counted.truncated))
     return counted
 
 

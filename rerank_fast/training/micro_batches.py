@@ -8,7 +8,7 @@ import torch
 
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packing import most_tokens
-from rerank_fast.training import distributed
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.memory import activation_bytes, available_bytes
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def probe_max_tokens(model: CrossEncoder, dtype: torch.dtype) -> int:
     share = available_bytes(model.device) // 8
     a_token = activation_bytes(model.model, 1, dtype, gradient_checkpointing=False)
     most = min(share / a_token, most_tokens(model.device))
-    tokens = min(distributed.gather(max(_LEAST, power_of_two(most))))
+    tokens = min(collectives.gather(max(_LEAST, power_of_two(most))))
     reason = f"a token takes {a_token / 1024:.0f} KiB, a micro-batch may take {share / 2**20:.0f} MiB"
     logger.info("max_tokens_per_microbatch: %d on %s: %s", tokens, model.device, reason)
     return tokens

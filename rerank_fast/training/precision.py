@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from rerank_fast.model.precision.hardware import arithmetic, fastest, is_fast, why_slow
-from rerank_fast.training import checkpoints, distributed
+from rerank_fast.training import checkpoints
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
         if resumed_from is not None:
             precision = _of(resumed_from)
         else:
-            precision = distributed.gather(_NAMES[fastest(device)])[0]
+            precision = collectives.gather(_NAMES[fastest(device)])[0]
         config = replace(config, precision=precision)  # type: ignore[arg-type]
     dtype = _DTYPES[precision]
     if device.type in ("cpu", "cuda") and precision != "fp32" and not is_fast(dtype, device):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rerank_fast.cards.record import Change
 from rerank_fast.data.fingerprint import fingerprint
 from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.training.config import TrainingConfig
@@ -34,16 +35,6 @@ _EXECUTION = (
     "gradient_accumulation_steps", "gradient_cache", "mini_batch_size", "max_tokens_per_microbatch",
     "sharding", "gradient_checkpointing", "torch_compile",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting, train_lists or eval, that is another one from a step on."""
-
-    step: int
-    name: str
-    before: Any
-    now: Any
 
 
 def describe_run(trainer: Trainer) -> dict[str, Any]:

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rerank_fast.cards.energy import Energy
+from rerank_fast.cards.record import Change
 from rerank_fast.model.random_state import device_state, set_device_state
-from rerank_fast.training import checkpoints, distributed
+from rerank_fast.training import checkpoints
 from rerank_fast.training.checkpoints import STATE_FILE, TENSORS_FILE
-from rerank_fast.training.energy import Energy
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.from_json import from_json
-from rerank_fast.training.run_identity import Change, find_changes
+from rerank_fast.training.run_identity import find_changes
 from rerank_fast.training.weights import check_tensors
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple
         "progress": asdict(progress),
         "scheduler": {one.name: schedule[one.name] for one in fields(_Schedule)},
         "scaler": trainer.scaler.state_dict(),
-        "random": distributed.gather(random_state(trainer.model.device)),
+        "random": collectives.gather(random_state(trainer.model.device)),
         "log_position": log_position,
         "run": trainer.described,
         "max_tokens_per_microbatch": trainer.backward.max_tokens,

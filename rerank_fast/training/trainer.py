@@ -20,6 +20,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rerank_fast.cards.record import RunRecord
+from rerank_fast.cards.run import RunCard
 from rerank_fast.data.batches import Batch, BatchMaker, check_all_labels
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.evaluator import Evaluator
@@ -27,13 +29,13 @@ from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
 from rerank_fast.objectives.base import Objective
-from rerank_fast.training import checkpoints, distributed, launch, precision
+from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.collapse import CollapseGuard
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives, launch
 from rerank_fast.training.events import Callback, Event, Signals, TrainingInterrupted
 from rerank_fast.training.micro_batches import probe_max_tokens
-from rerank_fast.training.model_card import RunCard
 from rerank_fast.training.objective import choose_objective, described_settings
 from rerank_fast.training.run_identity import describe_run
 from rerank_fast.training.run_log import Rates, RunLog, check_trackers
@@ -115,7 +117,7 @@ class Trainer:
         self.output = Path(config.output)
         self.callbacks = callbacks
         check_trackers(config.trackers)
-        self.processes = distributed.join_processes(config.distributed_timeout)
+        self.processes = collectives.join_processes(config.distributed_timeout)
         if told:
             self._say(f"As accelerate launch was told: {', '.join(told)}.")
         self.resumed_from = checkpoints.check_output(
@@ -165,7 +167,7 @@ class Trainer:
         self.evaluated_in = arithmetic(dtype, self.model.device)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
-            self._scorer = distributed.ShardedScorer(self.model, self.processes)
+            self._scorer = collectives.ShardedScorer(self.model, self.processes)
         self.guard = CollapseGuard(config.metric_for_best, self.model.activation_fn, config.learning_rate)
         self._stops = self._ran = False
 
@@ -242,7 +244,7 @@ class Trainer:
         model.train()
         progress = self._begin()
         done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
-        agreed = distributed.LateFlag()  # of the step before: processes that were interrupted
+        agreed = collectives.LateFlag()  # of the step before: processes that were interrupted
         rates = Rates()
         bar = tqdm(
             total=self.num_steps,
@@ -326,10 +328,31 @@ class Trainer:
         if self.processes.is_main_process:
             file, content = self.output / checkpoints.METRICS_FILE, {**asdict(result), "config": self.settings}
             checkpoints.write_json(file, content)
-            self.card.finish(self, result)
+            self.card.finish(self._record(result))
             checkpoints.mark_finished(self.output)
         self.processes.wait_for_everyone()
         return result
+
+    def _record(self, result: TrainingResult) -> RunRecord:
+        return RunRecord(
+            model=self.model,
+            output=self.output,
+            objective=self.objective,
+            settings=self.settings,
+            defaults=asdict(TrainingConfig()),
+            max_tokens_per_microbatch=self.backward.max_tokens,
+            evaluators=self.validation.evaluators,
+            metric_for_best=self.config.metric_for_best,
+            evaluated_in=self.evaluated_in,
+            metrics=result.metrics,
+            best_step=result.best_step,
+            steps=result.steps,
+            num_steps=self.num_steps,
+            seconds=result.seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            num_processes=self.processes.num_processes,
+            holds_the_saved_model=self.holds_the_saved_model,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -402,7 +425,13 @@ class Trainer:
         if writes:
             checkpoints.mark_unfinished(self.output, best_step=progress.best_step)
             checkpoints.clear_output(self.output, beyond=progress.step if self._same_run else 0)
-            self.card.start(self.model, self.output, progress)
+            self.card.start(
+                self.model,
+                self.output,
+                step=progress.step,
+                energy=progress.energy,
+                changes=progress.changes,
+            )
         trackers = self.config.trackers if writes else []
         self.log = RunLog(self.output, trackers, self.settings, position=position, step=progress.step)
         self._tell("train_begin", progress.step)

@@ -18,8 +18,6 @@ from rerank_fast.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-LOSS = "eval_loss"
-
 
 class Validation:
     """The evaluators of a run; calling it with a model gives all metrics, and eval_loss.

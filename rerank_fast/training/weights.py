@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
-from rerank_fast.training import distributed
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
 from rerank_fast.training.optimizer import make_optimizer, state_like
 
 if TYPE_CHECKING:
-    from rerank_fast.training.sharding import ShardedWeights
+    from rerank_fast.training.distributed.sharding import ShardedWeights
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
@@ -41,20 +41,20 @@ class TrainedWeights:
     def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
         self._model, self._config, inner = model, config, model.model
         narrow = config.precision == "bf16-pure"
-        shards = config.sharding == "fsdp2" and distributed.several()
+        shards = config.sharding == "fsdp2" and collectives.several()
         # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move, or shards.
         model.to(torch.bfloat16 if narrow and not shards else torch.float32)
         self._trainable = {name: one.requires_grad for name, one in inner.named_parameters()}  # as it was found
         self.lora = add_lora(model, config) if config.lora_rank else None
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
-        distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
+        collectives.copy_from_first([*inner.parameters(), *inner.buffers()])
         frozen = {name: one for name, one in inner.named_parameters() if not one.requires_grad}
         # Shards of bf16-pure are cut from fp32 weights.
         self.frozen = sample_digest(frozen, torch.bfloat16 if narrow else torch.float32)
         self.shards: ShardedWeights | None = None
         if shards:
-            from rerank_fast.training.sharding import ShardedWeights  # a second of imports
+            from rerank_fast.training.distributed.sharding import ShardedWeights  # a second of imports
 
             self.shards = ShardedWeights(inner, dtype=torch.bfloat16 if narrow else None)
         self.parameters = {name: one for name, one in inner.named_parameters() if one.requires_grad}
@@ -106,13 +106,13 @@ class TrainedWeights:
     def sum_gradients(self, totals: Tensor) -> list[Tensor]:
         """Sum gradients and totals over all processes, inside `whole`; returns this one's part of the gradients."""
         if self.shards is not None:
-            distributed.sum_over_processes([totals])
+            collectives.sum_over_processes([totals])
             return self.shards.sum_gradients()
         for weight in self.weights.values():
             if weight.grad is None:  # every process sums the same tensors, and decay acts on every weight
                 weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        distributed.sum_over_processes([*gradients, totals])
+        collectives.sum_over_processes([*gradients, totals])
         return gradients
 
     def forget_gradients(self) -> None:
@@ -158,9 +158,9 @@ class TrainedWeights:
         The first process reads them. Every process must call it.
         """
         inner: Any = self._model.model
-        if distributed.is_first():
+        if collectives.is_first():
             inner.load_state_dict(storage.load(str(directory), dtype=None).model.state_dict())
-        distributed.copy_from_first([*inner.parameters(), *inner.buffers()])
+        collectives.copy_from_first([*inner.parameters(), *inner.buffers()])
 
     def help_save(self) -> None:
         """What the process that saves needs of the others: their parts of the weights."""

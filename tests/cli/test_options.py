@@ -46,6 +46,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "shuffle_buffer": (7, {"streaming": True, "max_steps": 3}),
         "resume_changed": (True, {"resume": "auto"}),
         "schedule_options": {"num_cycles": 2}, "optimizer_options": {"momentum": 0.5},
+        "objective": "listnet", "objective_options": ({"temperature": 2.0}, {"objective": "listnet"}),
         "lora_alpha": (7.0, {"lora_rank": 2}), "lora_dropout": (0.5, {"lora_rank": 2}),
         "lora_target_modules": (["query"], {"lora_rank": 2}),
     },

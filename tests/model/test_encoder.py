@@ -30,7 +30,7 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from rerank_fast.model import layers
+from rerank_fast.model import encoder, layers
 from rerank_fast.model.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.packing import TokenizedPairs, fill_up
@@ -225,12 +225,16 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(layers, op, functools.partial(getattr(layers, op), backend="triton"))
     for choose in ("backend_for", "own_backend_for"):
         monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
+    for module in (encoder, layers):
+        monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert-last-layer-slides"])
+@pytest.mark.parametrize(
+    "name", ["bert", "modernbert-last-layer-slides", "modernbert-mean", "qwen2-sliding", "qwen3"]
+)
 def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> None:
-    tokens, plan = make_tokens([3, 11]), [np.array([1, 0])]
+    tokens, plan = make_tokens([3, 10]), [np.array([1, 0])]
     upstream = torch.randn(len(tokens))
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
@@ -246,7 +250,7 @@ def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> N
 def test_the_kernels_of_a_gpu_drop_out_the_same(request: pytest.FixtureRequest) -> None:
     model = make_model("bert", **DROPOUTS["bert"]).train()
     model.bert.encoder.layer = model.bert.encoder.layer[1:]
-    model.dropout.p = model.bert.embeddings.dropout.p = 0.0  # torch's own draws differ from device to device
+    model.dropout.p = model.bert.embeddings.dropout.p = 0.0  # a CPU's are torch's own draws
     tokens, plan = make_tokens([3, 9]), [np.array([1, 0])]
     upstream = torch.randn(len(tokens))
 

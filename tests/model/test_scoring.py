@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from rerank_fast.model.cross_encoder import CrossEncoder
+from rerank_fast.model.embeddings import DistinctRows
 from rerank_fast.model.encoder import _distinct
 from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs
-from rerank_fast.model.scoring import PaddedStep, _default_max_tokens, _powers_of_two
+from rerank_fast.model.scoring import PaddedStep, StepMaker, _default_max_tokens, _powers_of_two, in_order
+from tests.model.test_encoder import NO_DROPOUT, make_model, make_tokens
 from tests.model_factory import make_tiny_bert, make_tokenizer
 
 
@@ -99,3 +101,51 @@ def test_padded_scores_do_not_depend_on_the_shapes(lengths: list[int], tmp_path:
     *padded, last = shapes
     assert last == (len(lengths), max(lengths))
     assert all(rows.bit_count() == 1 and width <= 64 for rows, width in padded)
+
+
+def test_a_run_of_steps_shares_copies_of_the_weights_as_they_are():
+    """A graph of weights that a later step's have written over says so."""
+    model = make_model("bert", **NO_DROPOUT)
+    tokens = make_tokens([5, 3, 7])
+    make, all_pairs = StepMaker(model, None, dtype=torch.bfloat16), np.arange(3)
+    make(tokens)(all_pairs).sum().backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.01)
+    scores = make(tokens)(all_pairs)
+    assert torch.equal(scores, StepMaker(model, None, dtype=torch.bfloat16)(tokens)(all_pairs))
+    make(tokens)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["parameter", "dtype"])
+def test_weights_that_are_others_are_taken_anew(change: str):
+    model = make_model("bert", **NO_DROPOUT)
+    tokens, all_pairs = make_tokens([5, 3, 7]), np.arange(3)
+    make = StepMaker(model, None)
+    make(tokens)
+    if change == "dtype":
+        model.bfloat16()
+    else:
+        up = model.bert.encoder.layer[1].intermediate.dense
+        up.weight = torch.nn.Parameter(2 * up.weight.detach())
+    expected = StepMaker(model, None)(tokens)(all_pairs)
+    assert torch.equal(make(tokens)(all_pairs), expected)
+
+
+def test_rows_of_a_table_get_their_gradients_and_padding_none():
+    table = torch.randn(6, 4, requires_grad=True)
+    DistinctRows.apply(table, torch.tensor([1, 2, 5]), 2).backward(torch.ones(3, 4))
+    expected = torch.zeros(6, 4)
+    expected[[1, 5]] = 1
+    assert torch.equal(table.grad, expected)
+
+
+def test_scores_and_gradients_go_back_to_the_order_of_the_pairs():
+    plan = [np.array([3, 0]), np.array([1, 4, 2])]
+    parts = [torch.tensor([3.0, 0.0], requires_grad=True), torch.tensor([1.0, 4.0, 2.0], requires_grad=True)]
+    scores = in_order(parts, plan)
+    assert scores.tolist() == [0, 1, 2, 3, 4]
+    scores.backward(torch.arange(5.0))
+    assert [part.grad.tolist() for part in parts] == [[3, 0], [1, 4, 2]]

@@ -173,6 +173,14 @@ def test_bf16_masks(lengths, options):
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [(3, 2), (40, 0), (-1, 5)])
+@pytest.mark.parametrize("lengths", [([40], [300]), ([300], [40]), ([150], [150])], ids=str)
+def test_windows_that_leave_whole_blocks_out(dtype, window, lengths):
+    assert_close("cpu", lengths, dtype=dtype, size=32, window=window)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.5])
 def test_scales(dtype, scale):
     """The largest score is not that of the largest product where the scale is not above 0."""

@@ -12,7 +12,7 @@ import pytest
 from rerank_fast import Trainer, TrainingConfig, cli
 from rerank_fast.training.dry_run import count
 from tests.training.conftest import make_lists
-from tests.training.test_distributed import TORCHRUN, environment
+from tests.training.distributed.test_distributed import TORCHRUN, environment
 
 _LONG = "rain " * 60
 _ROWS = [

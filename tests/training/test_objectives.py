@@ -17,8 +17,8 @@ from rerank_fast.objectives.lambda_loss import LambdaLoss
 from rerank_fast.training.config import LAMBDA_LOSS
 from rerank_fast.training.objective import choose_objective
 from tests.training.conftest import config_for, log_rows, make_lists, weights
+from tests.training.distributed.test_distributed import TORCHRUN, environment
 from tests.training.objective_steps import OBJECTIVES, Hinge, by_gain, fitting_lists, trained
-from tests.training.test_distributed import TORCHRUN, environment
 
 every = pytest.mark.parametrize("name", OBJECTIVES)
 

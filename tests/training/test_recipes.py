@@ -214,3 +214,29 @@ def test_an_evaluator_in_the_trainer_needs_the_metric_that_chooses(hub: Path, ti
     evaluator = NanoBEIREvaluator(["nq"], hub / "nano")
     with pytest.raises(ValueError, match=r"metric_for_best is ndcg@10, but there are NanoNQ_R100_map, "):
         Trainer(tiny_bert, make_lists(4), evaluator=evaluator, config=TrainingConfig(output=str(tmp_path / "x")))
+
+
+def test_lists_of_another_layout_train_on_a_teachers_scores(tiny_bert: Path, tmp_path: Path):
+    rows = [
+        {
+            "query": f"what is the panda {i}",
+            "pos": ["bear"],
+            "neg": ["fish"],
+            "pos_scores": [7.5],
+            "neg_scores": [-2],
+        }
+        for i in range(12)
+    ]
+    for part in range(2):
+        lines = [json.dumps(row) + "\n" for row in rows[part::2]]
+        (tmp_path / f"part-{part}.jsonl").write_text("".join(lines))
+    settings = [f"lists={tmp_path / 'part-*.jsonl'}", f"model={tiny_bert}", f"output={tmp_path / 'out'}"]
+    overrides = [*settings, "labels=scores", "held_out=3", *QUICK]
+    trainer = build_trainer(load_recipe(OWN, overrides))
+    assert list(trainer.lists["labels"]) == [[7.5, -2.0]] * 9
+    (evaluator,) = trainer.validation.evaluators
+    held = evaluator.set.candidates
+    assert [one.labels.tolist() for one in held] == [[1.0, 0.0]] * 3  # what a metric is of
+    assert not {one.query for one in held} & set(trainer.lists["query"])
+    with pytest.raises(ValueError, match="labels must be relevance or scores, got 'teacher'"):
+        load_recipe(OWN, [*settings, "labels=teacher"])

@@ -17,11 +17,12 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
+from rerank_fast.cards import lists as card_data
+from rerank_fast.cards.energy import Energy, EnergyMeter
 from rerank_fast.model import storage
-from rerank_fast.training import card_data, checkpoints
+from rerank_fast.training import checkpoints
 from rerank_fast.training.checkpoints import CheckpointError
 from rerank_fast.training.checksums import write_checksums
-from rerank_fast.training.energy import Energy, EnergyMeter
 from rerank_fast.training.events import TrainingInterrupted
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 

@@ -25,7 +25,7 @@ Call = Callable[[], object]
 
 
 def run(results: Results) -> None:
-    shapes = ("MiniLM-L6",) if results.dry else ("MiniLM-L12", "MiniLM-L6", "ModernBERT-base")
+    shapes = ("MiniLM-L6",) if results.dry else ("MiniLM-L12", "ModernBERT-base", "MiniLM-L6")
     for shape in shapes:
         ours(results, shape)
         beside_peer(results, shape)
@@ -119,7 +119,7 @@ def _compare(results: Results, what: str, cases: Iterable[tuple[str, Call]]) -> 
     times: dict[str, float | None] = {}
     try:
         for name, call in cases:
-            seconds = times[name] = loop_seconds(call, results.device, calls=3)
+            seconds = times[name] = loop_seconds(call, results.device, calls=2)
             results.add(
                 f"{what}: {name}", measured_seconds=seconds, **_profiled(profile(call, results.device), seconds)
             )

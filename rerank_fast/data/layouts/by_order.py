@@ -6,7 +6,7 @@ Two columns beside the labels are the query and its document, or its documents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 from rerank_fast.data.layouts.lists import label_columns
@@ -29,17 +29,20 @@ def labels(columns: Sequence[str]) -> dict[str, str]:
 
 
 def rows(source: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
-    source = iter(source)
-    first = next(source, None)
-    if first is None:
-        return iter(())
-    # Later rows may have the columns in another order.
+    """Rows of the same columns that follow each other are read in the order of their first."""
+    for _, group in groupby(source, key=lambda row: frozenset(_inputs(list(row.values)))):
+        yield from _lists(group, options)
+
+
+def _lists(source: Iterator[Row], options: Options) -> Iterator[dict[str, Any]]:
+    first = next(source)
     query, docs = _inputs(list(first.values))
     source = chain([first], source)
     # A cell of a table may begin with a bracket: what its label is decides.
-    if isinstance(plain(first.values[docs]), list | tuple) or first.is_listed(first.labels_field(options)):
+    listed = isinstance(plain(first.values[docs]), list | tuple)
+    if listed or first.is_listed(first.labels_field(options)):
         return (_list(row, query, docs, options) for row in source)
-    pairs = ((_query(row, query), row.text(docs), row.number(row.labels_field(options))) for row in source)
+    pairs = ((_query(row, query), row.text(docs), _label(row, options)) for row in source)
     return grouped(pairs, options)
 
 
@@ -53,6 +56,10 @@ def _is_id(name: str) -> bool:
 
 def _query(row: Row, name: str) -> str:
     return check_text(row.values[name], row.where(name), allow_empty=False)
+
+
+def _label(row: Row, options: Options) -> float:
+    return row.number(row.labels_field(options))
 
 
 def _list(row: Row, query: str, docs: str, options: Options) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def _tagged(
                     first = layout.labels(there)
                 elif not layout.matches(there) or _takes_scores(layout.labels(there), first):
                     raise ValueError(
-                        f"{place}: not of the layout {layout.NAME}, which the rows before it are of, "
-                        f"as in {layout.EXAMPLE}; there are {_sorted(there)}"
+                        f"{place}: not of the layout {layout.NAME}, which the rows before it are "
+                        f"of, as in {layout.EXAMPLE}; there are {_sorted(there)}"
                     )
                 else:
                     check_choice(layout, there, options, place)
@@ -118,7 +118,7 @@ def _tagged(
 
 
 def _takes_scores(choices: Mapping[str, str], first: Mapping[str, str]) -> bool:
-    """Whether a row lacks the labels of the first one, so that its scores would be taken for them."""
+    """Whether a row lacks the labels of the first, so that its scores would be taken for them."""
     return choices["relevance"] == first.get("scores") != first["relevance"]
 
 
@@ -130,7 +130,8 @@ def layout_of(columns: Sequence[str], place: str, known: str) -> Layout:
     """
     found = next((layout for layout in LAYOUTS if layout.matches(columns)), None)
     if found is None:
-        raise ValueError(f"{place}: no layout has the columns {_sorted(columns)}; known are {known}")
+        there = _sorted(columns)
+        raise ValueError(f"{place}: no layout has the columns {there}; known are {known}")
     return found
 
 
@@ -140,7 +141,8 @@ def _sorted(columns: Sequence[str]) -> str:
 
 def _row(place: str, values: Any, columns: Mapping[str, str]) -> Row:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{place}: expected an object with a query and its documents, got {shown(values)}")
+        expected = "an object with a query and its documents"
+        raise ValueError(f"{place}: expected {expected}, got {shown(values)}")
     if not columns:
         return Row(place, values)
     for field, column in columns.items():
@@ -169,6 +171,6 @@ def check_choice(layout: Labelled, columns: Sequence[str], options: Options, pla
     """Whether what is to become the labels is there."""
     if options.labels not in layout.labels(columns):
         raise ValueError(
-            f"{place}: labels is {options.labels!r}, but there are no scores in this row of the layout "
-            f"{layout.NAME}: {', '.join(columns)}"
+            f"{place}: labels is {options.labels!r}, but there are no scores in this row of the "
+            f"layout {layout.NAME}: {', '.join(columns)}"
         )

@@ -12,7 +12,7 @@ from typing import Any
 from rerank_fast.data.layouts.row import QUERY, Options, Row, ranked, relevance
 
 NAME = "FlagEmbedding"
-EXAMPLE = '{"query": "...", "pos": ["..."], "neg": ["...", "..."], "pos_scores": [9.5], "neg_scores": [2.5, -1]}'
+EXAMPLE = '{"query": "...", "pos": ["..."], "neg": ["..."], "pos_scores": [9], "neg_scores": [-1]}'
 
 
 def matches(columns: Sequence[str]) -> bool:

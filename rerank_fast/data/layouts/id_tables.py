@@ -18,7 +18,7 @@ from rerank_fast.data.rows import Placed, Source, read_items
 from rerank_fast.model.texts import plain, shown
 
 NAME = "id tables"
-EXAMPLE = '{"lists": "qidpidtriples.train.tsv", "queries": "queries.tsv", "corpus": "collection.tsv"}'
+EXAMPLE = '{"lists": "qidpidtriples.tsv", "queries": "queries.tsv", "corpus": "collection.tsv"}'
 
 _DOCUMENT = r"(?:(?:document|doc|passage|corpus)_?)?"
 _PAIRED = re.compile(rf"(positive|negative|pos|neg)_{_DOCUMENT}p?ids?(?:_(\d+))?")
@@ -31,14 +31,15 @@ def matches(parts: Sequence[str]) -> bool:
 
 def resolved(parts: Mapping[str, Source]) -> Iterator[tuple[str, Iterator[Placed]]]:
     """The files of lists and their rows, with texts in place of ids."""
-    queries, corpus = (read_texts(parts[name]) if name in parts else {} for name in ("queries", "corpus"))
+    queries = read_texts(parts["queries"]) if "queries" in parts else {}
+    corpus = read_texts(parts["corpus"]) if "corpus" in parts else {}
+
+    def with_texts(rows: Iterator[Placed]) -> Iterator[Placed]:
+        for place, row in rows:
+            yield place, _texts(row, place, queries, corpus) if isinstance(row, Mapping) else row
+
     for name, rows in read_items(parts["lists"], headerless=headerless):
-        yield name, _resolved(rows, queries, corpus)
-
-
-def _resolved(rows: Iterator[Placed], queries: Mapping[str, str], corpus: Mapping[str, str]) -> Iterator[Placed]:
-    for place, row in rows:
-        yield place, _texts(row, place, queries, corpus) if isinstance(row, Mapping) else row
+        yield name, with_texts(rows)
 
 
 def _texts(
@@ -81,7 +82,7 @@ def _all(value: Any, corpus: Mapping[str, str], where: str) -> str | list[str]:
 
 
 def _hard(name: str, value: Any, corpus: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Texts, and the scores where each id comes with one, of one side of a row of hard negatives."""
+    """Texts of one side of a row of hard negatives, and scores where each id comes with one."""
     found = plain(value)
     if isinstance(found, Mapping):
         placed = [(f"{where}.{system}", ids) for system, ids in found.items()]

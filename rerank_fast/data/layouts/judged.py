@@ -13,7 +13,7 @@ from rerank_fast.data.layouts.texts import DOC_ID, QUERY_ID, check_id, column_of
 from rerank_fast.data.rows import Placed, Source, paths_in, read_rows
 from rerank_fast.model.texts import plain, shown
 
-# {query id: {document id: grade or score}}, documents in their order; None where a run has ranks only.
+# {query id: {document id: grade or score}}, in their order; None where a run has ranks only.
 Judged: TypeAlias = dict[str, dict[str, float | None]]
 
 _QRELS = ("query_id", "iteration", "corpus_id", "score")
@@ -42,7 +42,8 @@ def read_judged(source: Source, *, default: float | None) -> Judged:
         query, doc = column_of(columns, ("_id", *QUERY_ID)), column_of(columns, _DOCS)
         if query is None or doc is None:
             missing = "query" if query is None else "document"
-            raise ValueError(f"{place}: no column for the {missing}'s id; there are {sorted(columns)}")
+            there = sorted(columns)
+            raise ValueError(f"{place}: no column for the {missing}'s id; there are {there}")
         docs, score = _listed(row[doc]), column_of(columns, _SCORE)
         values = [default] * len(docs)
         if score is not None:
@@ -78,12 +79,13 @@ def _entries(source: Source) -> Iterator[Placed]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8 text: {error}") from error
             if len(cells) != len(names):
-                raise ValueError(f"{place}: expected {' '.join(names)}, got {' '.join(cells)!r:.60}")
+                expected = " ".join(names)
+                raise ValueError(f"{place}: expected {expected}, got {' '.join(cells)!r:.60}")
             yield place, dict(zip(names, map(Cell, cells), strict=True))
 
 
 def _trec_names(path: str) -> Sequence[str] | None:
-    """The columns of a file that blanks separate, by its first line; None of a table or a hub id."""
+    """The columns of a file that blanks separate, by its first line; None of any other source."""
     if suffix_of(path) in (*LINE_SUFFIXES, ".csv", ".parquet") or not os.path.isfile(path):
         return None
     _, line = next(numbered_lines(path), (0, b""))

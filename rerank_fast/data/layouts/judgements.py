@@ -18,7 +18,7 @@ from rerank_fast.model.texts import check_text
 logger = logging.getLogger(__name__)
 
 NAME = "judgements"
-EXAMPLE = '{"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/train.tsv", "run": "bm25.trec"}'
+EXAMPLE = '{"corpus": "c.jsonl", "queries": "q.jsonl", "qrels": "qrels.tsv", "run": "run.trec"}'
 
 # Documents that BM25 finds for a query, as evaluations rerank them.
 BM25_DEPTH = 100
@@ -77,10 +77,14 @@ def _list(
 
 
 def _relevant(judged: Judged) -> Judged:
-    found = {query: docs for query, docs in judged.items() if any((grade or 0) > 0 for grade in docs.values())}
-    if len(found) < len(judged):
-        left_out = len(judged) - len(found)
-        logger.info("%d of %d judged queries have no relevant document: left out", left_out, len(judged))
+    found = {
+        query: docs
+        for query, docs in judged.items()
+        if any(grade is not None and grade > 0 for grade in docs.values())
+    }
+    if left_out := len(judged) - len(found):
+        said = "%d of %d judged queries have no relevant document: left out"
+        logger.info(said, left_out, len(judged))
     return found
 
 
@@ -104,7 +108,8 @@ def _graded_docs(docs: Mapping[str, float | None], found: Iterable[str] = ()) ->
 def _bm25(corpus: Mapping[str, str], queries: Sequence[str]) -> Iterator[Sequence[str]]:
     from rerank_fast.data.mining.bm25 import BM25Retriever
 
-    logger.info("no run: BM25 finds up to %d documents for each of %d queries", BM25_DEPTH, len(queries))
+    said = "no run: BM25 finds up to %d documents for each of %d queries"
+    logger.info(said, BM25_DEPTH, len(queries))
     ids, retriever = list(corpus), BM25Retriever()
     retriever.index(list(corpus.values()), queries, show_progress_bar=False)
     for start in range(0, len(queries), _BLOCK):
@@ -117,7 +122,8 @@ def _bm25(corpus: Mapping[str, str], queries: Sequence[str]) -> Iterator[Sequenc
 def _scores(query: str, found: Mapping[str, float | None]) -> dict[str, float]:
     scores = {key: score for key, score in found.items() if score is not None}
     if len(scores) < len(found):
-        raise ValueError(f"query {query!r}: the run has ranks and no scores, which would be the labels")
+        why = "the run has ranks and no scores, which would be the labels"
+        raise ValueError(f"query {query!r}: {why}")
     return scores
 
 

@@ -39,7 +39,7 @@ def documents(row: Row, docs: str, labels: str) -> tuple[list[str], list[float]]
 
 
 def label_columns(columns: Sequence[str]) -> dict[str, str]:
-    """The column of each choice; a teacher's scores are also the labels where there are no others."""
-    relevance = next(name for name in LABELS if name in columns)
+    """The column of each choice; scores are also the labels where there are no others."""
+    found = {"relevance": next(name for name in LABELS if name in columns)}
     scores = next((name for name in SCORES if name in columns), None)
-    return {"relevance": relevance} if scores is None else {"relevance": relevance, "scores": scores}
+    return found if scores is None else found | {"scores": scores}

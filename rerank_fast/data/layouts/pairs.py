@@ -38,7 +38,7 @@ def grouped(
     pairs: Iterable[tuple[str, str, float]],  # query, document, label
     options: Options,
 ) -> Iterator[dict[str, Any]]:
-    """A list for each query, in the order of their first pairs; for each run of its pairs if consecutive."""
+    """A list for each query in the order of first pairs; of each run of pairs if consecutive."""
     if options.consecutive:
         for query, group in groupby(pairs, key=itemgetter(0)):
             _, docs, values = zip(*group, strict=True)

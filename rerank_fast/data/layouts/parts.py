@@ -27,16 +27,17 @@ _SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 def is_parts(source: Any) -> bool:
     """Whether a source is a mapping of parts."""
-    mapping = isinstance(source, Mapping) and not isinstance(source, DatasetDict | IterableDatasetDict)
-    return mapping and bool(source) and set(source) <= set(PARTS)
+    if not isinstance(source, Mapping) or isinstance(source, DatasetDict | IterableDatasetDict):
+        return False
+    return bool(source) and set(source) <= set(PARTS)
 
 
 def find_parts(source: Any, split: str | None = None) -> dict[str, Any] | None:
     """The parts of a source and where they are; None where it has none.
 
     Args:
-        source: a mapping with some of corpus, queries, qrels, run and lists; or a folder with a corpus
-            whose files or subfolders are called so, as BEIR's are.
+        source: a mapping with some of corpus, queries, qrels, run and lists; or a folder with a
+            corpus whose files or subfolders are called so, as BEIR's are.
         split: chooses among several files of a part, as qrels/train.tsv and qrels/test.tsv do;
             "train" where it is left out.
 
@@ -45,7 +46,7 @@ def find_parts(source: Any, split: str | None = None) -> dict[str, Any] | None:
     """
     if is_parts(source):
         if split is not None:
-            raise ValueError(f"each part names its own split, as NAME:CONFIG[SPLIT], got split={split!r}")
+            raise ValueError(f"each part names its split, NAME:CONFIG[SPLIT], got split={split!r}")
         return dict(source)
     if not is_path(source):
         return None
@@ -58,7 +59,8 @@ def find_parts(source: Any, split: str | None = None) -> dict[str, Any] | None:
         stem = entry.name.lower().partition(".")[0]
         part = next((part for part, names in _NAMES.items() if stem in names), None)
         if part is not None:
-            found.setdefault(part, []).extend(sorted(entry.iterdir()) if entry.is_dir() else [entry])
+            files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
+            found.setdefault(part, []).extend(files)
     if "corpus" not in found:
         return None
     chosen = {part: _chosen(part, files, address.split or "train") for part, files in found.items()}
@@ -67,11 +69,8 @@ def find_parts(source: Any, split: str | None = None) -> dict[str, Any] | None:
 
 def _chosen(part: str, files: Sequence[Path], split: str) -> list[str]:
     """Of a part's files that of the split; all of them where their names tell of none."""
-    files = [
-        file
-        for file in files
-        if file.is_file() and (is_readable(file) or part in ("qrels", "run")) and file.name[0] != "."
-    ]
+    of_trec = part in ("qrels", "run")
+    files = [file for file in files if file.is_file() and (of_trec or is_readable(file))]
     names = {file: set(file.name.replace("-", ".").split(".")) for file in files}
     of_split = [file for file in files if split in names[file]]
     others = sorted(file.name for file in files if not names[file].isdisjoint(_SPLITS))

@@ -21,7 +21,7 @@ LABELS = (*RELEVANCE, *SCORES)
 class Options:
     """What is read of rows.
 
-    labels: which numbers become the labels where rows have both: "relevance", or a teacher's "scores".
+    labels: what becomes the labels where rows have both: "relevance", or a teacher's "scores".
     consecutive: rows of a query that do not stand together are several lists; nothing is held back.
     """
 
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """Values by field, where they are, and the source's own names of fields that it calls otherwise."""
+    """Values by field, their place, and the source's own names of what it calls otherwise."""
 
     place: str
     values: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Row:
         return found
 
     def given(self, name: str) -> bool:
-        """Whether there is such a field and something in it; a table has None where a row has none."""
+        """Whether there is something in a field: a table has None where a row has none."""
         value = plain(self.values.get(name))
         return value is not None and value != ""
 
@@ -118,7 +118,12 @@ def number_of(value: Any, place: str) -> float:
     return check_finite(value, place)
 
 
-def check_sizes(row: Row, docs: Sequence[str], labels: Sequence[float], fields: tuple[str, str]) -> None:
+def check_sizes(
+    row: Row,
+    docs: Sequence[str],
+    labels: Sequence[float],
+    fields: tuple[str, str],
+) -> None:
     """Of documents and labels that came of the fields of these names.
 
     Raises:
@@ -128,10 +133,17 @@ def check_sizes(row: Row, docs: Sequence[str], labels: Sequence[float], fields: 
     if not docs:
         raise ValueError(f"{row.place}, field {of_docs}: no documents")
     if len(docs) != len(labels):
-        raise ValueError(f"{row.place}: {len(docs)} documents in {of_docs} but {len(labels)} labels in {of_labels}")
+        sizes = f"{len(docs)} documents in {of_docs} but {len(labels)} labels in {of_labels}"
+        raise ValueError(f"{row.place}: {sizes}")
 
 
-def ranked(row: Row, query: str, docs: list[str], labels: list[float], fields: tuple[str, str]) -> dict[str, Any]:
+def ranked(
+    row: Row,
+    query: str,
+    docs: list[str],
+    labels: list[float],
+    fields: tuple[str, str],
+) -> dict[str, Any]:
     """A list, once its sizes agree; see check_sizes."""
     check_sizes(row, docs, labels, fields)
     return {"query": query, "docs": docs, "labels": labels}

@@ -34,9 +34,21 @@ def rows(source: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
         yield ranked(row, query, docs, values, ("positive_passages", "positive_passages"))
 
 
+def _passages(row: Row, name: str) -> Sequence[Any]:
+    """A list of passages; `datasets` may have it as lists of their fields."""
+    fields = row.values[name]
+    if not isinstance(fields, Mapping):
+        return row.listed(name)
+    by_field = Row(row.place, {f"{name}.{key}": value for key, value in fields.items()})
+    columns = [by_field.listed(key) for key in by_field.values]
+    if len(set(map(len, columns))) > 1:
+        raise ValueError(f"{row.where(name)}: lists of several lengths: {list(map(len, columns))}")
+    return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
 def _texts(row: Row, name: str) -> list[str]:
     texts = []
-    for i, passage in enumerate(row.listed(name)):
+    for i, passage in enumerate(_passages(row, name)):
         where = f"{row.where(name)}[{i}]"
         if not isinstance(passage, Mapping) or "text" not in passage:
             raise ValueError(f"{where}: expected a passage with a text, got {shown(passage)}")

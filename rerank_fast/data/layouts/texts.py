@@ -50,8 +50,8 @@ def read_texts(source: Source) -> dict[str, str]:
     """All texts of a corpus or of queries by their ids, in memory; a title goes before its text.
 
     Args:
-        source: rows with an id (_id, id, docid ...), a text (text, query, passage ...) and perhaps a
-            title; or a .tsv file without a header: id, text or id, title, text.
+        source: rows with an id (_id, id, docid ...), a text (text, query, passage ...) and perhaps
+            a title; or a .tsv file without a header: id, text or id, title, text.
 
     Raises:
         ValueError: the source can't be read, has no such columns, or an id stands for two texts.

@@ -51,7 +51,11 @@ def rows(source: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
             yield ranked(row, query, docs, values, (positive, positive))
 
 
-def _scores(row: Row, texts: Mapping[str, Sequence[str]], positive: str) -> tuple[list[float], tuple[str, str]]:
+def _scores(
+    row: Row,
+    texts: Mapping[str, Sequence[str]],
+    positive: str,
+) -> tuple[list[float], tuple[str, str]]:
     """Scores of all documents, and the fields of both.
 
     One column may hold them all, or the margins between the positive and each negative, as
@@ -71,7 +75,8 @@ def _scores(row: Row, texts: Mapping[str, Sequence[str]], positive: str) -> tupl
             raise ValueError(f"{row.where(name)}: no column {name}_score for its scores")
         found, last = row.numbers(own, or_one=True), own
         if len(found) != len(texts[name]):
-            raise ValueError(f"{row.where(own)}: {len(found)} scores for {len(texts[name])} documents")
+            sizes = f"{len(found)} scores for {len(texts[name])} documents"
+            raise ValueError(f"{row.where(own)}: {sizes}")
         values += found
     return values, (positive, last)
 

@@ -27,6 +27,7 @@ def bert_body(*, pad_positions: bool) -> Callable[[Any], Body | None]:
         return Body(
             word_embeddings=base.embeddings.word_embeddings,
             embed=embed,
+            embeddings=None if hasattr(base, "embeddings_project") else base.embeddings,
             pad_position=base.embeddings.padding_idx if pad_positions else None,
             layers=[_bert_layer(layer) for layer in base.encoder.layer],
         )

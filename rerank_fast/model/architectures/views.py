@@ -71,6 +71,7 @@ class Body:
     final_norm: nn.Module | None = None
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
     pad_position: int | None = None  # RoBERTa and its kin count positions from here + 1, a padding token has this
+    embeddings: nn.Module | None = None  # all that embed calls, where that is one module
 
 
 @dataclass(frozen=True, kw_only=True)

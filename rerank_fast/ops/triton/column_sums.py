@@ -1,4 +1,4 @@
-"""Sums over the rows of up to three matrices in one launch, in a fixed order: what kernels left of vectors' gradients."""
+"""Sums over the rows of up to three matrices in one launch: what kernels left of vectors' gradients."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ def column_sums_kernel(
 
 
 @launcher()
-def column_sums(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The sums over the rows of three contiguous fp32 matrices, one after the other."""
-    out = a.new_empty(a.shape[1] + b.shape[1] + c.shape[1])
+def column_sums(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
+    """The sums over the rows of contiguous fp32 matrices, one after the other."""
+    matrices = (a, b, c)
+    rows, widths = zip(*((0, 0) if one is None else one.shape for one in matrices), strict=True)
+    out = a.new_empty(sum(widths))
     if not a.is_meta:
-        blocks = sum(triton.cdiv(one.shape[1], LAUNCH["COLUMNS"]) for one in (a, b, c))
+        blocks = sum(triton.cdiv(width, LAUNCH["COLUMNS"]) for width in widths)
         with torch.cuda.device_of(a):
             column_sums_kernel[(blocks,)](
-                *(a, b, c, out, a.shape[0], b.shape[0], c.shape[0], a.shape[1], b.shape[1], c.shape[1]), **LAUNCH
+                *(a if one is None else one for one in matrices), out, *rows, *widths, **LAUNCH
             )
     return out
 

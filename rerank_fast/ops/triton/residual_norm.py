@@ -1,7 +1,8 @@
 """LayerNorm(residual + dropout(x)) in Triton: a row a program forward, a few rows a program backward.
 
-Backward computes the sum and the normalised row again. The gradients of weight and bias, and of a bias that was added
-to x before, are partial sums of a fixed number of rows, added up in a fixed order: no atomics.
+Backward computes the sum and the normalised row again. The gradients of weight and bias, and of a bias
+that was added to x before, are partial sums of a fixed number of rows, added up in a fixed order: no
+atomics.
 """
 
 from __future__ import annotations

@@ -345,8 +345,8 @@ def forward(
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
-    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, for a single query
-    a sequence, and with dropout and sums, as BERT trains."""
+    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, for a
+    single query a sequence, and with dropout and sums, as BERT trains."""
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:

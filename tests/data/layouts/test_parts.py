@@ -135,7 +135,7 @@ def test_a_mapping_of_parts(kind: str, tmp_path: Path):
     without = {name: part for name, part in parts.items() if name != "qrels"}
     assert load_lists(without).to_list() == expected(SCORED)
     assert [one.query for one in load_candidates(parts)] == [QUERIES["q1"], QUERIES["q2"]]
-    with pytest.raises(ValueError, match="each part names its own split"):
+    with pytest.raises(ValueError, match="each part names its split"):
         load_lists(parts, split="test")
 
 

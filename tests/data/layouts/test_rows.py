@@ -13,6 +13,7 @@ import pytest
 
 from rerank_fast.data import ListStream, load_lists
 from rerank_fast.data.layouts.choice import LAYOUTS
+from rerank_fast.evaluation.candidates import load_candidates
 from tests.data.layouts.examples import CONTAINERS, EXAMPLES, MORE, Rows, lists_of, write_lines
 
 NAMES = [layout.NAME for layout in LAYOUTS]
@@ -130,6 +131,12 @@ def test_files_of_several_layouts(tmp_path: Path):
     assert load_lists([one, two]).to_list() == expected
 
 
+def test_columns_by_order_of_several_files(tmp_path: Path):
+    one = write_lines(tmp_path / "a.jsonl", [{"a": "q", "b": "x", "label": 1}, {"label": 0, "b": "y", "a": "q"}])
+    two = write_lines(tmp_path / "b.jsonl", [{"c": "q", "d": ["x", "y"], "labels": [1, 0]}])
+    assert load_lists([one, two]).to_list() == lists_of(*[("q", "xy", [1, 0])] * 2)
+
+
 @pytest.mark.parametrize(
     ("scores", "labels"),
     [
@@ -143,6 +150,27 @@ def test_scores_of_triplets(scores: dict[str, Any], labels: list[float]):
     row = {"query": "q", "positive": "a", "negative_1": "b", "negative_2": "c"} | scores
     assert load_lists([row]).to_list() == lists_of(("q", "abc", [1, 0, 0]))
     assert load_lists([row], labels="scores").to_list() == lists_of(("q", "abc", labels))
+
+
+def test_passages_as_lists_of_their_fields():
+    passages = {"docid": ["1", "2"], "title": ["On it", None], "text": ["a", "b"]}
+    row = {"query": "q", "positive_passages": passages, "negative_passages": []}
+    assert load_lists([row])["docs"] == [["On it a", "b"]]
+    with pytest.raises(ValueError, match=r"field positive_passages: lists of several lengths: \[2, 2, 1\]"):
+        load_lists([row | {"positive_passages": passages | {"text": ["a"]}}])
+    with pytest.raises(ValueError, match=r"field positive_passages\.text: expected a list, got str 'a'"):
+        load_lists([row | {"positive_passages": passages | {"text": "a"}}])
+
+
+@pytest.mark.parametrize("kind", ["rows", "dataset", "pandas", "jsonl"])
+def test_triplets_are_evaluated(kind: str, tmp_path: Path):
+    rows = [{"query": "q", "positive": "a", "negative": "b"}, {"query": "r", "positive": "c", "negative": "d"}]
+    found = load_candidates(CONTAINERS[kind](tmp_path, rows))
+    assert [list(one.docs) for one in found] == [["a", "b"], ["c", "d"]]
+    assert [one.labels.tolist() for one in found] == [[1, 0]] * 2
+    more = [{**row, "negative_1": row["negative"], "negative_2": "e"} for row in rows]
+    more = [{key: value for key, value in row.items() if key != "negative"} for row in more]
+    assert [len(one.docs) for one in load_candidates(CONTAINERS[kind](tmp_path, more))] == [3, 3]
 
 
 def test_a_margin_of_a_triplet():

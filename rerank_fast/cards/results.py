@@ -12,9 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from rerank_fast.evaluation.evaluator import measured_sets
+from rerank_fast.evaluation.reranking import LOSS
 from rerank_fast.model.card import code, escape, hub_id, markdown_table
-from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.validation import LOSS
 
 _MOST_ROWS = 1000
 HELD_OUT = "held-out lists"  # a set without a name
@@ -27,9 +26,9 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
-def chosen_metrics(evaluators: Sequence[Any], config: TrainingConfig) -> list[str]:
+def chosen_metrics(evaluators: Sequence[Any], metric_for_best: str) -> list[str]:
     """The metric that chose the model, then each set's own."""
-    names = [config.metric_for_best] if evaluators else []
+    names = [metric_for_best] if evaluators else []
     for evaluator in evaluators:
         names += [one.primary_metric for one in measured_sets(evaluator)]
         names += [evaluator.primary_metric] if hasattr(evaluator, "primary_metric") else []

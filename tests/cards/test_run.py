@@ -16,11 +16,12 @@ from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
+from rerank_fast.cards import results as card_results
+from rerank_fast.cards import run as model_card
+from rerank_fast.cards.energy import Energy, EnergyMeter
 from rerank_fast.data.lists import ListStream, names_of
 from rerank_fast.evaluation import NanoBEIREvaluator, RerankingEvaluator
 from rerank_fast.model.card import Card, clean, escape, hub_id, validate_card
-from rerank_fast.training import card_results, model_card
-from rerank_fast.training.energy import Energy, EnergyMeter
 from tests.model_factory import make_tiny_bert
 from tests.stand_ins import make_nano_beir
 from tests.training.conftest import make_lists

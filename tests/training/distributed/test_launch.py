@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.launch import settle
+from rerank_fast.training.distributed.launch import settle
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
 SWITCHES = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")

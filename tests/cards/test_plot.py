@@ -9,7 +9,7 @@ import logging
 import numpy as np
 import pytest
 
-from rerank_fast.training.plot import plot_run
+from rerank_fast.cards.plot import plot_run
 
 ROWS = [{"step": step, "loss": 2.0 / step, "learning_rate": 1e-5 * step} for step in range(1, 41)]
 ROWS += [{"step": step, "ndcg@10": 0.5 + step / 100, "base_ndcg@10": 0.5} for step in (10, 20, 30, 40)]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rerank_fast.training.validation import LOSS
+from rerank_fast.evaluation.reranking import LOSS
 
 logger = logging.getLogger(__name__)
 

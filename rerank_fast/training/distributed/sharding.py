@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from rerank_fast.training.distributed import messages
+from rerank_fast.training.distributed.collectives import messages
 
 
 class ShardedWeights:

@@ -16,8 +16,8 @@ from datasets import Dataset
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.training.checkpoints import checkpoints, load_checkpoint
 from tests.training.conftest import config_for, log_rows, make_lists, weights
-from tests.training.sharded_run import PAIR
-from tests.training.test_distributed import (
+from tests.training.distributed.sharded_run import PAIR
+from tests.training.distributed.test_distributed import (
     SETTINGS,
     assert_same_weights,
     flags,

@@ -6,7 +6,6 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,19 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import __version__
+from rerank_fast.cards.energy import Energy, EnergyMeter
+from rerank_fast.cards.lists import Described, describe_lists
+from rerank_fast.cards.plot import plot_run
+from rerank_fast.cards.record import Change, RunRecord
+from rerank_fast.cards.results import (
+    base_of,
+    chosen_metrics,
+    eval_results,
+    evaluation_sections,
+    log_table,
+    metric_kinds,
+    read_log,
+)
 from rerank_fast.data.lists import ListStream
 from rerank_fast.evaluation.evaluator import measured_sets
 from rerank_fast.model.card import (
@@ -32,25 +44,9 @@ from rerank_fast.model.card import (
 )
 from rerank_fast.model.precision.hardware import name_of
 from rerank_fast.objectives.base import Objective
-from rerank_fast.training.card_data import Described, describe_lists
-from rerank_fast.training.card_results import (
-    base_of,
-    chosen_metrics,
-    eval_results,
-    evaluation_sections,
-    log_table,
-    metric_kinds,
-    read_log,
-)
-from rerank_fast.training.config import TrainingConfig
-from rerank_fast.training.energy import Energy, EnergyMeter
-from rerank_fast.training.plot import plot_run
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
-    from rerank_fast.training.run_identity import Change
-    from rerank_fast.training.run_state import Progress
-    from rerank_fast.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
 
@@ -89,41 +85,50 @@ class RunCard:
         self.energy: Energy | None = None
         self.changes: list[Change] = []
 
-    def start(self, model: CrossEncoder, output: Path, progress: Progress) -> None:
-        """From here on the model is another one than that of the card it came with."""
+    def start(
+        self, model: CrossEncoder, output: Path, *, step: int, energy: Energy | None, changes: list[Change]
+    ) -> None:
+        """From here on the model is another one than that of the card it came with.
+
+        Args:
+            model: that is trained.
+            output: of the run.
+            step: that it goes on from, 0 for a fresh one.
+            energy: that it has taken up to there, where that was measured.
+            changes: of settings, where it was resumed.
+        """
         model.card = None
-        self.changes = progress.changes
+        self.changes = changes
         (output / PLOT_FILE).unlink(missing_ok=True)
-        if progress.energy is not None:
-            self.meter.start(progress.energy)
-        elif not progress.step:  # of a run whose first part was not measured, the rest would be too little
+        if energy is not None:
+            self.meter.start(energy)
+        elif not step:  # of a run whose first part was not measured, the rest would be too little
             self.meter.start()
 
     def close(self) -> None:
         """Stop measuring; finish() says what was measured."""
         self.energy = self.meter.stop() or self.energy
 
-    def finish(self, trainer: Trainer, result: TrainingResult) -> None:
+    def finish(self, run: RunRecord) -> None:
         """Write README.md and the plot beside the model that the run saved; what goes wrong is logged.
 
         The model is saved: neither a full disk nor a value that the hub's metadata refuse must end its run.
         """
         self.close()
         try:
-            self._write(trainer, result)
+            self._write(run)
         except (OSError, ValueError) as error:
-            logger.error("can't write the model card to %s: %s", result.output, error)
+            logger.error("can't write the model card to %s: %s", run.output, error)
 
-    def _write(self, trainer: Trainer, result: TrainingResult) -> None:
+    def _write(self, run: RunRecord) -> None:
         energy = self.energy
-        model, config, output = trainer.model, trainer.config, Path(result.output)
-        evaluators = trainer.validation.evaluators
+        model, output, evaluators = run.model, run.output, run.evaluators
         rows = read_log(output / "train_log.jsonl")
-        metrics = chosen_metrics(evaluators, config)
-        bases = {name: result.metrics[base] for name in metrics if (base := base_of(name, result.metrics))}
-        plot = plot_run(rows, metrics=metrics, bases=bases, best_step=result.best_step)
+        metrics = chosen_metrics(evaluators, run.metric_for_best)
+        bases = {name: run.metrics[base] for name in metrics if (base := base_of(name, run.metrics))}
+        plot = plot_run(rows, metrics=metrics, bases=bases, best_step=run.best_step)
         name = output.resolve().name
-        losses = list(dict.fromkeys(map(_class_name, trainer.objective.parts)))
+        losses = list(dict.fromkeys(map(_class_name, run.objective.parts)))
         sample = self.lists.samples[0]
         datasets = [source for source in self.sources if hub_id(source) and "/" in source]
         sections = [
@@ -132,15 +137,15 @@ class RunCard:
             details(model),
             sources_and_architecture(model),
             usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
-            *evaluation_sections(evaluators, result.metrics, name_of(trainer.evaluated_in)),
+            *evaluation_sections(evaluators, run.metrics, name_of(run.evaluated_in)),
             *_data(self.lists, self.sources, evaluators, self.eval_sources),
-            _loss(trainer.objective, config),
-            _hyperparameters(trainer.settings, trainer.backward.max_tokens, self.changes),
-            log_table(rows, metrics, bases, result.best_step),
+            _loss(run),
+            _hyperparameters(run, self.changes),
+            log_table(rows, metrics, bases, run.best_step),
             *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
-            _environment(trainer, result, energy),
+            _environment(run, energy),
             _versions(),
-            _citations(trainer.objective),
+            _citations(run.objective),
         ]
         card = make_card(
             model,
@@ -153,13 +158,13 @@ class RunCard:
             ],
             plot=plot,
             datasets=datasets or None,
-            co2_eq_emissions=None if energy is None else _emissions(energy, result, model),
+            co2_eq_emissions=None if energy is None else _emissions(energy, run),
             model_name=title(model),
             metrics=metric_kinds(evaluators) or None,
-            eval_results=eval_results(evaluators, result.metrics) or None,
+            eval_results=eval_results(evaluators, run.metrics) or None,
         )
         card.write(output)
-        if trainer.holds_the_saved_model:
+        if run.holds_the_saved_model:
             model.card = card
 
 
@@ -207,20 +212,20 @@ def _source(source: str) -> str:
     return code(Path(source).name)
 
 
-def _loss(objective: Objective, config: TrainingConfig) -> str:
+def _loss(run: RunRecord) -> str:
     # Whatever the model applies to its scores afterwards: the loss is of the raw ones.
     scored = {
-        "mini_batch_size": config.mini_batch_size,
+        "mini_batch_size": run.settings["mini_batch_size"],
         "activation_fn": "torch.nn.modules.linear.Identity",
     }
-    text = json.dumps({**objective.describe(), **scored}, indent=4, default=str)
-    return f"### Loss\n\n`{_class_name(objective)}` with these parameters:\n\n```json\n{text}\n```"
+    text = json.dumps({**run.objective.describe(), **scored}, indent=4, default=str)
+    return f"### Loss\n\n`{_class_name(run.objective)}` with these parameters:\n\n```json\n{text}\n```"
 
 
-def _hyperparameters(settings: Mapping[str, Any], max_tokens: int, changes: Sequence[Change]) -> str:
-    values = {name: value for name, value in settings.items() if name not in _PRIVATE}
+def _hyperparameters(run: RunRecord, changes: Sequence[Change]) -> str:
+    values = {name: value for name, value in run.settings.items() if name not in _PRIVATE}
     # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
-    default = asdict(TrainingConfig(sharding="none"))
+    default = {**run.defaults, "sharding": "none"}
     changed = {name: value for name, value in values.items() if value != default[name]}
 
     def listed(some: Mapping[str, Any]) -> str:
@@ -234,7 +239,7 @@ def _hyperparameters(settings: Mapping[str, Any], max_tokens: int, changes: Sequ
             "#### All",
             # What was left to the machine is what it came to.
             f"<details><summary>Click to expand</summary>\n\n"
-            f"{listed({**values, 'max_tokens_per_microbatch': max_tokens})}\n\n</details>",
+            f"{listed({**values, 'max_tokens_per_microbatch': run.max_tokens_per_microbatch})}\n\n</details>",
             *([_changed(changes)] if changes else []),
         ]
     )
@@ -254,22 +259,22 @@ def _setting(value: Any) -> str:
     return code(value, 200) if isinstance(value, str) else escape(str(value), 200)
 
 
-def _environment(trainer: Trainer, result: TrainingResult, energy: Energy | None) -> str:
-    device = trainer.model.device
+def _environment(run: RunRecord, energy: Energy | None) -> str:
+    device = run.model.device
     gpu = (
         f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
         if device.type == "cuda"
         else "none used"
     )
-    early = "" if result.steps == trainer.num_steps else f" of {trainer.num_steps:,}, ended early"
+    early = "" if run.steps == run.num_steps else f" of {run.num_steps:,}, ended early"
     lines = [
         "### Environment",
         "",
-        f"- **Training time:** {_hours(result.seconds - result.evaluation_seconds)}",
-        f"- **Evaluation time:** {_hours(result.evaluation_seconds)}",
-        f"- **Total time:** {_hours(result.seconds)}",
-        f"- **Steps:** {result.steps:,}{early}",
-        f"- **Processes:** {trainer.processes.num_processes}",
+        f"- **Training time:** {_hours(run.seconds - run.evaluation_seconds)}",
+        f"- **Evaluation time:** {_hours(run.evaluation_seconds)}",
+        f"- **Total time:** {_hours(run.seconds)}",
+        f"- **Steps:** {run.steps:,}{early}",
+        f"- **Processes:** {run.num_processes}",
     ]
     if energy is None:
         lines.append("- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures")
@@ -286,9 +291,9 @@ def _environment(trainer: Trainer, result: TrainingResult, energy: Energy | None
     return "\n".join(lines)
 
 
-def _emissions(energy: Energy, result: TrainingResult, model: CrossEncoder) -> dict[str, Any]:
+def _emissions(energy: Energy, run: RunRecord) -> dict[str, Any]:
     """The hub's metadata; emissions in grams."""
-    device = model.device
+    device = run.model.device
     return {
         "emissions": energy.kg_co2 * 1000,
         "energy_consumed": energy.kwh,
@@ -297,7 +302,7 @@ def _emissions(energy: Energy, result: TrainingResult, model: CrossEncoder) -> d
         "cpu_model": energy.cpu_model,
         "ram_total_size": energy.ram_gib,
         "on_cloud": energy.on_cloud,
-        "hours_used": round(result.seconds / 3600, 3),
+        "hours_used": round(run.seconds / 3600, 3),
         **({"hardware_used": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
     }
 

@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
-from rerank_fast.training import distributed
 from rerank_fast.training.checkpoints import checkpoints
-from rerank_fast.training.distributed import ShardedScorer
+from rerank_fast.training.distributed import collectives
+from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -63,7 +63,7 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
 
 def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
     (directory / "runs.json").write_text(json.dumps(runs))
-    command = [*TORCHRUN, str(port), "-m", "tests.training.sharded_run", str(directory / "runs.json")]
+    command = [*TORCHRUN, str(port), "-m", "tests.training.distributed.sharded_run", str(directory / "runs.json")]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
 
 
@@ -193,7 +193,7 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
         num_processes = 3
 
     monkeypatch.setattr(
-        "rerank_fast.training.distributed.sum_over_processes", lambda t: shares.append(t[0].clone())
+        "rerank_fast.training.distributed.collectives.sum_over_processes", lambda t: shares.append(t[0].clone())
     )
     for rank in range(3):
         state = State()
@@ -224,21 +224,21 @@ def test_messages_are_summed_while_the_next_is_copied_in(monkeypatch: pytest.Mon
         assert len(under_way) <= 2
         return Work(flat)
 
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "_MESSAGE", 20)
+    monkeypatch.setattr(collectives, "several", lambda: True)
+    monkeypatch.setattr(collectives, "_MESSAGE", 20)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     shapes = [(3, 5), (), (40,), (2, 2), (0,), (4, 3)]
     tensors = [torch.randn(shape) for shape in shapes]
     tensors += [torch.randn(6, 4).t(), torch.randn(5).bfloat16(), torch.randn(2, 3).double()]
     expected = [2 * one for one in tensors]
-    distributed.sum_over_processes(tensors)
+    collectives.sum_over_processes(tensors)
     assert not under_way
     assert sizes == [16, 40, 16, 24, 5, 6]
     assert all(torch.equal(one, two) for one, two in zip(tensors, expected, strict=True))
 
 
 def test_a_flag_is_that_of_the_step_before():
-    flag, value = distributed.LateFlag(), torch.zeros(())
+    flag, value = collectives.LateFlag(), torch.zeros(())
     assert not flag.get()
     for step in range(4):
         value.fill_(step // 2)

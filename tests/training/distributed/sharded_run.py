@@ -1,4 +1,4 @@
-"""Runs one after the other in each of several processes: torchrun -m tests.training.sharded_run RUNS.json."""
+"""Runs one after the other in each of several processes: torchrun -m ...sharded_run RUNS.json."""
 
 from __future__ import annotations
 

@@ -1,0 +1,279 @@
+"""A pre-norm layer that is trained on a GPU, as one function of autograd: kernels called in a row.
+
+Between its products lie four kernels forward and five backward; the composed layer has dozens of operations there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_fast.model.architectures import PreNormLayer
+from rerank_fast.model.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
+from rerank_fast.ops import varlen_attention
+from rerank_fast.ops.backends import HAS_TRITON
+from rerank_fast.ops.differentiated_once import differentiated_once
+
+if TYPE_CHECKING:
+    from rerank_fast.model.layers import LayerBatch, PreNormStep
+
+_MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of the kernels
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they run on a device; a meta tensor stands for a GPU's."""
+    return device.type in ("cuda", "meta") and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class TrainedNorm:
+    """A LayerNorm or RMSNorm of the residual stream, its weights ready in fp32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centered: bool  # a LayerNorm
+    parameters: list[Tensor]  # the module's own
+
+    @staticmethod
+    def of(module: nn.Module, copies: NarrowCopies) -> TrainedNorm | None:
+        """None of a module that is neither, or must be called."""
+        if must_be_called(module):
+            return None
+        if type(module) is nn.LayerNorm:
+            parameters, eps = [one for one in (module.weight, module.bias) if one is not None], module.eps
+        elif is_rms_norm(module):
+            parameters, eps = [module.weight], float(module.variance_epsilon)  # type: ignore[arg-type, list-item]
+        else:
+            return None
+        if not parameters or parameters[0].numel() > _MAX_WIDTH:
+            return None
+        weight, bias = [*(copies.joined([one], torch.float32) for one in parameters), None][:2]
+        assert weight is not None
+        return TrainedNorm(weight, bias, eps, type(module) is nn.LayerNorm, parameters)
+
+    def sums_for(self, num_rows: int) -> Tensor:
+        """Room for what add_norm_grads leaves."""
+        from rerank_fast.ops.triton.residual_norm import programs
+
+        width = len(self.weight) * (2 if self.centered else 1)
+        return self.weight.new_empty(programs(num_rows), width)
+
+    def gradients(self, sums: Tensor) -> list[Tensor]:
+        """Of its parameters, from the sums over all rows of weight's gradient and, behind it, the bias's."""
+        return list(sums.split(len(self.weight)))[: len(self.parameters)]
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether it is that of transformers' Llama, Qwen2 or Qwen3."""
+    return f"{type(module).__module__}.{type(module).__name__}" in (
+        "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+        "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+        "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+    )
+
+
+def gate_of(activation: object) -> str | None:
+    """The name that the gated kernels have for an activation; None where they have none."""
+    if isinstance(activation, nn.Module) and must_be_called(activation):
+        return None
+    if is_gelu(activation) and getattr(activation, "act", F.gelu) is F.gelu:
+        return "gelu"
+    path = f"{type(activation).__module__}.{type(activation).__name__}"
+    return (
+        "silu" if path in ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation") else None
+    )
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What TrainedPreNorm needs of a layer beside its products."""
+
+    attention_norm: TrainedNorm | None  # None: ModernBERT's first layer
+    mlp_norm: TrainedNorm
+    head_weights: Tensor | None  # (2 x head size,) fp32 of the queries' and the keys' norm
+    head_parameters: list[Tensor]
+    head_eps: float
+    gate: str
+
+    @staticmethod
+    def of(layer: PreNormLayer, copies: NarrowCopies) -> TrainedParts | None:
+        """None of a layer that has a part without a kernel."""
+        gate = gate_of(layer.activation)
+        mlp_norm = TrainedNorm.of(layer.mlp_norm, copies)
+        attention_norm = None if layer.attention_norm is None else TrainedNorm.of(layer.attention_norm, copies)
+        if gate is None or mlp_norm is None or (attention_norm is None) != (layer.attention_norm is None):
+            return None
+        if layer.head_size > _MAX_HEAD_SIZE or layer.head_size % 2:
+            return None
+        heads = [one for one in (layer.query_norm, layer.key_norm) if one is not None]
+        if not heads:
+            return TrainedParts(attention_norm, mlp_norm, None, [], 0.0, gate)
+        if len(heads) == 1 or not all(is_rms_norm(one) and not must_be_called(one) for one in heads):
+            return None
+        weights: list[Any] = [one.weight for one in heads]
+        eps = {float(one.variance_epsilon) for one in heads}  # type: ignore[arg-type]
+        if len(eps) > 1 or {one.shape for one in weights} != {(layer.head_size,)}:
+            return None
+        joined = copies.joined(weights, torch.float32)
+        return TrainedParts(attention_norm, mlp_norm, joined, weights, eps.pop(), gate)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those of the vectors, in the order of their gradients."""
+        first = [] if self.attention_norm is None else self.attention_norm.parameters
+        return [*self.mlp_norm.parameters, *first, *self.head_parameters]
+
+    def gradients(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Of these, from what the kernels left: of both norms and of the heads' norms, summed."""
+        first = [] if self.attention_norm is None else self.attention_norm.gradients(sums[1])
+        heads = sums[2].split(len(sums[2]) // 2) if self.head_parameters else ()
+        return [*self.mlp_norm.gradients(sums[0]), *first, *heads]
+
+
+class TrainedPreNorm(torch.autograd.Function):
+    """A layer's stream and what is still to be added to it.
+
+    Takes them of the layer before, which has left the sum to this one's first norm: x is None where nothing is to
+    be added. The parameters are the step's trained ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, wide: Tensor, x: Tensor | None, step: PreNormStep, batch: LayerBatch, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from rerank_fast.ops.triton.gated import gated
+
+        parts = step.parts
+        assert parts is not None
+        total, normed, *stats = _add_norm(wide, x, parts.attention_norm, step.dtype)
+        projected = F.linear(normed, *step.projections.ready)
+        query, key, value = _rotated(step, projected, batch)
+        if batch.kept is not None:
+            key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
+        if batch.read is not None:
+            total_read, query = total.index_select(0, batch.read), query.index_select(0, batch.read)
+        attention = step.options(batch)
+        attended, lse = varlen_attention.unchecked_forward(query, key, value, *attention)
+        added = F.linear(attended.flatten(1), *step.attention_out.ready)
+        result, last_normed, *last_stats = _add_norm(
+            total if batch.read is None else total_read, added, parts.mlp_norm, step.dtype
+        )
+        gate_up = F.linear(last_normed, *step.gate_up.ready)
+        active = gated(gate_up, parts.gate)
+        down = F.linear(active, *step.down.ready)
+        ctx.step, ctx.batch, ctx.options, ctx.has_x = step, batch, attention, x is not None
+        saved = (total, normed, *stats, projected, query, key, value, attended, lse)
+        # With the weights: their change would be noticed.
+        ctx.save_for_backward(*saved, result, last_normed, *last_stats, gate_up, active, *step.weights)
+        ctx.set_materialize_grads(False)
+        return result, down
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, d_result: Tensor | None, d_down: Tensor) -> tuple[Tensor | None, ...]:
+        from rerank_fast.ops.triton.add_norm import add_norm_grads
+        from rerank_fast.ops.triton.column_sums import column_sums
+        from rerank_fast.ops.triton.gated import gated_grad
+
+        step, batch, parts = ctx.step, ctx.batch, ctx.step.parts
+        total, normed, mean, rstd, projected, query, key, value, attended, lse, *saved = ctx.saved_tensors
+        result, last_normed, last_mean, last_rstd, gate_up, active, *weights = saved
+        down_weight, gate_up_weight, out_weight, projections_weight = weights
+        d_gate_up = gated_grad(gate_up, d_down @ down_weight, parts.gate)
+        sums = parts.mlp_norm.sums_for(len(result))
+        norm = (parts.mlp_norm.weight, last_mean, last_rstd)
+        d_last_normed = d_gate_up @ gate_up_weight
+        d_added, d_total = add_norm_grads(result, *norm, d_last_normed, d_result, sums, True)
+        d_attended = (d_added @ out_weight).view_as(attended)
+        saved = (query, key, value, attended, lse, d_attended)
+        d_projected, head_sums = _attention_gradients(step, batch, projected, saved, ctx.options)
+        if batch.read is not None:
+            d_total = d_total.new_zeros(total.shape).index_copy_(0, batch.read, d_total)
+        d_normed = d_projected @ projections_weight
+        d_x, d_wide, first_sums = None, d_total, None
+        if parts.attention_norm is None:
+            d_wide = d_total.add_(d_normed)
+            d_x = d_wide.to(d_normed.dtype) if ctx.has_x else None
+        else:
+            first_sums = parts.attention_norm.sums_for(len(total))
+            norm = (parts.attention_norm.weight, mean, rstd)
+            d_x, d_wide = add_norm_grads(total, *norm, d_normed, d_total, first_sums, ctx.has_x)
+        matrices = sums, first_sums, head_sums
+        widths = [0 if one is None else one.shape[1] for one in matrices]
+        vectors = parts.gradients(column_sums(*matrices).split(widths))
+        products = (
+            (step.down, d_down, active),
+            (step.gate_up, d_gate_up, last_normed),
+            (step.attention_out, d_added, attended.flatten(1)),
+            (step.projections, d_projected, normed),
+        )
+        d_weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
+        d_biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
+        found = in_own_dtypes([*d_weights, *d_biases, *vectors], step.trained)
+        return d_wide, d_x if ctx.has_x else None, None, None, *found
+
+
+def _add_norm(
+    wide: Tensor, x: Tensor | None, norm: TrainedNorm | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stream with x added to it, its norm in the products' dtype, and what backward needs of it."""
+    from rerank_fast.ops.triton.add_norm import add_norm
+
+    if norm is None:
+        total, empty = wide if x is None else wide + x, wide.new_empty(0)
+        return total, total.to(dtype), empty, empty
+    total, *rest = add_norm(wide, x, norm.weight, norm.bias, norm.eps, norm.centered, dtype)
+    return (wide if x is None else total), *rest  # type: ignore[return-value]
+
+
+def _rotated(step: PreNormStep, projected: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, heads, head size) queries, keys and values. Without norms of the heads they stay where they are."""
+    from rerank_fast.ops.triton.rotary import rotary
+
+    parts, layer = step.parts, step.layer
+    assert parts is not None
+    assert batch.rotary is not None
+    turned, values = _turned(step, projected)
+    out = turned if parts.head_weights is None else torch.empty_like(turned)
+    rotary(turned, out, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps)
+    query, key = out.split([layer.num_heads, layer.num_key_value_heads], 1)
+    return query, key, values
+
+
+def _turned(step: PreNormStep, projected: Tensor) -> Any:
+    """(T, heads, head size) what is rotated, the queries and behind them the keys, and the values."""
+    layer = step.layer
+    heads = projected.view(len(projected), -1, layer.head_size)
+    return heads.split([layer.num_heads + layer.num_key_value_heads, layer.num_key_value_heads], 1)
+
+
+def _attention_gradients(
+    step: PreNormStep, batch: LayerBatch, projected: Tensor, saved: tuple[Tensor, ...], options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what is projected, and rows of sums of that of the heads' norms."""
+    from rerank_fast.ops.triton.rotary import rotary_grad
+
+    parts, layer = step.parts, step.layer
+    assert parts is not None
+    assert batch.rotary is not None
+    d_projected = torch.empty_like(projected)
+    d_turned, d_value = _turned(step, d_projected)
+    wholes = (*d_turned.split([layer.num_heads, layer.num_key_value_heads], 1), d_value)
+    places = (batch.read, batch.kept, batch.kept)
+    grads = [
+        whole if place is None else torch.empty_like(one)
+        for whole, place, one in zip(wholes, places, saved[:3], strict=True)
+    ]
+    varlen_attention.unchecked_backward(*saved, *options, into=grads)
+    for whole, place, grad in zip(wholes, places, grads, strict=True):
+        if place is not None:
+            whole.zero_().index_copy_(0, place, grad)
+    before = None if parts.head_weights is None else _turned(step, projected)[0]
+    sums = rotary_grad(d_turned, before, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps)
+    return d_projected, None if parts.head_weights is None else sums

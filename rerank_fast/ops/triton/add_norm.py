@@ -1,0 +1,196 @@
+"""A norm before a sublayer in Triton: residual + x, and its LayerNorm or RMSNorm as products read it, in one pass.
+
+A row a program forward, a few rows a program backward, which leaves the sums of weight's and bias's gradients over
+its rows: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
+from rerank_fast.ops.triton.variant import Variant
+
+
+@triton.jit
+def add_norm_kernel(
+    x,  # (T, width) bf16, fp16 or fp32, or None
+    residual,  # (T, width) fp32
+    weight,  # (width,) fp32
+    bias,  # (width,) fp32, or None
+    total,  # out (T, width) fp32, or None without x
+    normed,  # out (T, width)
+    mean,  # out (T,) fp32, or None: RMSNorm
+    rstd,
+    width,
+    eps,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, WIDTH)
+    there = e < width
+    own = tl.load(residual + row * width + e, mask=there, other=0.0)
+    if x is not None:
+        own += tl.load(x + row * width + e, mask=there, other=0.0).to(tl.float32)
+        tl.store(total + row * width + e, own, mask=there)
+    if mean is not None:
+        middle = tl.sum(own, axis=0) / width
+        tl.store(mean + row, middle)
+        own = tl.where(there, own - middle, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=0) / width + eps)
+    tl.store(rstd + row, scale)
+    result = own * scale * tl.load(weight + e, mask=there, other=0.0)
+    if bias is not None:
+        result += tl.load(bias + e, mask=there, other=0.0)
+    tl.store(normed + row * width + e, result.to(normed.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_norm_grad_kernel(
+    total,  # (T, width) fp32
+    weight,
+    mean,  # (T,) fp32, or None: RMSNorm
+    rstd,
+    grad_normed,  # (T, width) in the dtype of normed
+    grad_total,  # (T, width) fp32, or None
+    dx,  # out (T, width) in x's dtype, or None
+    d_residual,  # out (T, width) fp32
+    sums,  # out (programs, width or 2 x width) fp32: of the gradients of weight and, behind a mean, bias
+    sums_stride,
+    num_rows,
+    width,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, WIDTH)
+    there = e < width
+    gain = tl.load(weight + e, mask=there, other=0.0)
+    weight_sum = tl.zeros([WIDTH], tl.float32)
+    bias_sum = tl.zeros([WIDTH], tl.float32)
+    for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
+        unit = tl.load(total + row * width + e, mask=there, other=0.0)
+        scale = tl.load(rstd + row)
+        if mean is not None:
+            unit = tl.where(there, unit - tl.load(mean + row), 0.0)
+        unit *= scale
+        grad = tl.load(grad_normed + row * width + e, mask=there, other=0.0).to(tl.float32)
+        weight_sum += grad * unit
+        bias_sum += grad
+        weighted = grad * gain
+        result = weighted - unit * (tl.sum(weighted * unit, axis=0) / width)
+        if mean is not None:
+            result -= tl.sum(weighted, axis=0) / width
+        result *= scale
+        if grad_total is not None:
+            result += tl.load(grad_total + row * width + e, mask=there, other=0.0)
+        tl.store(d_residual + row * width + e, result, mask=there)
+        if dx is not None:
+            tl.store(dx + row * width + e, result.to(dx.dtype.element_ty), mask=there)
+    tl.store(sums + program * sums_stride + e, weight_sum, mask=there)
+    if mean is not None:
+        tl.store(sums + program * sums_stride + width + e, bias_sum, mask=there)
+
+
+@launcher()
+def add_norm(
+    residual: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """residual + x and its norm, without a graph.
+
+    Args:
+        residual: (T, H) fp32, contiguous as all tensors here; H of at most residual_norm's MAX_WIDTH.
+        x: (T, H) what is added; None where nothing is, and the first result is then empty.
+        weight: (H,) fp32 of the norm.
+        bias: (H,) fp32 or None.
+        eps: of the norm.
+        centered: LayerNorm; else RMSNorm, whose mean is empty.
+        dtype: of the norm's result.
+
+    Returns:
+        (T, H) fp32 sum, (T, H) norm, (T,) fp32 mean and reciprocal of the deviation.
+    """
+    num_rows, width = residual.shape
+    total = residual.new_empty(residual.shape if x is not None else 0)
+    normed = residual.new_empty(residual.shape, dtype=dtype)
+    mean, rstd = residual.new_empty(num_rows if centered else 0), residual.new_empty(num_rows)
+    if residual.numel() and not residual.is_meta:
+        with torch.cuda.device_of(residual):
+            add_norm_kernel[(num_rows,)](
+                *(x, residual, weight, bias, None if x is None else total, normed),
+                *(mean if centered else None, rstd, width, eps),
+                **launch(width),
+            )
+    return total, normed, mean, rstd
+
+
+@launcher(mutates=("sums",))
+def add_norm_grads(
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    sums: Tensor,
+    has_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x, in grad_normed's dtype and empty without one, and of the residual (T, H) fp32.
+
+    Args:
+        total: (T, H) fp32 what was normed.
+        sums: (programs, H) fp32, or twice as wide for a LayerNorm: rows of sums of weight's and bias's gradients.
+    """
+    num_rows, width = total.shape
+    dx = grad_normed.new_empty(total.shape if has_x else 0)
+    d_residual = torch.empty_like(total)
+    if total.numel() and not total.is_meta:
+        with torch.cuda.device_of(total):
+            add_norm_grad_kernel[(programs(num_rows),)](
+                *(total, weight, mean if mean.numel() else None, rstd, grad_normed, grad_total),
+                *(dx if has_x else None, d_residual, sums, sums.stride(0), num_rows, width),
+                ROWS=ROWS,
+                **launch(width),
+            )
+    return dx, d_residual
+
+
+def shipped() -> Iterator[Variant]:
+    for name in ("bf16", "fp16", "fp32"):
+        for width in (768, 1024, 4096):
+            for case in ("layer", "rms"):
+                for kernel in (add_norm_kernel, add_norm_grad_kernel):
+                    types = {argument: _type(argument, name) for argument in kernel.arg_names}
+                    constants: dict[str, Any] = {"ROWS": ROWS} if kernel is add_norm_grad_kernel else {"bias": None}
+                    if case == "rms":
+                        constants["mean"] = None
+                    yield Variant(
+                        f"{kernel.__name__}-{name}_{width}_{case}",
+                        kernel,
+                        types,
+                        launch(width, hip=False),
+                        constants,
+                        launch(width, hip=True),
+                        multiples=[a for a in types if types[a].startswith("*") or a in ("width", "sums_stride")],
+                    )
+
+
+def _type(argument: str, dtype: str) -> str:
+    if argument in ("x", "normed", "grad_normed", "dx"):
+        return f"*{dtype}"
+    if argument == "eps":
+        return "fp32"
+    return "i32" if argument in ("width", "sums_stride", "num_rows") else "*fp32"

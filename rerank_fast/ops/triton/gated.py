@@ -1,0 +1,91 @@
+"""A gated feed-forward's activation(gate) * up in Triton, and its gradient: one pass over memory each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rerank_fast.ops.triton.gelu import gelu
+from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.variant import Variant
+
+ACTIVATIONS = {"gelu": 0, "silu": 1}
+LAUNCH: dict[str, Any] = {"COLUMNS": 1024, "num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activation and its slope."""
+    if ACTIVATION == 0:
+        y, slope = gelu(x)
+    else:
+        share = 1.0 / (1.0 + tl.exp(-x))
+        y = x * share
+        slope = share * (1.0 + x - y)
+    return y, slope
+
+
+@triton.jit
+def gated_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr):
+    """A part of a row: gate_up (T, 2 x width), the gates first, to out (T, width)."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = e < width
+    gate = tl.load(gate_up + row * 2 * width + e, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + e, mask=there, other=0.0).to(tl.float32)
+    active, _ = _activate(gate, ACTIVATION)
+    tl.store(out + row * width + e, (active * up).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def gated_grad_kernel(gate_up, grad, d_gate_up, width, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = e < width
+    first = row * 2 * width + e
+    gate = tl.load(gate_up + first, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + first + width, mask=there, other=0.0).to(tl.float32)
+    upstream = tl.load(grad + row * width + e, mask=there, other=0.0).to(tl.float32)
+    active, slope = _activate(gate, ACTIVATION)
+    tl.store(d_gate_up + first, (upstream * up * slope).to(d_gate_up.dtype.element_ty), mask=there)
+    tl.store(d_gate_up + first + width, (upstream * active).to(d_gate_up.dtype.element_ty), mask=there)
+
+
+@launcher()
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of (T, 2 I) gates and what they are multiplied with, contiguous: (T, I)."""
+    width = gate_up.shape[1] // 2
+    out = gate_up.new_empty(len(gate_up), width)
+    if out.numel() and not out.is_meta:
+        with torch.cuda.device_of(out):
+            gated_kernel[(len(out), triton.cdiv(width, LAUNCH["COLUMNS"]))](
+                gate_up, out, width, ACTIVATION=ACTIVATIONS[activation], **LAUNCH
+            )
+    return out
+
+
+@launcher()
+def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
+    """The gradient of gate_up (T, 2 I) from that of the result (T, I)."""
+    result = torch.empty_like(gate_up)
+    if grad.numel() and not grad.is_meta:
+        width = grad.shape[1]
+        with torch.cuda.device_of(grad):
+            gated_grad_kernel[(len(grad), triton.cdiv(width, LAUNCH["COLUMNS"]))](
+                gate_up, grad, result, width, ACTIVATION=ACTIVATIONS[activation], **LAUNCH
+            )
+    return result
+
+
+def shipped() -> Iterator[Variant]:
+    for name in ("bf16", "fp16", "fp32"):
+        for activation, code in ACTIVATIONS.items():
+            for kernel in (gated_kernel, gated_grad_kernel):
+                types = {one: "i32" if one == "width" else f"*{name}" for one in kernel.arg_names}
+                constants = {"ACTIVATION": code}
+                yield Variant(f"{kernel.__name__}-{name}_{activation}", kernel, types, LAUNCH, constants)

@@ -1,0 +1,1 @@
+"""One run in several processes: how they are launched, what they sum and gather, weights in shards."""
