@@ -63,7 +63,9 @@ def load_lists(
         ValueError: the source can't be read, no layout fits, or a row is malformed: names the file
             and line (or row) and the field.
     """
-    rows = read_lists(source, Options(labels), columns=columns, split=split, say=logger.info)
+    known = isinstance(source, Dataset) and source.features == FEATURES  # what this function gives
+    say = logger.debug if known else logger.info
+    rows = read_lists(source, Options(labels), columns=columns, split=split, say=say)
     return _collect(rows, _named(source))
 
 

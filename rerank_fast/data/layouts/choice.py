@@ -94,6 +94,7 @@ def _tagged(
     known: str,
     say: Callable[..., None],
 ) -> Iterator[tuple[Layout, Row]]:
+    told = ""
     for name, rows in items:
         layout: Layout | None = None
         first: Mapping[str, str] = {}
@@ -105,7 +106,10 @@ def _tagged(
                 if layout is None:
                     layout = layout_of(there, place, known)
                     check_choice(layout, there, options, place)
-                    say("%s: %s", name, said(layout, there, options))
+                    taken = said(layout, there, options)
+                    if taken != told:
+                        say("%s: %s", name, taken)
+                    told = taken
                     first = layout.labels(there)
                 elif not layout.matches(there) or _takes_scores(layout.labels(there), first):
                     raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
@@ -13,8 +12,6 @@ from rerank_fast.data.layouts.parts import find_parts
 from rerank_fast.data.layouts.row import Options
 from rerank_fast.data.layouts.triples import headerless
 from rerank_fast.data.rows import Source, name_of, paths_in, read_items
-
-logger = logging.getLogger(__name__)
 
 # All layouts with an example of each, as an error shows them.
 _ALL: tuple[Described, ...] = (*LAYOUTS, id_tables, judgements)
@@ -32,7 +29,7 @@ def read_lists(
     """Checked lists, read as they are asked for; see load_lists.
 
     Args:
-        say: logs which layout was taken, in a line for each file.
+        say: logs which layout was taken, in a line for files that are alike.
     """
     paths = paths_in(source)
     found = [(one, find_parts(one, split)) for one in ([source] if paths is None else paths)]
