@@ -69,10 +69,15 @@ class Steps:
     matrix_flops: float  # multiplications and additions that ours can't do without
 
 
-def make_steps(lists: list[dict], output: str, *, mini_batch_size: int, max_length: int = 256) -> Steps:
-    """A step of the Trainer, and one as sentence-transformers' trainer takes it, at its mini_batch_size."""
+def make_steps(
+    lists: list[dict], output: str, *, mini_batch_size: int, max_length: int = 256, model: str | None = None
+) -> Steps:
+    """A step of the Trainer, and one as sentence-transformers' trainer takes it, at its mini_batch_size.
+
+    Of MiniLM-L6, where no directory of a model is given.
+    """
     config = TrainingConfig(output=output, max_length=max_length, show_progress_bar=False)
-    trainer = Trainer(encoder(), lists, config=config)
+    trainer = Trainer(model or encoder(), lists, config=config)
     trainer.model.train()
     batch = next(trainer.batches())
     lengths = batch.lists.pairs.lengths
@@ -80,7 +85,7 @@ def make_steps(lists: list[dict], output: str, *, mini_batch_size: int, max_leng
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     # Forward and two products backward. Of the last layer keys and values alone are needed for every token.
     weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
-    peer = {"mini_batch_size": mini_batch_size, "max_length": max_length}
+    peer = {"mini_batch_size": mini_batch_size, "max_length": max_length, "model": model}
     return Steps(
         ours=lambda: trainer._step(batch),
         peer=make_peer_step(lists, **peer),
@@ -98,6 +103,7 @@ def make_peer_step(
     loss_class: type[torch.nn.Module] = LambdaLoss,
     gradient_checkpointing: bool = False,
     precision: str | None = None,
+    model: str | None = None,
 ) -> Callable[..., object]:
     """A step as sentence-transformers' trainer takes it, on the first of the batches or that of an index.
 
@@ -106,7 +112,7 @@ def make_peer_step(
     precision = precision or peer_precision()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peer_model = PeerCrossEncoder(encoder(), num_labels=1, max_length=max_length, device=device)
+    peer_model = PeerCrossEncoder(model or encoder(), num_labels=1, max_length=max_length, device=device)
     if gradient_checkpointing:
         peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()

@@ -50,9 +50,9 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ),
         (
             ["fly"],
-            "unknown command fly; there are train, evaluate, score, mine, export, recipes, demo",
+            "unknown command fly; there are train, evaluate, score, mine, convert, export, recipes, demo",
         ),
-        ([], "expected a command: train, evaluate, score, mine, export, recipes, demo"),
+        ([], "expected a command: train, evaluate, score, mine, convert, export, recipes, demo"),
         (["train", "a.jsonl"], "a.jsonl"),
         (["train", "--max_steps", "many"], "--max_steps: "),
         (["train", "--precision", "fp8"], "--precision: "),
