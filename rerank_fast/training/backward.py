@@ -125,11 +125,13 @@ class Backward:
 
     def _add(self, parts: Sequence[TokenizedLists], units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
         self._most_tokens, self._scored = 0, []
-        totals = torch.zeros(2, device=self.model.device)
-        for lists in parts:
-            if len(lists):
-                totals += torch.stack(self._add_part(lists, units, rates))
-        return totals[0], totals[1]
+        added = [self._add_part(lists, units, rates) for lists in parts if len(lists)]
+        if not added:
+            return torch.zeros((), device=self.model.device), torch.zeros((), device=self.model.device)
+        loss, left = added[0]
+        for more, more_left in added[1:]:
+            loss, left = loss + more, left + more_left
+        return loss, left
 
     def _add_part(self, lists: TokenizedLists, units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
         config, objective, device = self.config, self.objective, self.model.device
