@@ -66,7 +66,8 @@ class TokenPlaces:
     ) -> TokenPlaces:
         """One upload of all of them."""
         num_tokens, padding = len(words), positions_table.padding_idx
-        order, counts = [], []
+        order: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
         for ids, count, unread in ((words, num_words, None), (positions, positions_table.num_embeddings, padding)):
             small = ids.astype(np.uint16) if count <= 2**16 else ids  # sorted by radix
             placed = np.argsort(small, kind="stable")
@@ -76,11 +77,11 @@ class TokenPlaces:
                 found[unread] = 0
             order.append(placed)
             counts.append(found)
-        parts = [words, positions, types, *order, [0], np.cumsum(np.concatenate(counts))]
+        parts = [words, positions, types, *order, np.zeros(1, int), np.cumsum(np.concatenate(counts))]
         values = upload(np.concatenate(parts).astype(np.int32), device)
         lengths = [3 * num_tokens, sum(map(len, order)), 1 + sum(map(len, counts))]
-        ids, placed, starts = values.split_with_sizes(lengths)
-        return TokenPlaces(ids.view(3, num_tokens), placed, starts, num_words)
+        flat, tokens, starts = values.split_with_sizes(lengths)
+        return TokenPlaces(flat.view(3, num_tokens), tokens, starts, num_words)
 
 
 class FusedEmbeddings:

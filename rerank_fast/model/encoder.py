@@ -128,12 +128,13 @@ class PackedStep:
         # What is added stands behind the pairs: theirs are the places, and so the dropout, that they have without.
         fills = device.type == "cpu" and num_pairs > 0
         if fills:
-            places, starts = fill_up(starts)
-            flat, positions = flat[places], positions[places]
+            filled, starts = fill_up(starts)
+            flat, positions = flat[filled], positions[filled]
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
         architecture = self.architecture
-        places = pairs = None
+        places: np.ndarray | None = None
+        pairs: Tensor | None = None
         num_sequences = len(starts) - 1
         if keep is not None and not keep.all():
             # The embeddings' dropout, as the head's below, is drawn for all.
@@ -193,8 +194,10 @@ class PackedStep:
         device, words = self.device, self._rows_of_tokens[flat]
         tokens = None if places is None else upload(places.astype(np.int32), device)
         if self._embeddings is not None:
-            chosen = [ids if places is None else ids[places] for ids in (words, positions, types)]
-            found = TokenPlaces.of(*chosen, len(self._rows), self._embeddings.positions, device)
+            if places is not None:
+                words, positions, types = words[places], positions[places], types[places]
+            table = self._embeddings.positions
+            found = TokenPlaces.of(words, positions, types, len(self._rows), table, device)
             return *self._embeddings(self._rows, found, tokens, self.dtype), found.ids[1:2], tokens
         position_ids = upload(positions, device)[None]
         embedded = self.architecture.embed(

@@ -45,6 +45,7 @@ class TrainedNorm:
         """None of a module that is neither, or must be called."""
         if must_be_called(module):
             return None
+        parameters: list[Tensor]
         if type(module) is nn.LayerNorm:
             parameters, eps = [one for one in (module.weight, module.bias) if one is not None], module.eps
         elif is_rms_norm(module):
@@ -229,7 +230,7 @@ def _add_norm(
         total, empty = wide if x is None else wide + x, wide.new_empty(0)
         return total, total.to(dtype), empty, empty
     total, *rest = add_norm(wide, x, norm.weight, norm.bias, norm.eps, norm.centered, dtype)
-    return (wide if x is None else total), *rest  # type: ignore[return-value]
+    return (wide if x is None else total), *rest
 
 
 def _rotated(step: PreNormStep, projected: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor, Tensor]:
