@@ -55,13 +55,13 @@ def test_without_the_system_s_permission_there_is_no_such_set(stand_ins, named):
 def test_no_tiles_are_left_behind(stand_ins):
     """Else every switch between threads saves and restores 8 KiB."""
     in_use = ctypes.CDLL(stand_ins).tiles_in_use
-    before, threads = in_use(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the thread that asks
     try:
         attention.run("cpu", *attention.make(([40], [40]), dtype=torch.bfloat16))
     finally:
         torch.set_num_threads(threads)
-    assert (before, in_use()) == (0, 0)
+    assert in_use() == 0  # whatever oneDNN's products left before
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.2, "seed": 7}], ids=str)

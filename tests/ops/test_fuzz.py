@@ -324,7 +324,9 @@ def fuzz_residual_norm(case: Case) -> None:
         # A row of one value, or of nearly one, is divided by next to nothing.
         steep = 1 / math.sqrt(options["eps"]) if width <= 2 else 16
         slack = 64 * torch.finfo(torch.float32).eps * steep + (2 * torch.finfo(mine.dtype).eps)
-        assert_close(name, mine, eager, exact, slack)
+        # The parts of dx and dr take each other off there.
+        size = float(weight.abs().max()) if width <= 2 and name in ("dx", "dr") else 0.0
+        assert_close(name, mine, eager, exact, slack, size=size)
 
 
 def fuzz_score_head(case: Case) -> None:

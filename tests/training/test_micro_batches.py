@@ -51,7 +51,7 @@ def test_all_processes_take_the_least_and_it_is_said_once(
         f"max_tokens_per_microbatch: {own}"
     ]
     assert own == power_of_two(own) == probe_max_tokens(model, torch.float32)
-    monkeypatch.setattr(micro_batches.distributed, "gather", lambda value: [value, 512, 2048])
+    monkeypatch.setattr(micro_batches.collectives, "gather", lambda value: [value, 512, 2048])
     assert probe_max_tokens(model, torch.float32) == 512
 
 

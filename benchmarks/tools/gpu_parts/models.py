@@ -34,7 +34,8 @@ def run(results: Results) -> None:
 def against_fp64(results: Results, shape: str) -> None:
     """Scores and the gradient of a weighted sum of them, dropout off; padded in the dtype beside it."""
     reranker = workloads.reranker_on(results.device, shape, small=results.dry)
-    tokens = workloads.training_lists(shape, small=results.dry).pairs.select(np.arange(10))
+    pairs = workloads.training_lists(shape, small=results.dry).pairs
+    tokens = pairs.select(np.arange(min(10, len(pairs))))
     exact = copy.copy(reranker)
     exact._modules = {**reranker._modules, "model": copy.deepcopy(reranker.model).double()}
     true = _scores_and_gradient(exact, tokens, torch.float64, packed=False)

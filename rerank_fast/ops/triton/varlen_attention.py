@@ -370,9 +370,7 @@ def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
                     hip_config=launch(size, dtype, part, few_queries=few, hip=True),
                     constants=constants | {"HAS_DROPOUT": "dropout" in case},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of 16.
-                    multiples=[
-                        a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head", "_stride"))
-                    ],
+                    multiples=[a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head"))],
                 )
 
 

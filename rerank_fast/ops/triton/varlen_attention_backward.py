@@ -53,13 +53,11 @@ def _tile_grads(
 
 
 @triton.jit
-def _store_sums(sums, stride, first, head, tile, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """A program's sum over the rows of its tile, from column first on."""
+def _store_sums(sums, width, first, head, tile, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's sum over the rows of its tile, from column first on of a row of this width."""
     e = tl.arange(0, WIDTH)
     total = tl.sum(tl.where(in_rows[:, None], tile, 0.0), axis=0)
-    tl.store(
-        sums + tl.program_id(0).to(tl.int64) * stride + first + head * HEAD_SIZE + e, total, mask=e < HEAD_SIZE
-    )
+    tl.store(sums + tl.program_id(0).to(tl.int64) * width + first + head * HEAD_SIZE + e, total, mask=e < HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -88,7 +86,6 @@ def query_grad_kernel(
     grad_head,
     dq_token,
     dq_head,
-    sums_stride,
     scale,
     log2_scale,  # scale times log2(e)
     window_left,
@@ -115,17 +112,19 @@ def query_grad_kernel(
         cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
-    i = first + tl.arange(0, BLOCK_M)
-    in_q = i < num_q
+    width = tl.num_programs(1) * HEAD_SIZE  # of a row of sums: one more argument costs the compiler registers
     if first >= num_q:
         if sums is not None:
-            _store_sums(sums, sums_stride, 0, head, tl.zeros([BLOCK_M, WIDTH], tl.float32), in_q, HEAD_SIZE, WIDTH)
+            none, of_none = tl.zeros([BLOCK_M, WIDTH], tl.float32), tl.zeros([BLOCK_M], tl.int1)
+            _store_sums(sums, width, 0, head, none, of_none, HEAD_SIZE, WIDTH)
         return
+    i = first + tl.arange(0, BLOCK_M)
+    in_q = i < num_q
     if fits == 0:
         nothing = tl.full([BLOCK_M, WIDTH], float("nan"), tl.float32)
         store_tile(dq, nothing, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
         if sums is not None:
-            _store_sums(sums, sums_stride, 0, head, nothing, in_q, HEAD_SIZE, WIDTH)
+            _store_sums(sums, width, 0, head, nothing, in_q, HEAD_SIZE, WIDTH)
         return
     place = i[:, None] + num_k - num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
@@ -154,7 +153,7 @@ def query_grad_kernel(
     result *= scale
     store_tile(dq, result, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     if sums is not None:
-        _store_sums(sums, sums_stride, 0, head, result, in_q, HEAD_SIZE, WIDTH)
+        _store_sums(sums, width, 0, head, result, in_q, HEAD_SIZE, WIDTH)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -183,7 +182,6 @@ def key_value_grad_kernel(
     dk_head,
     dv_token,
     dv_head,
-    sums_stride,
     scale,
     log2_scale,
     window_left,
@@ -210,22 +208,23 @@ def key_value_grad_kernel(
         cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps, num_keys, num_tokens,
         HAS_RIGHT, HAS_LEFT, BLOCK_N,
     )  # fmt: skip
-    j = first + tl.arange(0, BLOCK_N)
-    in_k = j < num_k
-    values = tl.num_programs(1) * HEAD_SIZE  # where their sums begin
+    values = tl.num_programs(1) * HEAD_SIZE  # where their sums begin in a row
     if first >= num_k:
         if sums is not None:
-            none = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-            _store_sums(sums, sums_stride, 0, kv_head, none, in_k, HEAD_SIZE, WIDTH)
-            _store_sums(sums, sums_stride, values, kv_head, none, in_k, HEAD_SIZE, WIDTH)
+            none, of_none = tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N], tl.int1)
+            _store_sums(sums, 2 * values, 0, kv_head, none, of_none, HEAD_SIZE, WIDTH)
+            _store_sums(sums, 2 * values, values, kv_head, none, of_none, HEAD_SIZE, WIDTH)
         return
+    # Not before: what lives across the branch takes registers that the loop then lacks.
+    j = first + tl.arange(0, BLOCK_N)
+    in_k = j < num_k
     if fits == 0:
         nothing = tl.full([BLOCK_N, WIDTH], float("nan"), tl.float32)
         store_tile(dk, nothing, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
         store_tile(dv, nothing, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
         if sums is not None:
-            _store_sums(sums, sums_stride, 0, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
-            _store_sums(sums, sums_stride, values, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
+            _store_sums(sums, 2 * values, 0, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
+            _store_sums(sums, 2 * values, values, kv_head, nothing, in_k, HEAD_SIZE, WIDTH)
         return
     k_tile = load_tile(k, k_token, k_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     v_tile = load_tile(v, v_token, v_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
@@ -257,8 +256,8 @@ def key_value_grad_kernel(
     store_tile(dk, d_key, dk_token, dk_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     store_tile(dv, d_value, dv_token, dv_head, kv_head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     if sums is not None:
-        _store_sums(sums, sums_stride, 0, kv_head, d_key, in_k, HEAD_SIZE, WIDTH)
-        _store_sums(sums, sums_stride, values, kv_head, d_value, in_k, HEAD_SIZE, WIDTH)
+        _store_sums(sums, 2 * values, 0, kv_head, d_key, in_k, HEAD_SIZE, WIDTH)
+        _store_sums(sums, 2 * values, values, kv_head, d_value, in_k, HEAD_SIZE, WIDTH)
 
 
 def backward(
@@ -346,7 +345,6 @@ def attention_grads(
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
                 *(q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
                 *strides(q, k, v, out, grad_out, dq),
-                0 if q_sums is None else q_sums.stride(0),
                 *options,
                 **constants,
                 **rest,
@@ -357,7 +355,6 @@ def attention_grads(
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
                 *(q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
                 *strides(q, k, v, grad_out, dk, dv),
-                0 if kv_sums is None else kv_sums.stride(0),
                 *options,
                 **constants,
                 **rest,
