@@ -189,5 +189,5 @@ def test_their_evaluators_run_on_our_model(name: str, models: tuple[CrossEncoder
     ours, theirs = models
     found = EVALUATORS[name]()(ours, output_path=str(tmp_path))
     expected = EVALUATORS[name]()(theirs)
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-5)
     assert list(tmp_path.glob("*.csv"))
