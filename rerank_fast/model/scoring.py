@@ -73,8 +73,10 @@ class PaddedStep:
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """As PackedStep's; with keep all pairs are computed nevertheless."""
-        parts = _powers_of_two(indices) if self.keeps_shapes else [indices]
-        scores = torch.cat([self._scores(part) for part in parts])
+        if self.keeps_shapes:
+            scores = torch.cat([self._scores(part) for part in _powers_of_two(indices)])
+        else:
+            scores = self._scores(indices)
         return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
 
     def _scores(self, indices: np.ndarray) -> Tensor:

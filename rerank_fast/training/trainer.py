@@ -283,7 +283,7 @@ class Trainer:
                 due = bool(self.validation) and step % config.eval_steps == 0
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
-                if step % config.logging_steps == 0 or self._ends(step) or due or saves:
+                if logged or self._ends(step) or due or saves:
                     row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
                     self._write("log", progress, row)
                     if "tied_lists" in row:
