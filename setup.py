@@ -1,4 +1,6 @@
-"""Builds the one extension, rerank_fast._C, from csrc/ with ninja; everything else is in pyproject.toml."""
+"""Builds the one extension, rerank_fast._C, from csrc/ with ninja; everything else is in
+pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ _AVX2 = ["-msse4.2", "-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC takes half registers where it vectorises loops by itself, unless it is told.
 _AVX512 += ["-mprefer-vector-width=512"]
-# By processor, lowest first: every csrc/**/*_kernels.cpp is compiled once for each of them. Which of them a machine
-# has is asked for in csrc/common/dispatch.cpp.
+# By processor, lowest first: every csrc/**/*_kernels.cpp is compiled once for each of them. Which
+# of them a machine has is asked for in csrc/common/dispatch.cpp.
 INSTRUCTION_SETS = {
     "x86_64": {
         "sse4": ["-msse4.2"],
@@ -30,13 +32,15 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]},
 }
-# Linux on x86-64 has another one, of tiles: csrc/**/amx_kernels.cpp alone is compiled for it, and the other
-# kernels of that set are avx512_bf16's.
+# Linux on x86-64 has another one, of tiles: csrc/**/amx_kernels.cpp alone is compiled for it, and
+# the other kernels of that set are avx512_bf16's.
 _TILES = {"amx_bf16": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 
 
 class Compiler:
-    """The C++ compiler that $CXX names: for which processor it compiles, and which of its sets it knows."""
+    """The C++ compiler that $CXX names: for which processor it compiles, and which of its sets it
+    knows.
+    """
 
     def __init__(self) -> None:
         self.command = os.environ.get("CXX", "c++")
@@ -59,7 +63,9 @@ class Compiler:
 
     def _run(self, *arguments: str) -> str:
         command = [*shlex.split(self.command), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ).stdout
 
     def _known(self, sets: dict[str, list[str]]) -> dict[str, list[str]]:
         return {name: flags for name, flags in sets.items() if self._knows(flags)}
@@ -73,12 +79,18 @@ class Compiler:
 
 
 def check_complete(root: Path) -> None:
-    """Raises FileNotFoundError where csrc/ lacks a header of its own: no compiler would mend that."""
+    """Raises FileNotFoundError where csrc/ lacks a header of its own: no compiler would mend
+    that.
+    """
     files = [path for path in sorted(root.rglob("*")) if path.suffix in (".cpp", ".h")]
     for path in files:
-        for header in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+        for header in re.findall(
+            r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             if not (root / header).exists():
-                raise FileNotFoundError(f"{path} includes {header}, which {root} lacks: this source is incomplete")
+                raise FileNotFoundError(
+                    f"{path} includes {header}, which {root} lacks: this source is incomplete"
+                )
     if not files:
         raise FileNotFoundError(f"{root} has no C++ files: this source is incomplete")
 
@@ -86,7 +98,8 @@ def check_complete(root: Path) -> None:
 class NinjaBuildExt(build_ext):
     """Compiles through ninja, only what changed.
 
-    A build that fails leaves a pure Python install, unless RERANK_FAST_REQUIRE_BUILD=1 asks for the kernels.
+    A build that fails leaves a pure Python install, unless RERANK_FAST_REQUIRE_BUILD=1 asks for the
+    kernels.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -98,8 +111,10 @@ class NinjaBuildExt(build_ext):
                 raise
             print(
                 f"\nWARNING: rerank_fast's CPU kernels were not built ({error}).\n"
-                "The install goes on without it and what they do runs through slower eager PyTorch.\n"
-                "To get it: install a C++17 compiler (Debian and Ubuntu: apt-get install g++) and install again.\n",
+                "The install goes on without it and what they do runs through slower eager "
+                "PyTorch.\n"
+                "To get it: install a C++17 compiler (Debian and Ubuntu: apt-get install g++) and "
+                "install again.\n",
                 file=sys.stderr,
             )
 
@@ -120,7 +135,12 @@ class NinjaBuildExt(build_ext):
             ninja.variable("cxx", compiler.command)
             ninja.variable("cflags", " ".join(shlex.quote(flag) for flag in flags))
             ninja.variable("ldflags", ext.extra_link_args)
-            ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags $set -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule(
+                "compile",
+                "$cxx -MMD -MF $out.d $cflags $set -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
             ninja.rule("link", "$cxx $in -o $out $ldflags")
             objects = []
             for source in map(Path, ext.sources):
@@ -133,7 +153,10 @@ class NinjaBuildExt(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         # An editable install copies what was built; after a failed build there is nothing to copy.
-        if all((Path(self.build_lib) / self.get_ext_filename(ext.name)).exists() for ext in self.extensions):
+        if all(
+            (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists()
+            for ext in self.extensions
+        ):
             super().copy_extensions_to_source()
 
     def get_outputs(self) -> list[str]:
@@ -141,7 +164,14 @@ class NinjaBuildExt(build_ext):
 
 
 macos = sys.platform == "darwin"
-compile_args = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno"]
+compile_args = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+]
 compile_args += ["-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
 link_args = ["-bundle", "-undefined", "dynamic_lookup"] if macos else ["-shared", "-pthread"]
 if os.environ.get("RERANK_FAST_SANITIZE") == "1":

@@ -34,16 +34,21 @@ _ROWS: list[Row] = []
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., Row]:
-    """compare(case, ours, peer, rounds, repeats): times both alternately, hands ours to pytest-benchmark, notes the
-    ratio.
+    """compare(case, ours, peer, rounds, repeats): times both alternately, hands ours to
+    pytest-benchmark, notes the ratio.
 
-    One after the other in every round, so that whatever else slows the machine slows both alike. Each is called
-    `repeats` times in a row and its mean taken: a call of some microseconds is not timed by how cold the other one
-    left the caches.
+    One after the other in every round, so that whatever else slows the machine slows both alike.
+    Each is called `repeats` times in a row and its mean taken: a call of some microseconds is not
+    timed by how cold the other one left the caches.
     """
 
     def run(
-        case: str, ours: Callable[[], object], peer: Callable[[], object], *, rounds: int, repeats: int = 1
+        case: str,
+        ours: Callable[[], object],
+        peer: Callable[[], object],
+        *,
+        rounds: int,
+        repeats: int = 1,
     ) -> Row:
         ours(), peer()  # compilation, caches, first allocations
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -57,7 +62,10 @@ def compare(benchmark) -> Callable[..., Row]:
             times[name].append((time.perf_counter() - started) / repeats)
 
         benchmark.pedantic(
-            lambda: timed("ours", ours), setup=lambda: timed("peer", peer), rounds=rounds, iterations=1
+            lambda: timed("ours", ours),
+            setup=lambda: timed("peer", peer),
+            rounds=rounds,
+            iterations=1,
         )
         row = Row(case, statistics.median(times["peer"]), statistics.median(times["ours"]))
         benchmark.extra_info.update(peer_median_seconds=row.peer, ratio=row.peer / row.ours)
@@ -79,7 +87,9 @@ _GPU_ROWS: list[GpuRow] = []
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:
-    """The replay of a CUDA graph of one call: for kernels shorter than their launch from the host."""
+    """The replay of a CUDA graph of one call: for kernels shorter than their launch from the
+    host.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -94,12 +104,18 @@ def graphed(function: Callable[[], object]) -> Callable[[], None]:
 
 @pytest.fixture
 def compare_on_gpu(benchmark) -> Callable[..., None]:
-    """compare_on_gpu(case, ours, others, pairs, moved): device times of ours from a graph and from the host, and of
-    the others; ours is handed to pytest-benchmark. pairs: preference pairs; moved: bytes that must be moved.
+    """compare_on_gpu(case, ours, others, pairs, moved): device times of ours from a graph and from
+    the host, and of the others; ours is handed to pytest-benchmark. pairs: preference pairs; moved:
+    bytes that must be moved.
     """
 
     def run(
-        case: str, ours: Callable[[], object], others: dict[str, Callable[[], object]], *, pairs: int, moved: int
+        case: str,
+        ours: Callable[[], object],
+        others: dict[str, Callable[[], object]],
+        *,
+        pairs: int,
+        moved: int,
     ) -> None:
         replay = graphed(ours)
         seconds = {"graph": device_seconds(replay), "eager": device_seconds(ours)}
@@ -131,7 +147,9 @@ def compare_memory() -> Callable[[str, int, int], None]:
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--rows", help="a JSON file that the table's rows are written to; see benchmarks/tables.py")
+    parser.addoption(
+        "--rows", help="a JSON file that the table's rows are written to; see benchmarks/tables.py"
+    )
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -146,7 +164,9 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter) -> None:
     if _GPU_ROWS:
-        terminalreporter.section(f"device times on {torch.cuda.get_device_name()}, medians, L2 flushed")
+        terminalreporter.section(
+            f"device times on {torch.cuda.get_device_name()}, medians, L2 flushed"
+        )
         _write_gpu_rows(terminalreporter.write_line)
     if not _ROWS:
         return
@@ -155,17 +175,22 @@ def pytest_terminal_summary(terminalreporter) -> None:
     from rerank_fast.ops import cpu
 
     if path := terminalreporter.config.option.rows:
-        Path(path).write_text(json.dumps([dataclasses.asdict(row) for row in _ROWS]), encoding="utf-8")
+        Path(path).write_text(
+            json.dumps([dataclasses.asdict(row) for row in _ROWS]), encoding="utf-8"
+        )
     device = f"{platform.machine()}, {cpu.instruction_set() if cpu.available() else 'no kernels'}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     terminalreporter.section("beside sentence-transformers, medians of interleaved runs")
     terminalreporter.write_line(
-        f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, "
         f"sentence-transformers {sentence_transformers.__version__}"
     )
     terminalreporter.write_line(f"{'case':<66} {'peer':>10} {'ours':>10}     {'ratio':>8}")
     for row in _ROWS:
         ratio = f"{row.peer / row.ours:>7.1f}x"
         peer, ours = (x * 1e3 if row.unit == "ms" else x / 2**20 for x in (row.peer, row.ours))
-        terminalreporter.write_line(f"{row.case:<66} {peer:>10.2f} {ours:>10.2f} {row.unit:<3} {ratio}")
+        terminalreporter.write_line(
+            f"{row.case:<66} {peer:>10.2f} {ours:>10.2f} {row.unit:<3} {ratio}"
+        )

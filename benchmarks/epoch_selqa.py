@@ -1,11 +1,12 @@
-"""One epoch of the published recipe with this package and with sentence-transformers, one after the other.
+"""One epoch of the published recipe with this package and with sentence-transformers, one after the
+other.
 
     python benchmarks/epoch_selqa.py --train selqa-train.jsonl --eval noveleval.jsonl
 
-Wall time is that of training: from lists and a loaded encoder to a saved model, tokenisation included, evaluation
-and imports not. Each cuts a batch as it does by itself: this package by tokens, sentence-transformers by
---mini_batch_size, 16 in the published run. Both models are then measured by the same evaluator. Nothing else should
-use the machine.
+Wall time is that of training: from lists and a loaded encoder to a saved model, tokenisation
+included, evaluation and imports not. Each cuts a batch as it does by itself: this package by
+tokens, sentence-transformers by --mini_batch_size, 16 in the published run. Both models are then
+measured by the same evaluator. Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ LEARNING_RATE = 2e-5
 WARMUP_RATIO = 0.1
 
 
-def _train_ours(encoder: str, lists: Dataset, output: str, options: argparse.Namespace) -> tuple[Any, float, int]:
+def _train_ours(
+    encoder: str, lists: Dataset, output: str, options: argparse.Namespace
+) -> tuple[Any, float, int]:
     set_seed(SEED)
     model = CrossEncoder(encoder, max_length=options.max_length)
     started = time.perf_counter()
@@ -57,9 +60,14 @@ def _train_ours(encoder: str, lists: Dataset, output: str, options: argparse.Nam
     return model, time.perf_counter() - started, result.steps
 
 
-def _train_peer(encoder: str, lists: Dataset, output: str, options: argparse.Namespace) -> tuple[Any, float, int]:
+def _train_peer(
+    encoder: str, lists: Dataset, output: str, options: argparse.Namespace
+) -> tuple[Any, float, int]:
     from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder import (
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    )
     from sentence_transformers.cross_encoder.losses import LambdaLoss, NDCGLoss2PPScheme
 
     set_seed(SEED)
@@ -79,7 +87,9 @@ def _train_peer(encoder: str, lists: Dataset, output: str, options: argparse.Nam
         logging_steps=10,
         report_to="none",
     )
-    loss = LambdaLoss(model, weighting_scheme=NDCGLoss2PPScheme(), mini_batch_size=options.mini_batch_size)
+    loss = LambdaLoss(
+        model, weighting_scheme=NDCGLoss2PPScheme(), mini_batch_size=options.mini_batch_size
+    )
     trainer = CrossEncoderTrainer(model=model, args=arguments, train_dataset=lists, loss=loss)
     trainer.train()
     model.save_pretrained(output)
@@ -90,13 +100,21 @@ PACKAGES = {"rerank_fast": _train_ours, "sentence-transformers": _train_peer}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", required=True, help="lists to train on")
     parser.add_argument("--eval", required=True, help="lists to measure NDCG@10 on")
-    parser.add_argument("--model", default=None, help="encoder; the demo extra's all-MiniLM-L6-v2 where left out")
-    parser.add_argument("--max_steps", type=int, default=-1, help="optimizer steps instead of one epoch")
+    parser.add_argument(
+        "--model", default=None, help="encoder; the demo extra's all-MiniLM-L6-v2 where left out"
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=-1, help="optimizer steps instead of one epoch"
+    )
     parser.add_argument("--max_length", type=int, default=256, help="longest pair in tokens")
-    parser.add_argument("--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss")
+    parser.add_argument(
+        "--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--only", choices=tuple(PACKAGES), default=None, help="run one of the two")
     parser.add_argument("--output", default="epoch_selqa.json", help="JSON file for the figures")
@@ -113,7 +131,10 @@ def main() -> None:
             model, seconds, steps = train(encoder, lists, output, options)
         # score_tokens or predict: raw scores either way, dropout off.
         results[name] = {"seconds": seconds, "steps": steps, **evaluator(model.eval())}
-        print(f"{name}: {steps} steps in {seconds:.1f} s, NDCG@10 {results[name]['ndcg@10']:.4f}", flush=True)
+        print(
+            f"{name}: {steps} steps in {seconds:.1f} s, NDCG@10 {results[name]['ndcg@10']:.4f}",
+            flush=True,
+        )
 
     print(f"\n{'package':<24} {'steps':>6} {'seconds':>9} {'ndcg@10':>8} {'mrr@10':>8} {'map':>8}")
     for name, row in results.items():
@@ -127,7 +148,11 @@ def main() -> None:
         **{name: value for name, value in vars(options).items() if name != "output"},
         **{"seed": SEED, "batch_size": BATCH_SIZE},
         **{"learning_rate": LEARNING_RATE, "warmup_ratio": WARMUP_RATIO},
-        **{"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        **{
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     content = {"settings": settings, "results": results}

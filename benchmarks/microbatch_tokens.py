@@ -20,18 +20,23 @@ import torch
 
 from benchmarks.workload import encoder, marco_like_lists
 from rerank_fast import Trainer, TrainingConfig
-from rerank_fast.model.scoring import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="encoder; the demo extra's all-MiniLM-L6-v2 where left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default=None, help="encoder; the demo extra's all-MiniLM-L6-v2 where left out"
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--gradient_cache", choices=("on", "off"), default="off")
     parser.add_argument("--lists", type=int, default=16, help="of 3-10 documents")
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--score", action="store_true", help="time scoring without gradients instead of a step")
+    parser.add_argument(
+        "--score", action="store_true", help="time scoring without gradients instead of a step"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
@@ -58,7 +63,7 @@ def main() -> None:
         @torch.inference_mode()
         def score(budget: int) -> None:
             dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-            run(trainer.model.step(batch.lists.pairs, dtype=dtype), max_tokens=budget)
+            score(trainer.model.prepare(batch.lists.pairs, dtype=dtype), max_tokens=budget)
 
         timed: Callable[[int], None] = score if options.score else step
         trainer.model.train(not options.score)
@@ -72,10 +77,15 @@ def main() -> None:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
     lengths = batch.lists.pairs.lengths
-    shape = f"{len(lengths)} pairs of {lengths.min()}-{lengths.max()} tokens, {lengths.sum()} in all"
+    shape = (
+        f"{len(lengths)} pairs of {lengths.min()}-{lengths.max()} tokens, {lengths.sum()} in all"
+    )
     print(f"{shape}; {options.precision}, {torch.get_num_threads()} threads")
     for budget, times in seconds.items():
-        print(f"{budget:>7} tokens: {statistics.median(times):.3f} s (fastest {min(times):.3f})", flush=True)
+        print(
+            f"{budget:>7} tokens: {statistics.median(times):.3f} s (fastest {min(times):.3f})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python benchmarks/mining.py                          # BM25, 100,000 documents, 10,000 queries
     python benchmarks/mining.py --retriever dense        # exact search over given random embeddings
-    python benchmarks/mining.py --retriever dense --peer # and sentence-transformers' on the same embeddings
+    python benchmarks/mining.py --retriever dense --peer # and sentence-transformers' on the same
+    embeddings
 
-Terms follow Zipf's law (a document has 20 to 120 of a vocabulary of 200,000; a query has terms of its positive and
-others). The files are written first; each run is a process of its own that reads them, and its peak resident memory
-counts everything: Python, torch, corpus, index, output. Nothing else should use the machine.
+Terms follow Zipf's law (a document has 20 to 120 of a vocabulary of 200,000; a query has terms of
+its positive and others). The files are written first; each run is a process of its own that reads
+them, and its peak resident memory counts everything: Python, torch, corpus, index, output. Nothing
+else should use the machine.
 """
 
 from __future__ import annotations
@@ -94,7 +96,10 @@ def _mine_peer(directory: Path, options: argparse.Namespace) -> None:
         similarity_pairwise=pairwise_cos_sim,
     )
     corpus, queries = (
-        [json.loads(line) for line in (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        [
+            json.loads(line)
+            for line in (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for name in ("corpus", "queries")
     )
     texts = [row["text"] for row in corpus]
@@ -116,12 +121,16 @@ def _mine_peer(directory: Path, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--num_negatives", type=int, default=9)
     parser.add_argument("--retriever", choices=["bm25", "dense"], default="bm25")
-    parser.add_argument("--peer", action="store_true", help="also sentence-transformers, which has no BM25")
+    parser.add_argument(
+        "--peer", action="store_true", help="also sentence-transformers, which has no BM25"
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -131,14 +140,20 @@ def main() -> None:
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"{options.run:<24} {seconds:>7.1f} s {options.queries / seconds:>8.0f} queries/s {peak:>6.2f} GiB peak"
+            f"{options.run:<24} {seconds:>7.1f} s {options.queries / seconds:>8.0f} queries/s "
+            f"{peak:>6.2f} GiB peak"
         )
         return
-    print(f"{options.documents:,} documents, {options.queries:,} queries, {options.retriever}, imports included")
+    print(
+        f"{options.documents:,} documents, {options.queries:,} queries, {options.retriever}, "
+        "imports included"
+    )
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_collection(directory, options.documents, options.queries)
-        sizes = {file.name: f"{file.stat().st_size / 2**20:.0f} MiB" for file in directory.iterdir()}
+        sizes = {
+            file.name: f"{file.stat().st_size / 2**20:.0f} MiB" for file in directory.iterdir()
+        }
         print(", ".join(f"{file} {size}" for file, size in sorted(sizes.items())))
         for run in ["rerank_fast", *(["sentence-transformers"] if options.peer else [])]:
             command = [sys.executable, __file__, *sys.argv[1:], "--run", run, "--directory", name]

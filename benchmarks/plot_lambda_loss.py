@@ -1,4 +1,5 @@
-"""Time of the CPU LambdaLoss, forward and backward, by the number of preference pairs: a table, its slope, a plot.
+"""Time of the CPU LambdaLoss, forward and backward, by the number of preference pairs: a table, its
+slope, a plot.
 
 python benchmarks/plot_lambda_loss.py --output lambda_loss.png
 """
@@ -20,7 +21,9 @@ DOCUMENTS_PER_CALL = 10_000  # so that no call is all overhead
 
 
 def measure(size: int, kind: str) -> tuple[int, float]:
-    """Preference pairs of a call, and its best seconds of 15; all calls hold about as many documents."""
+    """Preference pairs of a call, and its best seconds of 15; all calls hold about as many
+    documents.
+    """
     generator = torch.Generator().manual_seed(0)
     num_lists = max(1, DOCUMENTS_PER_CALL // size)
     documents = num_lists * size
@@ -55,8 +58,14 @@ def main() -> None:
     for kind in ("binary", "graded"):
         curves[kind] = [measure(size, kind) for size in SIZES]
         for size, (pairs, seconds) in zip(SIZES, curves[kind], strict=True):
-            print(f"{kind:<8} {size:>9} {pairs:>12} {seconds * 1e3:>9.3f} {seconds / pairs * 1e9:>10.3f}")
-        print(f"{kind:<8} slope of log time over log pairs from 300 documents on: {slope(curves[kind][3:]):.3f}")
+            print(
+                f"{kind:<8} {size:>9} {pairs:>12} {seconds * 1e3:>9.3f} "
+                f"{seconds / pairs * 1e9:>10.3f}"
+            )
+        print(
+            f"{kind:<8} slope of log time over log pairs from 300 documents on: "
+            f"{slope(curves[kind][3:]):.3f}"
+        )
     if output is None:
         return
     try:
@@ -65,7 +74,9 @@ def main() -> None:
         raise SystemExit("the plot needs matplotlib: pip install 'rerank-fast[bench]'") from error
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for kind, points in curves.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{kind}, slope {slope(points[3:]):.2f}")
+        axes.loglog(
+            *zip(*points, strict=True), marker="o", label=f"{kind}, slope {slope(points[3:]):.2f}"
+        )
     axes.set(
         xlabel="preference pairs",
         ylabel="seconds, forward and backward",

@@ -52,16 +52,31 @@ def main() -> None:
 
     address = plain.data_ptr(), labels.data_ptr(), offsets.data_ptr(), documents
     loss, grad = torch.empty(()), torch.empty(documents)
-    codes = 4, 0, 1.0, 10.0, 1e-10, 1.0, 0, torch.get_num_threads(), loss.data_ptr(), grad.data_ptr()
+    codes = (
+        4,
+        0,
+        1.0,
+        10.0,
+        1e-10,
+        1.0,
+        0,
+        torch.get_num_threads(),
+        loss.data_ptr(),
+        grad.data_ptr(),
+    )
     layers: dict[str, Callable[[], object]] = {
-        "the kernel, called with addresses": lambda: cpu._C.lambda_loss_float(*address, arguments.lists, *codes),
+        "the kernel, called with addresses": lambda: cpu._C.lambda_loss_float(
+            *address, arguments.lists, *codes
+        ),
         "+ allocation of the outputs, conversions (cpu.forward)": lambda: cpu.forward(
             plain, labels, offsets, **named
         ),
         "+ the dispatcher (tracing only)": lambda: torch.ops.rerank_fast.lambda_loss.default(
             plain, labels, offsets, *OPTIONS
         ),
-        "cpu.forward + autograd.Function": lambda: op._LambdaLoss.apply(scores, labels, offsets, OPTIONS),
+        "cpu.forward + autograd.Function": lambda: op._LambdaLoss.apply(
+            scores, labels, offsets, OPTIONS
+        ),
         "+ checks (lambda_loss)": lambda: op.lambda_loss(scores, labels, offsets),
         "+ backward: the whole": lambda: backward(op.lambda_loss(scores, labels, offsets)),
         "a function that computes nothing, forward and backward": lambda: backward(

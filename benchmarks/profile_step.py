@@ -1,6 +1,8 @@
-"""Where one training step's time goes, this package's and sentence-transformers': python -m benchmarks.profile_step
+"""Where one training step's time goes, this package's and sentence-transformers': python -m
+benchmarks.profile_step
 
-The step is that of workload.py; times are self times on the CPU, grouped by what the operators are for.
+The step is that of workload.py; times are self times on the CPU, grouped by what the operators are
+for.
 """
 
 from __future__ import annotations
@@ -19,8 +21,20 @@ from rerank_fast.ops import cpu
 
 # What an operator's name begins with, or holds, and what it is for.
 _GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::linear", "aten::mkldnn_linear", "aten::bmm", "mkldnn::"),
-    "attention": ("rerank_fast::varlen_attention", "aten::_scaled_dot_product", "aten::_efficient", "aten::_flash"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::linear",
+        "aten::mkldnn_linear",
+        "aten::bmm",
+        "mkldnn::",
+    ),
+    "attention": (
+        "rerank_fast::varlen_attention",
+        "aten::_scaled_dot_product",
+        "aten::_efficient",
+        "aten::_flash",
+    ),
     "dropout, residual, norm": (
         "rerank_fast::residual_norm",
         "aten::native_layer_norm",
@@ -29,9 +43,27 @@ _GROUPS = {
     ),
     "activation": ("aten::gelu", "aten::tanh"),
     "embeddings": ("aten::embedding", "aten::index_select", "aten::index"),
-    "optimizer, clipping": ("aten::_fused_adam", "aten::linalg_vector_norm", "aten::_foreach", "Optimizer"),
-    "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::cat", "aten::clone", "aten::contiguous"),
-    "sums, fills, pointwise": ("aten::add", "aten::mul", "aten::sum", "aten::fill_", "aten::zero_", "aten::div"),
+    "optimizer, clipping": (
+        "aten::_fused_adam",
+        "aten::linalg_vector_norm",
+        "aten::_foreach",
+        "Optimizer",
+    ),
+    "casts and copies": (
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::cat",
+        "aten::clone",
+        "aten::contiguous",
+    ),
+    "sums, fills, pointwise": (
+        "aten::add",
+        "aten::mul",
+        "aten::sum",
+        "aten::fill_",
+        "aten::zero_",
+        "aten::div",
+    ),
     "loss": ("rerank_fast::lambda_loss",),
 }
 
@@ -44,7 +76,9 @@ def _group(name: str) -> str:
 
 
 def name_kernels() -> None:
-    """Calls of the compiled kernels under their ops' names: a trained layer makes them without the dispatcher."""
+    """Calls of the compiled kernels under their ops' names: a trained layer makes them without the
+    dispatcher.
+    """
     for name, kernel in list(vars(cpu).items()):
         if name.endswith(("_forward", "_backward")):
             setattr(cpu, name, _named(f"rerank_fast::{name.removesuffix('_forward')}", kernel))
@@ -64,7 +98,9 @@ def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int)
     with profile(activities=[ProfilerActivity.CPU]) as run:
         for _ in range(steps):
             step()
-    events = [(e.key, e.self_cpu_time_total / steps / 1e3, e.count // steps) for e in run.key_averages()]
+    events = [
+        (e.key, e.self_cpu_time_total / steps / 1e3, e.count // steps) for e in run.key_averages()
+    ]
     total = sum(time for _, time, _ in events)
     groups: dict[str, float] = defaultdict(float)
     for key, time, _ in events:
@@ -80,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=12, help="operators listed")
-    parser.add_argument("--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss")
+    parser.add_argument(
+        "--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss"
+    )
     parser.add_argument("--only", choices=["ours", "peer"], default=None)
     options = parser.parse_args()
     name_kernels()

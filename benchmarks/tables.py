@@ -1,8 +1,9 @@
-"""The README's table of one machine, a column of ratios for each instruction set: python benchmarks/tables.py
+"""The README's table of one machine, a column of ratios for each instruction set: python
+benchmarks/tables.py
 
-Runs `pytest benchmarks/ --benchmark-only` once as the machine is and, where it has AVX-512, once as one without,
-each in a process of its own, and prints Markdown. What follows -- goes to pytest: -m slow, -k loss.
-Nothing else should use the machine.
+Runs `pytest benchmarks/ --benchmark-only` once as the machine is and, where it has AVX-512, once as
+one without, each in a process of its own, and prints Markdown. What follows -- goes to pytest: -m
+slow, -k loss. Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -34,10 +35,24 @@ def run(environment: dict[str, str], arguments: list[str]) -> list[dict]:
     """The rows of one run of the benchmarks."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "--rows", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "benchmarks/",
+            "--benchmark-only",
+            "-q",
+            "--rows",
+            str(rows),
+        ]
         # What inductor compiled for another set would be loaded from its cache, and crash.
         cache = {"TORCHINDUCTOR_CACHE_DIR": folder}
-        subprocess.run([*command, *arguments], env=os.environ | cache | environment, check=True, stdout=sys.stderr)
+        subprocess.run(
+            [*command, *arguments],
+            env=os.environ | cache | environment,
+            check=True,
+            stdout=sys.stderr,
+        )
         return json.loads(rows.read_text())
 
 
@@ -45,11 +60,15 @@ def processor() -> str:
     """Its name, as Linux knows it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "processor")
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "processor"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("arguments", nargs="*", help="of pytest, after --")
     options = parser.parse_args()
     sets = {cpu.instruction_set(): {}}
@@ -58,9 +77,14 @@ def main() -> None:
     found = {name: run(environment, options.arguments) for name, environment in sets.items()}
     packages = ("torch", "transformers", "sentence-transformers")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"{time.strftime('%Y-%m-%d')}: {processor()}, {torch.get_num_threads()} threads, {versions}; medians.")
+    print(
+        f"{time.strftime('%Y-%m-%d')}: {processor()}, {torch.get_num_threads()} threads, "
+        f"{versions}; medians."
+    )
     for name, environment in sets.items():
-        flags = " ".join(f"{key}={value}" for key, value in environment.items()) or "as the machine is"
+        flags = (
+            " ".join(f"{key}={value}" for key, value in environment.items()) or "as the machine is"
+        )
         print(f"{name}: {flags}.")
     print(f"\n| | {' | '.join(f'{name}: peer | ours | ratio' for name in sets)} |")
     print("|---" * (1 + 3 * len(sets)) + "|")

@@ -1,5 +1,5 @@
-"""LambdaLoss, forward and backward: against sentence-transformers' loss math as it is, against the same formula
-under torch.compile, and against the bare arithmetic of its pairs."""
+"""LambdaLoss, forward and backward: against sentence-transformers' loss math as it is, against the
+same formula under torch.compile, and against the bare arithmetic of its pairs."""
 
 from __future__ import annotations
 
@@ -73,18 +73,28 @@ def test_loss(compare, num_lists, num_docs, labels, rounds, repeats):
         return scores.grad
 
     torch.testing.assert_close(ours(), peer(), rtol=1e-4, atol=1e-7)
-    compare(f"loss {num_lists} lists x {num_docs} documents, {labels}", ours, peer, rounds=rounds, repeats=repeats)
+    compare(
+        f"loss {num_lists} lists x {num_docs} documents, {labels}",
+        ours,
+        peer,
+        rounds=rounds,
+        repeats=repeats,
+    )
 
 
 def formula(scores, labels):
-    """sentence-transformers' NDCGLoss2++ of (Q, D) lists without padding, as tensors all the way."""
+    """sentence-transformers' NDCGLoss2++ of (Q, D) lists without padding, as tensors all the
+    way.
+    """
     num_docs = scores.shape[1]
     scores, order = scores.sort(dim=1, descending=True)
     labels = labels.gather(1, order)
     rank = torch.arange(1, num_docs + 1, device=scores.device)
     discount = torch.log2(1.0 + rank)
     gain = torch.exp2(labels) - 1
-    ideal = ((torch.exp2(labels.sort(dim=1, descending=True).values) - 1) / discount).sum(dim=1, keepdim=True)
+    ideal = ((torch.exp2(labels.sort(dim=1, descending=True).values) - 1) / discount).sum(
+        dim=1, keepdim=True
+    )
     gain = gain / ideal.clamp(min=1e-10)
     distance = (rank[:, None] - rank[None, :]).abs()
     delta = 1 / discount[(distance - 1).clamp(min=0)] - 1 / torch.log2(2.0 + distance)
@@ -92,12 +102,18 @@ def formula(scores, labels):
     swap = (1 / discount[:, None] - 1 / discount[None, :]).abs()
     weights = (10 * delta + swap) * (gain[:, :, None] - gain[:, None, :]).abs()
     mask = labels[:, :, None] > labels[:, None, :]
-    losses = weights * torch.nn.functional.logsigmoid(scores[:, :, None] - scores[:, None, :]) / math.log(2)
+    losses = (
+        weights
+        * torch.nn.functional.logsigmoid(scores[:, :, None] - scores[:, None, :])
+        / math.log(2)
+    )
     return -(losses * mask).sum() / mask.sum()
 
 
 @pytest.mark.parametrize(
-    ("num_lists", "num_docs", "rounds", "repeats"), [(64, 100, 20, 10), (16, 1000, 7, 1)], ids=["64x100", "16x1000"]
+    ("num_lists", "num_docs", "rounds", "repeats"),
+    [(64, 100, 20, 10), (16, 1000, 7, 1)],
+    ids=["64x100", "16x1000"],
 )
 def test_loss_against_torch_compile(compare, num_lists, num_docs, rounds, repeats):
     scores, target, offsets = batch(num_lists, num_docs, "binary")
@@ -140,22 +156,32 @@ def test_loss_against_its_floor(compare):
 
     def floor():
         return cpu._C.lambda_loss_pair_floor(
-            num_lists, num_docs, columns, *(tensor.data_ptr() for tensor in tensors), torch.get_num_threads()
+            num_lists,
+            num_docs,
+            columns,
+            *(tensor.data_ptr() for tensor in tensors),
+            torch.get_num_threads(),
         )
 
     # The loop does the work: its loss is that of the same pairs in PyTorch.
     s = values[: num_lists * columns].view(num_lists, columns)
     rows = values.unfold(0, num_docs, columns)[:num_lists]
-    expected = (-torch.nn.functional.logsigmoid(rows[:, :, None] - s[:, None, :]) * weight).double().sum()
+    expected = (
+        (-torch.nn.functional.logsigmoid(rows[:, :, None] - s[:, None, :]) * weight).double().sum()
+    )
     assert floor() == pytest.approx(expected.item(), rel=1e-5)
-    compare(f"floor of {num_lists} x {num_docs} graded, peer the bare pairs", ours, floor, rounds=15)
+    compare(
+        f"floor of {num_lists} x {num_docs} graded, peer the bare pairs", ours, floor, rounds=15
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("num_lists", "num_docs", "labels", "rounds", "repeats"), CASES)
 def test_loss_on_the_device(compare_on_gpu, num_lists, num_docs, labels, rounds, repeats):
-    """Forward and backward, by the device's own clock, beside sentence-transformers' loss eager and compiled."""
+    """Forward and backward, by the device's own clock, beside sentence-transformers' loss eager and
+    compiled.
+    """
     scores, target, offsets = batch(num_lists, num_docs, labels)
     flat = target.flatten()
     peer_loss = LambdaLoss(_Scores(scores), mini_batch_size=-1)

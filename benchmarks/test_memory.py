@@ -1,4 +1,6 @@
-"""Peak memory of the published training step, each in a process of its own: above the model, with AdamW's state."""
+"""Peak memory of the published training step, each in a process of its own: above the model, with
+AdamW's state.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def _in_a_process(name: str, mini_batch_size: int) -> int:
 @pytest.mark.parametrize("name", ["ours", "drop_in"])
 def test_peak_memory(benchmark, compare_memory, name):
     ours = benchmark.pedantic(_in_a_process, (name, 16), rounds=1)
-    compare_memory(f"peak memory of a step, {name}, peer 16 a forward", ours, _in_a_process("peer", 16))
+    compare_memory(
+        f"peak memory of a step, {name}, peer 16 a forward", ours, _in_a_process("peer", 16)
+    )
 
 
 if __name__ == "__main__":

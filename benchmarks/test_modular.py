@@ -1,6 +1,8 @@
-"""Rerankers of modules beside sentence-transformers: Ettin-17m and 32m in shape and head, with random weights.
+"""Rerankers of modules beside sentence-transformers: Ettin-17m and 32m in shape and head, with
+random weights.
 
-ModernBERT, Pooling, Dense, LayerNorm, Dense. The vocabulary is MiniLM's, whose tokenizer is at hand.
+ModernBERT, Pooling, Dense, LayerNorm, Dense. The vocabulary is MiniLM's, whose tokenizer is at
+hand.
 """
 
 from __future__ import annotations

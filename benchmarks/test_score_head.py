@@ -1,4 +1,6 @@
-"""The score head, forward and backward, against the eager modules: gather, pooler, dropout, classifier."""
+"""The score head, forward and backward, against the eager modules: gather, pooler, dropout,
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ HIDDEN, TOKENS = 384, 100  # of MiniLM; of a pair
 @pytest.mark.parametrize("num_pairs", [100, 1000])
 @pytest.mark.parametrize("gathered", [True, False], ids=["rows", "flat"])
 def test_score_head(compare, num_pairs, dtype, dropout, gathered):
-    """rows: of tokens that are gathered already, as packed execution calls it; flat: out of all hidden states."""
+    """rows: of tokens that are gathered already, as packed execution calls it; flat: out of all
+    hidden states.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     tokens = num_pairs * (1 if gathered else TOKENS)
@@ -35,7 +39,9 @@ def test_score_head(compare, num_pairs, dtype, dropout, gathered):
 
     def ours():
         weights = (pooler.weight, pooler.bias, out.weight, out.bias)
-        return backward(score_head(hidden, index, *weights, dropout_p=dropout, training=True, seed=1))
+        return backward(
+            score_head(hidden, index, *weights, dropout_p=dropout, training=True, seed=1)
+        )
 
     def peer():
         rows = hidden if index is None else hidden[index]
@@ -43,7 +49,10 @@ def test_score_head(compare, num_pairs, dtype, dropout, gathered):
 
     if dropout == 0:
         for mine, theirs in zip(ours(), peer(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
-    case = f"score head, {num_pairs} {'rows' if gathered else f'pairs of {TOKENS} tokens'}, {str(dtype)[6:]}"
+            torch.testing.assert_close(
+                mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())
+            )
+    read = "rows" if gathered else f"pairs of {TOKENS} tokens"
+    case = f"score head, {num_pairs} {read}, {str(dtype)[6:]}"
     repeats = 20 if num_pairs == 100 else 5
     compare(f"{case}, dropout {dropout}", ours, peer, rounds=15, repeats=repeats if gathered else 2)

@@ -1,8 +1,8 @@
 """One training step of the published shape: 16 lists of 3-10 documents, MS MARCO-like lengths.
 
 Each side in the precision that is fastest on this machine.
-Beside it: the drop-in loss in sentence-transformers' own step, other lengths, and the step's share of the machine's
-matrix peak.
+Beside it: the drop-in loss in sentence-transformers' own step, other lengths, and the step's share
+of the machine's matrix peak.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from benchmarks.workload import encoder, make_steps, marco_like_lists
 from rerank_fast import Trainer, TrainingConfig
 
 
-# 16 is the published setting; 32 is the other one that users try. The whole batch at once pads most.
+# 16 is the published setting; 32 is the other one that users try. The whole batch at once pads
+# most.
 @pytest.mark.parametrize("mini_batch_size", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_step(compare, tmp_path, mini_batch_size):
     steps = make_steps(marco_like_lists(16), str(tmp_path), mini_batch_size=mini_batch_size)
@@ -38,7 +39,9 @@ def test_drop_in_loss(compare, tmp_path):
     ],
 )
 def test_other_lengths(compare, tmp_path, name, num_lists, options, max_length):
-    """Where there is less to win: texts of some 30 and 300 tokens, and texts without padding to save."""
+    """Where there is less to win: texts of some 30 and 300 tokens, and texts without padding to
+    save.
+    """
     lists = marco_like_lists(num_lists, **options)
     steps = make_steps(lists, str(tmp_path), mini_batch_size=16, max_length=max_length)
     compare(f"step, {name}: {steps.describe}", steps.ours, steps.peer, rounds=3)
@@ -50,7 +53,9 @@ def test_compiled_step(compare, tmp_path):
     settings = {"max_length": 256, "show_progress_bar": False}
     trainers = []
     for name in ("eager", "compiled"):
-        config = TrainingConfig(output=str(tmp_path / name), torch_compile=name == "compiled", **settings)
+        config = TrainingConfig(
+            output=str(tmp_path / name), torch_compile=name == "compiled", **settings
+        )
         trainers.append(Trainer(encoder(), marco_like_lists(16), config=config))
     for trainer in trainers:
         trainer.model.train()
@@ -64,7 +69,9 @@ def test_compiled_step(compare, tmp_path):
 
 
 def test_share_of_the_matrix_peak(compare, tmp_path):
-    """The ratio is a share: beside the step, its matrix arithmetic alone as large products at their fastest."""
+    """The ratio is a share: beside the step, its matrix arithmetic alone as large products at their
+    fastest.
+    """
     steps = make_steps(marco_like_lists(16), str(tmp_path), mini_batch_size=16)
     size = 2048
     a, b = (torch.randn(size, size, dtype=steps.dtype) for _ in range(2))
@@ -75,7 +82,8 @@ def test_share_of_the_matrix_peak(compare, tmp_path):
             a @ b.t()
 
     compare(
-        f"step of {steps.matrix_flops / 1e12:.2f} Tflop, beside {products} products of {size}^3 in its dtype",
+        f"step of {steps.matrix_flops / 1e12:.2f} Tflop, beside {products} products of {size}^3 in "
+        "its dtype",
         steps.ours,
         peak,
         rounds=3,

@@ -1,4 +1,6 @@
-"""Attention at the published shape, both ways, beside torch's SDPA: a call a sequence, and one of all."""
+"""Attention at the published shape, both ways, beside torch's SDPA: a call a sequence, and one of
+all.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ HEADS, HEAD_SIZE = 12, 32
 
 
 def published_lengths() -> list[int]:
-    """Tokens of the pairs of 16 lists of 3 to 10 documents, sorted as the planner does; about 92 in the mean."""
+    """Tokens of the pairs of 16 lists of 3 to 10 documents, sorted as the planner does; about 92 in
+    the mean.
+    """
     words = [len(doc.split()) for row in marco_like_lists(16) for doc in row["docs"]]
-    return sorted((count + 10 for count in words), reverse=True)  # the query's words and 3 special tokens
+    return sorted(
+        (count + 10 for count in words), reverse=True
+    )  # the query's words and 3 special tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -46,8 +52,12 @@ def test_attention(compare, one_query, dtype):
     def peer() -> None:
         k, v = kv.unbind(1)
         outs = [
-            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in parts))[0].transpose(0, 1)
-            for parts in zip(q[:, 0].split(queries), k.split(lengths), v.split(lengths), strict=True)
+            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in parts))[0].transpose(
+                0, 1
+            )
+            for parts in zip(
+                q[:, 0].split(queries), k.split(lengths), v.split(lengths), strict=True
+            )
         ]
         torch.autograd.grad(torch.cat(outs), (q, kv), grad)
 
@@ -59,7 +69,9 @@ def test_attention(compare, one_query, dtype):
 LENGTHS = {
     "107 x 100": [100] * 107,
     # Log-normal, as passages are.
-    "107 of 20-250": sorted(np.random.default_rng(0).lognormal(4.6, 0.6, 107).clip(20, 250).astype(int).tolist()),
+    "107 of 20-250": sorted(
+        np.random.default_rng(0).lognormal(4.6, 0.6, 107).clip(20, 250).astype(int).tolist()
+    ),
 }
 
 
@@ -70,13 +82,20 @@ def test_attention_of_a_batch(compare, lengths, dtype):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     number, longest, tokens = len(LENGTHS[lengths]), max(LENGTHS[lengths]), sum(LENGTHS[lengths])
-    inside = torch.arange(longest, device=device) < torch.tensor(LENGTHS[lengths], device=device)[:, None]
-    padded = torch.randn(number, longest, 3, HEADS, HEAD_SIZE, device=device).to(dtype).requires_grad_()
+    inside = (
+        torch.arange(longest, device=device)
+        < torch.tensor(LENGTHS[lengths], device=device)[:, None]
+    )
+    padded = (
+        torch.randn(number, longest, 3, HEADS, HEAD_SIZE, device=device).to(dtype).requires_grad_()
+    )
     flat = padded.detach()[inside].requires_grad_()
     grad = torch.randn(tokens, HEADS, HEAD_SIZE, device=device).to(dtype)
     padded_grad = grad.new_zeros(number, longest, HEADS, HEAD_SIZE)
     padded_grad[inside] = grad
-    ends = torch.tensor(np.concatenate([[0], np.cumsum(LENGTHS[lengths])]), dtype=torch.int32, device=device)
+    ends = torch.tensor(
+        np.concatenate([[0], np.cumsum(LENGTHS[lengths])]), dtype=torch.int32, device=device
+    )
     mask = None if inside.all() else inside[:, None, None, :]
 
     def ours() -> torch.Tensor:
@@ -91,4 +110,6 @@ def test_attention_of_a_batch(compare, lengths, dtype):
 
     if dtype == torch.float32:
         torch.testing.assert_close(ours(), peer()[inside], rtol=1e-3, atol=1e-4)
-    compare(f"attention {lengths}, {str(dtype)[6:]}, beside SDPA of the batch", ours, peer, rounds=9)
+    compare(
+        f"attention {lengths}, {str(dtype)[6:]}, beside SDPA of the batch", ours, peer, rounds=9
+    )

@@ -2,11 +2,11 @@
 
     python -m benchmarks.tokenization
 
-Beside the tokenizer's own truncation of pairs, which also makes all that it cuts off; it is left out
-where that would be above --peer_gib. Every row of long texts is a process of its own: its peak is the
-resident set's, less what is resident before the pair comes. Ordinary pairs are 1,000 of about 90
-tokens, each query beside ten documents; medians of alternating rounds. The demo's tokenizer, pairs cut
-to 512 tokens. Nothing else should use the machine.
+Beside the tokenizer's own truncation of pairs, which also makes all that it cuts off; it is left
+out where that would be above --peer_gib. Every row of long texts is a process of its own: its peak
+is the resident set's, less what is resident before the pair comes. Ordinary pairs are 1,000 of
+about 90 tokens, each query beside ten documents; medians of alternating rounds. The demo's
+tokenizer, pairs cut to 512 tokens. Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from benchmarks.workload import words_like_marco
 from rerank_fast.demo import encoder_directory
 from rerank_fast.model.texts import Pair
-from rerank_fast.model.tokenization import PairTokenizer
+from rerank_fast.model.tokens.tokenization import PairTokenizer
 
 MAX_LENGTH = 512
 WORDS = [
@@ -75,7 +75,15 @@ def _long_pair(way: str, query: int, document: int) -> None:
 def _row(way: str, query: int, document: int, limit: float) -> str:
     if way == "transformers" and _peer_gib(query, document) > limit:
         return f"{'-':>10} {'-':>10}"
-    command = [sys.executable, "-m", "benchmarks.tokenization", "--row", way, str(query), str(document)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.tokenization",
+        "--row",
+        way,
+        str(query),
+        str(document),
+    ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, mib = map(float, printed.split())
     return f"{seconds * 1e3:>10,.1f} {mib:>10,.0f}"
@@ -99,7 +107,9 @@ def _ordinary(rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--peer_gib",
         type=float,

@@ -1,14 +1,16 @@
-"""What a training step takes: peak memory and time of direct, checkpointing, cached and both; the loop's own share.
+"""What a training step takes: peak memory and time of direct, checkpointing, cached and both; the
+loop's own share.
 
-    python -m benchmarks.training_memory batches     # 16 lists of 12 documents, beside sentence-transformers
-    python -m benchmarks.training_memory long        # 16 of 128; without checkpointing the peer needs some 100 GiB
-    python -m benchmarks.training_memory documents   # cached and direct, 1 list of 8, 32, 128 or 512
-    python -m benchmarks.training_memory micro       # tokens a micro-batch
-    python -m benchmarks.training_memory loop        # time outside forward, backward and optimizer
+    python -m benchmarks.training_memory batches     # 16 lists of 12 documents, beside
+    sentence-transformers python -m benchmarks.training_memory long        # 16 of 128; without
+    checkpointing the peer needs some 100 GiB python -m benchmarks.training_memory documents   #
+    cached and direct, 1 list of 8, 32, 128 or 512 python -m benchmarks.training_memory micro
+    # tokens a micro-batch python -m benchmarks.training_memory loop        # time outside forward,
+    backward and optimizer
 
-Every row is a process of its own: its peak is the resident set's (VmHWM), less what is resident once the model,
-gradients, optimizer state and oneDNN's kernels are there. MiniLM-L6, bf16, pairs of 20 to 256 tokens. Nothing else
-should use the machine.
+Every row is a process of its own: its peak is the resident set's (VmHWM), less what is resident
+once the model, gradients, optimizer state and oneDNN's kernels are there. MiniLM-L6, bf16, pairs of
+20 to 256 tokens. Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -69,18 +71,25 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
     from rerank_fast import Trainer, TrainingConfig
     from rerank_fast.data import tokenize_lists
 
-    # More than there is raises an error: without the limit the system would kill a process of its choice.
+    # More than there is raises an error: without the limit the system would kill a process of its
+    # choice.
     available = _bytes("/proc/meminfo", "MemAvailable")
     resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     lists, small = _lists(case["lists"], case["documents"]), _lists(1, 2)
     with tempfile.TemporaryDirectory() as output:
         if case["mode"].startswith("sentence-transformers"):
             checkpointing = case["mode"].endswith("checkpointing")
-            step = make_peer_step(small, lists, mini_batch_size=16, gradient_checkpointing=checkpointing)
+            step = make_peer_step(
+                small, lists, mini_batch_size=16, gradient_checkpointing=checkpointing
+            )
         else:
             settings = MODES[case["mode"]] | case.get("settings", {})
             config = TrainingConfig(
-                output=output, max_length=256, batch_size=len(lists), show_progress_bar=False, **settings
+                output=output,
+                max_length=256,
+                batch_size=len(lists),
+                show_progress_bar=False,
+                **settings,
             )
             trainer = Trainer(encoder(), lists, config=config)
             trainer.model.train()
@@ -88,7 +97,8 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
             little = replace(batch, lists=tokenize_lists(small, trainer.model))
             step = lambda which: trainer._step((little, batch)[which])  # noqa: E731
         step(0)  # gradients and the optimizer's state are there now
-        # And the kernels that oneDNN compiles for every number of rows and keeps: they are not the step's.
+        # And the kernels that oneDNN compiles for every number of rows and keeps: they are not the
+        # step's.
         step(1)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _resident("VmRSS")
@@ -108,12 +118,17 @@ def _rows(cases: list[dict[str, Any]]) -> None:
             text=True,
             check=False,
         )
-        name = case["mode"] + "".join(f", {value} tokens" for value in case.get("settings", {}).values())
+        name = case["mode"] + "".join(
+            f", {value} tokens" for value in case.get("settings", {}).values()
+        )
         start = f"{name:<40} {case['lists']:>5} {case['documents']:>5}"
         if done.returncode:
             if "can't allocate memory" not in done.stderr:
                 raise SystemExit(done.stderr)
-            print(f"{start} does not fit in the {_bytes('/proc/meminfo', 'MemAvailable') / 2**30:.0f} GiB free")
+            print(
+                f"{start} does not fit in the "
+                f"{_bytes('/proc/meminfo', 'MemAvailable') / 2**30:.0f} GiB free"
+            )
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
         rate = case["lists"] * case["documents"] / row["seconds"]
@@ -121,12 +136,16 @@ def _rows(cases: list[dict[str, Any]]) -> None:
 
 
 def _loop(steps: int) -> None:
-    """The share of a run that is neither forward, backward nor optimizer: logging, data, progress, checks."""
+    """The share of a run that is neither forward, backward nor optimizer: logging, data, progress,
+    checks.
+    """
     from benchmarks.workload import encoder, marco_like_lists
     from rerank_fast import Trainer, TrainingConfig
 
     with tempfile.TemporaryDirectory() as output:
-        config = TrainingConfig(output=output, max_length=256, max_steps=steps, batch_size=4, logging_steps=1)
+        config = TrainingConfig(
+            output=output, max_length=256, max_steps=steps, batch_size=4, logging_steps=1
+        )
         trainer = Trainer(encoder(), marco_like_lists(64), config=config)
         inner, inside = trainer._step, [0.0]
 
@@ -145,13 +164,18 @@ def _loop(steps: int) -> None:
     whole, within = ends[-1][0] - ends[0][0], ends[-1][1] - ends[0][1]
     count = len(ends) - 1
     print(
-        f"{count} steps of {within / count * 1e3:.0f} ms, a log line each: {1 - within / whole:.2%} outside of them"
+        f"{count} steps of {within / count * 1e3:.0f} ms, a log line each: "
+        f"{1 - within / whole:.2%} outside of them"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("batches", "long", "documents", "micro", "loop"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "part", nargs="?", choices=("batches", "long", "documents", "micro", "loop")
+    )
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--only", default=None, help="rows whose mode begins with this")
     options = parser.parse_args()
@@ -166,13 +190,23 @@ def main() -> None:
     elif options.part == "documents":
         # Micro-batches that even 8 documents fill: what grows after that grows with the list.
         cases = [
-            {"mode": mode, "lists": 1, "documents": d, "settings": {"max_tokens_per_microbatch": 512}}
+            {
+                "mode": mode,
+                "lists": 1,
+                "documents": d,
+                "settings": {"max_tokens_per_microbatch": 512},
+            }
             for mode in ("cached", "direct")
             for d in (8, 32, 128, 512)
         ]
     elif options.part == "micro":
         cases = [
-            {"mode": "cached", "lists": 8, "documents": 24, "settings": {"max_tokens_per_microbatch": tokens}}
+            {
+                "mode": "cached",
+                "lists": 8,
+                "documents": 24,
+                "settings": {"max_tokens_per_microbatch": tokens},
+            }
             for tokens in (512, 1024, 2048, 4096, 8192, 16384)
         ]
     else:

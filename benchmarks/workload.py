@@ -1,4 +1,6 @@
-"""The workload that the benchmarks share: MS MARCO-like lists, and a training step of them, ours and the peer's."""
+"""The workload that the benchmarks share: MS MARCO-like lists, and a training step of them, ours
+and the peer's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from rerank_fast.demo import encoder_directory
 from rerank_fast.losses import LambdaLoss as DropIn
 
 _WORDS = (
-    "river stone people population city weather question model light water energy history music price doctor law"
+    "river stone people population city weather question model light water energy history music "
+    "price doctor law"
 )
 
 
@@ -45,7 +48,9 @@ def marco_like_lists(
         docs = [" ".join(generator.choice(words, length)) for length in lengths]
         labels = [0] * size
         labels[int(generator.integers(size))] = 1
-        lists.append({"query": " ".join(generator.choice(words, 7)), "docs": docs, "labels": labels})
+        lists.append(
+            {"query": " ".join(generator.choice(words, 7)), "docs": docs, "labels": labels}
+        )
     return lists
 
 
@@ -59,7 +64,9 @@ def encoder() -> str:
 
 @dataclass
 class Steps:
-    """The same step, three times, each in the precision that is fastest here; describe says of what lengths."""
+    """The same step, three times, each in the precision that is fastest here; describe says of what
+    lengths.
+    """
 
     ours: Callable[[], object]
     peer: Callable[[], object]
@@ -70,9 +77,15 @@ class Steps:
 
 
 def make_steps(
-    lists: list[dict], output: str, *, mini_batch_size: int, max_length: int = 256, model: str | None = None
+    lists: list[dict],
+    output: str,
+    *,
+    mini_batch_size: int,
+    max_length: int = 256,
+    model: str | None = None,
 ) -> Steps:
-    """A step of the Trainer, and one as sentence-transformers' trainer takes it, at its mini_batch_size.
+    """A step of the Trainer, and one as sentence-transformers' trainer takes it, at its
+    mini_batch_size.
 
     Of MiniLM-L6, where no directory of a model is given.
     """
@@ -83,15 +96,19 @@ def make_steps(
     lengths = batch.lists.pairs.lengths
     shape = trainer.model.model.config
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
-    # Forward and two products backward. Of the last layer keys and values alone are needed for every token.
+    # Forward and two products backward. Of the last layer keys and values alone are needed for
+    # every token.
     weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
     peer = {"mini_batch_size": mini_batch_size, "max_length": max_length, "model": model}
     return Steps(
         ours=lambda: trainer._step(batch),
         peer=make_peer_step(lists, **peer),
         drop_in=make_peer_step(lists, loss_class=DropIn, **peer),
-        describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens",
-        dtype={"fp32": torch.float32, "fp16": torch.float16}.get(trainer.config.precision, torch.bfloat16),
+        describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} "
+        "tokens",
+        dtype={"fp32": torch.float32, "fp16": torch.float16}.get(
+            trainer.config.precision, torch.bfloat16
+        ),
         matrix_flops=6.0 * weights * int(lengths.sum()),
     )
 
@@ -105,18 +122,23 @@ def make_peer_step(
     precision: str | None = None,
     model: str | None = None,
 ) -> Callable[..., object]:
-    """A step as sentence-transformers' trainer takes it, on the first of the batches or that of an index.
+    """A step as sentence-transformers' trainer takes it, on the first of the batches or that of an
+    index.
 
     In its fastest precision, unless one is given: bf16 or no.
     """
     precision = precision or peer_precision()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peer_model = PeerCrossEncoder(model or encoder(), num_labels=1, max_length=max_length, device=device)
+    peer_model = PeerCrossEncoder(
+        model or encoder(), num_labels=1, max_length=max_length, device=device
+    )
     if gradient_checkpointing:
         peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a process there is one, in one precision
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # of a process there is one, in one precision
     # What their trainer does about bf16: an autocast on the model's forward.
     peer_model = Accelerator(mixed_precision=precision, cpu=device == "cpu").prepare(peer_model)
     loss = loss_class(peer_model, mini_batch_size=mini_batch_size)
@@ -140,7 +162,8 @@ def make_peer_step(
 
 @functools.cache
 def peer_precision() -> str:
-    """The mixed precision in which sentence-transformers' step is faster here, by a short one of each.
+    """The mixed precision in which sentence-transformers' step is faster here, by a short one of
+    each.
 
     A process takes it from RERANK_FAST_BENCH_PEER_PRECISION, where another one has measured.
     """

@@ -1,6 +1,7 @@
 """Fast training and inference of cross-encoder rerankers.
 
-Every public name is imported when it is first used: `import rerank_fast` loads neither torch nor triton.
+Every public name is imported when it is first used: `import rerank_fast` loads neither torch nor
+triton.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder as CrossEncoder
+    from rerank_fast.model.scoring import score as score
     from rerank_fast.ops.lambda_loss import count_pairs as count_pairs
     from rerank_fast.ops.lambda_loss import lambda_loss as lambda_loss
     from rerank_fast.ops.ndcg import ndcg as ndcg
@@ -25,6 +27,7 @@ _ORIGIN = {
     "count_pairs": "rerank_fast.ops.lambda_loss",
     "lambda_loss": "rerank_fast.ops.lambda_loss",
     "ndcg": "rerank_fast.ops.ndcg",
+    "score": "rerank_fast.model.scoring",
 }
 
 __all__ = [*_ORIGIN, "__version__"]

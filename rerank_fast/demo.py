@@ -21,7 +21,8 @@ from rerank_fast.training.trainer import Trainer
 _QUERY = "Return True if the path refers to an existing file"
 _DOCUMENTS = [
     "set clear: Removes every element from the set and leaves it empty.",
-    "path exists: The test follows symbolic links, so a broken link gives False. Needs no permission "
+    "path exists: The test follows symbolic links, so a broken link gives False. Needs no "
+    "permission "
     "on the file itself.",
     "softmax: Computes the softmax over the last dimension of the input tensor.",
     "create connection: Opens a network connection to the host and returns a socket object.",
@@ -90,7 +91,10 @@ def run_demo(
     # Short documents are read soon. BM25 has all of their words, the model what fits max_length.
     train, held_out = build_docstring_lists(num_random=9, max_lists=720, max_words=40, seed=seed)
     held_out = held_out.select(range(min(_MEASURED_LISTS, len(held_out))))
-    print(f"{len(train)} training lists, {len(held_out)} held-out lists of {len(held_out[0]['docs'])} documents")
+    print(
+        f"{len(train)} training lists, {len(held_out)} held-out lists of "
+        f"{len(held_out[0]['docs'])} documents"
+    )
     torch.manual_seed(seed)
     model = CrossEncoder(encoder, max_length=config.max_length)
     trainer = Trainer(model, train, config=config)
@@ -121,12 +125,20 @@ def run_demo(
 
 
 def _print_table(result: Mapping[str, Any]) -> None:
-    print(f"\n{'metric':<8} {'before':>7} {'after':>7} {'BM25':>7}   after - BM25, 95% interval over queries")
+    print(
+        f"\n{'metric':<8} {'before':>7} {'after':>7} {'BM25':>7}   after - BM25, 95% interval over "
+        "queries"
+    )
     for name in _METRICS:
         means = " ".join(f"{result[column][name]:>7.4f}" for column in ("before", "after", "bm25"))
         gain = result["after - bm25"][name]
-        print(f"{name:<8} {means}   {gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
+        print(
+            f"{name:<8} {means}   {gain['difference']:+.4f} [{gain['low']:+.4f}, "
+            f"{gain['high']:+.4f}]"
+        )
     if result["beats_bm25"]:
         print("After training the model ranks the held-out modules better than BM25.")
     else:
-        print("The model was not shown to rank better than BM25: NDCG@10's interval is not above 0.")
+        print(
+            "The model was not shown to rank better than BM25: NDCG@10's interval is not above 0."
+        )

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from rerank_fast.data.output_errors import writing
 from rerank_fast.data.output_lock import locked
 from rerank_fast.data.pairs import PairBlock, PairFile, as_text
-from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.texts import check_text, one_line
+from rerank_fast.model.tokens.ahead import ahead
 from rerank_fast.training.distributed.collectives import join_processes
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileScores:
-    """rows: of the output; scored: pairs scored by this process in this run; truncated: of these."""
+    """rows: of the output; scored: pairs scored by this process in this run; truncated: of
+    these.
+    """
 
     rows: int
     scored: int
@@ -40,7 +42,9 @@ class FileScores:
 
 
 def process_state() -> PartialState:
-    """See join_processes: a process waits for the slowest one at the end, however long that takes."""
+    """See join_processes: a process waits for the slowest one at the end, however long that
+    takes.
+    """
     return join_processes(timedelta(days=30).total_seconds())
 
 
@@ -59,17 +63,19 @@ def score_file(
 ) -> FileScores:
     """Write a Parquet file with the scores of a file's pairs, row for row.
 
-    Rows are scored in parts, each written when it is done, to the directory OUTPUT.parts. A run that was killed
-    goes on after them when it is started again, with the same arguments, on the same file and in any number of
-    processes. Under accelerate launch each process scores every n-th part.
+    Rows are scored in parts, each written when it is done, to the directory OUTPUT.parts. A run
+    that was killed goes on after them when it is started again, with the same arguments, on the
+    same file and in any number of processes. Under accelerate launch each process scores every n-th
+    part.
 
     Args:
         model: scores with its own activation function.
         source: .jsonl or .parquet with the columns query and document, or query and docs (a list).
-        output: .parquet file with a column score, or scores (a list) where a row has docs. It appears when all is
-            done.
+        output: .parquet file with a column score, or scores (a list) where a row has docs. It
+            appears when all is done.
         columns: where the source's columns have other names.
-        keep: columns of the source to copy to the output; as text where JSON has values of several kinds in one.
+        keep: columns of the source to copy to the output; as text where JSON has values of several
+            kinds in one.
         rows_per_part: rows that are in memory at a time, and that a kill may lose.
         batch_size: most pairs per forward pass; None lets their tokens decide.
         prompt: goes before each query; the instruction of a causal model.
@@ -99,7 +105,13 @@ def score_file(
             _prepare(output, parts, _run_id(model, file, prompt), overwrite)
         state.wait_for_everyone()
         scored, truncated, num_parts = _score_parts(
-            model, file, parts, state, batch_size=batch_size, prompt=prompt, show_progress_bar=show_progress_bar
+            model,
+            file,
+            parts,
+            state,
+            batch_size=batch_size,
+            prompt=prompt,
+            show_progress_bar=show_progress_bar,
         )
         state.wait_for_everyone()
         if state.is_main_process:
@@ -128,12 +140,19 @@ def _score_parts(
         return index % shares == mine and not _part(parts, index).exists()
 
     # The next part is read and tokenised while one is scored.
-    ready = ahead((block, *model.tokenize_counting(block.pairs, prompt=prompt)) for block in file.blocks(wanted))
+    ready = ahead(
+        (block, *model.tokenize_counting(block.pairs, prompt=prompt))
+        for block in file.blocks(wanted)
+    )
     with closing(ready), tqdm(unit="rows", disable=not show_progress_bar) as bar:
         for block, tokens, cut in ready:
             scores = model.score_tokens(tokens, batch_size=batch_size).float().cpu().numpy()
             table = _with_scores(block, scores)
-            _write(_part(parts, block.index), lambda writer, table=table: writer.write_table(table), table.schema)
+            _write(
+                _part(parts, block.index),
+                lambda writer, table=table: writer.write_table(table),
+                table.schema,
+            )
             scored, truncated = scored + len(scores), truncated + cut
             bar.update(table.num_rows)
     return scored, truncated, num_parts
@@ -172,19 +191,27 @@ def _check_output(source: Path, output: Path) -> None:
 
 def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
     note = parts / "run.json"
-    merged = output.exists() and note.exists()  # killed after the output was there: it is made again of its parts
+    merged = (
+        output.exists() and note.exists()
+    )  # killed after the output was there: it is made again of its parts
     if output.exists() and not merged and not overwrite:
-        raise ValueError(f"{output} already exists; pass overwrite=True (--overwrite) to replace it")
+        raise ValueError(
+            f"{output} already exists; pass overwrite=True (--overwrite) to replace it"
+        )
     if parts.exists():
-        # Of a run that was killed before it wrote its note, or that finished no part, there is nothing to lose.
+        # Of a run that was killed before it wrote its note, or that finished no part, there is
+        # nothing to lose.
         begun = note.exists() and any(parts.glob("[0-9]*.parquet"))
         before = _read_note(note) if begun else None
-        changed = [name for name in run_id if before is not None and before.get(name) != run_id[name]]
+        changed = [
+            name for name in run_id if before is not None and before.get(name) != run_id[name]
+        ]
         if before == run_id:
             return
         if changed and not overwrite:
             raise ValueError(
-                f"{parts} holds parts of a run with another {', '.join(changed)}; repeat that run to go on, or "
+                f"{parts} holds parts of a run with another {', '.join(changed)}; repeat that run "
+                "to go on, or "
                 "pass overwrite=True (--overwrite) to drop them"
             )
         shutil.rmtree(parts)
@@ -194,7 +221,9 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
 
 
 def _read_note(note: Path) -> dict[str, Any]:
-    """The arguments of the run that wrote the parts; of a damaged note none, which no run agrees with."""
+    """The arguments of the run that wrote the parts; of a damaged note none, which no run agrees
+    with.
+    """
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -211,7 +240,9 @@ def _with_scores(block: PairBlock, scores: np.ndarray) -> pyarrow.Table:
     if block.sizes is None:
         return pyarrow.table({**kept, "score": pyarrow.array(scores, pyarrow.float32())})
     offsets = np.concatenate([[0], np.cumsum(block.sizes)]).astype(np.int32)
-    return pyarrow.table({**kept, "scores": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(scores))})
+    return pyarrow.table(
+        {**kept, "scores": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(scores))}
+    )
 
 
 def _write(path: Path, fill: Any, schema: pyarrow.Schema) -> None:
@@ -253,7 +284,8 @@ def _whole(part: Path, num_parts: int) -> Iterator[None]:
         yield
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"{part}, one of {num_parts} parts, is missing or damaged: {one_line(error)}; remove it where "
+            f"{part}, one of {num_parts} parts, is missing or damaged: {one_line(error)}; remove "
+            "it where "
             "it is there, and start again: the other parts stay"
         ) from error
 
@@ -264,7 +296,9 @@ def _read(part: Path, num_parts: int, columns: list[str] | None = None) -> pyarr
 
 
 def _common_type(files: Sequence[Path], name: str) -> pyarrow.DataType:
-    """Of a column in all parts; text where values of several kinds were kept from JSON, as numbers and strings."""
+    """Of a column in all parts; text where values of several kinds were kept from JSON, as numbers
+    and strings.
+    """
     types = {pyarrow.parquet.read_schema(file).field(name).type for file in files}
     if len(types) == 1:
         return types.pop()
@@ -274,7 +308,9 @@ def _common_type(files: Sequence[Path], name: str) -> pyarrow.DataType:
         for file in files:  # a whole number may be too large for a double
             _read(file, len(files), [name]).column(name).cast(common)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
-        logger.warning("The kept column %s holds values of several kinds: it is written as text.", name)
+        logger.warning(
+            "The kept column %s holds values of several kinds: it is written as text.", name
+        )
         return pyarrow.string()
     return common
 

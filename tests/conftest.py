@@ -19,11 +19,12 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Inductor's cache takes graphs that were compiled under another ATEN_CPU_CAPABILITY for this one's; they write past
-# their outputs. torch's own folder is kept for what users compiled.
+# Inductor's cache takes graphs that were compiled under another ATEN_CPU_CAPABILITY for this one's;
+# they write past their outputs. torch's own folder is kept for what users compiled.
 _vectors = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
 os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"rerank_fast_tests_{_vectors}_{os.getuid()}"))
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir(), f"rerank_fast_tests_{_vectors}_{os.getuid()}")),
 )
 if not torch.cuda.is_available():
     # Read when the kernels are imported: without a GPU they run in Triton's interpreter.

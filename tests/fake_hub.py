@@ -26,7 +26,9 @@ class FakeHub:
     unauthorized: int = 0
     _objects: dict[str, bytes] = field(default_factory=dict)  # large files by sha256
 
-    def answer(self, method: str, path: str, body: bytes, authorization: str | None) -> tuple[int, Any]:
+    def answer(
+        self, method: str, path: str, body: bytes, authorization: str | None
+    ) -> tuple[int, Any]:
         path = path.partition("?")[0]
         self.requests.append((method, path))
         if path.startswith("/objects/"):  # a signed URL carries no token
@@ -51,7 +53,8 @@ class FakeHub:
         if path.endswith("/info/lfs/objects/batch"):
             wanted = json.loads(body)["objects"]
             objects = [
-                {**one, "actions": {"upload": {"href": f"{self.endpoint}/objects/{one['oid']}"}}} for one in wanted
+                {**one, "actions": {"upload": {"href": f"{self.endpoint}/objects/{one['oid']}"}}}
+                for one in wanted
             ]
             return 200, {"transfer": "basic", "objects": objects}
         if "/commit/" in path:
@@ -72,12 +75,20 @@ class FakeHub:
     def _validate(self, content: str) -> tuple[int, Any]:
         metadata = yaml.safe_load(content.split("---\n")[1])
         if metadata.get("license") == "no-such-license":
-            return 400, {"errors": [{"message": '"license" must be one of [apache-2.0, mit, ...]'}], "warnings": []}
+            return 400, {
+                "errors": [{"message": '"license" must be one of [apache-2.0, mit, ...]'}],
+                "warnings": [],
+            }
         return 200, {"errors": [], "warnings": []}
 
     def _mode(self, path: str) -> dict[str, Any]:
         large = path.endswith((".safetensors", ".png", ".onnx"))
-        return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": None}
+        return {
+            "path": path,
+            "uploadMode": "lfs" if large else "regular",
+            "shouldIgnore": False,
+            "oid": None,
+        }
 
     def _commit(self, repo: str, lines: list[dict[str, Any]]) -> tuple[int, Any]:
         for line in lines:
@@ -100,7 +111,9 @@ def serve_hub(token: str) -> Iterator[FakeHub]:
 
         def _handle(self) -> None:
             body = self._body()
-            status, content = hub.answer(self.command, self.path, body, self.headers.get("Authorization"))
+            status, content = hub.answer(
+                self.command, self.path, body, self.headers.get("Authorization")
+            )
             data = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

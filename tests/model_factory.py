@@ -68,7 +68,10 @@ _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def make_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer over a few dozen words and all letters, with BERT's pair template."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789.,?!'")
-    pieces = [*_SPECIAL, *dict.fromkeys([*_WORDS, *letters, *(f"##{letter}" for letter in letters)])]
+    pieces = [
+        *_SPECIAL,
+        *dict.fromkeys([*_WORDS, *letters, *(f"##{letter}" for letter in letters)]),
+    ]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -91,20 +94,35 @@ def make_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_bert(
-    directory: str | Path, *, head: bool = True, num_labels: int = 1, max_positions: int = 64, seed: int = 0
+    directory: str | Path,
+    *,
+    head: bool = True,
+    num_labels: int = 1,
+    max_positions: int = 64,
+    seed: int = 0,
 ) -> Path:
     """Save a 2-layer BERT of width 32 with its tokenizer; `head=False` saves the bare encoder."""
     tokenizer = make_tokenizer()
-    config = BertConfig(**_shape(tokenizer), max_position_embeddings=max_positions, num_labels=num_labels)
+    config = BertConfig(
+        **_shape(tokenizer), max_position_embeddings=max_positions, num_labels=num_labels
+    )
     torch.manual_seed(seed)
-    return _save(BertForSequenceClassification(config) if head else BertModel(config), tokenizer, directory)
+    return _save(
+        BertForSequenceClassification(config) if head else BertModel(config), tokenizer, directory
+    )
 
 
 def make_tiny_roberta(directory: str | Path, *, seed: int = 0) -> Path:
-    """Save a RoBERTa of the same shape; its positions begin at pad + 1, so 65 embeddings hold 64 tokens."""
+    """Save a RoBERTa of the same shape; its positions begin at pad + 1, so 65 embeddings hold 64
+    tokens.
+    """
     tokenizer = make_tokenizer(model_max_length=512)
     config = RobertaConfig(
-        **_shape(tokenizer), max_position_embeddings=65, num_labels=1, pad_token_id=0, type_vocab_size=2
+        **_shape(tokenizer),
+        max_position_embeddings=65,
+        num_labels=1,
+        pad_token_id=0,
+        type_vocab_size=2,
     )
     torch.manual_seed(seed)
     return _save(RobertaForSequenceClassification(config), tokenizer, directory)
@@ -113,7 +131,9 @@ def make_tiny_roberta(directory: str | Path, *, seed: int = 0) -> Path:
 def make_tiny_qwen3(
     directory: str | Path, *, chat_template: str | None = None, tied: bool = True, seed: int = 0
 ) -> Path:
-    """Save a 2-layer causal Qwen3 of width 32; its tokenizer knows Qwen's markers and the words yes and no."""
+    """Save a 2-layer causal Qwen3 of width 32; its tokenizer knows Qwen's markers and the words yes
+    and no.
+    """
     tokenizer = make_tokenizer(model_max_length=384)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -140,7 +160,9 @@ def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     }
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> Path:
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: str | Path
+) -> Path:
     # The usual 0.02 leaves a tiny random model's scores all but equal: spread them.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -63,7 +63,9 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         return known[id(value)] if id(value) in known else OnStandIn(value)
 
     args, kwargs = tree_map(down, args), tree_map(down, kwargs)
-    with _own_draws() if torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
+    with (
+        _own_draws() if torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext()
+    ):
         return tree_map(up, func(*args, **kwargs))
 
 

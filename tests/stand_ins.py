@@ -32,15 +32,20 @@ def _text(draw: random.Random) -> str:
 def make_nano_beir(
     directory: Path, *, sets: tuple[str, ...] = ("MSMARCO", "NFCorpus", "NQ"), seed: int = 0
 ) -> Path:
-    """Subsets corpus, queries, qrels and bm25 of each set; BM25 misses some relevant documents, for one query all.
+    """Subsets corpus, queries, qrels and bm25 of each set; BM25 misses some relevant documents, for
+    one query all.
 
-    The README is the hub's way to name subsets and splits: `load_dataset` reads the directory as it would the hub.
+    The README is the hub's way to name subsets and splits: `load_dataset` reads the directory as it
+    would the hub.
     """
     draw = random.Random(seed)
     for name in sets:
         texts = list(dict.fromkeys(_text(draw) for _ in range(60)))
         corpus = [{"_id": f"doc{i}", "text": text} for i, text in enumerate(texts)]
-        queries = [{"_id": f"q{i}", "text": f"what is the {_text(draw)}"} for i in range(draw.randrange(8, 12))]
+        queries = [
+            {"_id": f"q{i}", "text": f"what is the {_text(draw)}"}
+            for i in range(draw.randrange(8, 12))
+        ]
         qrels, bm25 = [], []
         for i, query in enumerate(queries):
             ids = [row["_id"] for row in corpus]
@@ -50,9 +55,16 @@ def make_nano_beir(
             relevant += draw.sample(rest, draw.randrange(2) if i else 2)
             qrels += [{"query-id": query["_id"], "corpus-id": key} for key in relevant]
             bm25.append({"query-id": query["_id"], "corpus-ids": ranking})
-        for subset, rows in {"corpus": corpus, "queries": queries, "qrels": qrels, "bm25": bm25}.items():
+        for subset, rows in {
+            "corpus": corpus,
+            "queries": queries,
+            "qrels": qrels,
+            "bm25": bm25,
+        }.items():
             (directory / subset).mkdir(parents=True, exist_ok=True)
-            Dataset.from_list(rows).to_parquet(directory / subset / f"Nano{name}-00000-of-00001.parquet")
+            Dataset.from_list(rows).to_parquet(
+                directory / subset / f"Nano{name}-00000-of-00001.parquet"
+            )
     card = ["---", "configs:"]
     for subset in ("corpus", "queries", "qrels", "bm25"):
         card += [f"- config_name: {subset}", "  data_files:"]
@@ -87,5 +99,7 @@ def make_ms_marco(directory: Path, *, count: int = 40, seed: int = 0) -> Path:
             }
         )
     (directory / "v1.1").mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows, features=_MS_MARCO).to_parquet(directory / "v1.1" / "train-00000-of-00001.parquet")
+    Dataset.from_list(rows, features=_MS_MARCO).to_parquet(
+        directory / "v1.1" / "train-00000-of-00001.parquet"
+    )
     return directory

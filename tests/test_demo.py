@@ -33,7 +33,9 @@ def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "demo"
 
 
-def test_prints_before_and_after_and_saves_a_model(tiny_demo: Path, capsys: pytest.CaptureFixture[str]):
+def test_prints_before_and_after_and_saves_a_model(
+    tiny_demo: Path, capsys: pytest.CaptureFixture[str]
+):
     result = demo.run_demo(str(tiny_demo), max_steps=2)
     assert result["bm25"]["mrr@10"] == 0.5
     assert json.loads((tiny_demo / "demo.json").read_text()) == result
@@ -71,7 +73,9 @@ def test_says_whether_it_beats_bm25(
     assert f"+0.2500 [{low:+.4f}, +0.5000]" in printed
 
 
-@pytest.mark.skipif("RERANK_FAST_DEMO" not in os.environ, reason="RERANK_FAST_DEMO names no demo's output")
+@pytest.mark.skipif(
+    "RERANK_FAST_DEMO" not in os.environ, reason="RERANK_FAST_DEMO names no demo's output"
+)
 def test_the_demo_that_ships_beats_bm25_and_answers_its_query():
     """What `rerank-fast demo` came to; .ci/run names the output of the run that it makes anyway."""
     result = json.loads((Path(os.environ["RERANK_FAST_DEMO"]) / "demo.json").read_text())

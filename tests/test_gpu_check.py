@@ -1,4 +1,6 @@
-"""The check for the day that a GPU is there: all of it runs small without one, and claims no time."""
+"""The check for the day that a GPU is there: all of it runs small without one, and claims no
+time.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,10 @@ def _claims(results: Results) -> None:
         (_hangs, "stopped at its limit of 1 s"),
         (_breaks, "failed: RuntimeError: a GPU was lost"),
         (_dies, "ended by itself with 3"),
-        (_claims, "failed: ValueError: a dry run measures nothing, got measured_seconds of a claim"),
+        (
+            _claims,
+            "failed: ValueError: a dry run measures nothing, got measured_seconds of a claim",
+        ),
     ],
 )
 def test_a_part_that_goes_wrong_leaves_what_it_had(
@@ -174,10 +179,14 @@ def test_waits_are_counted_by_their_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_profile_counts_launches_and_the_time_of_any_kernel():
-    def event(name: str, start: float, end: float, *, on: str = "CUDA", annotation: bool = False) -> Any:
+    def event(
+        name: str, start: float, end: float, *, on: str = "CUDA", annotation: bool = False
+    ) -> Any:
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
         kind = getattr(torch.autograd.DeviceType, on)
-        return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=annotation)
+        return SimpleNamespace(
+            name=name, time_range=span, device_type=kind, is_user_annotation=annotation
+        )
 
     found = timing._profile_of(
         [

@@ -25,7 +25,11 @@ def test_no_step_asks_for_more(shape: str):
     above = gpu_model.beyond(rows_of(shape), limits)
     made = limits["versions"]
     assert not above, "\n".join(
-        [*above, f"the limits are of {made}, this is {gpu_model.versions()}; renew them: {gpu_model.RENEW}"]
+        [
+            *above,
+            f"the limits are of {made}, this is {gpu_model.versions()}; renew them: "
+            f"{gpu_model.RENEW}",
+        ]
     )
 
 
@@ -66,7 +70,12 @@ def test_copies_and_reads_are_waits_unless_pinned():
         assert not pageable.sum() > 0
         assert pageable.cpu().tolist() == [0.0] * 10
     uploads, reads = counts.phases["uploads"], counts.phases["reads"]
-    assert (uploads.uploads, uploads.uploaded_bytes, uploads.waits, uploads.launches) == (2, 80, 1, 0)
+    assert (uploads.uploads, uploads.uploaded_bytes, uploads.waits, uploads.launches) == (
+        2,
+        80,
+        1,
+        0,
+    )
     assert (reads.waits, reads.reads, reads.syncs) == (1, 1, 2)
 
 

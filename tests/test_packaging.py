@@ -14,7 +14,15 @@ import pytest
 pytest.importorskip("pybind11", reason="setup.py needs it: pip install -e '.[dev]'")
 
 ROOT = Path(__file__).parents[1]
-_BUILT_FROM = ("csrc", "rerank_fast", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+_BUILT_FROM = (
+    "csrc",
+    "rerank_fast",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+)
 _BUILD = """
 import runpy, sys
 sys.argv = ["setup.py", "build_ext"]
@@ -52,7 +60,12 @@ def test_the_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
         there = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    files = [path for name in ("csrc", "rerank_fast") for path in (source / name).rglob("*") if path.is_file()]
+    files = [
+        path
+        for name in ("csrc", "rerank_fast")
+        for path in (source / name).rglob("*")
+        if path.is_file()
+    ]
     assert {str(path.relative_to(source)) for path in files} <= there
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "rerank_fast/py.typed"} <= there
 
@@ -70,6 +83,8 @@ def test_a_source_without_its_headers_is_no_build(missing: str, source: Path, tm
 def test_kernels_that_must_be_built(required: str, code: int, source: Path, tmp_path: Path):
     """No compiler: a warning, or an error where the build is asked to have them."""
     shutil.copytree(source, tmp_path / "source")
-    done = run(tmp_path / "source", _BUILD, CXX="no-such-compiler", RERANK_FAST_REQUIRE_BUILD=required)
+    done = run(
+        tmp_path / "source", _BUILD, CXX="no-such-compiler", RERANK_FAST_REQUIRE_BUILD=required
+    )
     assert done.returncode == code
     assert ("CPU kernels were not built" in done.stderr) == (code == 0)

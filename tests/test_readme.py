@@ -18,7 +18,11 @@ README = Path(__file__).parents[1] / "README.md"
 _TEXT = README.read_text(encoding="utf-8")
 _BLOCKS = re.findall(r"```(\w+)\n(.*?)```", _TEXT, flags=re.DOTALL)
 _COMMANDS = [
-    line for kind, block in _BLOCKS if kind == "bash" for line in block.splitlines() if "pip install" not in line
+    line
+    for kind, block in _BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+    if "pip install" not in line
 ]
 _PROGRAMS = [block for kind, block in _BLOCKS if kind == "python"]
 (_LOOP,) = [block for block in _PROGRAMS if "optimizer.step()" in block]
@@ -26,7 +30,9 @@ _PROGRAMS = [block for kind, block in _BLOCKS if kind == "python"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model and lists, in which each piece finds what those before it have left."""
+    """A directory with a model and lists, in which each piece finds what those before it have
+    left.
+    """
     directory = tmp_path_factory.mktemp("readme")
     make_tiny_bert(directory / "bert")
     lists = "".join(json.dumps(row) + "\n" for row in make_lists(640))
@@ -59,7 +65,10 @@ def test_its_links_lead_somewhere():
 def test_its_commands_run(work: Path, monkeypatch: pytest.MonkeyPatch):
     """In their order: the second one evaluates what the first one has trained."""
     monkeypatch.chdir(work)
-    assert [shlex.split(line)[:2] for line in _COMMANDS] == [["rerank-fast", "train"], ["rerank-fast", "evaluate"]]
+    assert [shlex.split(line)[:2] for line in _COMMANDS] == [
+        ["rerank-fast", "train"],
+        ["rerank-fast", "evaluate"],
+    ]
     few = ["--max_steps", "2", "--show_progress_bar", "false"]
     for line, more in zip(_COMMANDS, (few, []), strict=True):
         assert cli.main([*shlex.split(here(line))[1:], *more]) == 0
@@ -69,7 +78,9 @@ def test_its_commands_run(work: Path, monkeypatch: pytest.MonkeyPatch):
 def test_its_programs_run(code: str, work: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(work)
     make_tiny_bert(work / "my-reranker", max_positions=64)
-    code = code.replace('output="my-reranker"', 'output="trained", overwrite=True, max_steps=2, precision="fp32"')
+    code = code.replace(
+        'output="my-reranker"', 'output="trained", overwrite=True, max_steps=2, precision="fp32"'
+    )
     names = run(code)
     if "ranking" in names:
         assert {hit["corpus_id"] for hit in names["ranking"]} == {0, 1}
@@ -77,7 +88,9 @@ def test_its_programs_run(code: str, work: Path, monkeypatch: pytest.MonkeyPatch
         assert names["result"].steps == 2
 
 
-def test_its_loop_trains(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_its_loop_trains(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.chdir(work)
     assert len(_LOOP.splitlines()) <= 20
     run(_LOOP.replace("my-reranker", "out").replace("2e-5", "5e-3"))

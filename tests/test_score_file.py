@@ -24,7 +24,8 @@ from tests.model_factory import make_tiny_bert
 
 WORDS = ["panda", "bear", "fish", "rain", "wind", "sea", "sun", "paris", "berlin", "city"]
 ROWS = [
-    {"id": f"r{n}", "query": WORDS[n % 10], "document": " ".join(WORDS[: 1 + n % 7]) + f" {n}"} for n in range(50)
+    {"id": f"r{n}", "query": WORDS[n % 10], "document": " ".join(WORDS[: 1 + n % 7]) + f" {n}"}
+    for n in range(50)
 ]
 
 
@@ -56,7 +57,9 @@ def column(path: Path, name: str = "score") -> list:
 
 
 def assert_same(actual: Path, expected: Path) -> None:
-    """The same rows in the same order; a score may differ in its last bit from one process to the next."""
+    """The same rows in the same order; a score may differ in its last bit from one process to the
+    next.
+    """
     tables = pyarrow.parquet.read_table(actual), pyarrow.parquet.read_table(expected)
     assert tables[0].schema == tables[1].schema
     assert tables[0].drop(["score"]).equals(tables[1].drop(["score"]))
@@ -81,7 +84,8 @@ def test_a_kill_between_the_output_and_the_removal_of_its_parts(model, tmp_path:
     source, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "scores.parquet"
     with monkeypatch.context() as patched:
         patched.setattr(
-            "rerank_fast.score_file.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+            "rerank_fast.score_file.shutil.rmtree",
+            lambda path: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             score_file(model, source, output, rows_per_part=20)
@@ -104,7 +108,9 @@ def test_a_kill_between_the_output_and_the_removal_of_its_parts(model, tmp_path:
         ([None, None, "a", "b"], [None, None, "a", "b"]),
     ],
 )
-def test_a_kept_column_of_several_kinds_is_text(model: CrossEncoder, tmp_path: Path, ids: list, kept: list):
+def test_a_kept_column_of_several_kinds_is_text(
+    model: CrossEncoder, tmp_path: Path, ids: list, kept: list
+):
     rows = [{"query": "rain", "document": "sea", "id": one} for one in ids]
     source, output = write(tmp_path / "pairs.jsonl", rows), tmp_path / "scores.parquet"
     score_file(model, source, output, keep=["id"], rows_per_part=2)
@@ -140,7 +146,9 @@ def test_lists_and_other_names(model: CrossEncoder, tmp_path: Path, suffix: str)
     np.testing.assert_allclose(np.concatenate(lists), expected, rtol=1e-5)
 
 
-def test_blank_lines_and_a_byte_order_mark(model: CrossEncoder, expected: np.ndarray, tmp_path: Path):
+def test_blank_lines_and_a_byte_order_mark(
+    model: CrossEncoder, expected: np.ndarray, tmp_path: Path
+):
     text = "\ufeff\n" + "\n\n".join(json.dumps(row) for row in ROWS)
     (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
     score_file(model, tmp_path / "pairs.jsonl", tmp_path / "scores.parquet", rows_per_part=9)
@@ -159,8 +167,14 @@ def test_kept_columns_may_change_their_numbers_kind(model: CrossEncoder, tmp_pat
     [
         ("{", r"pairs\.jsonl, line 32: not a JSON object"),
         ("3", r"line 32: expected a JSON object, got int 3"),
-        ('{"query": "a"}', r"line 32: no column document, which the file's first row has, a pair; there are query"),
-        ('{"query": "a", "document": null}', r"line 32, field document: expected a string, got NoneType None"),
+        (
+            '{"query": "a"}',
+            r"line 32: no column document, which the file's first row has, a pair; there are query",
+        ),
+        (
+            '{"query": "a", "document": null}',
+            r"line 32, field document: expected a string, got NoneType None",
+        ),
         ('{"query": ["a"], "document": "b"}', r"line 32, field query: expected a string, got list"),
         ('{"query": "a", "document": "\\ud800"}', r"line 32, field document: not valid Unicode"),
     ],
@@ -186,7 +200,9 @@ def test_a_malformed_line_is_named_and_what_is_done_stays(
         with pytest.raises(ValueError, match="parts of a run with another source, model"):
             score_file(model, source, output, rows_per_part=10)
     note.write_text(kept)
-    with pytest.raises(ValueError, match="parts of a run with another source;"):  # the file was changed
+    with pytest.raises(
+        ValueError, match="parts of a run with another source;"
+    ):  # the file was changed
         score_file(model, source, output, rows_per_part=10)
     assert score_file(model, source, output, rows_per_part=10, overwrite=True).scored == 50
     np.testing.assert_allclose(column(output), expected, rtol=1e-5, atol=1e-6)
@@ -231,7 +247,15 @@ def test_arguments_and_files_that_are_wrong(model: CrossEncoder, tmp_path: Path)
 
 
 def command(directory: Path, source: Path, output: Path, *more: str) -> list[str]:
-    arguments = ["score", "--model", str(directory), "--input", str(source), "--output", str(output)]
+    arguments = [
+        "score",
+        "--model",
+        str(directory),
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+    ]
     return [*arguments, "--rows_per_part", "2", *more]
 
 
@@ -292,7 +316,10 @@ def test_a_second_run_on_the_same_output_is_refused_and_the_first_one_is_whole(
         time.sleep(0.02)
     for more in ((), ("--overwrite",)):
         assert main(command(directory, source, output, *more)) == 2
-        assert f"scores.parquet is being written by process {process.pid} on " in capsys.readouterr().err
+        assert (
+            f"scores.parquet is being written by process {process.pid} on "
+            in capsys.readouterr().err
+        )
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert len(column(output)) == len(ROWS)
@@ -322,7 +349,14 @@ def test_two_processes_give_what_one_gives(directory: Path, tmp_path: Path):
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
     assert main(command(directory, source, one, "--keep", "id")) == 0
     # What accelerate launch calls; on a machine without GPUs it starts one process itself.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     run = [*launch, "-m", "rerank_fast", *command(directory, source, two, "--keep", "id")]
     done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -334,11 +368,13 @@ def test_two_processes_give_what_one_gives(directory: Path, tmp_path: Path):
 
 def test_the_command_counts_what_it_truncated_once(directory: Path, tmp_path: Path, caplog):
     source = write(
-        tmp_path / "pairs.jsonl", [{"query": "a", "document": "the sea " * n} for n in (1, 60, 1, 60, 1)]
+        tmp_path / "pairs.jsonl",
+        [{"query": "a", "document": "the sea " * n} for n in (1, 60, 1, 60, 1)],
     )
     assert main(command(directory, source, tmp_path / "scores.parquet", "--dtype", "int8")) == 0
     assert [record.message for record in caplog.records if "truncated" in record.message] == [
-        "2 of 5 pairs are longer than max_length=64 tokens and were truncated; this is said once, and the "
+        "2 of 5 pairs are longer than max_length=64 tokens and were truncated; this is said once, "
+        "and the "
         "model's truncated_pairs counts on."
     ]
     assert main(command(directory, tmp_path / "none.jsonl", tmp_path / "other.parquet")) == 2

@@ -47,7 +47,9 @@ def test_a_file_is_of_pairs_or_of_lists(model: CrossEncoder, tmp_path: Path, fir
     ["\ud800", ["a", "\ud800"], {"a": "\ud800"}, {"\ud800": "a"}, 3],
     ids=["text", "list", "value", "key", "mixed"],
 )
-def test_a_kept_value_that_is_not_unicode_is_named(model: CrossEncoder, tmp_path: Path, value: object):
+def test_a_kept_value_that_is_not_unicode_is_named(
+    model: CrossEncoder, tmp_path: Path, value: object
+):
     rows = [{"query": "a", "document": "b", "id": value if n == 5 else None} for n in range(8)]
     if value == 3:
         rows[4]["id"], rows[5]["id"] = 3, "\udfff"

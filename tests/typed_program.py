@@ -1,4 +1,6 @@
-"""What a user writes, for mypy: the public names have types under its strict flags. It is never run."""
+"""What a user writes, for mypy: the public names have types under its strict flags. It is never
+run.
+"""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
     python benchmarks/tools/gpu_check.py --output DIR
     python benchmarks/tools/gpu_check.py --output DIR --dry-run     # small, without a GPU
 
-Each part is a process of its own that ends at its time limit, and writes DIR/<part>.json as it goes:
-what was measured, what the model of a GPU's step (gpu_model.py) says of the same, and what could not
-run and why. Nothing is fetched and nothing is compiled but Triton's kernels; the compiled module may
-be absent. DIR/summary.md has all rows; a table of it is printed last. The exit status is 1 where a
-part did not end, or found something unsound.
+Each part is a process of its own that ends at its time limit, and writes DIR/<part>.json as it
+goes: what was measured, what the model of a GPU's step (gpu_model.py) says of the same, and what
+could not run and why. Nothing is fetched and nothing is compiled but Triton's kernels; the compiled
+module may be absent. DIR/summary.md has all rows; a table of it is printed last. The exit status is
+1 where a part did not end, or found something unsound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, it checks the tree it is in
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run as a file, it checks the tree it is in
 
 # By what is needed first; seconds that each may take, and eight minutes together.
 PARTS = {
@@ -103,14 +105,17 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a section a part, a line a row, without what has many values."""
     lines = ["# GPU check", ""]
     for part, content in found.items():
-        lines += [f"## {part}: {content['state']}, {content['seconds']} s, on {content['device']}", ""]
+        lines += [
+            f"## {part}: {content['state']}, {content['seconds']} s, on {content['device']}",
+            "",
+        ]
         lines += [*map(_line, content["rows"]), ""]
     return "\n".join(lines)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """How each part ended, then what is wrong, what the GPU reaches, and our runs beside the model's
-    and the peer's.
+    """How each part ended, then what is wrong, what the GPU reaches, and our runs beside the
+    model's and the peer's.
     """
     lines = ["| part | state | seconds | rows | unsound |", "| --- | --- | ---: | ---: | ---: |"]
     kept = []
@@ -122,13 +127,19 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         kept += unsound
         if part == "ceilings":
             kept += rows
-        kept += [row for row in rows if "modelled_launches" in row or row.get("measured_ratio") is not None]
+        kept += [
+            row
+            for row in rows
+            if "modelled_launches" in row or row.get("measured_ratio") is not None
+        ]
     return "\n".join([*lines, "", *map(_line, kept)])
 
 
 def _line(row: dict[str, Any]) -> str:
     kept = {name: value for name, value in row.items() if name != "what" and _is_short(value)}
-    return f"- {row['what']}: " + ", ".join(f"{name} {_short(value)}" for name, value in kept.items())
+    return f"- {row['what']}: " + ", ".join(
+        f"{name} {_short(value)}" for name, value in kept.items()
+    )
 
 
 def _is_short(value: Any) -> bool:
@@ -140,7 +151,9 @@ def _short(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory of what is found")
     parser.add_argument("--dry-run", action="store_true", help="all parts small, without a GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -156,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            parser.error("there is no GPU that torch can use; --dry-run runs all parts small without one")
+            parser.error(
+                "there is no GPU that torch can use; --dry-run runs all parts small without one"
+            )
     options.output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * options.minutes
     found = {}

@@ -74,8 +74,12 @@ class Tally:
     operations: list[Operation] = field(default_factory=list)
     uploads: int = 0  # copies from host to device
     uploaded_bytes: int = 0
-    waits: int = 0  # copies of pageable memory to the device, and every copy from it: the host waits
-    reads: int = 0  # values of the device that the host asks for: it waits for all that was launched
+    waits: int = (
+        0  # copies of pageable memory to the device, and every copy from it: the host waits
+    )
+    reads: int = (
+        0  # values of the device that the host asks for: it waits for all that was launched
+    )
 
     @property
     def launches(self) -> int:
@@ -148,7 +152,10 @@ TRITON |= {
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "bernoulli_", "normal_", "uniform_"}
 _GATHERS = {"embedding", "index_select", "index", "gather"}
-_SCATTERS = {"index_copy_": 1, "index_add_": 2}  # how often each row that the index names is read or written
+_SCATTERS = {
+    "index_copy_": 1,
+    "index_add_": 2,
+}  # how often each row that the index names is read or written
 # torch's multi_tensor_apply: the most tensors of a launch by the lists it takes, its most blocks,
 # and their elements.
 _MOST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -191,7 +198,9 @@ class DeviceCounts(TorchDispatchMode):
         """From here on what comes is counted there."""
         self.tally = self.phases.setdefault(phase, Tally())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func._opname
         if torch.is_inference_mode_enabled():  # where operations come before they are taken apart
@@ -231,7 +240,11 @@ class DeviceCounts(TorchDispatchMode):
             device = to.device
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         else:
-            source, device, non_blocking = args[0], kwargs.get("device"), kwargs.get("non_blocking", False)
+            source, device, non_blocking = (
+                args[0],
+                kwargs.get("device"),
+                kwargs.get("non_blocking", False),
+            )
         if device is None or torch.device(device).type == source.device.type:
             return False, None
         if source.is_meta:
@@ -244,12 +257,20 @@ class DeviceCounts(TorchDispatchMode):
         self.tally.waits += not non_blocking
         if name == "copy_":
             return True, to
-        return True, torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype, device="meta")
+        return True, torch.empty(
+            source.shape, dtype=kwargs.get("dtype") or source.dtype, device="meta"
+        )
 
     def _launches(self, name: str, args: Any, inputs: list[Tensor]) -> int:
         if name.startswith(("_foreach_", "_fused_")):
-            lists = [one for one in args if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)]
-            depth = min(max(len(lists), 1), 4)  # the steps that a fused optimizer counts are no list of its kernel
+            lists = [
+                one
+                for one in args
+                if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)
+            ]
+            depth = min(
+                max(len(lists), 1), 4
+            )  # the steps that a fused optimizer counts are no list of its kernel
             launches = multi_tensor_launches([one.numel() for one in lists[0]], depth)
             return launches + (name == "_foreach_norm")  # which adds its blocks up
         return _KERNELS.get(name, 1)
@@ -264,7 +285,9 @@ class DeviceCounts(TorchDispatchMode):
         if func.namespace == "rerank_fast" and "attention" in name:
             query, key = args[:2]
             backward = not name.endswith("attention")
-            read = key.shape[0] / max(query.shape[0], 1)  # one query of each sequence reads all that there is
+            read = key.shape[0] / max(
+                query.shape[0], 1
+            )  # one query of each sequence reads all that there is
             if query.shape[0] == key.shape[0]:
                 # Behind the scale, which is the first number.
                 first = next(place for place, one in enumerate(args) if isinstance(one, float))
@@ -300,8 +323,12 @@ def _bytes(func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: lis
     read = inputs
     if func._opname in _WRITES_ONLY:
         read = [one for one in inputs if id(one) not in written]
-    if func._opname.startswith("embed_norm"):  # of the tables a row for each of the tokens, which lie in (3, T)
-        gathered = args[3].shape[1] * sum(row.shape[1] * row.element_size() for row in args[:3] if row is not None)
+    if func._opname.startswith(
+        "embed_norm"
+    ):  # of the tables a row for each of the tokens, which lie in (3, T)
+        gathered = args[3].shape[1] * sum(
+            row.shape[1] * row.element_size() for row in args[:3] if row is not None
+        )
         return gathered + sum(map(_stored, read[3:])) + sum(map(_stored, written.values()))
     if func._opname in _SCATTERS:
         index, source = args[2:4]
@@ -333,7 +360,9 @@ class AsOnCuda(TorchFunctionMode):
     def forget(self) -> None:
         self._cast: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout:
             x, p, training = _bound(args, kwargs, ("input", 0), ("p", 0.5), ("training", True))
@@ -342,7 +371,9 @@ class AsOnCuda(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if self.autocast is not None and func is F.linear:
             x, weight, bias = _bound(args, kwargs, ("input", 0), ("weight", 0), ("bias", None))
-            return func(self._narrow(x), self._weight(weight), None if bias is None else self._weight(bias))
+            return func(
+                self._narrow(x), self._weight(weight), None if bias is None else self._weight(bias)
+            )
         if self.autocast is not None and func is F.layer_norm:
             return func(args[0].float(), *args[1:], **kwargs)
         return func(*args, **kwargs)
@@ -372,10 +403,14 @@ class AsOnCuda(TorchFunctionMode):
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         bias = None
         if attn_mask is not None:
-            bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                ~attn_mask, -math.inf
+            )
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         run = torch.ops.aten._scaled_dot_product_efficient_attention
-        return run(query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+        return run(
+            query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+        )[0]
 
 
 def _bound(args: Any, kwargs: Any, *parameters: tuple[str, Any]) -> list[Any]:
@@ -393,7 +428,9 @@ def counting(lengths: np.ndarray, *, autocast: torch.dtype | None = None) -> Ite
     with AsOnCuda(autocast) as calls, DeviceCounts(lengths) as counts:
         counts.forget_casts = calls.forget
         yield counts
-    counts.phases = {name: one for name, one in counts.phases.items() if one.operations or one.uploads}
+    counts.phases = {
+        name: one for name, one in counts.phases.items() if one.operations or one.uploads
+    }
 
 
 _LIBRARIES: list[Any] = []

@@ -26,7 +26,9 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, it measures the tree it is in
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run as a file, it measures the tree it is in
 
 from benchmarks.tools import gpu_counts, gpu_workloads
 from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
@@ -51,7 +53,9 @@ class Row:
     shape: str
     what: str
     phases: dict[str, Tally]
-    host: dict[str, float] = field(default_factory=dict)  # seconds measured by phase; empty: not measured
+    host: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds measured by phase; empty: not measured
 
     def total(self) -> Tally:
         total = Tally()
@@ -150,13 +154,18 @@ def peer_rows(shape: str, *, host: bool = False) -> list[Row]:
         rows.append(row)
         if host:  # in as many forwards
             small = gpu_workloads.model_of(shape, small=True)
-            row.host = host_times(PeerStep(small, few, pairs_a_forward=len(few) * pairs // len(tokens)))
+            row.host = host_times(
+                PeerStep(small, few, pairs_a_forward=len(few) * pairs // len(tokens))
+            )
     return rows
 
 
 def limited(row: Row) -> dict[str, dict[str, int]]:
     """Of each phase what is limited."""
-    return {name: {key: int(getattr(tally, key)) for key in LIMITED} for name, tally in row.phases.items()}
+    return {
+        name: {key: int(getattr(tally, key)) for key in LIMITED}
+        for name, tally in row.phases.items()
+    }
 
 
 def read_limits() -> dict[str, Any]:
@@ -171,7 +180,9 @@ def beyond(rows: list[Row], limits: dict[str, Any]) -> list[str]:
             known = limits["limits"].get(row.shape, {}).get(row.what, {}).get(phase, {})
             for key, value in counts.items():
                 if value > known.get(key, -1):
-                    found.append(f"{row.shape}, {row.what}, {phase}: {value:,} {key}, limit {known.get(key)}")
+                    found.append(
+                        f"{row.shape}, {row.what}, {phase}: {value:,} {key}, limit {known.get(key)}"
+                    )
     return found
 
 
@@ -182,7 +193,15 @@ def versions() -> dict[str, str]:
 def table(rows: list[Row]) -> str:
     """Markdown: a line for each row, and for each phase of the first of a shape."""
     cards = [card.name for card in CARDS]
-    names = ["launches", "copies", "waits", "reads", "GB", "TFLOP", *(f"{one}, ms" for one in cards)]
+    names = [
+        "launches",
+        "copies",
+        "waits",
+        "reads",
+        "GB",
+        "TFLOP",
+        *(f"{one}, ms" for one in cards),
+    ]
     lines = []
     for shape in dict.fromkeys(row.shape for row in rows):
         lines += [f"## {shape}", "", _line(["", *names, "host, ms", f"held by, {cards[0]}"])]
@@ -242,10 +261,16 @@ ran on a GPU.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="directory of table and JSON")
-    parser.add_argument("--renew-limits", action="store_true", help=f"write {LIMITS.name} and nothing else")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="directory of table and JSON"
+    )
+    parser.add_argument(
+        "--renew-limits", action="store_true", help=f"write {LIMITS.name} and nothing else"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.renew_limits:
@@ -269,7 +294,9 @@ def main() -> None:
         "launch_seconds": LAUNCH_SECONDS,
         "rows": [row.as_json() for row in rows],
     }
-    (options.output / "gpu_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (options.output / "gpu_model.json").write_text(
+        json.dumps(content, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

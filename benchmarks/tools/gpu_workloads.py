@@ -31,7 +31,7 @@ from transformers import (
 
 from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.ops import cpu
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.freezing import layer_depths
@@ -64,14 +64,22 @@ SHAPES = tuple(_SHAPES)
 
 
 def config_of(shape: str, *, small: bool = False) -> PretrainedConfig:
-    """Of a shape; small: with its layers and heads, each of a number or, to be rotated, two, and few words."""
+    """Of a shape; small: with its layers and heads, each of a number or, to be rotated, two, and
+    few words.
+    """
     kind, settings = _SHAPES[shape]
     if small:
         width = (1 if kind is BertConfig else 2) * settings["num_attention_heads"]
         settings = {**settings, "vocab_size": 64, "hidden_size": width, "intermediate_size": width}
         settings |= {"head_dim": 2} if "head_dim" in settings else {}
     if kind is ModernBertConfig:
-        settings = {**settings, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+        settings = {
+            **settings,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        }
     return kind(**settings, **_ONE_LABEL)
 
 
@@ -100,9 +108,13 @@ def _nothing(*arguments: Any) -> bool:
 
 @contextmanager
 def stubbed_kernels() -> Iterator[None]:
-    """Inside, this package's kernels of the CPU compute nothing, and products don't go through oneDNN, which takes
-    longer for a tiny one than a GPU's library to launch it."""
-    names = [f"{op}_{pass_}" for op in ("attention", "residual_norm") for pass_ in ("forward", "backward")]
+    """Inside, this package's kernels of the CPU compute nothing, and products don't go through
+    oneDNN, which takes longer for a tiny one than a GPU's library to launch it."""
+    names = [
+        f"{op}_{pass_}"
+        for op in ("attention", "residual_norm")
+        for pass_ in ("forward", "backward")
+    ]
     with ExitStack() as stack:
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         for name in (*names, "score_head_dot", "score_head_dot_backward"):
@@ -159,7 +171,12 @@ def _directory() -> Any:
     directory = tempfile.TemporaryDirectory()
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "word": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory.name)
     tiny = BertConfig(
         vocab_size=len(words),
@@ -200,12 +217,20 @@ class Training:
         weights = dict(self.reranker.model.named_parameters())
         objective = choose_objective(config, None)
         self.units = objective.num_units(self.lists.labels, self.lists.list_offsets)
-        self.backward = Backward(self.reranker, config, objective, self._scale, self._forget, max_tokens=65536)
+        self.backward = Backward(
+            self.reranker, config, objective, self._scale, self._forget, max_tokens=65536
+        )
         groups = parameter_groups(
-            weights, layer_depths(self.reranker.model), learning_rate=2e-5, weight_decay=0.01, decay=1.0
+            weights,
+            layer_depths(self.reranker.model),
+            learning_rate=2e-5,
+            weight_decay=0.01,
+            decay=1.0,
         )
         self.groups = [group["params"] for group in groups]
-        self.moments = [[[torch.zeros_like(one) for one in group] for _ in range(2)] for group in self.groups]
+        self.moments = [
+            [[torch.zeros_like(one) for one in group] for _ in range(2)] for group in self.groups
+        ]
         device = self.reranker.device
         self.counts = [[torch.zeros((), device=device) for _ in group] for group in self.groups]
 
@@ -233,7 +258,9 @@ class Training:
         norms = torch._foreach_norm(gradients, 2.0)
         norm = torch.linalg.vector_norm(torch.stack(norms), 2.0)
         torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
-        for group, (first, second), counts in zip(self.groups, self.moments, self.counts, strict=True):
+        for group, (first, second), counts in zip(
+            self.groups, self.moments, self.counts, strict=True
+        ):
             torch._foreach_add_(counts, 1)
             torch._fused_adamw_(
                 group,

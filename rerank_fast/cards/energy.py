@@ -1,4 +1,6 @@
-"""Energy and carbon of a run through codecarbon, where it is installed; nothing is looked up on the network."""
+"""Energy and carbon of a run through codecarbon, where it is installed; nothing is looked up on the
+network.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ class _Latest:
 class EnergyMeter:
     """Measures from start() to stop(), as codecarbon's offline tracker does.
 
-    The country whose electricity the carbon is of comes from CODECARBON_COUNTRY_ISO_CODE (FRA, USA, ...) or from
-    codecarbon's own .codecarbon.config; without one it is the world's mean.
+    The country whose electricity the carbon is of comes from CODECARBON_COUNTRY_ISO_CODE (FRA, USA,
+    ...) or from codecarbon's own .codecarbon.config; without one it is the world's mean.
     """
 
     def __init__(self) -> None:
@@ -65,7 +67,9 @@ class EnergyMeter:
         )
         try:
             tracker.start()
-        except Exception as error:  # it swallows those of its constructor, and then lacks attributes
+        except (
+            Exception
+        ) as error:  # it swallows those of its constructor, and then lacks attributes
             logger.warning("codecarbon could not start: %s: %s", type(error).__name__, error)
         else:
             self._tracker = tracker

@@ -48,7 +48,9 @@ class Described:
         return "\n".join(lines)
 
     def _samples(self) -> str:
-        """An HTML table on a line each: in HTML no text is Markdown, and escaped it is no HTML either."""
+        """An HTML table on a line each: in HTML no text is Markdown, and escaped it is no HTML
+        either.
+        """
         rows = []
         for sample in self.samples:
             shown = zip(sample["labels"][:_DOCS], sample["docs"][:_DOCS], strict=True)
@@ -56,13 +58,17 @@ class Described:
             more = len(sample["docs"]) - _DOCS
             if more > 0:
                 docs.append(f"and {more} more")
-            rows.append(f"<tr><td>{html_code(sample['query'], _TEXT)}</td><td>{'<br>'.join(docs)}</td></tr>")
+            rows.append(
+                f"<tr><td>{html_code(sample['query'], _TEXT)}</td><td>{'<br>'.join(docs)}</td></tr>"
+            )
         head = "<tr><th>query</th><th>docs, each after its label</th></tr>"
         return "\n".join(["<table>", head, *rows, "</table>"])
 
 
 def describe_lists(rows: Dataset | ListStream | Sequence[Mapping[str, Any]]) -> Described:
-    """Describe lists with the columns query, docs and labels: of a stream, what its first 1,000 hold."""
+    """Describe lists with the columns query, docs and labels: of a stream, what its first 1,000
+    hold.
+    """
     size = None if isinstance(rows, ListStream) else len(rows)
     first = list(islice(iter(rows), _FIRST))
     queries = [len(row["query"]) for row in first]
@@ -71,11 +77,17 @@ def describe_lists(rows: Dataset | ListStream | Sequence[Mapping[str, Any]]) -> 
     labels = Counter(float(label) for row in first for label in row["labels"])
     statistics = [
         ("query", "string", _spread(queries, "characters")),
-        ("docs", "list of strings", f"{_spread(counts, 'documents')}<br>{_spread(docs, 'characters each')}"),
+        (
+            "docs",
+            "list of strings",
+            f"{_spread(counts, 'documents')}<br>{_spread(docs, 'characters each')}",
+        ),
         ("labels", "list of floats", _shares(labels)),
     ]
     samples = [_short(row) for row in first[:_SAMPLES]]
-    return Described(size, len(first), statistics, samples, fingerprint(first if size is None else rows))
+    return Described(
+        size, len(first), statistics, samples, fingerprint(first if size is None else rows)
+    )
 
 
 def _spread(values: Sequence[int], unit: str) -> str:
@@ -95,4 +107,8 @@ def _shares(labels: Counter[float]) -> str:
 def _short(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A sample without what its table would cut anyway; how many documents there are is kept."""
     docs = [doc[: 4 * _TEXT] if i < _DOCS else "" for i, doc in enumerate(row["docs"])]
-    return {"query": row["query"][: 4 * _TEXT], "docs": docs, "labels": [float(label) for label in row["labels"]]}
+    return {
+        "query": row["query"][: 4 * _TEXT],
+        "docs": docs,
+        "labels": [float(label) for label in row["labels"]],
+    }

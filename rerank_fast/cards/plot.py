@@ -13,7 +13,14 @@ from rerank_fast.evaluation.reranking import LOSS
 
 logger = logging.getLogger(__name__)
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito's, for all eyes
 _GRAY = "#6b7280"
 
 
@@ -33,17 +40,23 @@ def plot_run(
         best_step: of the saved model, marked in the last panel.
 
     Returns:
-        The picture; None, and one line in the log, without matplotlib; None if there is nothing to draw.
+        The picture; None, and one line in the log, without matplotlib; None if there is nothing to
+        draw.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("No plot of the run: matplotlib is not installed (pip install 'rerank-fast[card]').")
+        logger.warning(
+            "No plot of the run: matplotlib is not installed (pip install 'rerank-fast[card]')."
+        )
         return None
     series = {name: _series(rows, name) for name in ("loss", LOSS, "learning_rate", *metrics)}
     drawn = [name for name in metrics if series[name]]
-    panels = [name for name in ("loss", "learning_rate") if series[name]] + (["metric"] if drawn else [])
+    panels = [name for name in ("loss", "learning_rate") if series[name]] + (
+        ["metric"] if drawn else []
+    )
     if not panels:
         return None
-    # A Figure of its own, not pyplot's: no global state, no display, no font or style of the caller's changed.
+    # A Figure of its own, not pyplot's: no global state, no display, no font or style of the
+    # caller's changed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -52,7 +65,9 @@ def plot_run(
     below = 0.55 + (0.22 * math.ceil((len(drawn) + 2) / 2) if drawn else 0)
     height = 0.25 + 2.2 * len(panels) + below
     figure = Figure(figsize=(8, height), dpi=120)
-    figure.subplots_adjust(left=0.1, right=0.98, top=1 - 0.25 / height, bottom=below / height, hspace=0.18)
+    figure.subplots_adjust(
+        left=0.1, right=0.98, top=1 - 0.25 / height, bottom=below / height, hspace=0.18
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -78,22 +93,36 @@ def plot_run(
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) in the order of steps."""
-    return sorted({row["step"]: float(row[name]) for row in rows if name in row and "step" in row}.items())
+    return sorted(
+        {row["step"]: float(row[name]) for row in rows if name in row and "step" in row}.items()
+    )
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _draw_loss(axis: Any, points: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> None:
+def _draw_loss(
+    axis: Any, points: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]
+) -> None:
     steps, values = _columns(points)
     if len(values) < 20:
-        axis.plot(steps, values, color=_COLORS[0], linewidth=1.6, marker="o", markersize=3, label="training")
+        axis.plot(
+            steps,
+            values,
+            color=_COLORS[0],
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+            label="training",
+        )
     else:
         axis.plot(steps, values, color=_COLORS[0], linewidth=0.8, alpha=0.35, label="training")
         window = max(5, len(values) // 20)
         smooth = [
-            sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i - window + 1) : i + 1]]
+            sum(part) / len(part)
+            for i in range(len(values))
+            for part in [values[max(0, i - window + 1) : i + 1]]
         ]
         label = f"training, mean of the last {window}"
         axis.plot(steps, smooth, color=_COLORS[0], linewidth=1.8, label=label)
@@ -116,7 +145,9 @@ def _draw_metrics(
         # A name is text, never a formula: matplotlib would read what stands between dollars as TeX.
         label = name.replace("$", r"\$")
         width = 2.0 if i == 0 else 1.2
-        axis.plot(*_columns(points), color=color, linewidth=width, marker="o", markersize=3, label=label)
+        axis.plot(
+            *_columns(points), color=color, linewidth=width, marker="o", markersize=3, label=label
+        )
         if name in bases:
             axis.axhline(bases[name], color=color, linewidth=1, linestyle=":", alpha=0.8)
     first = dict(next(iter(series.values())))

@@ -1,4 +1,6 @@
-"""What a model card shows of a run's results: metrics beside the first stage's, and the training log."""
+"""What a model card shows of a run's results: metrics beside the first stage's, and the training
+log.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ HELD_OUT = "held-out lists"  # a set without a name
 def read_log(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
@@ -48,7 +52,9 @@ def _with_gain(name: str, metrics: Mapping[str, float]) -> str:
     return f"{metrics[name]:.4f}" + (f" ({metrics[name] - metrics[base]:+.4f})" if base else "")
 
 
-def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float], dtype: str) -> list[str]:
+def evaluation_sections(
+    evaluators: Sequence[Any], metrics: Mapping[str, float], dtype: str
+) -> list[str]:
     """A table for each evaluator's sets, a column a set, and one for its mean over them.
 
     The gain over the first stage stands beside each value. The dtype is that of the arithmetic
@@ -58,7 +64,8 @@ def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float],
         return []
     parts = [
         "## Evaluation",
-        f"Scores were computed in {dtype}. In brackets the gain over the first stage's order, where there was one.",
+        f"Scores were computed in {dtype}. In brackets the gain over the first stage's order, "
+        "where there was one.",
     ]
     shown: set[str] = set()
     for evaluator in evaluators:
@@ -71,7 +78,8 @@ def evaluation_sections(evaluators: Sequence[Any], metrics: Mapping[str, float],
             settings = json.dumps(block.settings, indent=4, default=str)
             parts += [
                 f"### {escape(block.title)}",
-                f"{block.queries:,} queries, evaluated with `{type(evaluator).__name__}` with these "
+                f"{block.queries:,} queries, evaluated with `{type(evaluator).__name__}` with "
+                "these "
                 f"parameters:\n\n```json\n{settings}\n```",
                 markdown_table(["Metric", *(code(name) for name, _ in block.columns)], rows),
             ]
@@ -90,7 +98,9 @@ class _Block:
     queries: int
     settings: Mapping[str, Any]
     metrics: Sequence[str]
-    columns: Sequence[tuple[str, Callable[[str], str]]]  # a name, and a metric's name in the results
+    columns: Sequence[
+        tuple[str, Callable[[str], str]]
+    ]  # a name, and a metric's name in the results
 
 
 def _blocks(evaluator: Any) -> list[_Block]:
@@ -102,7 +112,9 @@ def _blocks(evaluator: Any) -> list[_Block]:
     settings = evaluator.get_config_dict()
     if hub_id(str(settings.get("dataset_id", ""))) is None:
         settings = {name: value for name, value in settings.items() if name != "dataset_id"}
-    of_a_set = {name: settings[name] for name in ("at_k", "always_rerank_positives") if name in settings}
+    of_a_set = {
+        name: settings[name] for name in ("at_k", "always_rerank_positives") if name in settings
+    }
     columns = [(one.name or HELD_OUT, one.prefixed) for one in sets]
     blocks = [_Block(sets[0].description, queries, of_a_set, sets[0].metrics, columns)]
     if hasattr(evaluator, "sets"):
@@ -148,7 +160,8 @@ def log_table(
 ) -> str:
     """One row for each step that logged anything, the saved model's in bold.
 
-    Rows of step -1 are the model before training, where it was measured, and at the end the saved one.
+    Rows of step -1 are the model before training, where it was measured, and at the end the saved
+    one.
     """
     steps: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -179,7 +192,13 @@ def log_table(
     saved_row = {name: best[name] for name in (*measured, *wanted) if name in best}
     if saved_row:
         lines.append(cells("-1", "-1", saved_row))
-    header = ["Epoch", "Step", "Training loss", *["Validation loss"] * len(measured), "Learning rate"]
+    header = [
+        "Epoch",
+        "Step",
+        "Training loss",
+        *["Validation loss"] * len(measured),
+        "Learning rate",
+    ]
     table = markdown_table([*header, *(code(metric) for metric in wanted)], lines)
     body = f"{table}\n\nThe bold row is the saved model."
     if saved_row:
@@ -187,7 +206,8 @@ def log_table(
         body += f" Of step -1 {before}the last row the saved model."
     body += note
     if len(lines) > 40:
-        body = f"<details><summary>{len(lines):,} rows; click to expand</summary>\n\n{body}\n\n</details>"
+        title = f"{len(lines):,} rows; click to expand"
+        body = f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
     return f"### Training log\n\n{body}"
 
 

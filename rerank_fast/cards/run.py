@@ -55,7 +55,8 @@ _PRIVATE = ("output", "overwrite", "show_progress_bar")
 _SENTENCE_TRANSFORMERS = """@inproceedings{reimers-2019-sentence-bert,
     title = {Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks},
     author = {Reimers, Nils and Gurevych, Iryna},
-    booktitle = {Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing},
+    booktitle = {Proceedings of the 2019 Conference on
+                 Empirical Methods in Natural Language Processing},
     month = {11},
     year = {2019},
     publisher = {Association for Computational Linguistics},
@@ -86,7 +87,13 @@ class RunCard:
         self.changes: list[Change] = []
 
     def start(
-        self, model: CrossEncoder, output: Path, *, step: int, energy: Energy | None, changes: list[Change]
+        self,
+        model: CrossEncoder,
+        output: Path,
+        *,
+        step: int,
+        energy: Energy | None,
+        changes: list[Change],
     ) -> None:
         """From here on the model is another one than that of the card it came with.
 
@@ -110,9 +117,11 @@ class RunCard:
         self.energy = self.meter.stop() or self.energy
 
     def finish(self, run: RunRecord) -> None:
-        """Write README.md and the plot beside the model that the run saved; what goes wrong is logged.
+        """Write README.md and the plot beside the model that the run saved; what goes wrong is
+        logged.
 
-        The model is saved: neither a full disk nor a value that the hub's metadata refuse must end its run.
+        The model is saved: neither a full disk nor a value that the hub's metadata refuse must end
+        its run.
         """
         self.close()
         try:
@@ -125,7 +134,9 @@ class RunCard:
         model, output, evaluators = run.model, run.output, run.evaluators
         rows = read_log(output / "train_log.jsonl")
         metrics = chosen_metrics(evaluators, run.metric_for_best)
-        bases = {name: run.metrics[base] for name in metrics if (base := base_of(name, run.metrics))}
+        bases = {
+            name: run.metrics[base] for name in metrics if (base := base_of(name, run.metrics))
+        }
         plot = plot_run(rows, metrics=metrics, bases=bases, best_step=run.best_step)
         name = output.resolve().name
         losses = list(dict.fromkeys(map(_class_name, run.objective.parts)))
@@ -136,13 +147,21 @@ class RunCard:
             _first_sentence(model, self.lists, losses),
             details(model),
             sources_and_architecture(model),
-            usage(name, sample["query"], [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]]),
+            usage(
+                name,
+                sample["query"],
+                [doc for doc in sample["docs"][:3] if doc.strip()] or [sample["query"]],
+            ),
             *evaluation_sections(evaluators, run.metrics, name_of(run.evaluated_in)),
             *_data(self.lists, self.sources, evaluators, self.eval_sources),
             _loss(run),
             _hyperparameters(run, self.changes),
             log_table(rows, metrics, bases, run.best_step),
-            *([f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"] if plot else []),
+            *(
+                [f"![Loss, learning rate and metric over the steps of the run]({PLOT_FILE})"]
+                if plot
+                else []
+            ),
             _environment(run, energy),
             _versions(),
             _citations(run.objective),
@@ -175,9 +194,11 @@ def _class_name(objective: Objective) -> str:
 def _first_sentence(model: CrossEncoder, lists: Described, losses: Sequence[str]) -> str:
     size = "a stream of" if lists.size is None else f"{lists.size:,}"
     return (
-        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} ranking lists "
+        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} "
+        "ranking lists "
         f"with {' and '.join(losses)} by rerank_fast. It reads a query and a document together and "
-        "gives a score to rerank by, and loads in rerank_fast, sentence-transformers and transformers."
+        "gives a score to rerank by, and loads in rerank_fast, sentence-transformers and "
+        "transformers."
     )
 
 
@@ -198,7 +219,9 @@ def _data(
         rows = [{"query": c.query, "docs": c.docs, "labels": c.labels} for c in one.candidates]
         described = describe_lists(rows).to_markdown("evaluation")
         name = html_code(one.name or "held-out lists")
-        parts.append(f"<details><summary>{name}: {len(rows):,} lists</summary>\n\n{described}\n\n</details>")
+        parts.append(
+            f"<details><summary>{name}: {len(rows):,} lists</summary>\n\n{described}\n\n</details>"
+        )
     return parts
 
 
@@ -219,12 +242,15 @@ def _loss(run: RunRecord) -> str:
         "activation_fn": "torch.nn.modules.linear.Identity",
     }
     text = json.dumps({**run.objective.describe(), **scored}, indent=4, default=str)
-    return f"### Loss\n\n`{_class_name(run.objective)}` with these parameters:\n\n```json\n{text}\n```"
+    return (
+        f"### Loss\n\n`{_class_name(run.objective)}` with these parameters:\n\n```json\n{text}\n```"
+    )
 
 
 def _hyperparameters(run: RunRecord, changes: Sequence[Change]) -> str:
     values = {name: value for name, value in run.settings.items() if name not in _PRIVATE}
-    # "auto" has become what it is: of the precision that depends on the machine, so it is always shown.
+    # "auto" has become what it is: of the precision that depends on the machine, so it is always
+    # shown.
     default = {**run.defaults, "sharding": "none"}
     changed = {name: value for name, value in values.items() if value != default[name]}
 
@@ -238,8 +264,9 @@ def _hyperparameters(run: RunRecord, changes: Sequence[Change]) -> str:
             listed(changed) or "None.",
             "#### All",
             # What was left to the machine is what it came to.
-            f"<details><summary>Click to expand</summary>\n\n"
-            f"{listed({**values, 'max_tokens_per_microbatch': run.max_tokens_per_microbatch})}\n\n</details>",
+            "<details><summary>Click to expand</summary>\n\n"
+            + listed({**values, "max_tokens_per_microbatch": run.max_tokens_per_microbatch})
+            + "\n\n</details>",
             *([_changed(changes)] if changes else []),
         ]
     )
@@ -247,9 +274,12 @@ def _hyperparameters(run: RunRecord, changes: Sequence[Change]) -> str:
 
 def _changed(changes: Sequence[Change]) -> str:
     lines = [
-        f"- `{one.name}`: {_setting(one.before)} up to step {one.step}, then {_setting(one.now)}" for one in changes
+        f"- `{one.name}`: {_setting(one.before)} up to step {one.step}, then {_setting(one.now)}"
+        for one in changes
     ]
-    return "\n".join(["#### Changed where the run was resumed; above are the last values", "", *lines])
+    return "\n".join(
+        ["#### Changed where the run was resumed; above are the last values", "", *lines]
+    )
 
 
 def _setting(value: Any) -> str:
@@ -277,10 +307,18 @@ def _environment(run: RunRecord, energy: Energy | None) -> str:
         f"- **Processes:** {run.num_processes}",
     ]
     if energy is None:
-        lines.append("- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures")
+        lines.append(
+            "- **Energy and carbon:** not measured; codecarbon is not installed or gave no figures"
+        )
     else:
-        grid = f"on the grid of {escape(energy.country)}" if energy.country else "at the world's mean of grids"
-        lines.append(f"- **Energy:** {energy.kwh:.4g} kWh, as codecarbon estimates it for the machine")
+        grid = (
+            f"on the grid of {escape(energy.country)}"
+            if energy.country
+            else "at the world's mean of grids"
+        )
+        lines.append(
+            f"- **Energy:** {energy.kwh:.4g} kWh, as codecarbon estimates it for the machine"
+        )
         lines.append(f"- **Carbon:** {energy.kg_co2:.4g} kg of CO2-equivalent, {grid}")
         lines.append(f"- **On cloud:** {'yes' if energy.on_cloud else 'no'}, as codecarbon sees it")
     lines.append(f"- **GPU:** {escape(gpu)}")

@@ -11,17 +11,25 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 def make_parser() -> CommandParser:
     parser = command_parser(
-        "Write a model directory with safetensors in place of pickled weights, or with a head of the other kind."
+        "Write a model directory with safetensors in place of pickled weights, or with a head of "
+        "the other kind."
     )
-    parser.add_argument("--model", type=str, required=True, help="directory of a reranker, or hub id with --head")
-    parser.add_argument("--output", type=str, required=True, help="directory of the converted model")
+    parser.add_argument(
+        "--model", type=str, required=True, help="directory of a reranker, or hub id with --head"
+    )
+    parser.add_argument(
+        "--output", type=str, required=True, help="directory of the converted model"
+    )
     parser.add_argument(
         "--head",
         type=Literal["modular", "classification"] | None,
         default=None,
-        help="modules of sentence-transformers, or transformers' sequence classifier; scores stay the same",
+        help="modules of sentence-transformers, or transformers' sequence classifier; scores stay "
+        "the same",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that output already holds"
+    )
     return parser
 
 
@@ -33,7 +41,9 @@ def run(options: dict[str, Any]) -> None:
     source, output = Path(options["model"]), Path(options["output"])
     check_directory(output, "output")
     if holds_model(output) and not options["overwrite"]:
-        raise ValueError(f"output {output} already holds a model or a README.md; --overwrite replaces it")
+        raise ValueError(
+            f"output {output} already holds a model or a README.md; --overwrite replaces it"
+        )
 
     from rerank_fast.model.conversion import convert_head
     from rerank_fast.model.cross_encoder import CrossEncoder

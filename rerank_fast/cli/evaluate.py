@@ -20,7 +20,8 @@ def make_parser() -> CommandParser:
         nargs="+",
         action="extend",
         required=True,
-        help="directory or hub id of a reranker; given twice, the two are compared with a paired test",
+        help="directory or hub id of a reranker; given twice, the two are compared with a paired "
+        "test",
     )
     parser.add_argument("--data", type=Source | None, default=None, help=LISTS)
     add_columns(parser)
@@ -37,8 +38,12 @@ def make_parser() -> CommandParser:
         default="sentence-transformers/NanoBEIR-en",
         help="hub id or local copy",
     )
-    parser.add_argument("--rerank_k", type=int, default=100, help="documents of NanoBEIR's BM25 rankings")
-    parser.add_argument("--metrics", type=str, nargs="+", default=[], help="further ones of ir-measures: R@100 ...")
+    parser.add_argument(
+        "--rerank_k", type=int, default=100, help="documents of NanoBEIR's BM25 rankings"
+    )
+    parser.add_argument(
+        "--metrics", type=str, nargs="+", default=[], help="further ones of ir-measures: R@100 ..."
+    )
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for the metrics")
     parser.add_argument(
         "--details",
@@ -47,16 +52,21 @@ def make_parser() -> CommandParser:
         help="directory for per-query CSV files and TREC runs",
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
-    parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
+    parser.add_argument(
+        "--max_length", type=int | None, default=None, help="longest pair in tokens"
+    )
     parser.add_argument(
         "--dtype",
         type=str,
         nargs="+",
         action="extend",
         default=None,
-        help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another one",
+        help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another "
+        "one",
     )
-    parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="most pairs per forward pass"
+    )
     return parser
 
 
@@ -86,7 +96,9 @@ def run(options: dict[str, Any]) -> None:
         print(f"{models[0]}, {model.dtype_name}")
         print_metrics(result)
     else:
-        loaded(models[1], dtypes[1])  # one that can't be opened is known before the other is measured
+        loaded(
+            models[1], dtypes[1]
+        )  # one that can't be opened is known before the other is measured
         used, values = [], []
         for letter, path, dtype in zip("ab", models, dtypes, strict=True):
             model = loaded(path, dtype)
@@ -172,6 +184,8 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     for name in names:
         value, base = metrics[name], base_of(name, metrics)
         before = (
-            f"{metrics[base]:>8.4f} {value:>9.4f} {value - metrics[base]:>+8.4f}" if base else f"{value:>18.4f}"
+            f"{metrics[base]:>8.4f} {value:>9.4f} {value - metrics[base]:>+8.4f}"
+            if base
+            else f"{value:>18.4f}"
         )
         print(f"{name:<{width}} {before}")

@@ -12,18 +12,26 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 def make_parser() -> CommandParser:
     parser = command_parser("Write an ONNX file of a reranker and check its scores.")
-    parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    parser.add_argument(
+        "--model", type=str, required=True, help="directory or hub id of a reranker"
+    )
     parser.add_argument("--format", type=Literal["onnx"], default="onnx")
-    parser.add_argument("--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically")
+    parser.add_argument(
+        "--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically"
+    )
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
         help="directory of the whole model; by default --model's own",
     )
-    parser.add_argument("--data", type=Source | None, default=None, help="lists to check with, 200 pairs of them")
+    parser.add_argument(
+        "--data", type=Source | None, default=None, help="lists to check with, 200 pairs of them"
+    )
     add_columns(parser)
-    parser.add_argument("--tolerance", type=float | None, default=None, help="largest difference of a score")
+    parser.add_argument(
+        "--tolerance", type=float | None, default=None, help="largest difference of a score"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     return parser
 
@@ -65,7 +73,9 @@ def run(options: dict[str, Any]) -> None:
     if output is not None:  # no model without what it was exported for
         model.save_pretrained(output, overwrite=options["overwrite"])
     print(
-        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of {done.pairs} pairs "
-        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance {done.tolerance:.2e}, range of the "
+        f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of "
+        f"{done.pairs} pairs "
+        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance "
+        f"{done.tolerance:.2e}, range of the "
         f"scores {done.score_range:.2e})"
     )

@@ -18,7 +18,8 @@ def make_parser() -> CommandParser:
         "--queries",
         type=Source,
         required=True,
-        help="query with positives (texts), positive_ids, or lists of any layout; a BEIR folder has both",
+        help="query with positives (texts), positive_ids, or lists of any layout; a BEIR folder "
+        "has both",
     )
     mine.add_argument(
         "--corpus",
@@ -26,7 +27,9 @@ def make_parser() -> CommandParser:
         default=None,
         help="text and id; left out: the texts that the queries have",
     )
-    mine.add_argument("--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists")
+    mine.add_argument(
+        "--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists"
+    )
     mine.add_argument("--overwrite", action="store_true", help="begin anew where output exists")
     mine.add_argument(
         "--columns",
@@ -34,21 +37,43 @@ def make_parser() -> CommandParser:
         default=None,
         help="""the sources' own names, e.g. '{"query": "question", "text": "passage"}'""",
     )
-    mine.add_argument("--retriever", type=str, default="bm25", help="bm25, or a sentence-transformers model")
-    mine.add_argument("--query_prompt", type=str | None, default=None, help="put before each query to encode")
-    mine.add_argument("--corpus_prompt", type=str | None, default=None, help="put before each document to encode")
+    mine.add_argument(
+        "--retriever", type=str, default="bm25", help="bm25, or a sentence-transformers model"
+    )
+    mine.add_argument(
+        "--query_prompt", type=str | None, default=None, help="put before each query to encode"
+    )
+    mine.add_argument(
+        "--corpus_prompt", type=str | None, default=None, help="put before each document to encode"
+    )
     mine.add_argument("--similarity", type=Literal["cosine", "dot"], default="cosine")
-    mine.add_argument("--cache_folder", type=str | None, default=None, help="keeps embeddings between runs")
+    mine.add_argument(
+        "--cache_folder", type=str | None, default=None, help="keeps embeddings between runs"
+    )
     mine.add_argument("--embedding_dtype", type=Literal["float32", "float16"], default="float32")
     mine.add_argument("--use_faiss", action="store_true", help="search with FAISS instead of torch")
-    mine.add_argument("--cross_encoder", type=str | None, default=None, help="rescores: directory or hub id")
-    mine.add_argument("--max_length", type=int | None, default=None, help="of the cross-encoder's pairs in tokens")
-    mine.add_argument("--dtype", type=str | None, default=None, help="of its weights; auto: the fastest")
+    mine.add_argument(
+        "--cross_encoder", type=str | None, default=None, help="rescores: directory or hub id"
+    )
+    mine.add_argument(
+        "--max_length", type=int | None, default=None, help="of the cross-encoder's pairs in tokens"
+    )
+    mine.add_argument(
+        "--dtype", type=str | None, default=None, help="of its weights; auto: the fastest"
+    )
     mine.add_argument("--num_negatives", type=int, default=9, help="most per list")
-    mine.add_argument("--range_min", type=int, default=0, help="skip this many of the best candidates")
-    mine.add_argument("--range_max", type=int | None, default=None, help="candidates up to this rank")
-    mine.add_argument("--max_score", type=float | None, default=None, help="skip higher-scored candidates")
-    mine.add_argument("--min_score", type=float | None, default=None, help="skip lower-scored candidates")
+    mine.add_argument(
+        "--range_min", type=int, default=0, help="skip this many of the best candidates"
+    )
+    mine.add_argument(
+        "--range_max", type=int | None, default=None, help="candidates up to this rank"
+    )
+    mine.add_argument(
+        "--max_score", type=float | None, default=None, help="skip higher-scored candidates"
+    )
+    mine.add_argument(
+        "--min_score", type=float | None, default=None, help="skip lower-scored candidates"
+    )
     mine.add_argument(
         "--absolute_margin",
         type=float | None,
@@ -69,8 +94,12 @@ def make_parser() -> CommandParser:
         help="teacher: the cross-encoder's scores scaled per list to 0-4; scores: as they are",
     )
     mine.add_argument("--seed", type=int, default=12)
-    mine.add_argument("--batch_size", type=int | None, default=None, help="texts or pairs per forward pass")
-    mine.add_argument("--query_batch_size", type=int, default=1024, help="queries searched together")
+    mine.add_argument(
+        "--batch_size", type=int | None, default=None, help="texts or pairs per forward pass"
+    )
+    mine.add_argument(
+        "--query_batch_size", type=int, default=1024, help="queries searched together"
+    )
     mine.add_argument("--show_progress_bar", type=bool, default=True)
     return mine
 
@@ -88,16 +117,27 @@ def run(options: dict[str, Any]) -> None:
     if options["cross_encoder"] is not None:
         from rerank_fast.model.cross_encoder import CrossEncoder
 
-        options["cross_encoder"] = CrossEncoder(options["cross_encoder"], max_length=max_length, dtype=dtype)
+        options["cross_encoder"] = CrossEncoder(
+            options["cross_encoder"], max_length=max_length, dtype=dtype
+        )
     result = mine_hard_negatives(options.pop("queries"), options.pop("corpus"), **options)
     resumed = f" ({result.resumed_lists} of an earlier run)" if result.resumed_lists else ""
     print(f"{result.lists} lists{resumed} in {result.output}")
     print(f"{result.documents} documents ({result.duplicate_documents} duplicates left out)")
-    print(f"{result.queries} queries, {result.queries_without_positive} more without a positive left out")
+    print(
+        f"{result.queries} queries, {result.queries_without_positive} more without a positive left "
+        "out"
+    )
     if new := result.lists - result.resumed_lists:
-        print(f"{result.positives} positives and {result.negatives} negatives, {result.negatives / new:.1f} a list")
+        print(
+            f"{result.positives} positives and {result.negatives} negatives, "
+            f"{result.negatives / new:.1f} a list"
+        )
     print(f"{result.queries_without_negative} queries without a negative left out")
-    print(f"{result.lists_with_fewer_negatives} lists have fewer than {options['num_negatives']} negatives")
+    print(
+        f"{result.lists_with_fewer_negatives} lists have fewer than {options['num_negatives']} "
+        "negatives"
+    )
     for name, count in result.skipped_candidates.items():
         print(f"{count} candidates skipped by {name} {options[name]}")
 
@@ -119,9 +159,12 @@ def _sentence_transformer(path: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ValueError(
-            "--retriever with a model needs sentence-transformers: pip install sentence-transformers"
+            "--retriever with a model needs sentence-transformers: pip install "
+            "sentence-transformers"
         ) from error
     try:
         return SentenceTransformer(path)
     except Exception as error:  # of many kinds: network, missing files, wrong configuration
-        raise ValueError(f"--retriever {path} is no sentence-transformers model: {error}") from error
+        raise ValueError(
+            f"--retriever {path} is no sentence-transformers model: {error}"
+        ) from error

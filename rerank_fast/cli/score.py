@@ -9,12 +9,15 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 def make_parser() -> CommandParser:
     parser = command_parser("Score a file's pairs. A killed run goes on; several processes shard.")
-    parser.add_argument("--model", type=str, required=True, help="directory or hub id of a reranker")
+    parser.add_argument(
+        "--model", type=str, required=True, help="directory or hub id of a reranker"
+    )
     parser.add_argument(
         "--input",
         type=str,
         required=True,
-        help=".jsonl, .csv, .tsv (also .gz, .zst) or .parquet with query and document, or query and docs",
+        help=".jsonl, .csv, .tsv (also .gz, .zst) or .parquet with query and document, or query "
+        "and docs",
     )
     parser.add_argument(
         "--output",
@@ -26,7 +29,8 @@ def make_parser() -> CommandParser:
         "--columns",
         type=dict[str, str] | None,
         default=None,
-        help="""the input's own names of query and document (or docs), e.g. '{"document": "passage"}'""",
+        help="the input's own names of query and document (or docs), e.g. "
+        """'{"document": "passage"}'""",
     )
     parser.add_argument(
         "--keep", type=str, nargs="+", default=[], help="columns of the input to copy to the output"
@@ -37,8 +41,12 @@ def make_parser() -> CommandParser:
         default=None,
         help="auto, int8, bfloat16 ...; the checkpoint's own if left out",
     )
-    parser.add_argument("--max_length", type=int | None, default=None, help="longest pair in tokens")
-    parser.add_argument("--batch_size", type=int | None, default=None, help="most pairs per forward pass")
+    parser.add_argument(
+        "--max_length", type=int | None, default=None, help="longest pair in tokens"
+    )
+    parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="most pairs per forward pass"
+    )
     parser.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
     parser.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
     parser.add_argument(
@@ -67,7 +75,8 @@ def run(options: dict[str, Any]) -> None:
     )
     source, output = options.pop("input"), options.pop("output")
     result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
-    state.destroy_process_group()  # its threads would abort a process that exits before they are done
+    # its threads would abort a process that exits before they are done
+    state.destroy_process_group()
     model.warn_of_truncation(result.truncated, result.scored)
     if state.is_main_process:
         now = f"{result.scored} pairs scored now by this process, in {model.dtype_name}"

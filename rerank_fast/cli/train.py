@@ -48,7 +48,9 @@ def make_parser() -> CommandParser:
         help="directory or hub id of an encoder or reranker",
     )
     parser.add_argument("--train", type=Source | None, default=None, help=LISTS)
-    parser.add_argument("--eval", type=Source | None, default=None, help="lists to choose the best model by")
+    parser.add_argument(
+        "--eval", type=Source | None, default=None, help="lists to choose the best model by"
+    )
     add_columns(parser)
     parser.add_argument(
         "--labels",
@@ -61,12 +63,15 @@ def make_parser() -> CommandParser:
         action="store_true",
         help="read and count all lists, say what the run would do, write nothing",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that output already holds")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that output already holds"
+    )
     parser.add_argument(
         "--push",
         type=str | None,
         default=None,
-        help="hub repository (user/name) for the trained model and its card; made private where it is not there",
+        help="hub repository (user/name) for the trained model and its card; made private where it "
+        "is not there",
     )
     parser.add_argument(
         "--resume",
@@ -80,13 +85,15 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--resume_changed",
         action="store_true",
-        help="go on also with other settings or lists than the interrupted run's; the card tells the change",
+        help="go on also with other settings or lists than the interrupted run's; the card tells "
+        "the change",
     )
     parser.add_argument(
         "--trackers",
         type=list[str] | str,
         default=[],
-        help="where the log goes beside train_log.jsonl: tensorboard, or several as in tensorboard,wandb",
+        help="where the log goes beside train_log.jsonl: tensorboard, or several as in "
+        "tensorboard,wandb",
     )
     parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
     return parser
@@ -157,7 +164,8 @@ def run(options: dict[str, Any]) -> None:
     if not trainer.processes.is_main_process:
         return
     print(
-        f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved to {result.output}"
+        f"{result.steps} steps in {result.seconds:.0f} s; model of step {result.best_step} saved "
+        f"to {result.output}"
     )
     if result.metrics:
         print_metrics(result.metrics)
@@ -217,10 +225,14 @@ def _trainer(options: dict[str, Any]) -> Any:
 
     trainer = Trainer(
         model,
-        ListStream(train, columns=columns, labels=labels) if config.streaming else lists_of(train, columns, labels),
+        ListStream(train, columns=columns, labels=labels)
+        if config.streaming
+        else lists_of(train, columns, labels),
         eval=evaluation and lists_of(evaluation, columns),
         config=config,
     )
     trainer.card.eval_sources = [] if evaluation is None else names_of(evaluation)
-    trainer.card.sources = names_of(train)  # what lists_of has read here no longer says where it came from
+    trainer.card.sources = names_of(
+        train
+    )  # what lists_of has read here no longer says where it came from
     return trainer

@@ -48,8 +48,8 @@ class BatchMaker:
     Args:
         lists: all lists in memory (or mapped), or a stream of them.
         model: tokenises; a thread of its own may use it.
-        objective: counts its units and says which lists contribute; it checks the labels of a stream, each list as
-            it is read.
+        objective: counts its units and says which lists contribute; it checks the labels of a
+            stream, each list as it is read.
         batch_size: lists of a global batch; the last one of an epoch may have fewer.
         seed: of the order and of the sampled documents; both differ from epoch to epoch.
         max_docs_per_list: most documents of a list; see sample_documents.
@@ -71,7 +71,9 @@ class BatchMaker:
     num_ranks: int = 1
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
-        """Batches without end, beginning with one of an epoch; a stream is read again up to there."""
+        """Batches without end, beginning with one of an epoch; a stream is read again up to
+        there.
+        """
         said = False
         while True:
             order = self._stream_order if isinstance(self.lists, ListStream) else self._order
@@ -81,7 +83,9 @@ class BatchMaker:
                 self.model.warn_of_truncation(batch.lists.truncated, len(batch.lists.pairs))
                 if batch.lists_without_gradient and not said:
                     said = True
-                    log = logger.warning if self.rank == 0 else logger.debug  # all ranks know the same
+                    log = (
+                        logger.warning if self.rank == 0 else logger.debug
+                    )  # all ranks know the same
                     log(
                         "Lists %s train nothing, %d of %d in the first batch that has one; "
                         "lists_without_gradient in the log counts them.",
@@ -91,7 +95,9 @@ class BatchMaker:
                     )
                 yield batch
             if at < 0 and number == 0:
-                raise ValueError(f"epoch {epoch} of the training lists holds no list: the stream has run dry")
+                raise ValueError(
+                    f"epoch {epoch} of the training lists holds no list: the stream has run dry"
+                )
             epoch, number = epoch + 1, 0
 
     def _order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
@@ -100,10 +106,18 @@ class BatchMaker:
         for start in range(skip * self.batch_size, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             columns = self.lists[indices.tolist()]
-            yield indices, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            yield (
+                indices,
+                [
+                    dict(zip(columns, row, strict=True))
+                    for row in zip(*columns.values(), strict=True)
+                ],
+            )
 
     def _stream_order(self, epoch: int, skip: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
-        shuffled = shuffle_within_buffer(enumerate(self.lists), self.shuffle_buffer, (self.seed, epoch))
+        shuffled = shuffle_within_buffer(
+            enumerate(self.lists), self.shuffle_buffer, (self.seed, epoch)
+        )
         chosen: list[tuple[int, Row]] = []
         for index, row in shuffled:
             check_labels(self.objective, row["labels"], index)
@@ -123,7 +137,9 @@ class BatchMaker:
             ]
         added = 0
         if self.in_batch_negatives:
-            rows, added = add_negatives(rows, self.in_batch_negatives, (self.seed, epoch, number, 1))
+            rows, added = add_negatives(
+                rows, self.in_batch_negatives, (self.seed, epoch, number, 1)
+            )
         labels = [np.asarray(row["labels"], dtype=np.float32) for row in rows]
         offsets = np.cumsum([0, *map(len, labels)])
         units = self.objective.num_units(np.concatenate(labels), offsets)
@@ -146,7 +162,9 @@ class BatchMaker:
 
 
 def check_labels(objective: Objective, labels: Sequence[float], index: int) -> np.ndarray:
-    """A list's labels (D,); raises ValueError, naming the list, where they do not fit the objective."""
+    """A list's labels (D,); raises ValueError, naming the list, where they do not fit the
+    objective.
+    """
     values = np.asarray(labels, dtype=np.float32)
     try:
         objective.check(values)
@@ -170,7 +188,9 @@ def check_all_labels(objective: Objective, lists: Dataset) -> str | None:
 
 
 def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) -> Iterator[T]:
-    """Every item once, drawn from a buffer of this size that is refilled from the front of the rest."""
+    """Every item once, drawn from a buffer of this size that is refilled from the front of the
+    rest.
+    """
     draw = np.random.default_rng(seed)
     buffer: list[T] = []
     for item in items:
@@ -185,30 +205,42 @@ def shuffle_within_buffer(items: Iterator[T], size: int, seed: Sequence[int]) ->
 
 
 def sample_documents(row: Row, limit: int, seed: Sequence[int]) -> Row:
-    """At most this many documents of a list, in their order; relevant ones (label above 0) stay, the rest is drawn.
+    """At most this many documents of a list, in their order; relevant ones (label above 0) stay,
+    the rest is drawn.
 
-    One place is kept for a document that is not relevant, where there is one: without it there would be no pair.
+    One place is kept for a document that is not relevant, where there is one: without it there
+    would be no pair.
     """
     labels = np.asarray(row["labels"])
     if len(labels) <= limit:
         return row
     draw = np.random.default_rng(seed)
-    positive, negative = (draw.permutation(np.flatnonzero(chosen)) for chosen in (labels > 0, labels <= 0))
+    positive, negative = (
+        draw.permutation(np.flatnonzero(chosen)) for chosen in (labels > 0, labels <= 0)
+    )
     positive = positive[: limit - 1 if len(negative) and limit > 1 else limit]
     kept = np.sort(np.concatenate([positive, negative[: limit - len(positive)]]))
     docs, values = row["docs"], row["labels"]
-    return {"query": row["query"], "docs": [docs[i] for i in kept], "labels": [values[i] for i in kept]}
+    return {
+        "query": row["query"],
+        "docs": [docs[i] for i in kept],
+        "labels": [values[i] for i in kept],
+    }
 
 
 def token_load(row: Row, max_length: int | None) -> int:
-    """About how many tokens a list's pairs have, not tokenised yet: four bytes a token, at most max_length."""
+    """About how many tokens a list's pairs have, not tokenised yet: four bytes a token, at most
+    max_length.
+    """
     query = len(row["query"].encode())
     loads = [(query + len(doc.encode())) // 4 + 3 for doc in row["docs"]]
     return sum(loads if max_length is None else (min(load, max_length) for load in loads))
 
 
 def share_out(loads: np.ndarray, num_ranks: int) -> list[np.ndarray]:
-    """Indices of each rank's lists, in order: the heaviest list goes to the rank with the least load so far."""
+    """Indices of each rank's lists, in order: the heaviest list goes to the rank with the least
+    load so far.
+    """
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     totals = [0] * num_ranks
     for index in np.argsort(-loads, kind="stable"):

@@ -1,7 +1,9 @@
-"""A ranking task from the documentation that every install has: which documentation does a summary line open?
+"""A ranking task from the documentation that every install has: which documentation does a summary
+line open?
 
-Query: the summary of a function or class. Right document: its name and the rest of its docstring. Wrong ones: what
-BM25 finds for the summary among the other documents of the same split. Sources are parsed, never imported.
+Query: the summary of a function or class. Right document: its name and the rest of its docstring.
+Wrong ones: what BM25 finds for the summary among the other documents of the same split. Sources are
+parsed, never imported.
 """
 
 from __future__ import annotations
@@ -29,10 +31,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "numpy", "transformers")
-# Code that readers of documentation don't call, or near-copies by the hundred (transformers/models).
+# Code that readers of documentation don't call, or near-copies by the hundred
+# (transformers/models).
 _LEFT_OUT = frozenset(
     (
-        *("test", "tests", "testing", "testing_utils", "lib2to3", "idlelib", "turtledemo", "ensurepip"),
+        *(
+            "test",
+            "tests",
+            "testing",
+            "testing_utils",
+            "lib2to3",
+            "idlelib",
+            "turtledemo",
+            "ensurepip",
+        ),
         *("site-packages", "dist-packages", "models", "cli", "exporters"),
     )
 )
@@ -57,7 +69,9 @@ class DocumentedName:
 
     @property
     def document(self) -> str:
-        """The name in words, as BM25 needs them, then the rest: "Batch Sampler iter: Yields ..."."""
+        """The name in words, as BM25 needs them, then the rest: "Batch Sampler iter: Yields
+        ...".
+        """
         return f"{' '.join(_NAME_WORD.findall(self.name))}: {self.rest}"
 
     @property
@@ -105,7 +119,9 @@ def build_docstring_lists(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if importlib.util.find_spec("bm25s") is None:
-        raise ValueError("the docstring task takes its negatives from bm25s: pip install 'rerank-fast[demo]'")
+        raise ValueError(
+            "the docstring task takes its negatives from bm25s: pip install 'rerank-fast[demo]'"
+        )
     names = documented_names(max_words=max_words)
     held_out = [is_held_out(name.group, seed=seed) for name in names]
     splits = []
@@ -113,7 +129,8 @@ def build_docstring_lists(
         split = [name for name, held in zip(names, held_out, strict=True) if held is wanted]
         if len(split) < 2:
             raise ValueError(
-                f"expected the docstrings of several modules in {', '.join(_roots())}, got {len(names)}"
+                f"expected the docstrings of several modules in {', '.join(_roots())}, got "
+                f"{len(names)}"
             )
         splits.append(
             _lists(
@@ -144,7 +161,8 @@ def documented_names(*, max_words: int = 150) -> list[DocumentedName]:
     found = [name for prefix, root in _roots().items() for name in _in_directory(root, prefix)]
     found = [replace(name, rest=" ".join(name.rest.split()[:max_words])) for name in found]
     found.sort(key=lambda name: (name.module, name.name))
-    # A repeated summary has several right answers, a repeated rest is right under several summaries.
+    # A repeated summary has several right answers, a repeated rest is right under several
+    # summaries.
     keys = [(normalized(name.summary), normalized(name.rest)) for name in found]
     summaries = Counter(summary for summary, _ in keys)
     rests = Counter(rest for _, rest in keys)
@@ -168,11 +186,15 @@ def _roots() -> dict[str, Path]:
 def _in_directory(root: Path, prefix: str) -> Iterator[DocumentedName]:
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        if not _LEFT_OUT.isdisjoint(parts) or any("-" in part or part.startswith("test_") for part in parts):
+        if not _LEFT_OUT.isdisjoint(parts) or any(
+            "-" in part or part.startswith("test_") for part in parts
+        ):
             continue
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         module = ".".join(([prefix] if prefix else []) + list(parts))
-        if any(part.startswith("_") for part in parts) and not _PRIVATE_BUT_DOCUMENTED.match(module):
+        if any(part.startswith("_") for part in parts) and not _PRIVATE_BUT_DOCUMENTED.match(
+            module
+        ):
             continue
         try:
             source = file.read_text(encoding="utf-8")
@@ -191,7 +213,9 @@ def _in_directory(root: Path, prefix: str) -> Iterator[DocumentedName]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of public functions and classes, and of add_docstr calls (torch's built-ins)."""
+    """(qualified name, docstring) of public functions and classes, and of add_docstr calls (torch's
+    built-ins).
+    """
     scopes: list[tuple[str, list[ast.stmt]]] = [("", tree.body)]
     while scopes:
         scope, body = scopes.pop()
@@ -220,7 +244,11 @@ def _added_docstring(call: ast.Call) -> tuple[str, str] | None:
         return None
     target, text = call.args[:2]
     # The text may be followed by .format(...) of the shared argument descriptions.
-    if isinstance(text, ast.Call) and isinstance(text.func, ast.Attribute) and text.func.attr == "format":
+    if (
+        isinstance(text, ast.Call)
+        and isinstance(text.func, ast.Attribute)
+        and text.func.attr == "format"
+    ):
         text = text.func.value
     if not (isinstance(text, ast.Constant) and isinstance(text.value, str)):
         return None
@@ -230,20 +258,23 @@ def _added_docstring(call: ast.Call) -> tuple[str, str] | None:
 
 _SIGNATURE = re.compile(r"^[\w.]+\s*\(.*\)?(\s*->.*)?$|->|^\.\. |^[:>@]|^[\w.]+\(")
 _SECTION = re.compile(
-    r"^(args|arguments|parameters|params|returns?|yields?|raises|examples?|usage|notes?|see also|references|"
-    r"attributes|keyword arguments|shape)\s*:*$",
+    r"^(args|arguments|parameters|params|returns?|yields?|raises|examples?|usage|notes?|see also|"
+    r"references|attributes|keyword arguments|shape)\s*:*$",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`:*])")
 
 
 def part_docstring(docstring: str) -> tuple[str, str] | None:
-    """(summary, rest) of a docstring on one line each, or None where either says too little to be ranked.
+    """(summary, rest) of a docstring on one line each, or None where either says too little to be
+    ranked.
 
-    The summary is the first sentence of the first paragraph that is not a signature (`abs(input) -> Tensor`) or
-    a directive.
+    The summary is the first sentence of the first paragraph that is not a signature (`abs(input) ->
+    Tensor`) or a directive.
     """
-    paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", docstring.strip()) if paragraph.strip()]
+    paragraphs = [
+        paragraph for paragraph in re.split(r"\n\s*\n", docstring.strip()) if paragraph.strip()
+    ]
     # A signature alone on the first line is dropped; one that is all there is makes no summary.
     if paragraphs and _SIGNATURE.search(paragraphs[0].strip()):
         paragraphs = paragraphs[1:]
@@ -255,7 +286,10 @@ def part_docstring(docstring: str) -> tuple[str, str] | None:
     sentences = _SENTENCE_END.split(first, maxsplit=1)
     summary, rest = sentences[0], " ".join([*sentences[1:], *paragraphs[1:]])
     words, document = summary.split(), rest.split()
-    if not _MIN_SUMMARY_WORDS <= len(words) <= _MAX_SUMMARY_WORDS or len(document) < _MIN_DOCUMENT_WORDS:
+    if (
+        not _MIN_SUMMARY_WORDS <= len(words) <= _MAX_SUMMARY_WORDS
+        or len(document) < _MIN_DOCUMENT_WORDS
+    ):
         return None
     if summary.endswith(":") or ">>>" in summary:
         return None  # it introduces what follows, or is code
@@ -265,7 +299,12 @@ def part_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def _lists(
-    names: list[DocumentedName], *, num_negatives: int, num_random: int, max_lists: int | None, seed: int
+    names: list[DocumentedName],
+    *,
+    num_negatives: int,
+    num_random: int,
+    max_lists: int | None,
+    seed: int,
 ) -> Dataset:
     import bm25s
     from datasets import Dataset, Features, Value
@@ -277,10 +316,16 @@ def _lists(
     chosen = draw.permutation(len(names))[:max_lists]
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own logger to DEBUG
     retriever = bm25s.BM25()
-    retriever.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
-    queries = bm25s.tokenize([names[i].summary for i in chosen], stopwords="en", show_progress=False)
+    retriever.index(
+        bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False
+    )
+    queries = bm25s.tokenize(
+        [names[i].summary for i in chosen], stopwords="en", show_progress=False
+    )
     # One more than the negatives: the right document is usually among them.
-    found, _ = retriever.retrieve(queries, k=min(num_negatives + 1, len(names)), show_progress=False)
+    found, _ = retriever.retrieve(
+        queries, k=min(num_negatives + 1, len(names)), show_progress=False
+    )
     rows: dict[str, list] = {"query": [], "docs": [], "labels": []}
     for right, ranking in zip(chosen.tolist(), found.tolist(), strict=True):
         # BM25's order; a right document that is not in its list stands last.
@@ -291,6 +336,10 @@ def _lists(
         rows["docs"].append([documents[i] for i in order])
         rows["labels"].append([float(i == right) for i in order])
     features = Features(
-        {"query": Value("string"), "docs": ListOf(Value("string")), "labels": ListOf(Value("float32"))}
+        {
+            "query": Value("string"),
+            "docs": ListOf(Value("string")),
+            "labels": ListOf(Value("float32")),
+        }
     )
     return Dataset.from_dict(rows, features=features)

@@ -171,7 +171,9 @@ def table_batches(
         first += file.metadata.row_group(group).num_rows
 
 
-def python_rows(table: pyarrow.RecordBatch | pyarrow.Table, where: str, first: int = 0) -> Iterator[dict[str, Any]]:
+def python_rows(
+    table: pyarrow.RecordBatch | pyarrow.Table, where: str, first: int = 0
+) -> Iterator[dict[str, Any]]:
     """The rows as Python's values.
 
     Raises:
@@ -191,5 +193,7 @@ def python_values(column: Iterable[Any], name: str, where: str, first: int = 0) 
             try:
                 value.as_py()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}, row {row}, field {name}: not UTF-8 text: {error}") from error
+                raise ValueError(
+                    f"{where}, row {row}, field {name}: not UTF-8 text: {error}"
+                ) from error
         raise

@@ -24,7 +24,8 @@ def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout:
     """One split of a hub dataset.
 
     Raises:
-        ValueError: the hub does not give it; says whether it is offline and the layout of a local copy.
+        ValueError: the hub does not give it; says whether it is offline and the layout of a local
+            copy.
     """
     try:
         return load_dataset(dataset_id, subset, split=split)
@@ -33,7 +34,8 @@ def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
         state = "the hub is offline (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
         raise ValueError(
-            f"dataset {name} is no local copy, and {state}: {type(error).__name__}: {error}. To use a "
+            f"dataset {name} is no local copy, and {state}: {type(error).__name__}: {error}. To "
+            "use a "
             f"local copy, give the path of one in its place: {layout}."
         ) from error
 

@@ -15,8 +15,8 @@ def add_negatives(
 ) -> tuple[list[dict[str, Any]], int]:
     """Every list with documents of the others, label 0 each, and how many were added in all.
 
-    A document is taken once for a list, and neither where the list has it, nor where another list of
-    the same query does; queries and texts are the same where `normalized` makes them so.
+    A document is taken once for a list, and neither where the list has it, nor where another list
+    of the same query does; queries and texts are the same where `normalized` makes them so.
     Where the others have too few, a list gets those that there are.
 
     Args:

@@ -36,7 +36,8 @@ def locked(output: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
-            f"output {output} is being written by {_holder(note)}: wait for its end or name another output"
+            f"output {output} is being written by {_holder(note)}: wait for its end or name "
+            "another output"
         ) from error
     except OSError as error:
         raise ValueError(f"output {output} can't be written: {error}") from error

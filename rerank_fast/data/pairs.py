@@ -31,7 +31,9 @@ _FIELDS = ("query", "document", "docs")
 
 @dataclass(frozen=True)
 class PairBlock:
-    """Some rows of a file, which has its blocks in order, and what is kept of them beside the pairs."""
+    """Some rows of a file, which has its blocks in order, and what is kept of them beside the
+    pairs.
+    """
 
     index: int
     pairs: list[tuple[str, str]]
@@ -54,14 +56,14 @@ class PairFile:
 
     Args:
         path: .jsonl, .json, .csv, .tsv (each also .gz or .zst) or .parquet.
-        columns: the file's own names: {"query": ..., "document": ... or "docs": ...}. A query is also found
-            as anchor or question, a document as passage, response, answer or text.
+        columns: the file's own names: {"query": ..., "document": ... or "docs": ...}. A query is
+            also found as anchor or question, a document as passage, response, answer or text.
         keep: further columns that a block takes along.
         rows_per_block: rows of a block; the last one of a file or of a Parquet row group has fewer.
 
     Raises:
-        ValueError: the file can't be read or a column is missing. While blocks are read: a malformed row, with the
-            file and its line or row (the first is line 1, row 0) and field.
+        ValueError: the file can't be read or a column is missing. While blocks are read: a
+            malformed row, with the file and its line or row (the first is line 1, row 0) and field.
     """
 
     path: Path
@@ -73,7 +75,8 @@ class PairFile:
         for name in self.columns:
             if name not in _FIELDS:
                 raise ValueError(
-                    f"columns maps query and document or docs to the file's names, got the key {name!r}"
+                    "columns maps query and document or docs to the file's names, got the key "
+                    f"{name!r}"
                 )
         for name in self.keep:
             check_text(name, "keep")
@@ -84,23 +87,35 @@ class PairFile:
             raise ValueError(f"file {self.path} does not exist")
 
     def blocks(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
-        """The wanted ones of the file's blocks; the others are not read where the file's kind allows it."""
+        """The wanted ones of the file's blocks; the others are not read where the file's kind
+        allows it.
+        """
         return (self._parquet if self.path.suffix == ".parquet" else self._lines)(wanted)
 
     def _names(self, there: Sequence[str], where: str) -> _Names:
-        query = self.columns.get("query") or next((name for name in QUERY if name in there), "query")
+        query = self.columns.get("query") or next(
+            (name for name in QUERY if name in there), "query"
+        )
         document = self.columns.get("document")
         document = document or next((name for name in DOCUMENT if name in there), "document")
         docs = self.columns.get("docs", "docs")
-        is_list = "docs" in self.columns or ("document" not in self.columns and document not in there)
+        is_list = "docs" in self.columns or (
+            "document" not in self.columns and document not in there
+        )
         names = _Names(query, docs if is_list else document, is_list)
         for name in (names.query, names.documents, *self.keep):
             if name not in there:
-                wanted = f"{document} (or {docs}, a list)" if name == docs and not self.columns else name
-                raise ValueError(f"{where}: no column {wanted}; there are {', '.join(sorted(map(str, there)))}")
+                wanted = (
+                    f"{document} (or {docs}, a list)" if name == docs and not self.columns else name
+                )
+                raise ValueError(
+                    f"{where}: no column {wanted}; there are {', '.join(sorted(map(str, there)))}"
+                )
         return names
 
-    def _block(self, index: int, rows: list[tuple[str, Any]], names: _Names, kept: pyarrow.Table) -> PairBlock:
+    def _block(
+        self, index: int, rows: list[tuple[str, Any]], names: _Names, kept: pyarrow.Table
+    ) -> PairBlock:
         pairs: list[tuple[str, str]] = []
         sizes = []
         for place, row in rows:
@@ -143,7 +158,9 @@ class PairFile:
             kept.validate(full=True)
         except pyarrow.ArrowInvalid as error:
             list(python_rows(kept, str(self.path), start))  # names the row and the field of a text
-            raise ValueError(f"{self.path}, from row {start} on: damaged: {one_line(error)}") from error
+            raise ValueError(
+                f"{self.path}, from row {start} on: damaged: {one_line(error)}"
+            ) from error
         return self._block(index, placed, names, kept)
 
     def _lines(self, wanted: Callable[[int], bool]) -> Iterator[PairBlock]:
@@ -168,7 +185,9 @@ class PairFile:
             yield block()
 
     def _values(self) -> Iterator[tuple[str, Any]]:
-        """Rows and their places; JSON lines not parsed yet, which of other processes' blocks is not done."""
+        """Rows and their places; JSON lines not parsed yet, which of other processes' blocks is not
+        done.
+        """
         suffix = suffix_of(self.path)
         if suffix in TABLE_SUFFIXES:
             return delimited_rows(self.path, _headerless)
@@ -195,7 +214,9 @@ class PairFile:
 
 
 def _headerless(cells: Sequence[str]) -> Sequence[str] | None:
-    """Names of a .tsv file's columns where its first line has none: MS MARCO's top 1000, or pairs."""
+    """Names of a .tsv file's columns where its first line has none: MS MARCO's top 1000, or
+    pairs.
+    """
     if len(cells) == 4 and all(cell.strip().isdigit() for cell in cells[:2]):
         return ("query_id", "document_id", "query", "document")
     pair = len(cells) == 2 and any(" " in cell.strip() for cell in cells)
@@ -220,5 +241,7 @@ def _column(values: list[Any], rows: list[tuple[str, Any]], name: str) -> pyarro
 
 def as_text(values: Iterable[Any]) -> pyarrow.Array:
     """JSON values as strings: strings as they are, others as JSON writes them."""
-    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value) for value in values
+    ]
     return pyarrow.array(texts, pyarrow.string())

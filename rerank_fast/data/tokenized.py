@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.texts import check_labels
+from rerank_fast.model.tokens.packing import TokenizedPairs
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
@@ -22,7 +22,9 @@ class TokenizedLists:
     pairs: TokenizedPairs
     list_offsets: np.ndarray  # (Q + 1,) int64
     labels: np.ndarray  # (N,) float32
-    truncated: int = 0  # pairs that were longer than the model takes; known of what tokenize_lists gives
+    truncated: int = (
+        0  # pairs that were longer than the model takes; known of what tokenize_lists gives
+    )
 
     def __len__(self) -> int:
         return len(self.list_offsets) - 1
@@ -35,7 +37,9 @@ class TokenizedLists:
         return TokenizedLists(self.pairs.select(flat), offsets, self.labels[flat])
 
     def split(self, parts: int) -> list[TokenizedLists]:
-        """The lists in at most this many parts of nearly equal number, in order; empty parts are left out."""
+        """The lists in at most this many parts of nearly equal number, in order; empty parts are
+        left out.
+        """
         cuts = np.array_split(np.arange(len(self)), parts)
         return [self] if parts == 1 else [self.select(cut) for cut in cuts if len(cut)]
 

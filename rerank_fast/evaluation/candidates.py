@@ -1,4 +1,6 @@
-"""What an evaluator scores: each query's documents, from lists or from sentence-transformers' samples."""
+"""What an evaluator scores: each query's documents, from lists or from sentence-transformers'
+samples.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class Candidates:
 def load_candidates(source: Any, *, always_rerank_positives: bool = True) -> list[Candidates]:
     """Candidates from whatever `load_lists` takes, or from sentence-transformers' samples.
 
-    A sample is {"query", "positive", "documents"} with the first stage's ranking in documents, or {"query",
-    "positive", "negative"} without one; rows of samples come as a sequence, a Dataset or a mapping's values.
+    A sample is {"query", "positive", "documents"} with the first stage's ranking in documents, or
+    {"query", "positive", "negative"} without one; rows of samples come as a sequence, a Dataset or
+    a mapping's values.
 
     Raises:
         ValueError: a list or sample is malformed; names it and what it has.
@@ -43,9 +46,13 @@ def load_candidates(source: Any, *, always_rerank_positives: bool = True) -> lis
         return [_from_sample(row, i, always_rerank_positives) for i, row in enumerate(source)]
     lists = load_lists(source)
     candidates = []
-    for q, (query, docs, values) in enumerate(zip(lists["query"], lists["docs"], lists["labels"], strict=True)):
+    for q, (query, docs, values) in enumerate(
+        zip(lists["query"], lists["docs"], lists["labels"], strict=True)
+    ):
         labels = np.asarray(values)
-        candidates.append(Candidates(str(q), query, docs, [f"d{i}" for i in range(len(docs))], labels, labels))
+        candidates.append(
+            Candidates(str(q), query, docs, [f"d{i}" for i in range(len(docs))], labels, labels)
+        )
     return candidates
 
 
@@ -57,10 +64,12 @@ def rank_candidates(
     *,
     always_rerank_positives: bool,
 ) -> Candidates:
-    """Candidates of one query from its relevant documents and a first stage's ranking, both {id: text}.
+    """Candidates of one query from its relevant documents and a first stage's ranking, both {id:
+    text}.
 
-    As in sentence-transformers a document is relevant where its text is that of a positive one; the base ranking
-    ends with the positives that the first stage missed, and counts 0 where it missed all of them.
+    As in sentence-transformers a document is relevant where its text is that of a positive one; the
+    base ranking ends with the positives that the first stage missed, and counts 0 where it missed
+    all of them.
     """
     texts = set(positive.values())
     found = [float(text in texts) for text in documents.values()]
@@ -71,7 +80,12 @@ def rank_candidates(
         docs = {**positive, **others}
         labels = [1.0] * len(positive) + [0.0] * len(others)
     return Candidates(
-        query_id, query, list(docs.values()), list(docs), np.asarray(labels), np.asarray([*found, *missed])
+        query_id,
+        query,
+        list(docs.values()),
+        list(docs),
+        np.asarray(labels),
+        np.asarray([*found, *missed]),
     )
 
 
@@ -88,13 +102,16 @@ def _holds_samples(source: Any) -> bool:
 def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candidates:
     place = f"sample {index}"
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place}: expected query, positive and documents or negative, got {shown(row)}")
+        raise ValueError(
+            f"{place}: expected query, positive and documents or negative, got {shown(row)}"
+        )
     missing = [key for key in ("query", "positive") if key not in row]
     # A Dataset fills what one row lacks with None.
     others = [key for key in ("documents", "negative") if row.get(key) is not None]
     if missing or len(others) != 1:
         raise ValueError(
-            f"{place}: expected query, positive and either documents or negative; there are {sorted(map(str, row))}"
+            f"{place}: expected query, positive and either documents or negative; there are "
+            f"{sorted(map(str, row))}"
         )
     query = check_text(row["query"], f"{place}, field query", allow_empty=False)
     positive = plain(row["positive"])
@@ -104,7 +121,9 @@ def _from_sample(row: Any, index: int, always_rerank_positives: bool) -> Candida
     rest = [rest] if isinstance(rest, str) and others[0] == "negative" else rest
     rest = _texts_by_id(rest, "d", f"{place}, field {others[0]}")
     if others[0] == "documents":
-        return rank_candidates(str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives)
+        return rank_candidates(
+            str(index), query, relevant, rest, always_rerank_positives=always_rerank_positives
+        )
     docs = {**relevant, **rest}
     if not docs:
         raise ValueError(f"{place}: no documents")

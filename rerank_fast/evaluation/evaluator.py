@@ -1,4 +1,6 @@
-"""What a run is measured by: any function from a model to metrics, and what some say beyond that."""
+"""What a run is measured by: any function from a model to metrics, and what some say beyond
+that.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from rerank_fast.evaluation.measured import MeasuredSet
 
 
 class Evaluator(Protocol):
-    """Gives a model's metrics by name, as sentence-transformers' evaluators do and any function may.
+    """Gives a model's metrics by name, as sentence-transformers' evaluators do and any function
+    may.
 
     One with an attribute `metric_names` says beforehand which those are; one with
     `greater_is_better` False says that the least is the best.

@@ -30,7 +30,9 @@ _MANY_TIES = 0.01
 
 
 class PairScorer:
-    """Scores the same pairs for one model after another, all in one stream, in batches of similar length."""
+    """Scores the same pairs for one model after another, all in one stream, in batches of similar
+    length.
+    """
 
     def __init__(
         self, pairs: Sequence[tuple[str, str]], *, batch_size: int | None, show_progress_bar: bool
@@ -44,8 +46,13 @@ class PairScorer:
         self._kept: tuple[Any, Any, Any] | None = None
 
     def __call__(self, model: Any) -> np.ndarray:
-        """(N,) float64 raw scores: a sigmoid would round large ones to the same value and tie them."""
-        options: dict[str, Any] = {"activation_fn": nn.Identity(), "show_progress_bar": self.show_progress_bar}
+        """(N,) float64 raw scores: a sigmoid would round large ones to the same value and tie
+        them.
+        """
+        options: dict[str, Any] = {
+            "activation_fn": nn.Identity(),
+            "show_progress_bar": self.show_progress_bar,
+        }
         if self.batch_size is not None:
             options["batch_size"] = self.batch_size
         if hasattr(model, "score_tokens") and hasattr(model, "tokenization_key"):
@@ -54,7 +61,9 @@ class PairScorer:
             scores = model.predict(self.pairs, **options)
         scores = np.asarray(scores, dtype=np.float64)
         if scores.size != len(self.pairs):
-            raise ValueError(f"expected one score for each of {len(self.pairs)} pairs, got shape {scores.shape}")
+            raise ValueError(
+                f"expected one score for each of {len(self.pairs)} pairs, got shape {scores.shape}"
+            )
         return scores.reshape(-1)
 
     def _tokens(self, model: Any) -> Any:
@@ -72,7 +81,9 @@ class MeasuredSet:
         ValueError: at_k is below 1, or a metric is unknown.
     """
 
-    def __init__(self, candidates: Sequence[Candidates], *, name: str, at_k: int, metrics: Sequence[str]) -> None:
+    def __init__(
+        self, candidates: Sequence[Candidates], *, name: str, at_k: int, metrics: Sequence[str]
+    ) -> None:
         self.candidates = candidates
         self.name = name
         self.at_k = at_k
@@ -125,7 +136,9 @@ class MeasuredSet:
             return {}
         given = [-np.arange(len(values), dtype=np.float64) for values in labels]
         base = {}
-        for name, values in ranking_metrics(labels, given, at_k=self.at_k, metrics=self._further).items():
+        for name, values in ranking_metrics(
+            labels, given, at_k=self.at_k, metrics=self._further
+        ).items():
             base[f"base_{name}"] = np.full(len(self.candidates), np.nan)
             base[f"base_{name}"][ranked] = values
         return base
@@ -157,7 +170,9 @@ class MeasuredSet:
 
 
 def _column(key: object) -> str:
-    """An id as one column of a line; `urllib.parse.unquote` gives it back, but for %, the empty one."""
+    """An id as one column of a line; `urllib.parse.unquote` gives it back, but for %, the empty
+    one.
+    """
     letters = (quote(one) if one.isspace() or one == "%" else one for one in str(key))
     return "".join(letters) or "%"
 
@@ -190,7 +205,8 @@ class ResultsFile:
     def __init__(self, directory: str | Path, name: str, metrics: Sequence[str]) -> None:
         self.file = output_directory(directory) / name.replace("/", "_")
         self.metrics = metrics
-        # The three that sentence-transformers writes are in capitals there; others keep their spelling.
+        # The three that sentence-transformers writes are in capitals there; others keep their
+        # spelling.
         header = ["epoch", "steps", *(metric.upper() for metric in metrics[:3]), *metrics[3:]]
         try:
             with self.file.open("a", newline="", encoding="utf-8") as handle:
@@ -207,7 +223,9 @@ class ResultsFile:
 def note_in_model_card(
     evaluator: Any, model: Any, means: dict[str, float], prefix: str, epoch: float, steps: int
 ) -> None:
-    """Hand the figures to the card of sentence-transformers' CrossEncoder, as its own evaluators do."""
+    """Hand the figures to the card of sentence-transformers' CrossEncoder, as its own evaluators
+    do.
+    """
     card = getattr(model, "model_card_data", None)
     if card is None:
         return

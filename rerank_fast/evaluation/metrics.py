@@ -30,28 +30,39 @@ def default_metrics(at_k: int) -> tuple[str, str, str]:
 
 
 def parse_metric(name: str) -> Any:
-    """The ir-measures measure of a name such as ndcg@10, R@100, P(rel=2)@5 or RBP(p=0.8), in any letter case.
+    """The ir-measures measure of a name such as ndcg@10, R@100, P(rel=2)@5 or RBP(p=0.8), in any
+    letter case.
 
     Raises:
-        ValueError: no such measure (lists those that there are), or its arguments or package are wrong.
+        ValueError: no such measure (lists those that there are), or its arguments or package are
+            wrong.
     """
     registry = ir_measures.measures.registry
-    # Aliases differ from their measure in case alone: either spelling of a lower-case name is the same measure.
+    # Aliases differ from their measure in case alone: either spelling of a lower-case name is the
+    # same measure.
     known = {measure.lower(): measure for measure in registry}
     found = re.match(r"\s*(\w+)", name)
     measure_name = known.get(found[1].lower()) if found else None
     if found is None or measure_name is None:
-        raise ValueError(f"unknown metric {name!r}; there are {', '.join(sorted(registry, key=str.lower))}")
+        raise ValueError(
+            f"unknown metric {name!r}; there are {', '.join(sorted(registry, key=str.lower))}"
+        )
     try:
         measure = ir_measures.parse_measure(measure_name + name[found.end() :])
         ir_measures.evaluator([measure], {"q": {"d": 1}})
     except Exception as error:  # of as many kinds as there are providers
-        raise ValueError(f"metric {name!r} can't be computed (a cut is written as in nDCG@10): {error}") from error
+        raise ValueError(
+            f"metric {name!r} can't be computed (a cut is written as in nDCG@10): {error}"
+        ) from error
     return measure
 
 
 def ranking_metrics(
-    labels: Sequence[ArrayLike], scores: Sequence[ArrayLike], *, at_k: int = 10, metrics: Sequence[str] = ()
+    labels: Sequence[ArrayLike],
+    scores: Sequence[ArrayLike],
+    *,
+    at_k: int = 10,
+    metrics: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """MAP, MRR@k, NDCG@k and further metrics of each list, in list order, each list by itself.
 
@@ -185,14 +196,18 @@ def bootstrap_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    means = [
+        values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)
+    ]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same queries: means, their difference b - a, its interval and the test's p-value."""
+    """Two models on the same queries: means, their difference b - a, its interval and the test's
+    p-value.
+    """
 
     a: float
     b: float
@@ -203,12 +218,18 @@ class Comparison:
 
 
 def compare(
-    a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 12
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 12,
 ) -> Comparison:
-    """Fisher's randomisation test (two-sided) of paired (Q,) per-query values, and a bootstrap interval of b - a.
+    """Fisher's randomisation test (two-sided) of paired (Q,) per-query values, and a bootstrap
+    interval of b - a.
 
-    The test that Smucker, Allan and Carterette (CIKM 2007) found to fit retrieval best: under the null
-    hypothesis each query's two values could as well be the other way around.
+    The test that Smucker, Allan and Carterette (CIKM 2007) found to fit retrieval best: under the
+    null hypothesis each query's two values could as well be the other way around.
     """
     from scipy.stats import permutation_test
 
@@ -228,4 +249,6 @@ def compare(
             batch=1000,
             rng=np.random.default_rng(seed),
         ).pvalue
-    return Comparison(float(a.mean()), float(b.mean()), float((b - a).mean()), low, high, float(p_value))
+    return Comparison(
+        float(a.mean()), float(b.mean()), float((b - a).mean()), low, high, float(p_value)
+    )

@@ -27,11 +27,12 @@ class NanoBEIREvaluator:
     """Reranks the BM25 rankings of NanoBEIR sets; all sets' pairs are scored in one stream.
 
     Args:
-        dataset_names: short names, in any letter case; None takes all but arguana and touche2020, whose task is
-            another, as sentence-transformers does.
-        dataset_id: hub id, or a local directory with files SUBSET/NanoX.parquet, SUBSET/NanoX-*.parquet or
-            SUBSET/NanoX.jsonl for SUBSET in corpus (_id, text), queries (_id, text), qrels (query-id, corpus-id)
-            and bm25 (query-id, corpus-ids): a downloaded copy of the hub dataset is such a directory.
+        dataset_names: short names, in any letter case; None takes all but arguana and touche2020,
+            whose task is another, as sentence-transformers does.
+        dataset_id: hub id, or a local directory with files SUBSET/NanoX.parquet,
+            SUBSET/NanoX-*.parquet or SUBSET/NanoX.jsonl for SUBSET in corpus (_id, text), queries
+            (_id, text), qrels (query-id, corpus-id) and bm25 (query-id, corpus-ids): a downloaded
+            copy of the hub dataset is such a directory.
         rerank_k: documents of each BM25 ranking.
         at_k: cut of MRR and NDCG.
         always_rerank_positives: also score the relevant documents that BM25 missed.
@@ -39,18 +40,20 @@ class NanoBEIREvaluator:
         batch_size: most pairs per forward pass; None lets their tokens decide.
         show_progress_bar: while scoring.
         write_csv: with an output_path, add rows of means to sentence-transformers' CSV files there.
-        write_per_query: with an output_path, write the last call's values of each query as CSV, a file a set.
+        write_per_query: with an output_path, write the last call's values of each query as CSV, a
+            file a set.
         write_run: with an output_path, write the last call's order as a TREC run, a file a set.
         aggregate_fn: one value from the sets' values.
         aggregate_key: its name.
 
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
-    {"NanoMSMARCO_R100_ndcg@10": ..., "NanoBEIR_R100_mean_ndcg@10": ...} and so on for map, mrr@k and the same with
-    "base_" for BM25. In sentence-transformers' CrossEncoderTrainer it goes in as
+    {"NanoMSMARCO_R100_ndcg@10": ..., "NanoBEIR_R100_mean_ndcg@10": ...} and so on for map, mrr@k
+    and the same with "base_" for BM25. In sentence-transformers' CrossEncoderTrainer it goes in as
     evaluator=[NanoBEIREvaluator(...)]. Ties count as in RerankingEvaluator.
 
     Raises:
-        ValueError: an unknown set or metric (lists those that there are), or data that can't be read.
+        ValueError: an unknown set or metric (lists those that there are), or data that can't be
+            read.
     """
 
     greater_is_better = True
@@ -75,10 +78,14 @@ class NanoBEIREvaluator:
         if dataset_names is None:
             dataset_names = [name for name in DATASETS if name not in ("arguana", "touche2020")]
         if isinstance(dataset_names, str) or not dataset_names:
-            raise ValueError(f"dataset_names must be a list of names or None for all, got {dataset_names!r}")
+            raise ValueError(
+                f"dataset_names must be a list of names or None for all, got {dataset_names!r}"
+            )
         if rerank_k < 1:
             raise ValueError(f"rerank_k must be at least 1, got {rerank_k}")
-        splits = {name: split_name(name) for name in dict.fromkeys(dataset_names)}  # all, before any is read
+        splits = {
+            name: split_name(name) for name in dict.fromkeys(dataset_names)
+        }  # all, before any is read
         self.dataset_names = list(splits)
         self.dataset_id = str(dataset_id)
         self.rerank_k = rerank_k
@@ -102,7 +109,9 @@ class NanoBEIREvaluator:
                 )
                 for one in load_nano_beir(name, self.dataset_id, rerank_k=rerank_k)
             ]
-            self.sets.append(MeasuredSet(candidates, name=f"{split}_R{rerank_k}", at_k=at_k, metrics=metrics))
+            self.sets.append(
+                MeasuredSet(candidates, name=f"{split}_R{rerank_k}", at_k=at_k, metrics=metrics)
+            )
         self.metrics = self.sets[0].metrics
         self.primary_metric = f"{self.name}_ndcg@{at_k}"
         self.metric_names = tuple(
@@ -138,11 +147,13 @@ class NanoBEIREvaluator:
                     one.write_run(directory / f"{one.name}.run", scores)
         return measured
 
-    def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
+    def evaluate_per_query(
+        self, model: Any, output_path: str | None = None
+    ) -> dict[str, np.ndarray]:
         """Each metric of each set as an array of its queries, under the set's key.
 
-        Where the aggregate is the mean over sets, its key holds all queries' values, weighted so that their mean
-        is the mean over sets: a paired test of two models compares that too.
+        Where the aggregate is the mean over sets, its key holds all queries' values, weighted so
+        that their mean is the mean over sets: a paired test of two models compares that too.
         """
         measured = self._measure(model, output_path)
         result = {
@@ -153,7 +164,10 @@ class NanoBEIREvaluator:
         if self.aggregate_fn is np.mean:
             count = sum(len(one.candidates) for one in self.sets)
             for name in measured[0]:
-                weighted = [values[name] * (count / (len(measured) * len(values[name]))) for values in measured]
+                weighted = [
+                    values[name] * (count / (len(measured) * len(values[name])))
+                    for values in measured
+                ]
                 result[f"{self.name}_{name}"] = np.concatenate(weighted)
         return result
 
@@ -167,7 +181,10 @@ class NanoBEIREvaluator:
         """
         files = []
         if output_path is not None and self.write_csv:
-            names = [f"CrossEncoderRerankingEvaluator_{one.name}_results_@{self.at_k}.csv" for one in self.sets]
+            names = [
+                f"CrossEncoderRerankingEvaluator_{one.name}_results_@{self.at_k}.csv"
+                for one in self.sets
+            ]
             names.append(f"NanoBEIR_evaluation_{self.aggregate_key}_results.csv")
             files = [ResultsFile(output_path, name, self.metrics) for name in names]
         every = [query_means(values) for values in self._measure(model, output_path)]
@@ -175,10 +192,14 @@ class NanoBEIREvaluator:
         for one, means in zip(self.sets, every, strict=True):
             results.update({one.prefixed(name): value for name, value in means.items()})
             note_in_model_card(one, model, means, one.name, epoch, steps)
-        aggregates = {name: float(self.aggregate_fn([means[name] for means in every])) for name in every[0]}
+        aggregates = {
+            name: float(self.aggregate_fn([means[name] for means in every])) for name in every[0]
+        }
         for metric in self.metrics:
             base = aggregates[f"base_{metric}"]
-            logger.info("NanoBEIR %-8s BM25 %.4f -> reranked %.4f", metric, base, aggregates[metric])
+            logger.info(
+                "NanoBEIR %-8s BM25 %.4f -> reranked %.4f", metric, base, aggregates[metric]
+            )
         for file, means in zip(files, [*every, aggregates], strict=False):
             file.append(epoch, steps, means)
         note_in_model_card(self, model, aggregates, self.name, epoch, steps)

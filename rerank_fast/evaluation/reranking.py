@@ -1,4 +1,6 @@
-"""Reranking evaluation: MAP, MRR@k, NDCG@k and others of a model's order beside the first stage's."""
+"""Reranking evaluation: MAP, MRR@k, NDCG@k and others of a model's order beside the first
+stage's.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,27 @@ class RerankingEvaluator:
 
     Args:
         lists: whatever `load_lists` takes, the documents in the first stage's order ("base"); or
-            sentence-transformers' samples: rows of query, positive and either documents (the first stage's
-            order) or negative (no first stage, so no base_ metrics).
+            sentence-transformers' samples: rows of query, positive and either documents (the first
+            stage's order) or negative (no first stage, so no base_ metrics).
         at_k: cut of MRR and NDCG.
         name: goes before each metric's name.
-        always_rerank_positives: for samples with documents: also score the positives that the first stage
-            missed. False scores what it found, and a query without a positive among it counts 0.
-        metrics: further ones of ir-measures, e.g. "R@100" or "P(rel=2)@5"; each result has the name given here.
+        always_rerank_positives: for samples with documents: also score the positives that the first
+            stage missed. False scores what it found, and a query without a positive among it counts
+            0.
+        metrics: further ones of ir-measures, e.g. "R@100" or "P(rel=2)@5"; each result has the name
+            given here.
         batch_size: most pairs per forward pass; None lets their tokens decide.
         show_progress_bar: while scoring.
         write_csv: with an output_path, add a row of means to sentence-transformers' CSV file there.
         write_per_query: with an output_path, write the last call's values of each query as CSV.
         write_run: with an output_path, write the last call's order as a TREC run.
-        loss: of raw scores (N,), labels (N,) and offsets (Q + 1,) of all lists, all on the CPU; the result then has
-            it as eval_loss, or NAME_loss.
+        loss: of raw scores (N,), labels (N,) and offsets (Q + 1,) of all lists, all on the CPU; the
+            result then has it as eval_loss, or NAME_loss.
 
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
-    {"map", "mrr@k", "ndcg@k"} and the same with "base_" for the given order, as means over all queries. In
-    sentence-transformers' CrossEncoderTrainer it goes in as evaluator=[RerankingEvaluator(...)].
+    {"map", "mrr@k", "ndcg@k"} and the same with "base_" for the given order, as means over all
+    queries. In sentence-transformers' CrossEncoderTrainer it goes in as
+    evaluator=[RerankingEvaluator(...)].
 
     Where documents tie in score every metric is its expected value over the orders of the tie (see
     `ranking_metrics`): the order of input, which may know the labels, decides nothing. The share of
@@ -83,7 +88,9 @@ class RerankingEvaluator:
         self.loss = loss
         self.primary_metric = self.set.primary_metric
         self.metric_names = tuple(map(self.set.prefixed, self.set.metrics))
-        self.score = PairScorer(self.set.pairs, batch_size=batch_size, show_progress_bar=show_progress_bar)
+        self.score = PairScorer(
+            self.set.pairs, batch_size=batch_size, show_progress_bar=show_progress_bar
+        )
 
     @property
     def description(self) -> str:
@@ -95,14 +102,20 @@ class RerankingEvaluator:
 
     @property
     def _stem(self) -> str:
-        return "CrossEncoderRerankingEvaluator" + (f"_{self.name.replace('/', '_')}" if self.name else "")
+        return "CrossEncoderRerankingEvaluator" + (
+            f"_{self.name.replace('/', '_')}" if self.name else ""
+        )
 
-    def evaluate_per_query(self, model: Any, output_path: str | None = None) -> dict[str, np.ndarray]:
+    def evaluate_per_query(
+        self, model: Any, output_path: str | None = None
+    ) -> dict[str, np.ndarray]:
         """Each metric, reranked and base_, as an array (Q,) in list order."""
         values, _ = self._measure(model, output_path)
         return values
 
-    def _measure(self, model: Any, output_path: str | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _measure(
+        self, model: Any, output_path: str | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The values of each query, and the scores (N,) that they are of."""
         directory = None if output_path is None else output_directory(output_path)
         scores = self.score(model)
@@ -133,12 +146,19 @@ class RerankingEvaluator:
         """
         results = None
         if output_path is not None and self.write_csv:
-            results = ResultsFile(output_path, f"{self._stem}_results_@{self.at_k}.csv", self.set.metrics)
+            results = ResultsFile(
+                output_path, f"{self._stem}_results_@{self.at_k}.csv", self.set.metrics
+            )
         values, scores = self._measure(model, output_path)
         means = query_means(values)
         for metric in self.set.metrics:
             if f"base_{metric}" in means:
-                logger.info("%-8s base %.4f -> reranked %.4f", metric, means[f"base_{metric}"], means[metric])
+                logger.info(
+                    "%-8s base %.4f -> reranked %.4f",
+                    metric,
+                    means[f"base_{metric}"],
+                    means[metric],
+                )
             else:
                 logger.info("%-8s reranked %.4f", metric, means[metric])
         if results is not None:

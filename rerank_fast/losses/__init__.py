@@ -1,4 +1,5 @@
-"""Drop-in losses for sentence-transformers' CrossEncoderTrainer: same signatures, fused computation.
+"""Drop-in losses for sentence-transformers' CrossEncoderTrainer: same signatures, fused
+computation.
 
 from rerank_fast.losses import LambdaLoss
 """
@@ -49,7 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """sentence-transformers' own CrossEntropyLoss, so that an import of several losses needs no second line.
+    """sentence-transformers' own CrossEntropyLoss, so that an import of several losses needs no
+    second line.
 
     It is of models with several labels, which are no rerankers: nothing here makes them faster.
     """
@@ -59,7 +61,8 @@ def __getattr__(name: str) -> Any:
         from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
     except ImportError as error:
         raise ImportError(
-            "CrossEntropyLoss, of models with several labels, is sentence-transformers' own: expected it to be "
+            "CrossEntropyLoss, of models with several labels, is sentence-transformers' own: "
+            "expected it to be "
             "installed (pip install sentence-transformers)"
         ) from error
     return CrossEntropyLoss

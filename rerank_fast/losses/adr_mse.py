@@ -21,7 +21,8 @@ class ADRMSELoss(LabelledListsLoss):
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:
@@ -29,7 +30,10 @@ class ADRMSELoss(LabelledListsLoss):
     """
 
     _name = "ADRMSELoss"
-    _labels_expected = "expects `labels` to be a list of per-query Tensors (list[Tensor]), but got a single Tensor."
+    _labels_expected = (
+        "expects `labels` to be a list of per-query Tensors (list[Tensor]), "
+        "but got a single Tensor."
+    )
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ class ColumnsLoss(PairScoringLoss):
     """A loss of the pairs of an anchor with the text of each other column in its row.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     def __init__(self, model: nn.Module, activation_fn: nn.Module | None, **execution: Any) -> None:

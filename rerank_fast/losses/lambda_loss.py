@@ -24,22 +24,23 @@ from rerank_fast.ops.options import check_choice, check_cut, check_positive
 class LambdaLoss(LabelledListsLoss):
     """LambdaLoss (Wang et al., CIKM 2018) with sentence-transformers' signature and numbers.
 
-    Tokenises all pairs of the batch once, runs the model on micro-batches of similar length, and takes
-    the loss and its gradient from one fused pass over the preference pairs.
+    Tokenises all pairs of the batch once, runs the model on micro-batches of similar length, and
+    takes the loss and its gradient from one fused pass over the preference pairs.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
-        weighting_scheme: one of this module's schemes, one of sentence-transformers', or any module with
-            `forward(gain, discount, true_sorted)`; None weighs every pair 1.
+        weighting_scheme: one of this module's schemes, one of sentence-transformers', or any module
+            with `forward(gain, discount, true_sorted)`; None weighs every pair 1.
         k: count pairs with at least one document in the model's top k; None counts all.
         sigma: slope of the sigmoid, above 0.
         eps: least ideal DCG, above 0.
         reduction_log: "binary" or "natural".
-        activation_fn: applied to the logits before the loss. What the model's predict applies to its scores stays
-            the model's own, as in the Trainer.
+        activation_fn: applied to the logits before the loss. What the model's predict applies to
+            its scores stays the model's own, as in the Trainer.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:
@@ -143,7 +144,8 @@ class RankNetLoss(LambdaLoss):
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:

@@ -29,7 +29,9 @@ class PListMLELambdaWeight(nn.Module):
         self.rank_discount_fn = rank_discount_fn
 
     def forward(self, mask: Tensor) -> Tensor:
-        """(Q, D) weights, at least 0, of the places under a (Q, D) mask; 0 elsewhere. Only their ratios count."""
+        """(Q, D) weights, at least 0, of the places under a (Q, D) mask; 0 elsewhere. Only their
+        ratios count.
+        """
         if self.rank_discount_fn is not None:
             return self.rank_discount_fn(mask)
         sizes = mask.sum(dim=1, keepdim=True)
@@ -40,21 +42,23 @@ class PListMLELambdaWeight(nn.Module):
 
 
 class PListMLELoss(LabelledListsLoss):
-    """Position-aware ListMLE (Lan et al., UAI 2014) with sentence-transformers' signature and numbers.
+    """Position-aware ListMLE (Lan et al., UAI 2014) with sentence-transformers' signature and
+    numbers.
 
     A batch in which no list has two documents gives a 0 that is part of the graph, with gradients
     of 0; there it is no part of it.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
-        lambda_weight: weights of the places of a list, ours, sentence-transformers', or any module with
-            `forward(mask)`; None weighs all 1, which is ListMLE.
+        lambda_weight: weights of the places of a list, ours, sentence-transformers', or any module
+            with `forward(mask)`; None weighs all 1, which is ListMLE.
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        respect_input_order: take documents to be ordered by relevance, and do not read labels; False
-            orders them by label, ties as they come.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        respect_input_order: take documents to be ordered by relevance, and do not read labels;
+            False orders them by label, ties as they come.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:
@@ -124,9 +128,10 @@ class ListMLELoss(PListMLELoss):
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        respect_input_order: take documents to be ordered by relevance, and do not read labels; False
-            orders them by label, ties as they come.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        respect_input_order: take documents to be ordered by relevance, and do not read labels;
+            False orders them by label, ties as they come.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:

@@ -14,14 +14,16 @@ from rerank_fast.objectives.listnet import ListNet
 class ListNetLoss(LabelledListsLoss):
     """ListNet (Cao et al., ICML 2007) with sentence-transformers' signature and numbers.
 
-    A list without documents has no share in the loss but counts as a list; there it makes the loss NaN.
+    A list without documents has no share in the loss but counts as a list; there it makes the loss
+    NaN.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
         activation_fn: applied to the logits before the loss.
         mini_batch_size: pairs per forward pass; None means the number of queries, or 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:
@@ -52,7 +54,10 @@ class ListNetLoss(LabelledListsLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss parameters, for a model card."""
-        return {"activation_fn": fullname(self.activation_fn), "mini_batch_size": self.mini_batch_size}
+        return {
+            "activation_fn": fullname(self.activation_fn),
+            "mini_batch_size": self.mini_batch_size,
+        }
 
     @property
     def citation(self) -> str:

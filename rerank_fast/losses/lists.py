@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.losses.scoring import PairScoringLoss
-from rerank_fast.model.packing import upload
 from rerank_fast.model.texts import check_inputs, check_labels
+from rerank_fast.model.tokens.packing import upload
 
 
 class LabelledListsLoss(PairScoringLoss):
@@ -57,10 +57,15 @@ class LabelledListsLoss(PairScoringLoss):
         if isinstance(labels, Tensor):
             raise ValueError(f"{name} {self._labels_expected}")
         if len(inputs) != 2:
-            raise ValueError(f"{name} expects two inputs (queries, documents_list), but got {len(inputs)} inputs.")
+            raise ValueError(
+                f"{name} expects two inputs (queries, documents_list), but got {len(inputs)} "
+                "inputs."
+            )
         queries, documents = inputs
         if len(queries) != len(documents):
-            raise ValueError(f"{name} got {len(queries)} queries but {len(documents)} lists of documents.")
+            raise ValueError(
+                f"{name} got {len(queries)} queries but {len(documents)} lists of documents."
+            )
         queries, documents = check_inputs(queries, documents)
         labels = [_label_tensor(values, q) for q, values in enumerate(labels)]
         docs_per_query = [len(docs) for docs in documents]
@@ -70,12 +75,18 @@ class LabelledListsLoss(PairScoringLoss):
                 f"Number of documents per query in inputs ({docs_per_query}) does not match "
                 f"number of labels per query ({labels_per_query})."
             )
-        pairs = [(query, document) for query, docs in zip(queries, documents, strict=True) for document in docs]
+        pairs = [
+            (query, document)
+            for query, docs in zip(queries, documents, strict=True)
+            for document in docs
+        ]
         if not pairs:
             raise ValueError(f"{name} got a batch of {len(queries)} queries without any document.")
 
         scores = self._score(pairs, len(queries), prompt=prompt, task=task)
-        flat_labels = upload(torch.cat([values.reshape(-1) for values in labels]).float(), scores.device)
+        flat_labels = upload(
+            torch.cat([values.reshape(-1) for values in labels]).float(), scores.device
+        )
         offsets = upload(torch.tensor([0, *docs_per_query]).cumsum(0), scores.device)
         return self._loss(scores, flat_labels, offsets)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rerank_fast.losses.columns import ColumnsLoss, check_columns
 from rerank_fast.losses.scoring import fullname
-from rerank_fast.model.packing import upload
+from rerank_fast.model.tokens.packing import upload
 from rerank_fast.objectives.margin_mse import MarginMSE
 
 
@@ -18,16 +18,18 @@ class MarginMSELoss(ColumnsLoss):
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
-        activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are differences of
-            numbers from 0 to 1.
+        activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are
+            differences of numbers from 0 to 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.MSELoss.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class MarginMSELoss(ColumnsLoss):
         """The loss of a batch.
 
         Args:
-            inputs: [queries, positives, negatives, ...], B texts each, with n >= 1 columns of negatives.
+            inputs: [queries, positives, negatives, ...], B texts each, with n >= 1 columns of
+                negatives.
             labels: (B,) or (B, n) differences of the positive's score and each negative's, or
                 (B, n + 1) scores of the positive and each negative; a list of tensors is stacked.
             prompt: passed on to the model's preprocessing.
@@ -67,7 +70,8 @@ class MarginMSELoss(ColumnsLoss):
 
         Raises:
             ValueError: labels of another shape, no column of negatives, columns of different
-                lengths, a text that is not valid Unicode, or a number, bytes or None in place of one.
+                lengths, a text that is not valid Unicode, or a number, bytes or None in place of
+                one.
         """
         name = type(self).__name__
         anchors, *columns = check_columns(name, inputs)
@@ -103,8 +107,10 @@ def _margins(labels: Tensor, batch_size: int, num_negatives: int) -> Tensor:
     if labels.shape != expected:
         raise ValueError(
             f"Labels shape {labels.shape} does not match expected shape {expected}. "
-            "Ensure that your dataset labels/scores are 1) lists of differences between positive scores and "
-            "negatives scores (length `num_negatives`), or 2) lists of positive and negative scores "
+            "Ensure that your dataset labels/scores are 1) lists of differences between positive "
+            "scores and "
+            "negatives scores (length `num_negatives`), or 2) lists of positive and negative "
+            "scores "
             "(length `num_negatives + 1`)."
         )
     return labels

@@ -15,11 +15,12 @@ from rerank_fast.losses.scoring import fullname
 
 
 class MultipleNegativesRankingLoss(ColumnsLoss):
-    """The cross-entropy of the positive among negatives, with sentence-transformers' signature and numbers.
+    """The cross-entropy of the positive among negatives, with sentence-transformers' signature and
+    numbers.
 
-    Negatives from the batch are drawn, as there, by torch's generator of the host, before anything is
-    scored. Dropout moves that generator, here otherwise than there: the draws of one seed are theirs
-    as long as the model has none, and else others of the same distribution.
+    Negatives from the batch are drawn, as there, by torch's generator of the host, before anything
+    is scored. Dropout moves that generator, here otherwise than there: the draws of one seed are
+    theirs as long as the model has none, and else others of the same distribution.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
@@ -28,11 +29,13 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         activation_fn: applied to the logits before the loss; None applies nothing.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     def __init__(
@@ -55,12 +58,16 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         )
         whole = isinstance(num_negatives, Integral) and not isinstance(num_negatives, bool)
         if num_negatives is not None and not (whole and num_negatives > 0):
-            raise ValueError(f"num_negatives must be None or a whole number above 0, got {num_negatives!r}")
+            raise ValueError(
+                f"num_negatives must be None or a whole number above 0, got {num_negatives!r}"
+            )
         self.num_negatives = num_negatives
         self.scale = scale
         self.cross_entropy_loss = nn.CrossEntropyLoss()
 
-    def get_in_batch_negatives(self, anchors: list[Any], candidates: list[list[Any]]) -> list[list[Any]]:
+    def get_in_batch_negatives(
+        self, anchors: list[Any], candidates: list[list[Any]]
+    ) -> list[list[Any]]:
         """Columns of texts of other rows, one for each negative that is drawn for an anchor.
 
         Args:
@@ -86,7 +93,8 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         """The loss of a batch.
 
         Args:
-            inputs: [anchors, positives, negatives, ...], B texts each, with any number of columns of negatives.
+            inputs: [anchors, positives, negatives, ...], B texts each, with any number of columns
+                of negatives.
             labels: not looked at.
             prompt: passed on to the model's preprocessing.
             task: passed on to the model's preprocessing.
@@ -98,7 +106,8 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         name = type(self).__name__
         if len(inputs) < 2:
             raise ValueError(
-                f"{name} expects an anchor and a positive column, but got a dataset with {len(inputs)} columns."
+                f"{name} expects an anchor and a positive column, but got a dataset with "
+                f"{len(inputs)} columns."
             )
         anchors, positives, *negatives = check_columns(name, inputs)
         drawn = self.get_in_batch_negatives(anchors, [positives, *negatives])
@@ -113,11 +122,17 @@ class MultipleNegativesRankingLoss(ColumnsLoss):
         task: str | None,
         progress: Callable[[int], object] = lambda num_pairs: None,
     ) -> Tensor:
-        """The loss, (), of B anchors and columns of B texts, of which the first are the positives."""
-        scores = self._score_columns(anchors, columns, prompt=prompt, task=task, progress=progress).T
+        """The loss, (), of B anchors and columns of B texts, of which the first are the
+        positives.
+        """
+        scores = self._score_columns(
+            anchors, columns, prompt=prompt, task=task, progress=progress
+        ).T
         if self.scale:
             scores = scores * self.scale
-        return self.cross_entropy_loss(scores, torch.zeros(len(anchors), dtype=torch.long, device=scores.device))
+        return self.cross_entropy_loss(
+            scores, torch.zeros(len(anchors), dtype=torch.long, device=scores.device)
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss parameters, for a model card."""
@@ -138,10 +153,12 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         activation_fn: applied to the logits before the loss; None applies nothing.
         mini_batch_size: pairs per forward pass; below 0 all pairs.
         show_progress_bar: show one of the batch's pairs, each counted once a run.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     uses_gradient_cache = True  # asked by sentence-transformers' decorators of losses

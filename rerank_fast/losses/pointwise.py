@@ -1,4 +1,6 @@
-"""Losses of single pairs, each with a number as its label: binary cross-entropy and the squared error."""
+"""Losses of single pairs, each with a number as its label: binary cross-entropy and the squared
+error.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 
 from rerank_fast.losses.columns import ColumnsLoss, check_columns
 from rerank_fast.losses.scoring import fullname
-from rerank_fast.model.packing import upload
 from rerank_fast.model.texts import check_labels
+from rerank_fast.model.tokens.packing import upload
 
 
 class _PointwiseLoss(ColumnsLoss):
@@ -69,12 +71,14 @@ class BinaryCrossEntropyLoss(_PointwiseLoss):
         pos_weight: weight of a positive pair, as torch.tensor(4); None weighs all 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.BCEWithLogitsLoss.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     def __init__(
@@ -110,19 +114,23 @@ class BinaryCrossEntropyLoss(_PointwiseLoss):
 
 
 class MSELoss(_PointwiseLoss):
-    """The squared error of pairs' scores, as of a teacher's, with sentence-transformers' signature and numbers.
+    """The squared error of pairs' scores, as of a teacher's, with sentence-transformers' signature
+    and numbers.
 
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder with one output label.
-        activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are from 0 to 1.
+        activation_fn: applied to the logits before the loss; nn.Sigmoid() where the labels are from
+            0 to 1.
         mini_batch_size: pairs per forward pass; None leaves it to the package, or means 32 with
             gradient_cache; below 0 all pairs.
-        packed: run without padding where the model's architecture allows it; False calls the model itself.
+        packed: run without padding where the model's architecture allows it; False calls the model
+            itself.
         gradient_cache: bounded memory: one micro-batch's graph at a time, each run twice.
         **kwargs: of torch.nn.MSELoss.
 
     Raises:
-        ValueError: an option that is none, or a model that is no CrossEncoder with one output label.
+        ValueError: an option that is none, or a model that is no CrossEncoder with one output
+            label.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What every loss here shares: scores of the pairs of a batch, packed, in bounded memory, inside a trainer."""
+"""What every loss here shares: scores of the pairs of a batch, packed, in bounded memory, inside a
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.gradient_cache import CachedScores
-from rerank_fast.model.packing import TokenizedPairs, plan_micro_batches, upload
-from rerank_fast.model.scoring import make_packed_step, run, say_once
+from rerank_fast.model.preparation import prepare_packed, say_once
+from rerank_fast.model.scoring import score
+from rerank_fast.model.tokens.packing import TokenizedPairs, plan_micro_batches, upload
 from rerank_fast.model.wrappers import find_cross_encoder
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_flag
@@ -31,8 +34,8 @@ class PairScoringLoss(nn.Module):
     Args:
         model: a sentence-transformers or rerank_fast CrossEncoder.
         activation_fn: applied to the logits before the loss; None applies nothing.
-        mini_batch_size: pairs per forward pass, below 0 all pairs; None or 0 leaves it to the loss, and with
-            gradient_cache means 32.
+        mini_batch_size: pairs per forward pass, below 0 all pairs; None or 0 leaves it to the loss,
+            and with gradient_cache means 32.
         packed: run without padding where the model allows it; False calls the model itself.
         gradient_cache: score without a graph, and run micro-batch by micro-batch again in the
             backward pass, with the random numbers of its first run: memory then does not grow with
@@ -56,7 +59,9 @@ class PairScoringLoss(nn.Module):
         check_flag("gradient_cache", gradient_cache)
         whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
         if mini_batch_size is not None and not whole:
-            raise ValueError(f"mini_batch_size must be None or a whole number, got {mini_batch_size!r}")
+            raise ValueError(
+                f"mini_batch_size must be None or a whole number, got {mini_batch_size!r}"
+            )
         if activation_fn is not None and not callable(activation_fn):
             raise ValueError(f"activation_fn must be None or a module, got {activation_fn!r}")
         self.model: Any = model
@@ -97,11 +102,15 @@ class PairScoringLoss(nn.Module):
         elif cached:
             max_pairs = _CACHED_MINI_BATCH
 
-        def score(step: Any, max_pairs: int | None) -> Tensor:
+        def scores_of(prepared: Any, max_pairs: int | None) -> Tensor:
             if not cached:
-                return run(step, max_pairs=max_pairs, progress=progress)
-            plan = plan_micro_batches(step.tokens.lengths, max_pairs=max_pairs, padded=step.padded)
-            return _RunAgain.apply(CachedScores(step, plan, step.device, progress), *weights)
+                return score(prepared, max_pairs=max_pairs, progress=progress)
+            plan = plan_micro_batches(
+                prepared.tokens.lengths, max_pairs=max_pairs, padded=prepared.padded
+            )
+            return _RunAgain.apply(
+                CachedScores(prepared, plan, prepared.device, progress), *weights
+            )
 
         features = self.model.preprocess(pairs, prompt=prompt, task=task)
         if not _is_padded_text(features, len(pairs)):
@@ -109,8 +118,8 @@ class PairScoringLoss(nn.Module):
             def preprocessed(indices: np.ndarray) -> Mapping[str, Any]:
                 return self.model.preprocess([pairs[i] for i in indices], prompt=prompt, task=task)
 
-            step = _CalledStep(self.model, _of_one_length(len(pairs)), preprocessed, cached)
-            return score(step, max_pairs or len(pairs))
+            called = _CalledPairs(self.model, _of_one_length(len(pairs)), preprocessed, cached)
+            return scores_of(called, max_pairs or len(pairs))
         tokens = TokenizedPairs.from_padded(features)
         found = find_cross_encoder(self.model) if self.packed else ""
         if isinstance(found, str):
@@ -118,11 +127,11 @@ class PairScoringLoss(nn.Module):
                 say_once(found)
         else:
             dtype = found.dtype or _autocast_dtype(self.model.device)
-            packed_step = make_packed_step(found.model, tokens, dtype=dtype, answers=found.answers)
-            if packed_step is not None:
-                return found.call(lambda: score(packed_step, max_pairs))
-        called = _CalledStep(self.model, tokens, _RowsOf(features), cached)
-        return score(called, max_pairs or len(pairs))
+            packed = prepare_packed(found.model, tokens, dtype=dtype, answers=found.answers)
+            if packed is not None:
+                return found.call(lambda: scores_of(packed, max_pairs))
+        called = _CalledPairs(self.model, tokens, _RowsOf(features), cached)
+        return scores_of(called, max_pairs or len(pairs))
 
 
 class _RunAgain(torch.autograd.Function):
@@ -143,19 +152,27 @@ class _RunAgain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         cached, weights = ctx.cached, ctx.saved_tensors
         needed = ~(gradient == 0).cpu().numpy()
-        if not needed.any():  # then a pair gives the weights the zeros that they have without the cache
+        if (
+            not needed.any()
+        ):  # then a pair gives the weights the zeros that they have without the cache
             needed[cached.plan[-1][-1:]] = True
         gradients = _Sums([*weights, *(leaf for _, leaf in cached.shared)])
         cached.push(gradient, needed, gradients.add)
         leaves = gradients.sums[len(weights) :]
-        shared = [(t, grad) for (t, _), grad in zip(cached.shared, leaves, strict=True) if grad is not None]
+        shared = [
+            (t, grad)
+            for (t, _), grad in zip(cached.shared, leaves, strict=True)
+            if grad is not None
+        ]
         if shared:
             gradients.add([tensor for tensor, _ in shared], [grad for _, grad in shared])
         return None, *gradients.sums[: len(weights)]
 
 
 class _Sums:
-    """The gradients of some tensors, summed over backward passes; None for what no pass has reached."""
+    """The gradients of some tensors, summed over backward passes; None for what no pass has
+    reached.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -170,8 +187,8 @@ class _Sums:
         ]
 
 
-class _CalledStep:
-    """What PackedStep does, by calls of the CrossEncoder itself.
+class _CalledPairs:
+    """What PackedPairs does, by calls of the CrossEncoder itself.
 
     Args:
         model: the CrossEncoder, in whatever is around it.
@@ -197,7 +214,9 @@ class _CalledStep:
             # The caller's autocast in the backward pass too. What it casts without a graph must not
             # serve the second run.
             dtype = _autocast_dtype(device)
-            self.region = torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+            self.region = torch.autocast(
+                device.type, dtype, enabled=dtype is not None, cache_enabled=False
+            )
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         features = {
@@ -205,7 +224,11 @@ class _CalledStep:
             for key, value in self.features_of(indices).items()
         }
         scores = self.model(features)["scores"].view(-1)
-        return scores if keep is None else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
+        return (
+            scores
+            if keep is None
+            else scores.index_select(0, upload(np.flatnonzero(keep), scores.device))
+        )
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """Nothing: micro-batches share the weights alone."""
@@ -247,7 +270,9 @@ def _is_padded_text(features: Mapping[str, Any], num_pairs: int) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_pairs:
         return False
     return all(
-        value.dim() == 2 and value.shape[0] == num_pairs for value in features.values() if isinstance(value, Tensor)
+        value.dim() == 2 and value.shape[0] == num_pairs
+        for value in features.values()
+        if isinstance(value, Tensor)
     )
 
 
@@ -260,4 +285,8 @@ def _columns_in_use(mask: Tensor) -> slice:
 def fullname(value: object) -> str:
     """The class of a value with its module, as a model card names it."""
     kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )

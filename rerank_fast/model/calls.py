@@ -1,4 +1,6 @@
-"""Arguments of sentence-transformers' CrossEncoder under older names, and those that decide nothing here."""
+"""Arguments of sentence-transformers' CrossEncoder under older names, and those that decide nothing
+here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _UNSERVED = ("device", "pool", "chunk_size")
 
 
 def with_older_names(method: F) -> F:
-    """The method, called by the arguments of today's or of older releases of sentence-transformers."""
+    """The method, called by the arguments of today's or of older releases of
+    sentence-transformers.
+    """
     names = inspect.signature(method).parameters
 
     @functools.wraps(method)
@@ -28,7 +32,9 @@ def with_older_names(method: F) -> F:
         for older, name in _OLDER.items():
             if older in options and name in names:
                 if name in options:
-                    raise TypeError(f"{method.__name__}() got both {name} and its older name {older}")
+                    raise TypeError(
+                        f"{method.__name__}() got both {name} and its older name {older}"
+                    )
                 _say_older(method.__name__, older, name)
                 options[name] = options.pop(older)
         for name in _WITHOUT_EFFECT:
@@ -37,7 +43,8 @@ def with_older_names(method: F) -> F:
         for name in _UNSERVED:
             if options.pop(name, None) is not None:
                 raise ValueError(
-                    f"{method.__name__}() scores in one process on {self.device}, the model's device: expected no "
+                    f"{method.__name__}() scores in one process on {self.device}, the model's "
+                    "device: expected no "
                     f"{name}; model.to() moves it"
                 )
         return method(self, *args, **options)
@@ -46,9 +53,13 @@ def with_older_names(method: F) -> F:
 
 
 class NoCardData:
-    """Where sentence-transformers' evaluators put what they measured; this package's cards are the Trainer's."""
+    """Where sentence-transformers' evaluators put what they measured; this package's cards are the
+    Trainer's.
+    """
 
-    def set_evaluation_metrics(self, evaluator: Any, metrics: Any, epoch: int = 0, step: int = 0) -> None:
+    def set_evaluation_metrics(
+        self, evaluator: Any, metrics: Any, epoch: int = 0, step: int = 0
+    ) -> None:
         """Nothing: they return it too."""
 
 

@@ -1,4 +1,6 @@
-"""The model card of a model directory: metadata and text, and what keeps foreign text from breaking either."""
+"""The model card of a model directory: metadata and text, and what keeps foreign text from breaking
+either.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from rerank_fast.model.heads import own_class
 from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.heads import own_class
 
 if TYPE_CHECKING:
     from rerank_fast.model.cross_encoder import CrossEncoder
@@ -78,7 +80,9 @@ def read_card(file: str | Path, name: str) -> Card | None:
 
 
 def known_metadata(card: Card | None) -> dict[str, Any]:
-    """License and language as a card says them: those of a model are those of what is made from it."""
+    """License and language as a card says them: those of a model are those of what is made from
+    it.
+    """
     if card is None:
         return {}
     try:
@@ -90,7 +94,9 @@ def known_metadata(card: Card | None) -> dict[str, Any]:
 
 
 def hub_id(name_or_path: str) -> str | None:
-    """The model's id on the hub, also of a directory in the hub's cache; None for any other directory."""
+    """The model's id on the hub, also of a directory in the hub's cache; None for any other
+    directory.
+    """
     cached = _CACHED.search(str(Path(name_or_path).absolute()).replace("\\", "/") + "/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -113,13 +119,17 @@ def base_model_link(name_or_path: str) -> str:
 
 def clean(text: str, limit: int | None = None) -> str:
     """One line without control or direction characters, cut to a number of characters."""
-    spaced = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text if c not in _BIDI)
+    spaced = "".join(
+        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text if c not in _BIDI
+    )
     spaced = " ".join(spaced.split())
     return spaced if limit is None or len(spaced) <= limit else spaced[: limit - 1].rstrip() + "…"
 
 
 def escape(text: str, limit: int | None = None) -> str:
-    """Foreign text for Markdown and HTML: clean, with every character that has a meaning there as an entity."""
+    """Foreign text for Markdown and HTML: clean, with every character that has a meaning there as
+    an entity.
+    """
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", clean(text, limit))
 
 
@@ -128,13 +138,19 @@ def html_code(text: str, limit: int | None = None) -> str:
 
 
 def code(text: str, limit: int | None = None) -> str:
-    """For Markdown: a plain code span where nothing in the text can end it, else the same in HTML."""
+    """For Markdown: a plain code span where nothing in the text can end it, else the same in
+    HTML.
+    """
     text = clean(text, limit)
     return f"`{text}`" if text and not re.search(r"[`|<>&\\$]", text) else html_code(text)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---:") -> str:
-    """Cells go in as they are: escape what is foreign. align is that of the columns after the first."""
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---:"
+) -> str:
+    """Cells go in as they are: escape what is foreign. align is that of the columns after the
+    first.
+    """
     lines = [header, [":---", *[align] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -185,13 +201,18 @@ def details(model: CrossEncoder) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     parameters = f"{count / 1e6:,.1f} million" if count >= 1e6 else f"{count:,}"
     layers = getattr(config, "num_hidden_layers", None)
-    shape = f", {layers} layers of width {config.hidden_size}" if layers and hasattr(config, "hidden_size") else ""
+    shape = (
+        f", {layers} layers of width {config.hidden_size}"
+        if layers and hasattr(config, "hidden_size")
+        else ""
+    )
     kind = type(model.activation_fn)
     lines = [
         "- **Model type:** cross-encoder",
         f"- **Base model:** {base_model_link(model.name_or_path)}",
         f"- **Architecture:** {code(_architecture(model.model))}{shape}, {parameters} parameters",
-        f"- **Maximum length:** {model.max_length or 'any number of'} tokens of query and document together",
+        f"- **Maximum length:** {model.max_length or 'any number of'} tokens of query and document "
+        "together",
         "- **Modality:** text",
         f"- **Output labels:** {model.num_labels}, a score; {code(kind.__name__)} is applied to it",
     ]
@@ -211,7 +232,8 @@ def sources_and_architecture(model: CrossEncoder) -> str:
         "",
         "- **Documentation:** [Cross-encoders in Sentence Transformers]"
         "(https://www.sbert.net/docs/cross_encoder/usage/usage.html)",
-        "- **Repository:** [Sentence Transformers on GitHub](https://github.com/huggingface/sentence-transformers)",
+        "- **Repository:** [Sentence Transformers on "
+        "GitHub](https://github.com/huggingface/sentence-transformers)",
         f"- **Hugging Face:** [Cross-encoders on Hugging Face]({hub})",
         "",
         "### Full model architecture",
@@ -232,7 +254,8 @@ def make_card(
     plot: bytes | None = None,
     **metadata: Any,
 ) -> Card:
-    """A card of Markdown sections; metadata beyond what the model itself gives is for ModelCardData.
+    """A card of Markdown sections; metadata beyond what the model itself gives is for
+    ModelCardData.
 
     Raises:
         ValueError: the metadata is not such as the hub takes.
@@ -252,7 +275,8 @@ def make_card(
 
 def title(model: CrossEncoder) -> str:
     """Also the name under which results stand in the metadata."""
-    return f"CrossEncoder based on {hub_id(model.name_or_path) or Path(model.name_or_path).resolve().name}"
+    name = hub_id(model.name_or_path) or Path(model.name_or_path).resolve().name
+    return f"CrossEncoder based on {name}"
 
 
 def short_card(model: CrossEncoder, name: str) -> Card:
@@ -261,18 +285,22 @@ def short_card(model: CrossEncoder, name: str) -> Card:
     if isinstance(model.model, ModularReranker):
         loads = "rerank_fast and sentence-transformers"
     sentence = (
-        "This is a cross-encoder: it reads a query and a document together and gives a score to rerank by. It "
+        "This is a cross-encoder: it reads a query and a document together and gives a score to "
+        "rerank by. It "
         f"loads in {loads}."
     )
-    return make_card(model, name, [f"# {escape(title(model))}", sentence, details(model), usage(name)])
+    return make_card(
+        model, name, [f"# {escape(title(model))}", sentence, details(model), usage(name)]
+    )
 
 
 def validate_card(text: str) -> None:
     """What huggingface_hub can check of a card without the hub.
 
-    That is: the front matter is found by the hub's own expression, is a YAML mapping, reads back as the same
-    metadata, its results form a model-index, and base_model and datasets are possible ids. Whether the hub knows
-    the license and the languages only its /api/validate-yaml says, which huggingface_hub asks before every upload.
+    That is: the front matter is found by the hub's own expression, is a YAML mapping, reads back as
+    the same metadata, its results form a model-index, and base_model and datasets are possible ids.
+    Whether the hub knows the license and the languages only its /api/validate-yaml says, which
+    huggingface_hub asks before every upload.
 
     Raises:
         ValueError: names what is wrong.

@@ -1,4 +1,6 @@
-"""The other kind of head: of modules as sentence-transformers has them, or of a sequence classifier."""
+"""The other kind of head: of modules as sentence-transformers has them, or of a sequence
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from rerank_fast.model.architectures import HeadParts, find_head_parts
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.linear import is_gelu
 from rerank_fast.model.modular.modules import Dense, Dropout, LayerNorm
 from rerank_fast.model.modular.pooling import Pooling
 from rerank_fast.model.modular.reranker import Entry, ModularReranker
-from rerank_fast.model.scoring import StepMaker, run
+from rerank_fast.model.packed.architectures import HeadParts, find_head_parts
+from rerank_fast.model.packed.linear import is_gelu
+from rerank_fast.model.preparation import Preparer
+from rerank_fast.model.scoring import score
 
 HeadKind = Literal["modular", "classification"]
 _TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
@@ -34,26 +37,32 @@ _PAIRS = [
 
 
 def convert_head(model: CrossEncoder, kind: HeadKind) -> float:
-    """Give a model the other kind of head, where both are one function; its scores stay what they are.
+    """Give a model the other kind of head, where both are one function; its scores stay what they
+    are.
 
     Args:
         model: is changed in place, once the scores of both were compared.
-        kind: "modular" for sentence-transformers' modules, Pooling, Dense and what else it takes; "classification"
-            for the head of the encoder's own ForSequenceClassification in transformers.
+        kind: "modular" for sentence-transformers' modules, Pooling, Dense and what else it takes;
+            "classification" for the head of the encoder's own ForSequenceClassification in
+            transformers.
 
     Returns:
         The largest difference of a score on a few pairs.
 
     Raises:
-        ValueError: the model has this kind of head, or a head of which the other kind has no like; says why.
+        ValueError: the model has this kind of head, or a head of which the other kind has no like;
+            says why.
     """
     if model.answers is not None:
-        raise ValueError(f"{model.name_or_path} scores by the logits of its answers, which no other head gives")
+        raise ValueError(
+            f"{model.name_or_path} scores by the logits of its answers, which no other head gives"
+        )
     if isinstance(model.model, ModularReranker) is (kind == "modular"):
         raise ValueError(f"{model.name_or_path} has a {kind} head already")
     if model.keep_in_fp32_modules:
         raise ValueError(
-            f"{model.name_or_path} keeps {', '.join(model.keep_in_fp32_modules)} in fp32, which a changed head "
+            f"{model.name_or_path} keeps {', '.join(model.keep_in_fp32_modules)} in fp32, which a "
+            "changed head "
             "would not: expected none"
         )
     converted = to_modular(model.model) if kind == "modular" else to_classification(model.model)
@@ -61,10 +70,14 @@ def convert_head(model: CrossEncoder, kind: HeadKind) -> float:
     scores: list[Tensor] = []
     with torch.inference_mode():
         for one in (model.model, converted.eval()):
-            scores.append(run(StepMaker(one, model.tokenizer, dtype=torch.float32, packed=False)(tokens)))
+            scores.append(
+                score(Preparer(one, model.tokenizer, dtype=torch.float32, packed=False)(tokens))
+            )
     difference = float((scores[0] - scores[1]).abs().max())
     if not difference <= 1e-5 * max(1.0, float(scores[0].abs().max())):  # NaN too
-        raise ValueError(f"a {kind} head of {model.name_or_path} scores otherwise, by up to {difference:.3g}")
+        raise ValueError(
+            f"a {kind} head of {model.name_or_path} scores otherwise, by up to {difference:.3g}"
+        )
     model.model = converted
     return difference
 
@@ -90,7 +103,9 @@ def to_modular(model: Any) -> ModularReranker:
         add(*_dense(parts.dense, _torch_activation(parts.activation), "sentence_embedding"))
     if parts.norm is not None:
         if parts.norm.eps != 1e-5:
-            raise ValueError(f"the head's norm has eps {parts.norm.eps}, and sentence-transformers' 1e-05")
+            raise ValueError(
+                f"the head's norm has eps {parts.norm.eps}, and sentence-transformers' 1e-05"
+            )
         norm = LayerNorm({"dimension": width})
         _fill(norm.norm, parts.norm)
         add(norm, {"dimension": width})
@@ -131,20 +146,28 @@ def to_classification(model: ModularReranker) -> Any:
     try:
         classifier = AutoModelForSequenceClassification.from_config(config).to(model.encoder.dtype)
     except ValueError as error:
-        raise ValueError(f"transformers has no sequence classifier of {config.model_type}") from error
+        raise ValueError(
+            f"transformers has no sequence classifier of {config.model_type}"
+        ) from error
     parts = _known_parts(classifier)
     name = type(classifier).__name__
     if parts.pooling != wanted.pooling:
-        raise ValueError(f"{name} reads its tokens by {parts.pooling}, and the modules by {wanted.pooling}")
+        raise ValueError(
+            f"{name} reads its tokens by {parts.pooling}, and the modules by {wanted.pooling}"
+        )
     for part in ("dense", "norm"):
         if (getattr(parts, part) is None) is not (getattr(wanted, part) is None):
             has = "no" if getattr(parts, part) is None else "a"
-            raise ValueError(f"the head of {name} has {has} {part} layer, and the modules have another")
+            raise ValueError(
+                f"the head of {name} has {has} {part} layer, and the modules have another"
+            )
     if parts.dense is not None:
         ours, own = (_torch_activation(one.activation) for one in (wanted, parts))
         if repr(ours) != repr(own):
             raise ValueError(f"the head of {name} has the activation {own}, and the modules {ours}")
-    missing = classifier.base_model.load_state_dict(model.encoder.state_dict(), strict=False).missing_keys
+    missing = classifier.base_model.load_state_dict(
+        model.encoder.state_dict(), strict=False
+    ).missing_keys
     if lacking := [one for one in missing if "pooler" not in one]:
         raise ValueError(f"the encoder lacks {len(lacking)} weights of {name}, as {lacking[0]}")
     for part in ("dense", "norm", "out"):
@@ -161,11 +184,14 @@ def _known_parts(model: Any) -> HeadParts:
 
 
 def _parts_of_modules(model: ModularReranker) -> HeadParts:
-    """The modules as parts of a head: Pooling, a Dense and a LayerNorm or none, and the Dense of the score."""
+    """The modules as parts of a head: Pooling, a Dense and a LayerNorm or none, and the Dense of
+    the score.
+    """
     modules: list[Any] = [module for module in model.head if not isinstance(module, Dropout)]
     kinds = ", ".join(type(module).__name__ for module in model.head)
     fault = ValueError(
-        f"{kinds} are no sequence classifier's head: expected Pooling, Dense and LayerNorm or none, Dense"
+        f"{kinds} are no sequence classifier's head: expected Pooling, Dense and LayerNorm or "
+        "none, Dense"
     )
     first, *between, last = modules
     plain = [one for one in modules if isinstance(one, Dense)]
@@ -195,10 +221,15 @@ def _parts_of_modules(model: ModularReranker) -> HeadParts:
 
 def _configure(config: Any, wanted: HeadParts) -> None:
     """What a config says of the head, where it does."""
-    settings: dict[str, Any] = {"classifier_dropout": wanted.dropout, "classifier_pooling": wanted.pooling}
+    settings: dict[str, Any] = {
+        "classifier_dropout": wanted.dropout,
+        "classifier_pooling": wanted.pooling,
+    }
     if wanted.dense is not None:
         settings["classifier_bias"] = wanted.dense.bias is not None
-        settings["classifier_activation"] = type(_torch_activation(wanted.activation)).__name__.lower()
+        settings["classifier_activation"] = type(
+            _torch_activation(wanted.activation)
+        ).__name__.lower()
     for name, value in settings.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -210,7 +241,8 @@ def _torch_activation(activation: nn.Module | None) -> nn.Module:
         return nn.Identity()
     if is_gelu(activation):
         return nn.GELU()
-    # transformers has some of torch's under names of its own: SiLUActivation. Scores are compared in the end.
+    # transformers has some of torch's under names of its own: SiLUActivation. Scores are compared
+    # in the end.
     kind = getattr(nn, type(activation).__name__.removesuffix("Activation"), None)
     if kind is None:
         raise ValueError(f"the head's activation {type(activation).__name__} is none of torch.nn")
@@ -241,7 +273,8 @@ def _fill(target: Any, source: Any) -> None:
     """
     if target.weight.shape != source.weight.shape:
         raise ValueError(
-            f"a layer of the head is {tuple(source.weight.shape)}, in the other kind {tuple(target.weight.shape)}"
+            f"a layer of the head is {tuple(source.weight.shape)}, in the other kind "
+            f"{tuple(target.weight.shape)}"
         )
     target.weight.copy_(source.weight)
     if target.bias is not None:

@@ -1,4 +1,6 @@
-"""CrossEncoder: load, predict, rank, save. Directories are exchangeable with sentence-transformers."""
+"""CrossEncoder: load, predict, rank, save. Directories are exchangeable with
+sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -18,60 +20,64 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rerank_fast.model import storage
-from rerank_fast.model.ahead import ahead
-from rerank_fast.model.architectures import find_answer_head
 from rerank_fast.model.calls import NoCardData, with_older_names
 from rerank_fast.model.card import Card, known_metadata, short_card
-from rerank_fast.model.compilation import Compiler, check_compiler
 from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
-from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.eval_mode import EvalMode
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.packed.architectures import find_answer_head
+from rerank_fast.model.packed.compilation import Compiler, check_compiler
+from rerank_fast.model.padded import padded, padded_scores
 from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
+from rerank_fast.model.preparation import Prepared, Preparer
 from rerank_fast.model.ranking import check_lists, rankings
-from rerank_fast.model.scoring import PaddedStep, StepMaker, padded, padded_scores, run
+from rerank_fast.model.scoring import score
 from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
-from rerank_fast.model.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
-from rerank_fast.model.truncation import TruncationLog
+from rerank_fast.model.tokens.ahead import ahead
+from rerank_fast.model.tokens.packing import TokenizedPairs
+from rerank_fast.model.tokens.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
+from rerank_fast.model.tokens.truncation import TruncationLog
 
 logger = logging.getLogger(__name__)
 
 
 class CrossEncoder(nn.Module):
-    """A Hugging Face sequence-classification model with one label that scores (query, document) pairs.
+    """A Hugging Face sequence-classification model with one label that scores (query, document)
+    pairs.
 
-    Opens a bare encoder (with a fresh, untrained head and one warning), any sequence-classification checkpoint
-    with one label, and directories saved by sentence-transformers' CrossEncoder. A causal language model
-    (Qwen3-Reranker) scores with the logits of "yes" less "no" at the end of its prompt, which is the tokenizer's
-    chat template. Weights are read from safetensors only.
+    Opens a bare encoder (with a fresh, untrained head and one warning), any sequence-classification
+    checkpoint with one label, and directories saved by sentence-transformers' CrossEncoder. A
+    causal language model (Qwen3-Reranker) scores with the logits of "yes" less "no" at the end of
+    its prompt, which is the tokenizer's chat template. Weights are read from safetensors only.
 
-    predict, rank, rank_many, score_tokens and evaluators may be called from several threads at once,
-    with dropout off in all of them: the model is in evaluation mode until the last one is done, then
-    each module is in its mode of before. Meanwhile change neither modes nor weights.
+    predict, rank, rank_many, score_tokens and evaluators may be called from several threads at
+    once, with dropout off in all of them: the model is in evaluation mode until the last one is
+    done, then each module is in its mode of before. Meanwhile change neither modes nor weights.
 
     Args:
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
         num_labels: must be 1.
-        max_length: longest pair in tokens; longer ones are truncated, longest side first. None takes the
-            smaller of the tokenizer's limit and the number of positions that the model has; where it has neither,
-            nothing is truncated.
+        max_length: longest pair in tokens; longer ones are truncated, longest side first. None
+            takes the smaller of the tokenizer's limit and the number of positions that the model
+            has; where it has neither, nothing is truncated.
         device: None takes CUDA where there is one, else the CPU.
-        dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps the accuracy of
-            bf16, by a measurement of some milliseconds on CPUs, and says which in the log. bf16 and fp16 weights
-            are computed in fp32 on a CPU that only emulates theirs, with one line in the log. "int8" (CPUs,
-            inference) multiplies in int8, with a scale for each output of the weights and one for each token, all
-            but the score head.
-        activation_fn: applied to the scores by predict and rank; None takes the saved one, else Sigmoid.
+        dtype: of the weights; None keeps the checkpoint's own. "auto" takes the fastest that keeps
+            the accuracy of bf16, by a measurement of some milliseconds on CPUs, and says which in
+            the log. bf16 and fp16 weights are computed in fp32 on a CPU that only emulates theirs,
+            with one line in the log. "int8" (CPUs, inference) multiplies in int8, with a scale for
+            each output of the weights and one for each token, all but the score head.
+        activation_fn: applied to the scores by predict and rank; None takes the saved one, else
+            Sigmoid.
         trust_remote_code: run model code that the checkpoint brings along.
         revision: branch, tag or commit on the hub.
         token: hub access token.
 
     Attributes:
         prompts: texts by name, of a directory that sentence-transformers saved with some.
-        default_prompt_name: of the prompt that stands for prompt=None in every method; None for no prompt.
+        default_prompt_name: of the prompt that stands for prompt=None in every method; None for no
+            prompt.
         truncated_pairs: how many pairs were truncated so far, by max_length; see its docstring.
 
     Raises:
@@ -101,8 +107,14 @@ class CrossEncoder(nn.Module):
         if num_labels != 1:
             raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
         if not isinstance(path_or_hub_id, str | os.PathLike):
-            raise ValueError(f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}")
-        hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+            raise ValueError(
+                f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}"
+            )
+        hub: dict[str, Any] = {
+            "trust_remote_code": trust_remote_code,
+            "revision": revision,
+            "token": token,
+        }
         device = choose_device(device)
         self._precision = choose_precision(dtype, device)
         loaded = storage.load(str(path_or_hub_id), dtype=self._precision.weights, **hub)
@@ -117,16 +129,20 @@ class CrossEncoder(nn.Module):
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
         self._truncation = TruncationLog()
-        self._pair_tokenizer()  # a causal model without a template that carries a pair is refused now
+        # a causal model without a template that carries a pair is refused now
+        self._pair_tokenizer()
         if self._precision.int8:
             quantize_linears(self.model)
         self._max_positions = loaded.max_positions
-        # An encoder's card says nothing of the reranker that is made from it, but its license holds on.
+        # An encoder's card says nothing of the reranker that is made from it, but its license holds
+        # on.
         self.card = loaded.card if loaded.has_head else None
         self.card_metadata = known_metadata(loaded.card)
         self.max_length = loaded.max_length if max_length is None else max_length
         # Set past nn.Module, which would register a module's parameters as the model's own.
-        object.__setattr__(self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid())
+        object.__setattr__(
+            self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid()
+        )
         self.to(device)
         self.eval()
 
@@ -147,15 +163,26 @@ class CrossEncoder(nn.Module):
         if value is None:
             value = self._max_positions
         elif not isinstance(value, int) or value < 4:
-            raise ValueError(f"max_length must leave room for two texts and their separators, got {value!r}")
+            raise ValueError(
+                f"max_length must leave room for two texts and their separators, got {value!r}"
+            )
         elif self._max_positions is not None and value > self._max_positions:
-            raise ValueError(f"max_length is {value}, but {self.name_or_path} has {self._max_positions} positions")
+            raise ValueError(
+                f"max_length is {value}, but {self.name_or_path} has {self._max_positions} "
+                "positions"
+            )
         self._max_length = value
 
     @property
     def card(self) -> Card | None:
-        """README.md as it will be saved; None, for a short one, once the weights are others than those it is of."""
-        return self._card if self._card is not None and self._digest() == self._digest_of_card else None
+        """README.md as it will be saved; None, for a short one, once the weights are others than
+        those it is of.
+        """
+        return (
+            self._card
+            if self._card is not None and self._digest() == self._digest_of_card
+            else None
+        )
 
     @card.setter
     def card(self, value: Card | None) -> None:
@@ -192,10 +219,11 @@ class CrossEncoder(nn.Module):
         return 1
 
     def compile(self, *, backend: Compiler = "inductor") -> None:
-        """From now on run the layers of packed execution through torch.compile; padded execution stays eager.
+        """From now on run the layers of packed execution through torch.compile; padded execution
+        stays eager.
 
-        The first steps build the kernels. Lengths and numbers of pairs are symbols in them: other batches build no
-        more. On a CPU only steps with gradients are compiled.
+        The first steps build the kernels. Lengths and numbers of pairs are symbols in them: other
+        batches build no more. On a CPU only steps with gradients are compiled.
 
         Raises:
             ValueError: inductor lacks a compiler here.
@@ -204,10 +232,14 @@ class CrossEncoder(nn.Module):
             check_compiler(self.device)
         self._compiler = backend
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
         inner: Any = self.model
-        if hasattr(inner, "activation_checkpointing_enable"):  # transformers' newer name; the older one warns
+        if hasattr(
+            inner, "activation_checkpointing_enable"
+        ):  # transformers' newer name; the older one warns
             inner.activation_checkpointing_enable(gradient_checkpointing_kwargs)
         else:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
@@ -216,21 +248,27 @@ class CrossEncoder(nn.Module):
         """The one given, or that of the name, or the default one.
 
         Raises:
-            ValueError: it is no string, or not valid Unicode; there is none of the name; the model's pooling leaves
-                out its tokens.
+            ValueError: it is no string, or not valid Unicode; there is none of the name; the
+                model's pooling leaves out its tokens.
         """
         if prompt is None and (name := name or self.default_prompt_name) is not None:
             if name not in self.prompts:
-                raise ValueError(f"there is no prompt {name!r}: expected {', '.join(self.prompts) or 'none'}")
+                raise ValueError(
+                    f"there is no prompt {name!r}: expected {', '.join(self.prompts) or 'none'}"
+                )
             prompt = self.prompts[name]
-        if prompt and any(getattr(one, "include_prompt", True) is False for one in self.model.modules()):
-            raise ValueError(f"{self.name_or_path} pools without the tokens of a prompt, which is not supported")
+        if prompt and any(
+            getattr(one, "include_prompt", True) is False for one in self.model.modules()
+        ):
+            raise ValueError(
+                f"{self.name_or_path} pools without the tokens of a prompt, which is not supported"
+            )
         return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
         return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)
 
-    # -- text to tokens ---------------------------------------------------------------------------------
+    # -- text to tokens ---------------------------------------------------------------------------
 
     def tokenize(
         self, pairs: Iterable[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
@@ -243,7 +281,9 @@ class CrossEncoder(nn.Module):
         Raises:
             ValueError: an element is not a pair of strings; names its index.
         """
-        tokens, truncated = self.tokenize_counting(pairs, show_progress_bar=show_progress_bar, prompt=prompt)
+        tokens, truncated = self.tokenize_counting(
+            pairs, show_progress_bar=show_progress_bar, prompt=prompt
+        )
         self.warn_of_truncation(truncated, len(tokens))
         return tokens
 
@@ -283,7 +323,9 @@ class CrossEncoder(nn.Module):
         state: Any
         try:
             state = hashlib.sha256(pickle.dumps(self.tokenizer)).digest()
-        except Exception:  # of as many kinds as there are parts of somebody's own: it equals no other
+        except (
+            Exception
+        ):  # of as many kinds as there are parts of somebody's own: it equals no other
             state = object()
         return self.max_length, self._prompt(None), state
 
@@ -298,22 +340,38 @@ class CrossEncoder(nn.Module):
         tokens = self.tokenize(pairs, prompt=prompt)
         return padded(tokens, np.arange(len(tokens)), self.model, self.tokenizer)
 
-    # -- tokens to scores -------------------------------------------------------------------------------
+    # -- tokens to scores -------------------------------------------------------------------------
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw scores (logits) of one padded batch: {"scores": (B,) fp32}."""
         head = None if self.answers is None else find_answer_head(self.model, self.answers)
         return {"scores": padded_scores(self.model, features, self.answers, head)}
 
-    def step(
+    def prepare(
         self, tokens: TokenizedPairs, *, dtype: torch.dtype | None = None, packed: bool = True
-    ) -> PackedStep | PaddedStep:
-        """What scores these pairs with the weights as they are now; see `rerank_fast.model.scoring`."""
-        return self.steps(dtype=dtype, packed=packed)(tokens)
+    ) -> Prepared:
+        """The pairs made ready for `rerank_fast.score`, packed where the architecture allows it.
 
-    def steps(self, *, dtype: torch.dtype | None = None, packed: bool = True) -> StepMaker:
-        """What makes steps, one after the other, while the model's modules stay what they are."""
-        return StepMaker(
+        Args:
+            tokens: from tokenize.
+            dtype: of matrix products and attention; None takes the model's. bf16 beside fp32
+                weights is what autocast does.
+            packed: False pads whatever the architecture.
+
+        Returns:
+            the pairs with the weights as they are now: after an optimizer's step they are prepared
+            anew.
+
+        Raises:
+            ValueError: a pair has no token; names it.
+        """
+        return self.preparer(dtype=dtype, packed=packed)(tokens)
+
+    def preparer(self, *, dtype: torch.dtype | None = None, packed: bool = True) -> Preparer:
+        """What prepares batch after batch while the model's modules stay what they are: finds its
+        parts once.
+        """
+        return Preparer(
             self.model,
             self.tokenizer,
             dtype=dtype or self._dtype_of_steps,
@@ -325,7 +383,9 @@ class CrossEncoder(nn.Module):
 
     @contextlib.contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, scores are computed in this dtype, as bf16 beside fp32 weights: a run's evaluation."""
+        """Inside, scores are computed in this dtype, as bf16 beside fp32 weights: a run's
+        evaluation.
+        """
         before, self._dtype_of_steps = self._dtype_of_steps, dtype
         try:
             yield
@@ -353,9 +413,15 @@ class CrossEncoder(nn.Module):
         return activation(scores)
 
     def _scores(
-        self, chunks: Iterator[TokenizedPairs], total: int, batch_size: int | None, show_progress_bar: bool
+        self,
+        chunks: Iterator[TokenizedPairs],
+        total: int,
+        batch_size: int | None,
+        show_progress_bar: bool,
     ) -> Tensor:
-        """(total,) fp32 raw scores of the pairs of all chunks; one chunk's are in flight while the next is made."""
+        """(total,) fp32 raw scores of the pairs of all chunks; one chunk's are in flight while the
+        next is made.
+        """
         batch_size = plain(batch_size)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
@@ -363,15 +429,17 @@ class CrossEncoder(nn.Module):
         done = 0
         bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
         with self._eval_mode.of(self), bar:
-            make_step = self.steps()
+            prepare = self.preparer()
             for tokens in chunks:
-                scores[done : done + len(tokens)] = run(
-                    make_step(tokens), max_pairs=batch_size, progress=bar.update
+                scores[done : done + len(tokens)] = score(
+                    prepare(tokens), max_pairs=batch_size, progress=bar.update
                 )
                 done += len(tokens)
         return scores
 
-    def _tokenized_chunks(self, pairs: Sequence[Pair], prompt: str | None) -> Iterator[TokenizedPairs]:
+    def _tokenized_chunks(
+        self, pairs: Sequence[Pair], prompt: str | None
+    ) -> Iterator[TokenizedPairs]:
         truncated, tokenize = 0, self._pair_tokenizer()
         parts = (self._tokenized(tokenize, chunk, prompt) for chunk in chunks(pairs))
         if len(pairs) > CHUNK:  # for one part a thread would only cost
@@ -395,14 +463,16 @@ class CrossEncoder(nn.Module):
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
     ) -> Any:
-        """Scores of (query, document) pairs, in their order; called as that of sentence-transformers.
+        """Scores of (query, document) pairs, in their order; called as that of
+        sentence-transformers.
 
         Args:
-            inputs: N pairs of strings, or one pair: lists, arrays, a Series of pairs, a DataFrame of two columns or
-                of the columns query and document, zip objects and other iterators that come to an end.
+            inputs: N pairs of strings, or one pair: lists, arrays, a Series of pairs, a DataFrame
+                of two columns or of the columns query and document, zip objects and other iterators
+                that come to an end.
             prompt_name: of the model's prompts, instead of prompt.
-            prompt: goes before each query; the instruction of a causal model. None takes the model's default
-                prompt, if it has one.
+            prompt: goes before each query; the instruction of a causal model. None takes the
+                model's default prompt, if it has one.
             batch_size: most pairs per forward pass; None lets their tokens decide.
             show_progress_bar: None shows it when INFO messages are logged.
             activation_fn: instead of the model's own.
@@ -414,7 +484,8 @@ class CrossEncoder(nn.Module):
             The scores; a single value for one pair.
 
         Raises:
-            ValueError: an element is not a pair of strings, names its index; there is no prompt of this name.
+            ValueError: an element is not a pair of strings, names its index; there is no prompt of
+                this name.
             MemoryError: a batch does not fit memory, nor does half of it.
         """
         pairs = plain(inputs)
@@ -424,7 +495,9 @@ class CrossEncoder(nn.Module):
         prompt = self._prompt(prompt, prompt_name)
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
-        scores = self._scores(self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar)
+        scores = self._scores(
+            self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar
+        )
         scores = self._activate(scores, activation_fn)
         if convert_to_tensor:
             return scores[0] if single else scores
@@ -446,12 +519,18 @@ class CrossEncoder(nn.Module):
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> list[dict[str, Any]]:
-        """Documents by descending score, ties in input order; called as that of sentence-transformers.
+        """Documents by descending score, ties in input order; called as that of
+        sentence-transformers.
 
         Returns:
-            [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of them.
+            [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of
+            them.
         """
-        options: dict[str, Any] = {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size}
+        options: dict[str, Any] = {
+            "prompt_name": prompt_name,
+            "prompt": prompt,
+            "batch_size": batch_size,
+        }
         options |= {"show_progress_bar": show_progress_bar, "activation_fn": activation_fn}
         return self.rank_many([query], [documents], top_k, return_documents, **options)[0]
 
@@ -467,15 +546,21 @@ class CrossEncoder(nn.Module):
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """rank() for every query, all pairs in one stream: many short lists cost what one long list does.
+        """rank() for every query, all pairs in one stream: many short lists cost what one long list
+        does.
 
         Raises:
-            ValueError: queries and lists of documents differ in number; top_k is below 1; a text is no string.
+            ValueError: queries and lists of documents differ in number; top_k is below 1; a text is
+                no string.
         """
         queries, lists = check_lists(queries, documents_per_query, top_k)
         if not queries:
             return []
-        pairs = [(query, document) for query, docs in zip(queries, lists, strict=True) for document in docs]
+        pairs = [
+            (query, document)
+            for query, docs in zip(queries, lists, strict=True)
+            for document in docs
+        ]
         all_scores = self.predict(
             pairs,
             prompt_name,
@@ -486,23 +571,32 @@ class CrossEncoder(nn.Module):
         )
         return rankings(all_scores, lists, top_k, return_documents)
 
-    # -- to disk and hub --------------------------------------------------------------------------------
+    # -- to disk and hub --------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to a directory.
+        """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to
+        a directory.
 
         README.md is the card that the model was loaded with or trained to, else a short one. Set
-        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata beforehand.
+        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
+        beforehand.
 
         Raises:
             ValueError: the directory holds a model and overwrite is False, or can't be written.
         """
         self.save_as(Path(path), Path(path).resolve().name, overwrite=overwrite)
 
-    def save_as(self, directory: Path, name: str, *, overwrite: bool = False, model: Any = None) -> None:
-        """save_pretrained under a name that its card gives, with another model's weights than its own if given."""
+    def save_as(
+        self, directory: Path, name: str, *, overwrite: bool = False, model: Any = None
+    ) -> None:
+        """save_pretrained under a name that its card gives, with another model's weights than its
+        own if given.
+        """
         if self._precision.int8:
-            raise ValueError("int8 weights are for inference and can't be saved; load the model with another dtype")
+            raise ValueError(
+                "int8 weights are for inference and can't be saved; load the model with another "
+                "dtype"
+            )
         card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
             self.model if model is None else model,
@@ -520,11 +614,15 @@ class CrossEncoder(nn.Module):
             overwrite=overwrite,
         )
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | bool | None = None) -> str:
-        """Upload what save_pretrained writes to the hub, to a private repository unless told otherwise.
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = True, token: str | bool | None = None
+    ) -> str:
+        """Upload what save_pretrained writes to the hub, to a private repository unless told
+        otherwise.
 
         Args:
-            repo_id: user/name or organization/name; made where it is not there, else as public as it is.
+            repo_id: user/name or organization/name; made where it is not there, else as public as
+                it is.
             private: of a repository that is made.
             token: hub access token; None takes HF_TOKEN or that of `hf auth login`.
 
@@ -535,5 +633,8 @@ class CrossEncoder(nn.Module):
             ValueError: the hub is offline or refuses.
         """
         return storage.push(
-            lambda directory: self.save_as(directory, repo_id), repo_id, private=private, token=token
+            lambda directory: self.save_as(directory, repo_id),
+            repo_id,
+            private=private,
+            token=token,
         )

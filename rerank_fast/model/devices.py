@@ -24,17 +24,23 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be cpu, cuda, cuda:1, mps, xpu or the like, got {device!r}") from error
+        raise ValueError(
+            f"device must be cpu, cuda, cuda:1, mps, xpu or the like, got {device!r}"
+        ) from error
     if chosen.type in ("cpu", "meta"):
         return chosen
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!s} can't be used: {_why_no_gpu()}")
     module: Any = torch.get_device_module(chosen.type)
     if not module.is_available():
-        raise ValueError(f"device {device!s} can't be used: this torch or this machine has no {chosen.type}")
+        raise ValueError(
+            f"device {device!s} can't be used: this torch or this machine has no {chosen.type}"
+        )
     count = module.device_count()
     if chosen.index is not None and chosen.index >= count:
-        raise ValueError(f"device {device!s} is not there: {chosen.type} has {count}, counted from 0")
+        raise ValueError(
+            f"device {device!s} is not there: {chosen.type} has {count}, counted from 0"
+        )
     return chosen
 
 
@@ -82,7 +88,8 @@ def empty_cache(device: torch.device) -> None:
 _FAULTS = (
     (
         r"driver on your system is too old|driver version is insufficient",
-        "the GPU's driver is older than this torch needs: expected a newer driver, or a torch that is "
+        "the GPU's driver is older than this torch needs: expected a newer driver, or a torch that "
+        "is "
         "built for this one",
     ),
     (
@@ -98,16 +105,19 @@ _FAULTS = (
         "the GPU is taken by another process",
     ),
     (
-        r"unspecified launch failure|uncorrectable ECC|fallen off the bus|GPU is lost|[Dd]evice lost"
-        r"|hardware stack error|the launch timed out|DEVICE_LOST"
+        r"unspecified launch failure|uncorrectable ECC|fallen off the bus|GPU is lost"
+        r"|[Dd]evice lost|hardware stack error|the launch timed out|DEVICE_LOST"
         r"|CUDA error: unknown error|HIP error: unknown error|system not yet initialized",
-        "the GPU was lost: a run of this package goes on from its last checkpoint with --resume auto",
+        "the GPU was lost: a run of this package goes on from its last checkpoint with --resume "
+        "auto",
     ),
 )
 
 
 def fault(error: BaseException) -> str:
-    """What a GPU or its driver lacks, in one line, with the first line of the error; empty for others."""
+    """What a GPU or its driver lacks, in one line, with the first line of the error; empty for
+    others.
+    """
     message = str(error).strip()
     for pattern, meaning in _FAULTS:
         if re.search(pattern, message):

@@ -1,4 +1,6 @@
-"""ONNX files of a reranker for onnxruntime, laid out as sentence-transformers reads them, checked when written."""
+"""ONNX files of a reranker for onnxruntime, laid out as sentence-transformers reads them, checked
+when written.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from rerank_fast.model.texts import Pair, check_pairs
 
 logger = logging.getLogger(__name__)
 
-# sentence-transformers looks for onnx/model.onnx; int8 files it calls by the instruction set they are made for.
+# sentence-transformers looks for onnx/model.onnx; int8 files it calls by the instruction set they
+# are made for.
 FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_qint8_avx512_vnni.onnx"}
 # A single file of protocol buffers holds at most 2 GiB.
 _LARGEST_FILE = 1_900_000_000
@@ -37,12 +40,17 @@ _QUERIES = (
 )
 _DOCUMENTS = (
     "Yes.",
-    "Berlin had a population of 3,520,031 registered inhabitants in an area of 891.82 square kilometres in 2019.",
-    "Ibuprofen may cause nausea, heartburn and rashes; taken for long it can harm the stomach and the kidneys.",
-    "Sunlight is scattered by the molecules of the air, blue light far more than red, since its waves are shorter. "
-    "In the evening the light takes a longer way through the air, and what is left of it by then is mostly red.",
+    "Berlin had a population of 3,520,031 registered inhabitants in an area of 891.82 square "
+    "kilometres in 2019.",
+    "Ibuprofen may cause nausea, heartburn and rashes; taken for long it can harm the stomach and "
+    "the kidneys.",
+    "Sunlight is scattered by the molecules of the air, blue light far more than red, since its "
+    "waves are shorter. "
+    "In the evening the light takes a longer way through the air, and what is left of it by then "
+    "is mostly red.",
     "東京都の人口は約1400万人である。",
-    "The museum island in Berlin's Spree holds five museums; the oldest of them opened in 1830. " * 8,
+    "The museum island in Berlin's Spree holds five museums; the oldest of them opened in 1830. "
+    * 8,
     "C++ code: for (int i = 0; i < n; ++i) { total += a[i] * b[i]; } // naïve, 100 % plain",
 )
 _CHECKED_TOGETHER = 5  # pairs a forward: short and long ones, so that padding is checked as well
@@ -81,28 +89,32 @@ def export_onnx(
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write DIRECTORY/onnx/model.onnx, or model_qint8_avx512_vnni.onnx there, once its scores are checked.
+    """Write DIRECTORY/onnx/model.onnx, or model_qint8_avx512_vnni.onnx there, once its scores are
+    checked.
 
-    The graph is torch's own export (torch.onnx.export with dynamo) in fp32, batch and length free; int8 is dynamic
-    quantisation: weights are int8, activations are quantised as they come.
+    The graph is torch's own export (torch.onnx.export with dynamo) in fp32, batch and length free;
+    int8 is dynamic quantisation: weights are int8, activations are quantised as they come.
 
     Args:
         model: what to export; its weights are left as they are.
         directory: of the model, as save_pretrained writes it; only its onnx/ is written to.
         dtype: fp32 or int8.
         pairs: texts to check with; None takes a few dozen pairs of several languages and lengths.
-        tolerance: largest difference from PyTorch's raw scores; None takes a fifth of the range that the scores of
-            the pairs span for int8, and a thousandth of it for fp32, at most 1e-3.
+        tolerance: largest difference from PyTorch's raw scores; None takes a fifth of the range
+            that the scores of the pairs span for int8, and a thousandth of it for fp32, at most
+            1e-3.
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: the model consists of modules, a package is missing, the file is there, or the scores differ by
-            more than the tolerance; then nothing is written.
+        ValueError: the model consists of modules, a package is missing, the file is there, or the
+            scores differ by more than the tolerance; then nothing is written.
     """
     if isinstance(model.model, ModularReranker):
         raise ValueError(
-            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is written: rerank-fast "
-            "convert --head classification makes it one that can be exported, where that is the same"
+            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is written: "
+            "rerank-fast "
+            "convert --head classification makes it one that can be exported, where that is the "
+            "same"
         )
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")
@@ -111,7 +123,9 @@ def export_onnx(
         raise ValueError(f"export needs {', '.join(missing)}: pip install 'rerank-fast[onnx]'")
     target = Path(directory) / FILES[dtype]
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already; pass overwrite=True (--overwrite) to replace it")
+        raise ValueError(
+            f"{target} is there already; pass overwrite=True (--overwrite) to replace it"
+        )
     if pairs is None:
         pairs = [(query, document) for query in _QUERIES for document in _DOCUMENTS]
     pairs = check_pairs(pairs)
@@ -128,7 +142,9 @@ def export_onnx(
             if dtype == "int8":
                 _quantize(file)
             exported = _compare(model, copy, names, file, target, dtype, pairs, tolerance)
-            for part in sorted(Path(staging).iterdir(), reverse=True):  # the weights of a large model first
+            for part in sorted(
+                Path(staging).iterdir(), reverse=True
+            ):  # the weights of a large model first
                 os.replace(part, target.parent / part.name)
     except OSError as error:
         raise ValueError(f"can't write to {target.parent}: {error}") from error
@@ -144,13 +160,17 @@ def _copy_in_fp32(model: CrossEncoder) -> Any:
     kind, config = type(model.model), type(model.model.config)(**model.model.config.to_dict())
     config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
     copy = kind(config)
-    copy.load_state_dict({name: value.detach().cpu().float() for name, value in model.model.state_dict().items()})
+    copy.load_state_dict(
+        {name: value.detach().cpu().float() for name, value in model.model.state_dict().items()}
+    )
     return copy.eval()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' reports: what matters, the difference of the scores, is checked and said."""
+    """Without the exporters' reports: what matters, the difference of the scores, is checked and
+    said.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     levels = [one.level for one in loggers]
     try:
@@ -183,15 +203,24 @@ def _write(model: Any, names: Sequence[str], example: dict[str, Tensor], file: P
 
 
 def _save(proto: Any, file: Path) -> None:
-    """One file; the weights of a model too large for that beside it, under the name that Optimum looks for."""
+    """One file; the weights of a model too large for that beside it, under the name that Optimum
+    looks for.
+    """
     import onnx
 
     large = proto.ByteSize() > _LARGEST_FILE
-    onnx.save_model(proto, str(file), save_as_external_data=large, location=f"{file.name}_data" if large else None)
+    onnx.save_model(
+        proto,
+        str(file),
+        save_as_external_data=large,
+        location=f"{file.name}_data" if large else None,
+    )
 
 
 def _quantize(file: Path) -> None:
-    """Replace the file's weights with int8 ones; a scale for each output channel, which halves the error."""
+    """Replace the file's weights with int8 ones; a scale for each output channel, which halves the
+    error.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     fp32 = file.with_name(f"fp32-{file.name}")
@@ -211,7 +240,9 @@ def _compare(
     pairs: Sequence[Pair],
     tolerance: float | None,
 ) -> Exported:
-    """Scores of the file beside the model's own, in fp32, in padded batches of mixed lengths and one pair alone."""
+    """Scores of the file beside the model's own, in fp32, in padded batches of mixed lengths and
+    one pair alone.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -222,7 +253,11 @@ def _compare(
         features = model.preprocess(batch)
         with torch.inference_mode():
             expected.append(copy(**features).logits.reshape(-1).numpy())
-        inputs = {name: features[name].numpy() for name in names if name in {i.name for i in session.get_inputs()}}
+        inputs = {
+            name: features[name].numpy()
+            for name in names
+            if name in {i.name for i in session.get_inputs()}
+        }
         found.append(session.run(None, inputs)[0].reshape(-1))
     scores, others = np.concatenate(expected), np.concatenate(found)
     difference = float(np.abs(scores - others).max())
@@ -231,7 +266,8 @@ def _compare(
         tolerance = max(1e-6, 1e-3 * min(1, score_range)) if dtype == "fp32" else 0.2 * score_range
     if not difference <= tolerance:  # NaN too
         raise ValueError(
-            f"{target} is not written: its scores differ from PyTorch's by up to {difference:.3g} on {len(pairs)} "
+            f"{target} is not written: its scores differ from PyTorch's by up to {difference:.3g} "
+            f"on {len(pairs)} "
             f"pairs, whose scores span {score_range:.3g}; the tolerance is {tolerance:.3g}"
         )
     return Exported(target, dtype, len(pairs), difference, score_range, tolerance)

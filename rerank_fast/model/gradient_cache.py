@@ -1,4 +1,6 @@
-"""Gradients of whole lists: with the graphs of all micro-batches alive, or with one at a time (GradCache)."""
+"""Gradients of whole lists: with the graphs of all micro-batches alive, or with one at a time
+(GradCache).
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.packing import upload
+from rerank_fast.model.preparation import Prepared
 from rerank_fast.model.random_state import nothing_drawn, random_state, set_random_state
-from rerank_fast.model.scoring import PaddedStep, in_order
+from rerank_fast.model.scoring import in_order
+from rerank_fast.model.tokens.packing import upload
 
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
 
 
 class CachedScores:
-    """Scores of all pairs of a step without a graph, and each micro-batch again once their gradient is known.
+    """Scores of all pairs of a step without a graph, and each micro-batch again once their gradient
+    is known.
 
-    Memory does not grow with the pairs: one micro-batch's graph lives at a time (Gao et al. 2021, "Scaling deep
-    contrastive learning batch size under memory limited setup").
+    Memory does not grow with the pairs: one micro-batch's graph lives at a time (Gao et al. 2021,
+    "Scaling deep contrastive learning batch size under memory limited setup").
 
     Args:
-        step: made with gradients on: its products are those of the second run, and so the scores to the bit.
+        prepared: made with gradients on: its products are those of the second run, and so the
+            scores to the bit.
         plan: index arrays of the micro-batches, which hold every pair once.
         device: of the model.
         progress: told the number of pairs of every micro-batch that is done, in either run.
@@ -32,22 +36,22 @@ class CachedScores:
     Attributes:
         scores: (N,), in the order of the pairs.
         shared: what all micro-batches read, each with the leaf that stands in for it and gets its
-            gradient; see PackedStep.separate.
+            gradient; see PackedPairs.separate.
     """
 
     def __init__(
         self,
-        step: PackedStep | PaddedStep,
+        prepared: Prepared,
         plan: Sequence[np.ndarray],
         device: torch.device,
         progress: Callable[[int], object] = lambda num_pairs: None,
     ) -> None:
-        self.step, self.plan, self.device, self.progress = step, plan, device, progress
-        self.shared = step.separate()
+        self.prepared, self.plan, self.device, self.progress = prepared, plan, device, progress
+        self.shared = prepared.separate()
         self.states, parts = [random_state(device)], []
-        with torch.no_grad(), step.region:
+        with torch.no_grad(), prepared.region:
             for indices in plan:
-                parts.append(step(indices))
+                parts.append(prepared(indices))
                 self.states.append(random_state(device))
                 progress(len(indices))
         self.scores = in_order(parts, plan)
@@ -58,10 +62,11 @@ class CachedScores:
         needed: np.ndarray,  # (N,) bool
         back: Callable[[Tensor, Tensor], None] = torch.autograd.backward,
     ) -> int:
-        """Run the micro-batches again, each with the random numbers of its first run, and go back through each.
+        """Run the micro-batches again, each with the random numbers of its first run, and go back
+        through each.
 
-        A pair that is not needed is not run again. The others get the dropout of their first run, so
-        that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is
+        A pair that is not needed is not run again. The others get the dropout of their first run,
+        so that the gradient is that of the scores the loss has seen. A micro-batch whose dropout is
         drawn as a whole (padded ones, and where modules of the model draw inside a layer) is left
         out as a whole or run as a whole.
 
@@ -76,18 +81,20 @@ class CachedScores:
         device, num_run = self.device, 0
         drawn = random_state(device)
         # A new region: autocast's copies of weights, made without a graph, must not be used again.
-        with torch.enable_grad(), self.step.region:
-            for indices, before, after in zip(self.plan, self.states[:-1], self.states[1:], strict=True):
+        with torch.enable_grad(), self.prepared.region:
+            for indices, before, after in zip(
+                self.plan, self.states[:-1], self.states[1:], strict=True
+            ):
                 keep = needed[indices]
                 self.progress(len(indices))
                 if not keep.any():
                     continue
                 if nothing_drawn(before, after):
                     indices, keep = indices[keep], keep[keep]
-                elif not self.step.draws_by_row:
+                elif not self.prepared.draws_by_row:
                     keep[:] = True
                 set_random_state(before, device)
-                again = self.step(indices, keep)
+                again = self.prepared(indices, keep)
                 run = indices[keep]
                 back(again, gradient.index_select(0, upload(run, device)))
                 num_run += len(run)
@@ -105,22 +112,22 @@ class Pushed:
 
 
 def backward_direct(
-    step: PackedStep | PaddedStep,
+    prepared: Prepared,
     plan: Sequence[np.ndarray],
     loss: Loss,
     *,
     scale: Loss = lambda value: value,
 ) -> Pushed:
     """Score all pairs, keep every graph, go back once. `scale` multiplies the loss before that."""
-    with step.region:
-        scores = in_order([step(indices) for indices in plan], plan)
+    with prepared.region:
+        scores = in_order([prepared(indices) for indices in plan], plan)
     value = loss(scores)
     scale(value).backward()
     return Pushed(value.detach(), scores.detach())
 
 
 def backward_cached(
-    step: PackedStep | PaddedStep,
+    prepared: Prepared,
     plan: Sequence[np.ndarray],
     loss: Loss,
     *,
@@ -132,7 +139,7 @@ def backward_cached(
 
     A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again.
     """
-    cached = CachedScores(step, plan, device)
+    cached = CachedScores(prepared, plan, device)
     scores = cached.scores.requires_grad_()
     value = loss(scores)
     (gradient,) = torch.autograd.grad(value, scores)

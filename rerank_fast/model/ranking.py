@@ -10,7 +10,9 @@ import numpy as np
 from rerank_fast.model.texts import check_documents_of, check_text, plain, shown
 
 
-def check_lists(queries: Any, documents_per_query: Any, top_k: int | None) -> tuple[list[str], list[list[str]]]:
+def check_lists(
+    queries: Any, documents_per_query: Any, top_k: int | None
+) -> tuple[list[str], list[list[str]]]:
     """The queries, and each one's documents, as lists of Python's strings.
 
     Raises:

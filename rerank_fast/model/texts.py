@@ -15,10 +15,16 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 def plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers, strings and arrays as Python's own, tables as rows; anything else as it is."""
+    """NumPy's and PyTorch's numbers, strings and arrays as Python's own, tables as rows; anything
+    else as it is.
+    """
     if hasattr(value, "columns") and hasattr(value, "to_numpy"):  # a DataFrame
         names = list(value.columns)
-        return (value[["query", "document"]] if {"query", "document"} <= {*names} else value).to_numpy().tolist()
+        return (
+            (value[["query", "document"]] if {"query", "document"} <= {*names} else value)
+            .to_numpy()
+            .tolist()
+        )
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -85,7 +91,9 @@ def _check_pair(pair: Any, index: int) -> Pair:
     if no_pair or len(pair) != 2:
         raise ValueError(f"pair {index}: expected (query, document), got {shown(pair)}")
     query, document = pair
-    return check_text(query, f"pair {index}, query"), check_text(document, f"pair {index}, document")
+    return check_text(query, f"pair {index}, query"), check_text(
+        document, f"pair {index}, document"
+    )
 
 
 def check_documents_of(documents: Any, place: str) -> list[Any]:
@@ -101,7 +109,9 @@ def check_documents_of(documents: Any, place: str) -> list[Any]:
     return list(documents)
 
 
-def check_inputs(queries: Iterable[Any], documents: Iterable[Any]) -> tuple[list[Any], list[list[Any]]]:
+def check_inputs(
+    queries: Iterable[Any], documents: Iterable[Any]
+) -> tuple[list[Any], list[list[Any]]]:
     """Queries, and each one's documents, as lists; texts are checked.
 
     What a model may read beside texts, as images and audio, passes as it is.
@@ -121,7 +131,8 @@ def check_inputs(queries: Iterable[Any], documents: Iterable[Any]) -> tuple[list
 
 
 def check_input(value: Any, place: str) -> Any:
-    """What a model reads: a text, checked, or, as it is, an image, audio or another that it may take beside texts.
+    """What a model reads: a text, checked, or, as it is, an image, audio or another that it may
+    take beside texts.
 
     Raises:
         ValueError: a number, bytes or None stands in place of a text, or it is not valid Unicode;

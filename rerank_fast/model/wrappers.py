@@ -1,4 +1,6 @@
-"""What trainers put around a CrossEncoder: Accelerate's mixed precision, DistributedDataParallel."""
+"""What trainers put around a CrossEncoder: Accelerate's mixed precision,
+DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rerank_fast.model.heads import Answers
-from rerank_fast.model.linear import has_hooks, must_be_called
 from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.packed.linear import has_hooks, must_be_called
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,9 +58,15 @@ class Wrapped:
 
 
 def find_cross_encoder(model: Any) -> Wrapped | str:
-    """The CrossEncoder in a model, where all it does is call its modules; else why it must be called itself."""
+    """The CrossEncoder in a model, where all it does is call its modules; else why it must be
+    called itself.
+    """
     inner = model
-    if type(model) is DistributedDataParallel and model.mixed_precision is None and not has_hooks(model):
+    if (
+        type(model) is DistributedDataParallel
+        and model.mixed_precision is None
+        and not has_hooks(model)
+    ):
         inner = model.module
     kind = type(inner)
     if kind.__name__ != "CrossEncoder":
@@ -81,7 +89,9 @@ def find_cross_encoder(model: Any) -> Wrapped | str:
 
 
 def _parts_of_theirs(inner: Any) -> tuple[Any, Answers | None] | str:
-    """What gives the scores of sentence-transformers' CrossEncoder, or why that must be called itself."""
+    """What gives the scores of sentence-transformers' CrossEncoder, or why that must be called
+    itself.
+    """
     first, *rest = inner
     kinds = [type(part).__name__ for part in inner]
     if kinds[0] != "Transformer":
@@ -100,10 +110,14 @@ def _parts_of_theirs(inner: Any) -> tuple[Any, Answers | None] | str:
 
 
 def _autocast_of_accelerate(model: nn.Module) -> torch.dtype | None:
-    """The dtype, where Accelerator.prepare has put an autocast, and no more, around the forward of the class."""
+    """The dtype, where Accelerator.prepare has put an autocast, and no more, around the forward of
+    the class.
+    """
     if "_original_forward" not in vars(model) or not is_initialized():
         return None
     forward: Any = vars(model)["forward"]
-    if inspect.unwrap(getattr(forward, "__func__", forward)) is not inspect.unwrap(type(model).forward):
+    if inspect.unwrap(getattr(forward, "__func__", forward)) is not inspect.unwrap(
+        type(model).forward
+    ):
         return None
     return _DTYPES.get(AcceleratorState().mixed_precision)

@@ -31,7 +31,9 @@ __all__ = ["NAMES", "Objective", "ObjectiveSum"]
 
 
 def check_name(name: object) -> None:
-    """Raises ValueError, which lists those that there are, unless there is an objective of that name."""
+    """Raises ValueError, which lists those that there are, unless there is an objective of that
+    name.
+    """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"unknown objective {name!r}; there are {', '.join(NAMES)}")
 

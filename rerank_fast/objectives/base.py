@@ -13,7 +13,9 @@ class ObjectiveSum(NamedTuple):
     """An objective's sum over the units of some lists: preference pairs, documents or lists."""
 
     total: Tensor  # () with the scores' graph, fp32 at least; not divided by anything
-    units: Tensor | None = None  # () int64 on the scores' device, where ranks decide how many there are
+    units: Tensor | None = (
+        None  # () int64 on the scores' device, where ranks decide how many there are
+    )
 
 
 # What a sum is divided by; None where the sum itself is the loss, and of a combination each part's.
@@ -57,9 +59,11 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
     def num_units(self, labels: np.ndarray, offsets: np.ndarray) -> Units:
-        """What a batch's sum is divided by, on the host, from (N,) labels and (Q + 1,) offsets alone.
+        """What a batch's sum is divided by, on the host, from (N,) labels and (Q + 1,) offsets
+        alone.
 
-        Where a cut by rank decides, it is the number without the cut, and `__call__` gives the other.
+        Where a cut by rank decides, it is the number without the cut, and `__call__` gives the
+        other.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define num_units")
 
@@ -81,7 +85,9 @@ class Objective:
 
     @property
     def scores_idle(self) -> bool:
-        """Whether such lists are scored all the same: where their loss is a constant other than 0."""
+        """Whether such lists are scored all the same: where their loss is a constant other than
+        0.
+        """
         return False
 
     @property
@@ -90,14 +96,19 @@ class Objective:
         return (self,)
 
     def contributes(self, labels: np.ndarray) -> bool:
-        """Whether a list with these (D,) labels can give a gradient at all; what can't is counted in the log."""
+        """Whether a list with these (D,) labels can give a gradient at all; what can't is counted
+        in the log.
+        """
         return len(labels) > 0
 
     def check(self, labels: np.ndarray) -> None:
-        """Raises ValueError, with what was expected and what came, where a list's (D,) labels do not fit."""
+        """Raises ValueError, with what was expected and what came, where a list's (D,) labels do
+        not fit.
+        """
 
     def advice(self, labels: np.ndarray) -> str | None:
-        """One sentence for the log where these (N,) labels can be trained on, but hardly should; else None.
+        """One sentence for the log where these (N,) labels can be trained on, but hardly should;
+        else None.
 
         Asked once before training, of all labels that are known by then.
         """

@@ -46,14 +46,17 @@ class Combination(Objective):
                 raise ValueError("an objective of several must not be several itself")
             if one.cut_by_rank:
                 raise ValueError(
-                    f"objective {one.name} with a cut k and the mean over {one.unit or 'units'} can't "
+                    f"objective {one.name} with a cut k and the mean over {one.unit or 'units'} "
+                    "can't "
                     "be one of several: expected k null, or reduction lists or sum"
                 )
 
     def mean(self, scores: Tensor, labels: Tensor, offsets: Tensor, units: Units) -> ObjectiveSum:
         assert isinstance(units, tuple)
         parts = zip(self.objectives, self.weights, units, strict=True)
-        means = [weight * one.mean(scores, labels, offsets, count).total for one, weight, count in parts]
+        means = [
+            weight * one.mean(scores, labels, offsets, count).total for one, weight, count in parts
+        ]
         total = means[0]
         for mean in means[1:]:
             total = total + mean
@@ -83,7 +86,9 @@ class Combination(Objective):
 
     def describe(self) -> dict[str, Any]:
         parts = zip(self.objectives, self.weights, strict=True)
-        described = [{"name": one.name, "weight": weight, **one.describe()} for one, weight in parts]
+        described = [
+            {"name": one.name, "weight": weight, **one.describe()} for one, weight in parts
+        ]
         return {"objectives": described}
 
 

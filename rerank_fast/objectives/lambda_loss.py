@@ -27,9 +27,9 @@ class LambdaLoss(Objective):
     """LambdaLoss (Wang et al., CIKM 2018), in one fused pass over the preference pairs.
 
     Args:
-        scheme: weighting of a pair: "none", "ndcg1", "ndcg2", "lambdarank" or "ndcg2pp"; or a module or
-            function of (gain, discount, true_sorted), as in sentence-transformers, for which pairs
-            lie in padded (Q, D, D) tensors unless it is one of those five.
+        scheme: weighting of a pair: "none", "ndcg1", "ndcg2", "lambdarank" or "ndcg2pp"; or a
+            module or function of (gain, discount, true_sorted), as in sentence-transformers, for
+            which pairs lie in padded (Q, D, D) tensors unless it is one of those five.
         k: count pairs with at least one document ranked in the top k; None or 0 counts all.
         sigma: slope of the sigmoid, above 0.
         mu: share of NDCGLoss2 beside LambdaRank in "ndcg2pp", at least 0.
@@ -53,8 +53,10 @@ class LambdaLoss(Objective):
     idle: ClassVar[str] = "without a preference pair (all labels equal)"
     citation: ClassVar[str] = """@inproceedings{wang2018lambdaloss,
     title = {The LambdaLoss Framework for Ranking Metric Optimization},
-    author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and Najork, Marc},
-    booktitle = {Proceedings of the 27th ACM International Conference on Information and Knowledge Management},
+    author = {Wang, Xuanhui and Li, Cheng and Golbandi, Nadav and Bendersky, Michael and
+              Najork, Marc},
+    booktitle = {Proceedings of the 27th ACM International Conference on
+                 Information and Knowledge Management},
     pages = {1313--1322},
     year = {2018}
 }"""
@@ -89,7 +91,9 @@ class LambdaLoss(Objective):
         if callable(self.scheme):
             sizes = offsets.diff().tolist()  # a wait for the device, which a scheme's padding costs
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            total, count = weighted_sum(self.scheme, scores, labels, sizes, k=self.k or 0, **options)
+            total, count = weighted_sum(
+                self.scheme, scores, labels, sizes, k=self.k or 0, **options
+            )
             pairs = torch.tensor(count, device=scores.device)
         else:
             options |= {"scheme": self.scheme, "mu": self.mu, "k": self.k}
@@ -101,7 +105,9 @@ class LambdaLoss(Objective):
             return len(offsets) - 1 if self.reduction == "lists" else None
         values = torch.from_numpy(labels)
         scheme: Scheme = "ndcg1" if self._every_pair else "none"
-        return int(count_pairs(torch.zeros_like(values), values, torch.from_numpy(offsets), scheme=scheme))
+        return int(
+            count_pairs(torch.zeros_like(values), values, torch.from_numpy(offsets), scheme=scheme)
+        )
 
     @property
     def cut_by_rank(self) -> bool:

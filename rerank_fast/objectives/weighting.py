@@ -1,4 +1,6 @@
-"""Weightings of LambdaLoss's preference pairs: the named ones, and any module with a forward of its own."""
+"""Weightings of LambdaLoss's preference pairs: the named ones, and any module with a forward of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from torch import Tensor, nn
 
 from rerank_fast.ops.choices import ReductionLog, Scheme
 from rerank_fast.ops.options import check_number
-from rerank_fast.ops.reference import discounts, diverged, normalized_gains, pair_mask, pair_weights, ranks
+from rerank_fast.ops.reference import (
+    discounts,
+    diverged,
+    normalized_gains,
+    pair_mask,
+    pair_weights,
+    ranks,
+)
 
 # A module, or any function, of gains (Q, D), discounts (1, D) and labels (Q, D): see
 # BaseWeightingScheme.forward.
@@ -22,14 +31,15 @@ Weighting: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 class BaseWeightingScheme(nn.Module):
     """Weights of the pairs of a batch. Subclass it for a weighting of your own.
 
-    A subclass that sets `scheme` to one of the names of `rerank_fast.lambda_loss` runs fused; any other
-    runs through its `forward` in eager PyTorch.
+    A subclass that sets `scheme` to one of the names of `rerank_fast.lambda_loss` runs fused; any
+    other runs through its `forward` in eager PyTorch.
     """
 
     scheme: Scheme | None = None
 
     def forward(self, gain: Tensor, discount: Tensor, true_sorted: Tensor) -> Tensor:
-        """Weights of all ordered pairs, broadcastable to (Q, D, D), documents in the order of their scores.
+        """Weights of all ordered pairs, broadcastable to (Q, D, D), documents in the order of their
+        scores.
 
         Args:
             gain: (Q, D) normalised gains.
@@ -37,7 +47,9 @@ class BaseWeightingScheme(nn.Module):
             true_sorted: (Q, D) labels, at least 0; 0 in padding.
         """
         if self.scheme is None:
-            raise NotImplementedError(f"{type(self).__name__} must implement forward(gain, discount, true_sorted)")
+            raise NotImplementedError(
+                f"{type(self).__name__} must implement forward(gain, discount, true_sorted)"
+            )
         rank = torch.arange(1, gain.shape[1] + 1, device=gain.device)
         mu = float(getattr(self, "mu", 0.0))
         return torch.stack([pair_weights(g, rank, scheme=self.scheme, mu=mu) for g in gain])
@@ -105,14 +117,19 @@ def fused_scheme(weighting_scheme: Weighting) -> Scheme | None:
 def takes_every_ordered_pair(weighting_scheme: Weighting) -> bool:
     """Whether a scheme is, or inherits from, NDCGLoss1 (ours or sentence-transformers')."""
     return any(
-        base is NDCGLoss1Scheme or (base.__module__ == _PEER_MODULE and base.__name__ == "NDCGLoss1Scheme")
+        base is NDCGLoss1Scheme
+        or (base.__module__ == _PEER_MODULE and base.__name__ == "NDCGLoss1Scheme")
         for base in type(weighting_scheme).__mro__
     )
 
 
 def describe_weighting(weighting_scheme: Weighting) -> str:
-    """A scheme's class and its plain attributes, as own.Scheme(temperature=0.5); of a function its name."""
-    kind: Any = weighting_scheme if isinstance(weighting_scheme, FunctionType) else type(weighting_scheme)
+    """A scheme's class and its plain attributes, as own.Scheme(temperature=0.5); of a function its
+    name.
+    """
+    kind: Any = (
+        weighting_scheme if isinstance(weighting_scheme, FunctionType) else type(weighting_scheme)
+    )
     plain = {
         name: value
         for name, value in vars(weighting_scheme).items()

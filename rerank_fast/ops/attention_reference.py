@@ -1,4 +1,6 @@
-"""The specification of varlen_attention and of dropout by place: eager, one sequence at a time, any dtype."""
+"""The specification of varlen_attention and of dropout by place: eager, one sequence at a time, any
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,12 @@ def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: f
     """(R, num_columns) factors, 0 or 1 / (1 - p), of the (R,) rows of one stream, in fp64, or in
     fp32 on devices that may have none, as Apple's and Intel's GPUs.
 
-    They follow from seed, stream, row and column alone, by a hash of 32 bits: every backend draws the same.
+    They follow from seed, stream, row and column alone, by a hash of 32 bits: every backend draws
+    the same.
     """
-    low, high = (torch.tensor(part, dtype=torch.int64, device=rows.device) for part in (seed, seed >> 32))
+    low, high = (
+        torch.tensor(part, dtype=torch.int64, device=rows.device) for part in (seed, seed >> 32)
+    )
     start = _mix((low & 0xFFFFFFFF) ^ _mix(high & 0xFFFFFFFF))
     row = _mix((_mix((start + stream * 0x9E3779B9) & 0xFFFFFFFF) + rows.long()) & 0xFFFFFFFF)
     column = (torch.arange(num_columns, device=rows.device) * 0x9E3779B9) & 0xFFFFFFFF
@@ -42,7 +47,9 @@ def check_rows(rows: Tensor | None, x: Tensor) -> None:
         )
 
 
-def _allowed(num_q: int, num_k: int, window_left: int, window_right: int, device: torch.device) -> Tensor:
+def _allowed(
+    num_q: int, num_k: int, window_left: int, window_right: int, device: torch.device
+) -> Tensor:
     """(num_q, num_k): which keys a query reads; the last query stands beside the last key."""
     place = torch.arange(num_q, device=device)[:, None] + num_k - num_q
     key = torch.arange(num_k, device=device)[None, :]
@@ -55,11 +62,15 @@ def _allowed(num_q: int, num_k: int, window_left: int, window_right: int, device
 
 
 def _factors(seed: int, rows: Tensor | None, own: slice, like: Tensor, p: float) -> Tensor:
-    """(heads, num_q, num_k) dropout of the probabilities of one sequence; a row is a query of all, counted flat."""
+    """(heads, num_q, num_k) dropout of the probabilities of one sequence; a row is a query of all,
+    counted flat.
+    """
     if p == 0:
         return torch.ones_like(like)
     drawn = torch.arange(own.start, own.stop, device=like.device) if rows is None else rows[own]
-    factors = [dropout_factors(seed, head, drawn, like.shape[2], p) for head in range(like.shape[0])]
+    factors = [
+        dropout_factors(seed, head, drawn, like.shape[2], p) for head in range(like.shape[0])
+    ]
     return torch.stack(factors).to(like.dtype)
 
 
@@ -85,11 +96,15 @@ def forward(
     for n in range(len(ends_q) - 1):
         own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
         queries = q[own].to(wide).transpose(0, 1)
-        keys, values = (x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+        keys, values = (
+            x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
+        )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
         scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
         # A query that may read nothing gives 0, not NaN.
-        probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
+        probabilities = (
+            torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
+        )
         dropped = probabilities * _factors(seed, rows, own, scores, dropout_p)
         out[own] = (dropped @ values).transpose(0, 1).to(q.dtype)
         lse[:, own] = scores.logsumexp(dim=-1) / math.log(2)
@@ -120,10 +135,14 @@ def backward(
     for n in range(len(ends_q) - 1):
         own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
         queries, upstream = (x[own].to(wide).transpose(0, 1) for x in (q, grad_out))
-        keys, values = (x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+        keys, values = (
+            x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
+        )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
         scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
-        probabilities = torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
+        probabilities = (
+            torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
+        )
         factors = _factors(seed, rows, own, scores, dropout_p)
         d_probabilities = factors * (upstream @ values.transpose(1, 2))
         along = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)

@@ -23,7 +23,11 @@ def missing(backend: str) -> str:
     """What a backend lacks here, and how to get it; empty where it is there."""
     if backend == "cpu" and not cpu.available():
         return cpu.unavailable_reason()
-    return "triton is not installed (pip install triton)" if backend == "triton" and not HAS_TRITON else ""
+    return (
+        "triton is not installed (pip install triton)"
+        if backend == "triton" and not HAS_TRITON
+        else ""
+    )
 
 
 def _refusal(backend: str, device: torch.device) -> str:
@@ -43,19 +47,21 @@ def resolve(
     """The name of the backend that runs an op.
 
     Args:
-        op: its name, for the warning that the compiled module is missing; a process gets it once, for all ops.
-        backend: the one asked for; None takes the best of their device, and "reference" where none can run.
+        op: its name, for the warning that the compiled module is missing; a process gets it once,
+            for all ops.
+        backend: the one asked for; None takes the best of their device, and "reference" where none
+            can run.
         tensor: one of those it takes; all are on one device.
         choices: the op's backends.
-        unserved: why a backend doesn't take these tensors, to follow its name ("takes fp32, got ..."); empty where
-            it does. Not asked about the reference, which takes all.
+        unserved: why a backend doesn't take these tensors, to follow its name ("takes fp32, got
+            ..."); empty where it does. Not asked about the reference, which takes all.
 
     Raises:
         ValueError: not one of choices, or one that can't run.
     """
     if backend is None:
-        # Not device.type: to make that string takes as long as the kernel of a short batch. On the CPU Triton would
-        # be its interpreter: only on request.
+        # Not device.type: to make that string takes as long as the kernel of a short batch. On the
+        # CPU Triton would be its interpreter: only on request.
         # A meta tensor stands for a GPU's: the ops' fakes then show what a step would launch.
         gpu = ("flash", "triton") if tensor.is_cuda else ("triton",) if tensor.is_meta else ()
         best = ("cpu",) if tensor.is_cpu else gpu
@@ -67,7 +73,8 @@ def resolve(
             if name == "cpu" and not _warned and not torch.compiler.is_compiling():
                 _warned.append(op)
                 warnings.warn(
-                    f"rerank_fast runs {op} and its other ops through slower eager PyTorch: {reason}",
+                    f"rerank_fast runs {op} and its other ops through slower eager PyTorch: "
+                    f"{reason}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -75,7 +82,9 @@ def resolve(
     if not isinstance(backend, str) or backend not in choices:
         raise ValueError(f"backend must be one of {choices} or None, got {backend!r}")
     if backend != "reference":
-        if reason := (unserved is not None and unserved(backend)) or _refusal(backend, tensor.device):
+        if reason := (unserved is not None and unserved(backend)) or _refusal(
+            backend, tensor.device
+        ):
             raise ValueError(f"backend {backend!r} {reason}")
         if reason := missing(backend):
             raise ValueError(f"backend {backend!r} can't run: {reason}")

@@ -33,15 +33,17 @@ def unavailable_reason() -> str:
     """What is missing and how to get it."""
     return (
         f"the compiled module rerank_fast._C is missing ({_reason}). Install a C++17 compiler "
-        "(Debian and Ubuntu: apt-get install g++) and run: pip install --force-reinstall --no-deps -e ."
+        "(Debian and Ubuntu: apt-get install g++) and run: pip install --force-reinstall --no-deps "
+        "-e ."
     )
 
 
 def instruction_sets() -> list[str]:
     """Those that the kernels were built for and that this processor has, widest first.
 
-    Of x86-64 sse4, avx2, avx512, avx512_bf16 and amx_bf16; of 64-bit Arm neon and neon_bf16. amx_bf16 is
-    AVX-512 with bf16 whose attention multiplies bf16 in tiles: Linux has to permit the process to use them.
+    Of x86-64 sse4, avx2, avx512, avx512_bf16 and amx_bf16; of 64-bit Arm neon and neon_bf16.
+    amx_bf16 is AVX-512 with bf16 whose attention multiplies bf16 in tiles: Linux has to permit the
+    process to use them.
     """
     return _C.instruction_sets() if available() else []
 
@@ -62,7 +64,8 @@ def choose_instruction_set(name: str) -> None:
     if name not in instruction_sets():
         here = ", ".join(instruction_sets()) or "none: there is no compiled module"
         raise ValueError(
-            f"instruction set (RERANK_FAST_ISA) must be one that this machine has ({here}), got {name!r}"
+            f"instruction set (RERANK_FAST_ISA) must be one that this machine has ({here}), got "
+            f"{name!r}"
         )
     _C.choose_instruction_set(name)
 
@@ -75,7 +78,14 @@ if available() and os.environ.get("RERANK_FAST_ISA"):
 
 @functools.lru_cache(maxsize=64)
 def _lambda_loss_options(
-    scheme: str, k: int, sigma: float, mu: float, eps: float, reduction_log: str, reduction: str, num_threads: int
+    scheme: str,
+    k: int,
+    sigma: float,
+    mu: float,
+    eps: float,
+    reduction_log: str,
+    reduction: str,
+    num_threads: int,
 ) -> Any:
     scale = _SCALES[reduction_log]
     return _C.LambdaLossOptions(
@@ -139,7 +149,12 @@ def _rows(tensor: Tensor) -> Any:
 
 
 def _attention_shape(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: Tensor | None, options: tuple[Any, ...]
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    options: tuple[Any, ...],
 ) -> Any:
     scale, window_left, window_right, dropout_p, seed = options
     return _C.AttentionShape(
@@ -200,7 +215,9 @@ def varlen_attention_backward(
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
-    dq, dk, dv = into or tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    dq, dk, dv = into or tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v)
+    )
     shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
     forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
     if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):
@@ -231,7 +248,9 @@ def residual_norm_forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for backward."""
+    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for
+    backward.
+    """
     y = torch.empty_like(residual)
     narrow = torch.empty_like(x) if x.dtype == torch.bfloat16 else y.new_empty(0)
     mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
@@ -255,7 +274,12 @@ def residual_norm_backward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of x, residual, weight and bias."""
-    grads = (torch.empty_like(x), torch.empty_like(residual), torch.empty_like(weight), torch.empty_like(weight))
+    grads = (
+        torch.empty_like(x),
+        torch.empty_like(residual),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
     incoming = (_address(grad) for grad in (grad_y, grad_narrow))
     forward = (tensor.data_ptr() for tensor in (x, residual, weight, mean, rstd))
     outgoing = (tensor.data_ptr() for tensor in grads)
@@ -267,7 +291,9 @@ def residual_norm_backward(
 def _head_rows(
     hidden: Tensor, index: Tensor | None, dense_weight: Tensor, options: tuple[Any, ...]
 ) -> tuple[Any, Tensor]:
-    """The kernels' shape, and the rows that are read, dropped out; fp16 becomes fp32, which processors multiply."""
+    """The kernels' shape, and the rows that are read, dropped out; fp16 becomes fp32, which
+    processors multiply.
+    """
     activation, dropout_p, dropout_in_p, seed = options
     if hidden.dtype == torch.float16:
         hidden, index = (hidden if index is None else hidden[index]).float(), None
@@ -325,7 +351,8 @@ def score_head_backward(
     wants: list[bool],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and out_bias.
+    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and
+    out_bias.
 
     One that is not wanted is empty.
     """
@@ -338,10 +365,14 @@ def score_head_backward(
     if wants[0]:
         rows = torch.mm(d_dense, dense_weight.to(x.dtype))
         if options[2] > 0:
-            _C.score_head_gather(shape, rows.data_ptr(), rows.stride(0), len(rows), 0, rows.data_ptr())
+            _C.score_head_gather(
+                shape, rows.data_ptr(), rows.stride(0), len(rows), 0, rows.data_ptr()
+            )
         grads[0] = rows = rows.to(hidden.dtype)
         if index is not None:
-            grads[0] = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(0, index.long(), rows)
+            grads[0] = torch.zeros(hidden.shape, dtype=hidden.dtype).index_copy_(
+                0, index.long(), rows
+            )
     if wants[1]:
         grads[1] = torch.mm(d_dense.t(), x).to(hidden.dtype)
     for place, grad in enumerate((vectors[0], vectors[1][None], grad_scores.sum()[None]), start=2):
@@ -391,7 +422,9 @@ def approx_ranks_backward(
 
 def _int8_shape(x: Tensor) -> Any:
     threads = torch.get_num_threads()
-    return _C.Int8RowsShape(rows=x.shape[0], width=x.shape[1], bf16=x.dtype == torch.bfloat16, num_threads=threads)
+    return _C.Int8RowsShape(
+        rows=x.shape[0], width=x.shape[1], bf16=x.dtype == torch.bfloat16, num_threads=threads
+    )
 
 
 def _int8_product(x: Tensor, row_scale: Tensor, bias: Tensor) -> Any:
@@ -400,19 +433,26 @@ def _int8_product(x: Tensor, row_scale: Tensor, bias: Tensor) -> Any:
 
 def _int8_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Any]:
     """Values and scales to be written, and where."""
-    values, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+    values, scale = (
+        torch.empty(x.shape, dtype=torch.uint8),
+        torch.empty(x.shape[0], dtype=torch.float32),
+    )
     return values, scale, _C.Int8Rows(values.data_ptr(), scale.data_ptr(), levels)
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,) fp32 a row."""
+    """The backend contract: x (T, K), bf16 or fp32, as uint8 around levels + 1, and a scale (T,)
+    fp32 a row.
+    """
     values, scale, to = _int8_rows(x, levels)
     _C.quantize_rows(_int8_shape(x), x.data_ptr(), to)
     return values, scale
 
 
 def scale_rows_(x: Tensor, row_scale: Tensor, bias: Tensor) -> Tensor:
-    """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both fp32."""
+    """The backend contract: x (T, N) becomes x * row_scale (T,) + bias (N,), in place; both
+    fp32.
+    """
     _C.scale_rows(_int8_shape(x), _int8_product(x, row_scale, bias), x.data_ptr())
     return x
 
@@ -434,7 +474,9 @@ def norm_rows(
     eps: float,
     levels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: LayerNorm(residual + x * row_scale + bias) in fp32, and as quantize_rows gives it."""
+    """The backend contract: LayerNorm(residual + x * row_scale + bias) in fp32, and as
+    quantize_rows gives it.
+    """
     y, (values, scale, to) = torch.empty_like(residual), _int8_rows(x, levels)
     norm = (residual.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(), eps, y.data_ptr())
     _C.norm_rows(_int8_shape(x), _int8_product(x, row_scale, bias), *norm, to)

@@ -1,4 +1,6 @@
-"""Gradients that can't be differentiated again say so, wherever the second derivative comes from."""
+"""Gradients that can't be differentiated again say so, wherever the second derivative comes
+from.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _Backward = Callable[..., tuple[Any, ...]]
 
 
 class _Refused(torch.autograd.Function):
-    """The last `count` of the tensors, as results that depend on all of them and have no gradient."""
+    """The last `count` of the tensors, as results that depend on all of them and have no
+    gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -21,7 +25,9 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise RuntimeError("this operation's gradient can't be differentiated: its second derivative is not known")
+        raise RuntimeError(
+            "this operation's gradient can't be differentiated: its second derivative is not known"
+        )
 
 
 def differentiated_once(backward: _Backward) -> _Backward:
@@ -41,7 +47,11 @@ def differentiated_once(backward: _Backward) -> _Backward:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
         known = [output for output in outputs if output is not None]
-        sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if tensor is not None and tensor.requires_grad]
+        sources = [
+            tensor
+            for tensor in (*ctx.saved_tensors, *grads)
+            if tensor is not None and tensor.requires_grad
+        ]
         refused = iter(_Refused.apply(len(known), *sources, *known))
         return tuple(None if output is None else next(refused) for output in outputs)
 

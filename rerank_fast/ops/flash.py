@@ -1,4 +1,5 @@
-"""FlashAttention as a library brings it: which function there is, and which calls its signature takes.
+"""FlashAttention as a library brings it: which function there is, and which calls its signature
+takes.
 
 None of these functions is ours, and their signatures change from release to release. Each is looked
 at once; what it can't take is refused with a reason, and another backend runs.
@@ -43,9 +44,13 @@ class TorchFlash:
         causal = window == _CAUSAL and "is_causal" in self.known
         if window != _UNLIMITED and not causal and "window_size" not in self.known:
             return "a window"
-        return "grouped heads" if q.shape[1] != k.shape[1] and "enable_gqa" not in self.known else ""
+        return (
+            "grouped heads" if q.shape[1] != k.shape[1] and "enable_gqa" not in self.known else ""
+        )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window
+    ) -> Tensor:
         """places: cu_seqlens_q, cu_seqlens_k, and the most queries and keys of a sequence."""
         options: dict[str, Any] = {}
         if "scale" in self.known:
@@ -79,7 +84,9 @@ class PackageFlash:
         limited = window not in (_UNLIMITED, _CAUSAL)
         return "a window" if limited and "window_size" not in self.known else ""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window
+    ) -> Tensor:
         """places: cu_seqlens_q, cu_seqlens_k, and the most queries and keys of a sequence."""
         options: dict[str, Any] = {"softmax_scale": scale, "causal": window == _CAUSAL}
         if "window_size" in self.known:
@@ -141,7 +148,11 @@ def refusal(q: Tensor, k: Tensor, scale: float, window: Window) -> str:
     """Why no library takes a call, to follow the backend's name; empty where one does."""
     if serving(q, k, scale, window) is not None:
         return ""
-    lacks = [f"{one.name} has no parameter for {one.lacks(q, k, scale, window)}" for one in libraries()]
+    lacks = [
+        f"{one.name} has no parameter for {one.lacks(q, k, scale, window)}" for one in libraries()
+    ]
     if not lacks:
-        lacks = [f"torch {torch.__version__} has no {TorchFlash.name}, and flash_attn is not installed"]
+        lacks = [
+            f"torch {torch.__version__} has no {TorchFlash.name}, and flash_attn is not installed"
+        ]
     return f"can't run: {'; '.join(lacks)}"

@@ -1,9 +1,10 @@
 """Linear layers with int8 weights and activations, and what follows them, fused. Inference only.
 
-quantize_weight() once; then int8_linear() on rows, int8_gelu() where the next layer takes int8 too, and int8_norm()
-where a residual and a LayerNorm come first. Weights have a scale for each output, activations one for each row (a
-token), found when it is there: a row's result does not depend on the others. The product is oneDNN's. There is no
-schema: neither a gradient nor torch.compile passes through here.
+quantize_weight() once; then int8_linear() on rows, int8_gelu() where the next layer takes int8 too,
+and int8_norm() where a residual and a LayerNorm come first. Weights have a scale for each output,
+activations one for each row (a token), found when it is there: a row's result does not depend on
+the others. The product is oneDNN's. There is no schema: neither a gradient nor torch.compile passes
+through here.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def quantize_weight(weight: Tensor, bias: Tensor | None) -> Int8Weight:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     weight = weight.detach().float().contiguous()  # as oneDNN reads it
     scale = weight.abs().amax(dim=1) / 127
-    values = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+    values = (
+        (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+    )
     return _pack(values, scale, None if bias is None else bias.detach().float().contiguous())
 
 
@@ -71,7 +74,9 @@ def join(weights: list[Int8Weight]) -> Int8Weight:
     """Several with the same inputs as one, their outputs side by side."""
     biases = [weight.bias for weight in weights if weight.bias is not None]
     if biases and len(biases) != len(weights):
-        raise ValueError(f"expected a bias for all or none of {len(weights)} weights, got {len(biases)}")
+        raise ValueError(
+            f"expected a bias for all or none of {len(weights)} weights, got {len(biases)}"
+        )
     return _pack(
         torch.cat([weight.values for weight in weights]),
         torch.cat([weight.scale for weight in weights]),
@@ -81,19 +86,24 @@ def join(weights: list[Int8Weight]) -> Int8Weight:
 
 def _pack(values: Tensor, scale: Tensor, bias: Tensor | None) -> Int8Weight:
     packed = torch.ops.onednn.qlinear_prepack(values, None) if onednn_available() else None
-    return Int8Weight(values, scale, bias, packed, torch.zeros_like(scale) if bias is None else bias)
+    return Int8Weight(
+        values, scale, bias, packed, torch.zeros_like(scale) if bias is None else bias
+    )
 
 
 @lru_cache
 def onednn_available() -> bool:
     """Whether oneDNN's int8 product can run: x86 processors and a torch built with it."""
-    has_product = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
+    has_product = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(
+        torch.ops.onednn, "qlinear_prepack"
+    )
     return torch.backends.mkldnn.is_available() and has_product and torch.cpu._is_avx2_supported()
 
 
 @lru_cache
 def activation_levels() -> int:
-    """127, or 63 where the product sums two terms in 16 bits, as without VNNI: above, they overflow.
+    """127, or 63 where the product sums two terms in 16 bits, as without VNNI: above, they
+    overflow.
 
     The product itself is asked, by the largest values there are.
     """
@@ -113,7 +123,11 @@ def quantize_rows(x: Tensor) -> Int8Rows:
         return Int8Rows(*cpu.quantize_rows(x.contiguous(), levels), x.dtype)
     scale = x.float().abs().amax(dim=1) / levels
     scale = scale.masked_fill(~scale.isfinite(), torch.nan)
-    rounded = (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None] + 0.5).floor().nan_to_num(0)
+    rounded = (
+        (x.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None] + 0.5)
+        .floor()
+        .nan_to_num(0)
+    )
     return Int8Rows((rounded + (levels + 1)).to(torch.uint8), scale, x.dtype)
 
 
@@ -123,7 +137,10 @@ def _centred(rows: Int8Rows) -> Tensor:
 
 def _reference(rows: Int8Rows, weight: Int8Weight) -> Tensor:
     """The specification, in fp32: the product of the rounded numbers."""
-    return F.linear(_centred(rows), weight.values.float()) * weight.scale * rows.scale[:, None] + weight.added
+    return (
+        F.linear(_centred(rows), weight.values.float()) * weight.scale * rows.scale[:, None]
+        + weight.added
+    )
 
 
 def _product(rows: Int8Rows, weight: Int8Weight) -> Tensor:
@@ -139,26 +156,40 @@ def _onednn_product(values: Tensor, zero: int, weight: Int8Weight, dtype: torch.
     )
 
 
-def _prepare(x: Tensor | Int8Rows, weight: Int8Weight, backend: str | None) -> tuple[Int8Rows, bool]:
+def _prepare(
+    x: Tensor | Int8Rows, weight: Int8Weight, backend: str | None
+) -> tuple[Int8Rows, bool]:
     """The rows, quantised if they are not yet, and whether the kernels run."""
     values = x.values if isinstance(x, Int8Rows) else x
-    if values.dim() != 2 or values.shape[1] != weight.values.shape[1] or x.dtype not in (_WIDE, torch.bfloat16):
+    if (
+        values.dim() != 2
+        or values.shape[1] != weight.values.shape[1]
+        or x.dtype not in (_WIDE, torch.bfloat16)
+    ):
         width = weight.values.shape[1]
-        raise ValueError(f"x must be fp32 or bf16 of shape (T, {width}), got {x.dtype} {tuple(values.shape)}")
+        raise ValueError(
+            f"x must be fp32 or bf16 of shape (T, {width}), got {x.dtype} {tuple(values.shape)}"
+        )
     if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError("int8 weights are for inference: expected an x without a gradient; train in fp32 or bf16")
+        raise ValueError(
+            "int8 weights are for inference: expected an x without a gradient; train in fp32 or "
+            "bf16"
+        )
     missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
     resolved = backends.resolve("int8_linear", backend, values, _BACKENDS, lambda name: missing)
     return x if isinstance(x, Int8Rows) else quantize_rows(x), resolved == "cpu"
 
 
-def int8_linear(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None) -> Tensor:
+def int8_linear(
+    x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None
+) -> Tensor:
     """x @ weight.T + bias in int8.
 
     Args:
         x: (T, K) fp32 or bf16 on the CPU, without a gradient, or such rows in int8.
         weight: (N, K), from quantize_weight.
-        backend: "cpu" (oneDNN's product between C++ passes) or "reference"; None takes the best that can run.
+        backend: "cpu" (oneDNN's product between C++ passes) or "reference"; None takes the best
+            that can run.
 
     Returns:
         (T, N) in x's dtype. A row of x that holds NaN or an infinity is NaN, and changes no other.
@@ -172,7 +203,9 @@ def int8_linear(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | 
     return cpu.scale_rows_(_product(rows, weight), rows.scale, weight.added)
 
 
-def int8_gelu(x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None) -> Int8Rows:
+def int8_gelu(
+    x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None
+) -> Int8Rows:
     """GELU(x @ weight.T + bias) as rows of int8, in one pass over the product. See int8_linear."""
     rows, compiled = _prepare(x, weight, backend)
     if not compiled:
@@ -191,7 +224,8 @@ def int8_norm(
     eps: float,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Int8Rows]:
-    """LayerNorm(residual + x @ weight.T + bias) in fp32 and as rows of int8, in one pass over the product.
+    """LayerNorm(residual + x @ weight.T + bias) in fp32 and as rows of int8, in one pass over the
+    product.
 
     See int8_linear; ValueError too where the residual or the norm's parameters are of another
     shape, or not fp32, or eps is not above 0.
@@ -199,16 +233,28 @@ def int8_norm(
     eps = check_positive("eps", eps)
     width = weight.values.shape[0]
     shapes = {"residual": (len(residual), width), "norm_weight": (width,), "norm_bias": (width,)}
-    for (name, shape), tensor in zip(shapes.items(), (residual, norm_weight, norm_bias), strict=True):
+    for (name, shape), tensor in zip(
+        shapes.items(), (residual, norm_weight, norm_bias), strict=True
+    ):
         if tensor.shape != shape or tensor.dtype != _WIDE:
-            raise ValueError(f"{name} must be fp32 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be fp32 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
     rows, compiled = _prepare(x, weight, backend)
     if len(rows.scale) != len(residual):
-        raise ValueError(f"expected as many rows in x as in residual, got {len(rows.scale)} and {len(residual)}")
+        raise ValueError(
+            f"expected as many rows in x as in residual, got {len(rows.scale)} and {len(residual)}"
+        )
     if not compiled:
         y = F.layer_norm(residual + _reference(rows, weight), (width,), norm_weight, norm_bias, eps)
         return y, replace(quantize_rows(y), dtype=rows.dtype)
-    residual, norm_weight, norm_bias = residual.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    residual, norm_weight, norm_bias = (
+        residual.contiguous(),
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+    )
     before = _product(rows, weight), rows.scale, weight.added
-    y, values, scale = cpu.norm_rows(*before, residual, norm_weight, norm_bias, eps, activation_levels())
+    y, values, scale = cpu.norm_rows(
+        *before, residual, norm_weight, norm_bias, eps, activation_levels()
+    )
     return y, Int8Rows(values, scale, rows.dtype)

@@ -18,12 +18,15 @@ _SCHEMES, _LOGS, _REDUCTIONS = map(get_args, (Scheme, ReductionLog, Reduction))
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
-    "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, float mu, "
-    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad, Tensor pairs)",
+    "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, "
+    "float mu, "
+    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad, "
+    "Tensor pairs)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "lambda_loss_backward(Tensor grad, Tensor grad_loss, Tensor offsets, ScalarType dtype, str backend) -> Tensor",
+    "lambda_loss_backward(Tensor grad, Tensor grad_loss, Tensor offsets, ScalarType dtype, str "
+    "backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -88,11 +91,15 @@ _LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rerank_fast::lambda_loss_backward", lib=_LIBRARY)
-def _fake_backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _fake_backward(
+    grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
-def _backward(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _backward(
+    grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
     if backend == "triton":  # one launch in every mode
         from rerank_fast.ops.triton.lambda_loss import backward
 
@@ -111,10 +118,15 @@ _NO_GRADIENTS = (None,) * 4  # of labels, offsets, options, counts
 class _LambdaLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, labels: Tensor, offsets: Tensor, options: tuple[Any, ...], counts: bool
+        ctx: Any,
+        scores: Tensor,
+        labels: Tensor,
+        offsets: Tensor,
+        options: tuple[Any, ...],
+        counts: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a short batch it
-        # costs more than the kernel.
+        # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a
+        # short batch it costs more than the kernel.
         traced = scores.is_meta or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         plain = type(scores) is Tensor and not traced
         run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
@@ -134,11 +146,15 @@ class _LambdaLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *of_pairs: Tensor) -> tuple[Tensor | None, ...]:
         _, grad, *offsets = ctx.saved_tensors
         if offsets:
-            # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are rounded.
+            # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are
+            # rounded.
             run = torch.ops.rerank_fast.lambda_loss_backward.default
             return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), *_NO_GRADIENTS
         if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
-            return grad, *_NO_GRADIENTS  # loss.backward() itself; on a GPU looking would wait for it
+            return (
+                grad,
+                *_NO_GRADIENTS,
+            )  # loss.backward() itself; on a GPU looking would wait for it
         return grad * grad_loss, *_NO_GRADIENTS
 
 
@@ -156,7 +172,8 @@ def lambda_loss(
     reduction: Reduction = "pairs",
     backend: Backend | None = None,
 ) -> Tensor:
-    """LambdaLoss (Wang et al., CIKM 2018) of ragged lists, with its gradient computed in the same pass.
+    """LambdaLoss (Wang et al., CIKM 2018) of ragged lists, with its gradient computed in the same
+    pass.
 
     Divergence is seen, and in its list: where a score is NaN, infinite or beyond 2^64 / max(sigma,
     1), or a label is NaN or +inf in the loss's dtype, the list's loss is NaN and so is the gradient
@@ -192,7 +209,9 @@ def lambda_loss(
             offsets on the CPU that do not rise from 0 to N.
     """
     weighting = (scheme, k, sigma, mu, eps, reduction_log)
-    return _LambdaLoss.apply(*_checked(scores, labels, offsets, *weighting, reduction, backend), False)
+    return _LambdaLoss.apply(
+        *_checked(scores, labels, offsets, *weighting, reduction, backend), False
+    )
 
 
 def summed_lambda_loss(
@@ -284,11 +303,12 @@ def count_pairs(
     scheme: Scheme = "ndcg2pp",
     k: int | None = None,
 ) -> Tensor:
-    """The number of pairs that lambda_loss(..., reduction="pairs") divides by, before it is raised to at least one.
+    """The number of pairs that lambda_loss(..., reduction="pairs") divides by, before it is raised
+    to at least one.
 
-    With it a batch in several parts is normalised as a whole: backpropagate the parts' losses with reduction="sum",
-    each divided by the sum of their counts. Takes O(N log N) time and O(N) memory on any device, and never waits
-    for it.
+    With it a batch in several parts is normalised as a whole: backpropagate the parts' losses with
+    reduction="sum", each divided by the sum of their counts. Takes O(N log N) time and O(N) memory
+    on any device, and never waits for it.
 
     Args:
         scores: (N,) as for lambda_loss; read only where k cuts, since the cut goes by rank: NaN
@@ -309,17 +329,23 @@ def count_pairs(
     ragged.check_lists(scores, labels, offsets)
     check_choice("scheme", scheme, _SCHEMES)
     labels = labels.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    return torch.ops.rerank_fast.count_pairs.default(scores.detach(), labels, offsets, scheme, check_cut(k))
+    return torch.ops.rerank_fast.count_pairs.default(
+        scores.detach(), labels, offsets, scheme, check_cut(k)
+    )
 
 
 def _sort_within(group: Tensor, values: Tensor, *, descending: bool = False) -> Tensor:
-    """The order that sorts (N,) values inside each group, group after group; ties keep the input order."""
+    """The order that sorts (N,) values inside each group, group after group; ties keep the input
+    order.
+    """
     order = values.argsort(stable=True, descending=descending)
     return order[group[order].argsort(stable=True)]
 
 
 def _count_preferences(group: Tensor, labels: Tensor) -> Tensor:
-    """() int64: for every document the documents of its group with a lower label, summed; a NaN prefers nothing."""
+    """() int64: for every document the documents of its group with a lower label, summed; a NaN
+    prefers nothing.
+    """
     order = _sort_within(group, labels)
     group, labels = group[order], labels[order]
     index = torch.arange(len(order), device=order.device)
@@ -327,5 +353,7 @@ def _count_preferences(group: Tensor, labels: Tensor) -> Tensor:
     starts_group[1:] = group[1:] != group[:-1]
     starts_label = starts_group.clone()
     starts_label[1:] |= labels[1:] != labels[:-1]
-    group_start, label_start = (index.where(at, 0).cummax(0).values for at in (starts_group, starts_label))
+    group_start, label_start = (
+        index.where(at, 0).cummax(0).values for at in (starts_group, starts_label)
+    )
     return (label_start - group_start).where(labels == labels, 0).sum()

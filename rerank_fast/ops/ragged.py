@@ -14,14 +14,20 @@ def check_lists(scores: Tensor, labels: Tensor, offsets: Tensor) -> None:
     """Raises ValueError unless shapes, dtypes and devices go together: (N,), (N,) and (Q + 1,)."""
     if scores.dim() != 1 or not scores.dtype.is_floating_point:
         raise ValueError(
-            f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} {tuple(scores.shape)}"
+            f"scores must be a floating-point tensor of shape (N,), got {scores.dtype} "
+            f"{tuple(scores.shape)}"
         )
     if labels.shape != scores.shape:
-        raise ValueError(f"labels must have the shape of scores, {tuple(scores.shape)}, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must have the shape of scores, {tuple(scores.shape)}, got "
+            f"{tuple(labels.shape)}"
+        )
     if labels.is_complex():
         raise ValueError(f"labels must be real numbers, got {labels.dtype}")
     if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
+        raise ValueError(
+            f"offsets must be int64 of shape (Q + 1,), got {offsets.dtype} {tuple(offsets.shape)}"
+        )
     if not scores.device == labels.device == offsets.device:
         raise ValueError(
             "scores, labels and offsets must be on one device, "

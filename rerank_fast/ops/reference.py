@@ -1,7 +1,8 @@
 """The specification of LambdaLoss: eager PyTorch, one list at a time, in the notation of the paper.
 
-Wang, Li, Golbandi, Bendersky, Najork: "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018.
-It stores D x D matrices and reads offsets on the host: every backend is measured against it, none uses it.
+Wang, Li, Golbandi, Bendersky, Najork: "The LambdaLoss Framework for Ranking Metric Optimization",
+CIKM 2018. It stores D x D matrices and reads offsets on the host: every backend is measured against
+it, none uses it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """1-based rank of each of the (D,) scores, highest first; ties keep the input order, NaN comes first."""
+    """1-based rank of each of the (D,) scores, highest first; ties keep the input order, NaN comes
+    first.
+    """
     order = torch.sort(scores, descending=True, stable=True).indices
     result = torch.empty_like(order)
     result[order] = torch.arange(1, scores.numel() + 1, device=scores.device)
@@ -173,7 +176,8 @@ def forward(
         losses.append(-scale * (weights * log_probabilities)[mask].sum())
         pull = torch.zeros_like(differences)
         pull[mask] = (weights * torch.sigmoid(-sigma * differences))[mask]
-        # Differences first: NDCGLoss1's pairs (i, i) then cancel without rounding what is small beside them.
+        # Differences first: NDCGLoss1's pairs (i, i) then cancel without rounding what is small
+        # beside them.
         grads.append(-scale * sigma * (pull - pull.t()).sum(dim=1))
     per_list, grad = torch.stack(losses) if losses else scores[:0].clone(), torch.cat(grads)
     pairs = torch.tensor(num_pairs, device=scores.device)

@@ -1,4 +1,6 @@
-"""LayerNorm(residual + dropout(x)): schema -> fake -> backends -> autograd.Function -> residual_norm()."""
+"""LayerNorm(residual + dropout(x)): schema -> fake -> backends -> autograd.Function ->
+residual_norm().
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ _HALVES = (torch.bfloat16, torch.float16)  # what the second result comes in; x 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "float eps, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
-    f"residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? rows, {_OPTIONS}) "
+    "residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? rows, "
+    f"{_OPTIONS}) "
     "-> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "residual_norm_backward(Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd, Tensor? grad_y, "
+    "residual_norm_backward(Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor? grad_y, "
     f"Tensor? grad_narrow, Tensor? rows, {_OPTIONS}) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -45,7 +49,12 @@ def _fake_forward(
 def _fake_backward(
     x: Tensor, residual: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), residual.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+    return (
+        x.new_empty(x.shape),
+        residual.new_empty(x.shape),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
 
 
 def _dropped(
@@ -148,7 +157,8 @@ _LIBRARY.impl("residual_norm_backward", _backward, "CompositeExplicitAutograd")
 
 
 def unchecked_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the dispatcher's way.
+    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the
+    dispatcher's way.
 
     Arguments are those of its schema, of which rows is None without dropout.
     """
@@ -157,7 +167,9 @@ def unchecked_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Te
 
 def unchecked_backward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As unchecked_forward; grad_narrow is None where x is not narrow."""
-    return (torch.ops.rerank_fast.residual_norm_backward.default if x.is_meta else _backward)(x, *rest)
+    return (torch.ops.rerank_fast.residual_norm_backward.default if x.is_meta else _backward)(
+        x, *rest
+    )
 
 
 def _triton() -> ModuleType:
@@ -188,7 +200,9 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, *saved, rows = ctx.saved_tensors
         if x.dtype not in _HALVES:
             grad_narrow = None
@@ -216,7 +230,9 @@ def _unserved(backend: str, x: Tensor, residual: Tensor) -> str:
 
 def backend_for(x: Tensor, residual: Tensor, backend: Backend | None = None) -> str:
     """The backend that serves these; ValueError where the one asked for doesn't."""
-    return backends.resolve("residual_norm", backend, x, unserved=partial(_unserved, x=x, residual=residual))
+    return backends.resolve(
+        "residual_norm", backend, x, unserved=partial(_unserved, x=x, residual=residual)
+    )
 
 
 def residual_norm(
@@ -240,9 +256,10 @@ def residual_norm(
         bias: (H,) of the LayerNorm, in the residual's dtype.
         eps: of the LayerNorm, above 0.
         dropout_p: share of x that is dropped.
-        seed: chooses which; the same seed drops the same elements, on every backend and in backward.
-        rows: (T,) int32 numbers that stand for the rows in that choice: some rows of a larger x, computed alone,
-            lose what they lost there. None takes 0 to T - 1.
+        seed: chooses which; the same seed drops the same elements, on every backend and in
+            backward.
+        rows: (T,) int32 numbers that stand for the rows in that choice: some rows of a larger x,
+            computed alone, lose what they lost there. None takes 0 to T - 1.
         backend: "cpu" (C++), "triton" (GPUs) or "reference"; None takes the best that can run.
 
     Returns:
@@ -260,9 +277,13 @@ def residual_norm(
         )
     if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(
-            f"weight and bias must have the shape ({x.shape[1]},), got {tuple(weight.shape)}, {tuple(bias.shape)}"
+            f"weight and bias must have the shape ({x.shape[1]},), got {tuple(weight.shape)}, "
+            f"{tuple(bias.shape)}"
         )
-    if not residual.dtype == weight.dtype == bias.dtype or residual.dtype not in (torch.float32, torch.float64):
+    if not residual.dtype == weight.dtype == bias.dtype or residual.dtype not in (
+        torch.float32,
+        torch.float64,
+    ):
         raise ValueError(
             "residual, weight and bias must all be fp32 or all fp64, "
             f"got {residual.dtype}, {weight.dtype} and {bias.dtype}"

@@ -1,4 +1,6 @@
-"""The score head, gather -> dense -> activation -> dropout -> dot: schema -> fake -> backends -> score_head()."""
+"""The score head, gather -> dense -> activation -> dropout -> dot: schema -> fake -> backends ->
+score_head().
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "str activation, float dropout_p, float dropout_in_p, int seed, str backend"
 _LIBRARY.define(
-    "score_head(Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, Tensor out_weight, "
+    "score_head(Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, Tensor "
+    "out_weight, "
     f"Tensor? out_bias, {_OPTIONS}) -> (Tensor scores, Tensor dense)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not wanted is empty.
+# wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not
+# wanted is empty.
 _LIBRARY.define(
     "score_head_backward(Tensor grad_scores, Tensor hidden, Tensor? index, Tensor dense_weight, "
     f"Tensor? dense_bias, Tensor out_weight, Tensor dense, bool[] wants, {_OPTIONS}) "
@@ -39,8 +43,13 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.register_fake("rerank_fast::score_head", lib=_LIBRARY)
-def _fake_forward(hidden: Tensor, index: Tensor | None, dense_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows, wide = hidden if index is None else index, torch.promote_types(hidden.dtype, torch.float32)
+def _fake_forward(
+    hidden: Tensor, index: Tensor | None, dense_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    rows, wide = (
+        hidden if index is None else index,
+        torch.promote_types(hidden.dtype, torch.float32),
+    )
     scores = hidden.new_empty(rows.shape[0], dtype=wide)
     if rest[-1] != "cpu":
         return scores, hidden.new_empty(0)
@@ -83,7 +92,9 @@ def _dropped(x: Tensor, p: float, seed: int, stream: int) -> Tensor | float:
     """The factors of a dropout of the (N, columns) of x."""
     if p == 0:
         return 1.0
-    return dropout_factors(seed, stream, torch.arange(x.shape[0], device=x.device), x.shape[1], p).to(x.dtype)
+    return dropout_factors(
+        seed, stream, torch.arange(x.shape[0], device=x.device), x.shape[1], p
+    ).to(x.dtype)
 
 
 def _reference_dense(
@@ -99,7 +110,11 @@ def _reference_dense(
     x = (hidden if index is None else hidden[index]).to(wide)
     factors = _dropped(x, dropout_in_p, seed, 1)
     x = x * factors
-    return x, F.linear(x, dense_weight.to(wide), None if dense_bias is None else dense_bias.to(wide)), factors
+    return (
+        x,
+        F.linear(x, dense_weight.to(wide), None if dense_bias is None else dense_bias.to(wide)),
+        factors,
+    )
 
 
 def _reference_forward(
@@ -118,7 +133,9 @@ def _reference_forward(
     _, dense, _ = _reference_dense(hidden, index, dense_weight, dense_bias, dropout_in_p, seed)
     active, _ = _active(dense, activation)
     active = active * _dropped(active, dropout_p, seed, 0)
-    scores = F.linear(active, out_weight.to(dense.dtype), None if out_bias is None else out_bias.to(dense.dtype))
+    scores = F.linear(
+        active, out_weight.to(dense.dtype), None if out_bias is None else out_bias.to(dense.dtype)
+    )
     return scores.squeeze(1)
 
 
@@ -135,14 +152,20 @@ def _reference_backward(
     dropout_in_p: float,
     seed: int,
 ) -> Gradients:
-    x, dense, factors = _reference_dense(hidden, index, dense_weight, dense_bias, dropout_in_p, seed)
+    x, dense, factors = _reference_dense(
+        hidden, index, dense_weight, dense_bias, dropout_in_p, seed
+    )
     active, slope = _active(dense, activation)
     kept = grad_scores[:, None] * _dropped(active, dropout_p, seed, 0)
     d_dense = kept * out_weight.to(dense.dtype) * slope
     grads = [hidden.new_empty(0) for _ in wants]
     if wants[0]:
         d_rows = d_dense @ dense_weight.to(dense.dtype) * factors
-        grads[0] = d_rows if index is None else d_rows.new_zeros(hidden.shape).index_copy(0, index.long(), d_rows)
+        grads[0] = (
+            d_rows
+            if index is None
+            else d_rows.new_zeros(hidden.shape).index_copy(0, index.long(), d_rows)
+        )
     if wants[1]:
         grads[1] = d_dense.t() @ x
     if wants[2]:
@@ -213,7 +236,13 @@ def _backward(
     saved = (dense,) if backend == "cpu" else ()
     with _outside_autocast(hidden.device.type):
         return backward(
-            grad_scores.contiguous(), _rows_contiguous(hidden), index, *weights, *saved, wants, *options
+            grad_scores.contiguous(),
+            _rows_contiguous(hidden),
+            index,
+            *weights,
+            *saved,
+            wants,
+            *options,
         )
 
 
@@ -228,7 +257,9 @@ def _outside_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _rows_contiguous(hidden: Tensor) -> Tensor:
-    """Rows may lie anywhere, as the first tokens of a padded batch do, but each must be one run of memory."""
+    """Rows may lie anywhere, as the first tokens of a padded batch do, but each must be one run of
+    memory.
+    """
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
@@ -247,7 +278,8 @@ class _ScoreHead(torch.autograd.Function):
         scores, dense = torch.ops.rerank_fast.score_head.default(
             hidden, index, dense_weight, dense_bias, out_weight, out_bias, *options
         )
-        # Inputs are alive anyway. On a CPU the dense layer's result is kept, elsewhere backward computes it again.
+        # Inputs are alive anyway. On a CPU the dense layer's result is kept, elsewhere backward
+        # computes it again.
         ctx.save_for_backward(hidden, index, dense_weight, dense_bias, out_weight, dense)
         ctx.options = options
         return scores
@@ -267,7 +299,8 @@ class _ScoreHead(torch.autograd.Function):
 def _check(hidden: Tensor, index: Tensor | None, **weights: Tensor | None) -> None:
     if hidden.dim() != 2 or not hidden.dtype.is_floating_point:
         raise ValueError(
-            f"hidden must be a floating-point tensor of shape (T, H), got {hidden.dtype} {tuple(hidden.shape)}"
+            f"hidden must be a floating-point tensor of shape (T, H), got {hidden.dtype} "
+            f"{tuple(hidden.shape)}"
         )
     dense = weights["dense_weight"]
     size = dense.shape[0] if dense is not None and dense.dim() == 2 else "D"
@@ -281,7 +314,9 @@ def _check(hidden: Tensor, index: Tensor | None, **weights: Tensor | None) -> No
         if tensor is None:
             continue
         if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must have the shape {shapes[name]}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have the shape {shapes[name]}, got {tuple(tensor.shape)}"
+            )
         if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
             raise ValueError(
                 f"{name} must have hidden's dtype and device, {hidden.dtype} on {hidden.device}, "
@@ -291,10 +326,13 @@ def _check(hidden: Tensor, index: Tensor | None, **weights: Tensor | None) -> No
         return
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"first_token_index must be int32 or int64 of shape (N,), got {index.dtype} {tuple(index.shape)}"
+            f"first_token_index must be int32 or int64 of shape (N,), got {index.dtype} "
+            f"{tuple(index.shape)}"
         )
     if index.device != hidden.device:
-        raise ValueError(f"first_token_index must be on hidden's device {hidden.device}, got {index.device}")
+        raise ValueError(
+            f"first_token_index must be on hidden's device {hidden.device}, got {index.device}"
+        )
 
 
 def _check_rows(index: Tensor, num_hidden: int) -> None:
@@ -306,9 +344,14 @@ def _check_rows(index: Tensor, num_hidden: int) -> None:
     if not index.is_cpu or index.numel() == 0:
         return
     rising = index if bool((index[1:] > index[:-1]).all()) else index.sort().values
-    if int(rising[0]) < 0 or int(rising[-1]) >= num_hidden or not bool((rising[1:] > rising[:-1]).all()):
+    if (
+        int(rising[0]) < 0
+        or int(rising[-1]) >= num_hidden
+        or not bool((rising[1:] > rising[:-1]).all())
+    ):
         raise ValueError(
-            f"first_token_index must hold different rows from 0 to {num_hidden - 1}, got {index.tolist()[:8]} ..."
+            f"first_token_index must hold different rows from 0 to {num_hidden - 1}, got "
+            f"{index.tolist()[:8]} ..."
         )
 
 
@@ -332,14 +375,17 @@ def score_head(
     seed: int = 0,
     backend: Backend | None = None,
 ) -> Tensor:
-    """out(dropout(activation(dense(dropout_in(hidden[first_token_index]))))): the head of BERT and its kin.
+    """out(dropout(activation(dense(dropout_in(hidden[first_token_index]))))): the head of BERT and
+    its kin.
 
-    BERT: the pooler is the dense layer, tanh, then dropout and the classifier. RoBERTa, XLM-R, CamemBERT and
+    BERT: the pooler is the dense layer, tanh, then dropout and the classifier. RoBERTa, XLM-R,
+    CamemBERT and
     ELECTRA drop out the first token too. DistilBERT: relu.
 
     Args:
-        hidden: (T, H) hidden states of all tokens, of which only the indexed rows are read; fp32, bf16 or fp16 (any
-            floating dtype on the reference). Rows may lie apart, so `states[:, 0]` of a padded batch is not copied.
+        hidden: (T, H) hidden states of all tokens, of which only the indexed rows are read; fp32,
+            bf16 or fp16 (any floating dtype on the reference). Rows may lie apart, so `states[:,
+            0]` of a padded batch is not copied.
         first_token_index: (N,) int32 or int64, the row of each pair's first token, no row twice;
             `cu_seqlens[:-1]` of a packed batch. None takes every row, and the gradient of hidden is
             then not scattered. A GPU's values are not waited for: the score of an index that names
@@ -352,9 +398,10 @@ def score_head(
         dropout_p: share of the activations that is dropped in training.
         dropout_in_p: share of the gathered rows that is dropped in training.
         training: drop at all.
-        seed: chooses what is dropped; the same seed drops the same elements, on every backend and in backward.
-        backend: "cpu" (C++ around the machine's matrix product), "triton" or "reference"; None takes the
-            device's own.
+        seed: chooses what is dropped; the same seed drops the same elements, on every backend and
+            in backward.
+        backend: "cpu" (C++ around the machine's matrix product), "triton" or "reference"; None
+            takes the device's own.
 
     Returns:
         (N,) scores in fp32 (fp64 for fp64), accumulated in it. Only gradients that are asked for
@@ -377,6 +424,10 @@ def score_head(
     check_flag("training", training)
     after, before = check_share("dropout_p", dropout_p), check_share("dropout_in_p", dropout_in_p)
     shares = (after, before) if training else (0.0, 0.0)
-    resolved = backends.resolve("score_head", backend, hidden, unserved=partial(_unserved, hidden=hidden))
+    resolved = backends.resolve(
+        "score_head", backend, hidden, unserved=partial(_unserved, hidden=hidden)
+    )
     options = (activation, *shares, check_seed(seed), resolved)
-    return _ScoreHead.apply(hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options)
+    return _ScoreHead.apply(
+        hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options
+    )

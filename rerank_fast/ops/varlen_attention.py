@@ -1,4 +1,6 @@
-"""Attention over packed sequences: schema -> fake -> backends -> autograd.Function -> varlen_attention()."""
+"""Attention over packed sequences: schema -> fake -> backends -> autograd.Function ->
+varlen_attention().
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,20 @@ Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
 
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_OPTIONS = "float scale, int window_left, int window_right, float dropout_p, SymInt seed, str backend"
+_OPTIONS = (
+    "float scale, int window_left, int window_right, float dropout_p, SymInt seed, str backend"
+)
 _LIBRARY.define(
-    f"varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, "
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? rows, "
     f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
+    "grad_out, "
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor dq, Tensor "
+    "dk, Tensor dv)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -107,7 +114,9 @@ def _backward(
         backward = triton_backward.backward
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
-    return backward(q, k, v, out, lse, grad_out, *places, scale, window_left, window_right, dropout_p, seed)
+    return backward(
+        q, k, v, out, lse, grad_out, *places, scale, window_left, window_right, dropout_p, seed
+    )
 
 
 _LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
@@ -115,7 +124,8 @@ _LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd
 
 
 def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the dispatcher's way.
+    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the
+    dispatcher's way.
 
     Arguments are those of its schema.
     """
@@ -123,7 +133,9 @@ def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
-    """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row contiguous."""
+    """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row
+    contiguous.
+    """
     *tensors, scale, left, right, dropout_p, seed, backend = arguments
     options = (scale, left, right, dropout_p, seed)
     if backend == "cpu":
@@ -155,7 +167,8 @@ class _VarlenAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor | None,  # None: as cu_seqlens_q; torch.compile refuses one tensor in two places
+        cu_seqlens_k: Tensor
+        | None,  # None: as cu_seqlens_q; torch.compile refuses one tensor in two places
         rows: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
@@ -190,7 +203,11 @@ def _unserved(
     """Why a backend doesn't take this; empty where it does."""
     if backend == "cpu":
         served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
-        return "" if served else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
+        return (
+            ""
+            if served
+            else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
+        )
     if backend == "triton":
         served = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= 256
         return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {_what(q)}"
@@ -223,13 +240,19 @@ def _resolve_backend(
     max_seqlens: tuple[int, int] | None,
 ) -> str:
     unserved = partial(
-        _unserved, q=q, dropout_p=dropout_p, max_seqlens=max_seqlens, library_call=(k, scale, window)
+        _unserved,
+        q=q,
+        dropout_p=dropout_p,
+        max_seqlens=max_seqlens,
+        library_call=(k, scale, window),
     )
     return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
 
 
 def own_backend_for(q: Tensor) -> str:
-    """Of the backends that unchecked_forward takes the one that serves (tokens, heads, head size) queries."""
+    """Of the backends that unchecked_forward takes the one that serves (tokens, heads, head size)
+    queries.
+    """
     unserved = partial(_unserved, q=q, dropout_p=0.0, max_seqlens=None)
     return backends.resolve("varlen_attention", None, q, backends.CHOICES, unserved)
 
@@ -244,19 +267,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if 0 in q.shape[1:]:
-        raise ValueError(f"q must have at least 1 head and a head_size of at least 1, got {tuple(q.shape)}")
+        raise ValueError(
+            f"q must have at least 1 head and a head_size of at least 1, got {tuple(q.shape)}"
+        )
     if k.shape != v.shape or q.shape[2] != k.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             "k and v must have one shape, q their head size and a multiple of their heads, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    for name, ends, tokens in (("cu_seqlens_q", cu_seqlens_q, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+    for name, ends, tokens in (
+        ("cu_seqlens_q", cu_seqlens_q, q),
+        ("cu_seqlens_k", cu_seqlens_k, k),
+    ):
         if ends.dim() != 1 or ends.dtype != torch.int32 or ends.shape[0] < 1:
-            raise ValueError(f"{name} must be int32 of shape (N + 1,), got {ends.dtype} {tuple(ends.shape)}")
+            raise ValueError(
+                f"{name} must be int32 of shape (N + 1,), got {ends.dtype} {tuple(ends.shape)}"
+            )
         if ends.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {ends.device}")
         if ends.shape[0] == 1 and tokens.shape[0]:
-            raise ValueError(f"{name} must rise from 0 to {tokens.shape[0]} tokens, got a single one")
+            raise ValueError(
+                f"{name} must rise from 0 to {tokens.shape[0]} tokens, got a single one"
+            )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must count the same sequences, "
@@ -280,31 +312,33 @@ def varlen_attention(
     max_seqlens: tuple[int, int] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v of each of N sequences that lie one after the other, without padding.
+    """softmax(q k^T * scale) v of each of N sequences that lie one after the other, without
+    padding.
 
     Args:
-        q: (Tq, heads, head_size) queries of all sequences; fp32, bf16 or, on a GPU, fp16 (any dtype on the
-            reference).
+        q: (Tq, heads, head_size) queries of all sequences; fp32, bf16 or, on a GPU, fp16 (any dtype
+            on the reference).
         k: (Tk, kv_heads, head_size) keys; kv_heads divides heads.
         v: (Tk, kv_heads, head_size) values.
-        cu_seqlens_q: (N + 1,) int32 cumulative queries; a sequence may have fewer queries than keys.
+        cu_seqlens_q: (N + 1,) int32 cumulative queries; a sequence may have fewer queries than
+            keys.
         cu_seqlens_k: (N + 1,) int32 cumulative keys. Those of a GPU are not waited for: a sequence
             that does not lie in the tokens gives NaN, and where they do not rise from 0 to all of
             them results mean nothing.
         scale: of the scores; None takes head_size ** -0.5.
         causal: query i of Lq reads the keys up to i + Lk - Lq.
-        window: (left, right): query i reads the keys from i + Lk - Lq - left to i + Lk - Lq + right;
-            -1 is unlimited.
+        window: (left, right): query i reads the keys from i + Lk - Lq - left to i + Lk - Lq +
+            right; -1 is unlimited.
         dropout_p: share of the attention probabilities that is dropped.
         seed: chooses which; the same seed drops the same ones, on every backend and in backward.
-        rows: (Tq,) int32 numbers that stand for the queries in that choice: some sequences of many, computed alone,
-            lose what they lost there. None takes 0 to Tq - 1.
-        max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs them, and
-            nothing here reads them from a device.
-        backend: "cpu" (C++), "flash" (the package flash_attn or torch.nn.attention.varlen, on NVIDIA
-            GPUs: fp16 or bf16, no dropout), "triton" (GPUs) or "reference"; None takes the best
-            that can run. All but torch.nn.attention.varlen give the same bits every time; it does
-            under torch.use_deterministic_algorithms(True).
+        rows: (Tq,) int32 numbers that stand for the queries in that choice: some sequences of many,
+            computed alone, lose what they lost there. None takes 0 to Tq - 1.
+        max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs
+            them, and nothing here reads them from a device.
+        backend: "cpu" (C++), "flash" (the package flash_attn or torch.nn.attention.varlen, on
+            NVIDIA GPUs: fp16 or bf16, no dropout), "triton" (GPUs) or "reference"; None takes the
+            best that can run. All but torch.nn.attention.varlen give the same bits every time; it
+            does under torch.use_deterministic_algorithms(True).
 
     Returns:
         (Tq, heads, head_size) in q's dtype, accumulated in fp32 at least; a query that may read
@@ -339,4 +373,6 @@ def varlen_attention(
         )
     options = (scale, left, right, dropout_p, seed, backend_name)
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, rows if dropout_p > 0 else None, options)
+    return _VarlenAttention.apply(
+        q, k, v, cu_seqlens_q, own_ends, rows if dropout_p > 0 else None, options
+    )

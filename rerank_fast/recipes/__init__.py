@@ -30,7 +30,9 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     return sorted(
-        file.name.removesuffix(".yaml") for file in files(__name__).iterdir() if file.name.endswith(".yaml")
+        file.name.removesuffix(".yaml")
+        for file in files(__name__).iterdir()
+        if file.name.endswith(".yaml")
     )
 
 
@@ -49,7 +51,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe with "key=value" overrides; a value is read as YAML.
 
     Raises:
-        ValueError: the recipe or a key is unknown (lists those that there are), or a value can't be used.
+        ValueError: the recipe or a key is unknown (lists those that there are), or a value can't be
+            used.
     """
     settings: dict[str, Any] = yaml.safe_load(recipe_text(name))
     of_training = {field.name: field.type for field in fields(TrainingConfig)}
@@ -60,11 +63,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise ValueError(f"--set takes key=value, got {override!r}")
         if key not in of_training and key not in sources:
-            raise ValueError(f"unknown key {key!r} in --set; there are {', '.join([*sources, *of_training])}")
+            raise ValueError(
+                f"unknown key {key!r} in --set; there are {', '.join([*sources, *of_training])}"
+            )
         try:
             value = yaml.safe_load(text)
             # YAML 1.1 reads 2e-5, without a point, as text.
-            settings[key] = float(text) if of_training.get(key) == "float" and isinstance(value, str) else value
+            settings[key] = (
+                float(text) if of_training.get(key) == "float" and isinstance(value, str) else value
+            )
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"--set {override}: not a value: {error}") from error
     chosen = {key: value for key, value in settings.items() if key in of_training}
@@ -85,7 +92,9 @@ def _check_kinds(settings: Mapping[str, Any]) -> None:
         if key not in settings or not plain or kinds in ((int,), (float,)):
             continue
         if type(settings[key]) not in kinds:
-            names = " or ".join({str: "text", NoneType: "null"}.get(one, one.__name__) for one in kinds)
+            names = " or ".join(
+                {str: "text", NoneType: "null"}.get(one, one.__name__) for one in kinds
+            )
             raise ValueError(f"{key} must be {names}, got {settings[key]!r}")
 
 

@@ -1,4 +1,6 @@
-"""The listwise training loop. Names load on first use, so that reading a config does not import torch."""
+"""The listwise training loop. Names load on first use, so that reading a config does not import
+torch.
+"""
 
 from __future__ import annotations
 

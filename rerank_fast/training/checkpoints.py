@@ -32,7 +32,11 @@ class CheckpointError(OSError):
 
 
 def check_output(
-    directory: Path, *, resume: str, overwrite: bool, say: Callable[[str], object] = lambda line: None
+    directory: Path,
+    *,
+    resume: str,
+    overwrite: bool,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path | None:
     """Make sure that a model can be written to the directory; nothing is made or changed yet.
 
@@ -57,7 +61,9 @@ def check_output(
     return checkpoint
 
 
-def check_replaceable(directory: Path, checkpoint: Path | None, *, resume: str, overwrite: bool) -> None:
+def check_replaceable(
+    directory: Path, checkpoint: Path | None, *, resume: str, overwrite: bool
+) -> None:
     """Make sure that a run may write over what the directory holds; see check_output."""
     goes_on = is_of(checkpoint, directory) or (resume == "auto" and is_unfinished(directory))
     model, earlier = holds_model(directory), checkpoints(directory)
@@ -93,7 +99,9 @@ def is_of(checkpoint: Path | None, directory: Path) -> bool:
 
 
 def mark_unfinished(directory: Path, *, best_step: int) -> None:
-    """Note that a run has begun here, and of which step the model beside is; 0 where it is none of the run's."""
+    """Note that a run has begun here, and of which step the model beside is; 0 where it is none of
+    the run's.
+    """
     write_json(directory / UNFINISHED_FILE, {"best_step": best_step})
 
 
@@ -153,7 +161,8 @@ def _find_checkpoint(directory: Path, resume: str, say: Callable[[str], object])
     if resume != "auto":
         if not (Path(resume) / STATE_FILE).is_file():
             raise ValueError(
-                f"resume: {resume} is no checkpoint: expected a directory with {STATE_FILE} and {TENSORS_FILE}"
+                f"resume: {resume} is no checkpoint: expected a directory with {STATE_FILE} and "
+                f"{TENSORS_FILE}"
             )
         verify_checksums(Path(resume))
         return Path(resume)
@@ -183,7 +192,9 @@ def load_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]
     try:
         return values, load_file(checkpoint / TENSORS_FILE)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {checkpoint}, {TENSORS_FILE} can't be read: {error}") from error
+        raise ValueError(
+            f"checkpoint {checkpoint}, {TENSORS_FILE} can't be read: {error}"
+        ) from error
 
 
 def load_values(checkpoint: Path) -> dict[str, Any]:
@@ -219,7 +230,9 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         save_model(staging)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / TENSORS_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / TENSORS_FILE
+        )
         state = staging / STATE_FILE
         state.write_text(json.dumps({"step": _step(target), **values}) + "\n", encoding="utf-8")
         # safetensors has made it the owner's alone.
@@ -233,7 +246,11 @@ def save_checkpoint(
         _flush(directory)
     except (OSError, SafetensorError, ValueError) as error:
         left = [path.name for path in checkpoints(directory)]
-        hint = f"{left[-1]} is whole: go on from it with --resume auto" if left else "there is no earlier one"
+        hint = (
+            f"{left[-1]} is whole: go on from it with --resume auto"
+            if left
+            else "there is no earlier one"
+        )
         raise CheckpointError(f"can't write {target}: {error}; {hint}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -244,7 +261,8 @@ def save_checkpoint(
 
 
 def save_best(directory: Path, save_model: Callable[[Path], None], step: int) -> None:
-    """Write the best model so far, of this step. After a kill inside, the model there counts as no step's.
+    """Write the best model so far, of this step. After a kill inside, the model there counts as no
+    step's.
 
     Raises:
         CheckpointError: it can't be written, as on a full disk.
@@ -267,7 +285,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def note_non_finite(directory: Path, step: int, loss: float, gradient_norm: float, lists: Sequence[int]) -> Path:
+def note_non_finite(
+    directory: Path, step: int, loss: float, gradient_norm: float, lists: Sequence[int]
+) -> Path:
     """Write which lists gave a loss or a gradient that is not finite."""
     file = directory / NON_FINITE_FILE
     numbers = {"loss": str(loss), "gradient_norm": str(gradient_norm)}  # JSON has no NaN

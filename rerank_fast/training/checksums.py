@@ -37,7 +37,8 @@ def verify_checksums(directory: Path) -> None:
             raise ValueError(f"{directory / name} can't be read: {error}") from error
         if found != expected:
             raise ValueError(
-                f"{directory / name} is damaged: expected SHA-256 {str(expected)[:16]}..., got {found[:16]}..."
+                f"{directory / name} is damaged: expected SHA-256 {str(expected)[:16]}..., got "
+                f"{found[:16]}..."
             )
 
 

@@ -1,4 +1,6 @@
-"""Whether a run's model still tells documents apart: the commonest way in which training a reranker fails."""
+"""Whether a run's model still tells documents apart: the commonest way in which training a reranker
+fails.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ def spread_of_lists(
     offsets: Tensor,  # (Q + 1,) int64
     rounding: float,
 ) -> Tensor:
-    """(4,) fp32 on the scores' device: over the lists of two documents and more, the sum of their scores' ranges,
-    the number of those whose range is rounding, and the number of all; last, the sum of the scores' means.
+    """(4,) fp32 on the scores' device: over the lists of two documents and more, the sum of their
+    scores' ranges, the number of those whose range is rounding, and the number of all; last, the
+    sum of the scores' means.
 
     Args:
         scores: of whole lists.
@@ -39,11 +42,14 @@ def spread_of_lists(
     several = offsets.diff() > 1
     spread = highest - lowest
     tied = spread <= rounding * torch.maximum(highest.abs(), lowest.abs()).clamp(min=1)
-    return torch.stack([one.where(several, 0).sum() for one in (spread, tied.float(), several.float(), mean)])
+    return torch.stack(
+        [one.where(several, 0).sum() for one in (spread, tied.float(), several.float(), mean)]
+    )
 
 
 class CollapseGuard:
-    """Told what a run logs and measures, it says once that the model has collapsed, and what may have done it.
+    """Told what a run logs and measures, it says once that the model has collapsed, and what may
+    have done it.
 
     Collapsed is a model whose scores within most lists differ by no more than rounding in several
     log lines running, or that is measured as worse than the first stage's order, or than itself
@@ -68,8 +74,8 @@ class CollapseGuard:
         """A warning after this log line, at most once a run.
 
         Args:
-            row: of the log: tied_lists, a share; score_spread and score_mean; lists_without_gradient, since
-                the run began.
+            row: of the log: tied_lists, a share; score_spread and score_mean;
+                lists_without_gradient, since the run began.
             lists: that the run has taken.
         """
         self._row, self._lists = row, lists
@@ -77,11 +83,14 @@ class CollapseGuard:
         if self._tied < _LINES:
             return None
         return self._say(
-            f"in {row['tied_lists']:.0%} of the lists all documents have the same score, up to rounding "
+            f"in {row['tied_lists']:.0%} of the lists all documents have the same score, up to "
+            "rounding "
             f"(mean spread {row['score_spread']:.2g})"
         )
 
-    def evaluated(self, metrics: Mapping[str, float], step: int, *, greater_is_better: bool = True) -> str | None:
+    def evaluated(
+        self, metrics: Mapping[str, float], step: int, *, greater_is_better: bool = True
+    ) -> str | None:
         """A warning after this evaluation, at most once a run."""
         sign = 1 if greater_is_better else -1
         value = metrics[self.metric]
@@ -91,14 +100,20 @@ class CollapseGuard:
         # ndcg@10 beside base_ndcg@10, NAME_ndcg@10 beside NAME_base_ndcg@10.
         bases = {key.replace("base_", "", 1): one for key, one in metrics.items() if "base_" in key}
         before = {"first stage's order": bases.get(self.metric), "untrained model": self._untrained}
-        better = {name: one for name, one in before.items() if one is not None and sign * (one - value) > 0}
+        better = {
+            name: one
+            for name, one in before.items()
+            if one is not None and sign * (one - value) > 0
+        }
         self._worse = self._worse + 1 if better else 0
         gains = sign * value > self._best
         self._best = max(sign * value, self._best)
         if self._worse < _EVALUATIONS or gains:
             return None
         beside = " and ".join(f"the {name}'s {one:.4f}" for name, one in better.items())
-        return self._say(f"{self.metric} was {value:.4f} beside {beside} in {self._worse} evaluations running")
+        return self._say(
+            f"{self.metric} was {value:.4f} beside {beside} in {self._worse} evaluations running"
+        )
 
     def _say(self, seen: str) -> str | None:
         if self.found:
@@ -110,14 +125,21 @@ class CollapseGuard:
         row = self._row
         idle = row.get("lists_without_gradient", 0)
         if idle > self._lists / 2:
-            return f"{idle:,.0f} of {self._lists:,} lists train nothing (labels all equal): look at the labels."
+            return (
+                f"{idle:,.0f} of {self._lists:,} lists train nothing (labels all equal): "
+                "look at the labels."
+            )
         if isinstance(self.activation, nn.Sigmoid) and abs(row.get("score_mean", 0.0)) > _SATURATED:
             return (
-                f"Scores lie around {row['score_mean']:.3g}, where the Sigmoid of predictions is saturated: "
+                f"Scores lie around {row['score_mean']:.3g}, where the Sigmoid of predictions is "
+                "saturated: "
                 "a lower learning rate, or activation_fn Identity."
             )
         if row.get("tied_lists", 0.0) > 0.5:
-            return f"The learning rate, {self.learning_rate:g}, is often too high then: try a tenth of it."
+            return (
+                f"The learning rate, {self.learning_rate:g}, is often too high then: "
+                "try a tenth of it."
+            )
         return (
             "Scores differ without following the labels: a lower learning rate than "
             f"{self.learning_rate:g}, more steps, or labels that do not say what they should."

@@ -24,13 +24,25 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 Optimizer = Literal[
-    "adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "sgd", "adafactor"
+    "adamw",
+    "adam",
+    "nadam",
+    "radam",
+    "adamax",
+    "adagrad",
+    "adadelta",
+    "rmsprop",
+    "sgd",
+    "adafactor",
 ]
 
 # The settings that are options of LambdaLoss alone.
 LAMBDA_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
 
-_TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's smallest normal number and its largest
+_TINY, _LARGEST = (
+    2.0**-126,
+    (2 - 2.0**-23) * 2.0**127,
+)  # fp32's smallest normal number and its largest
 
 
 @dataclass
@@ -40,37 +52,46 @@ class TrainingConfig:
     Args:
         output: directory of the best model, its checkpoints and logs.
         overwrite: replace a model that output already holds.
-        resume: "auto" goes on from the newest checkpoint in output, and begins anew where there is none, also over
-            what a run left that was killed before its first one; or a checkpoint's path; or "never".
-        resume_changed: go on also where settings or lists are others than the interrupted run's; the card tells
-            the change. Where a run writes, what it logs, how a step is cut and the number of processes may differ
-            without it; the order of the lists and which weights are trained may not differ at all.
-        streaming: read the lists anew every epoch instead of holding them: for more than memory holds. Needs
-            max_steps.
+        resume: "auto" goes on from the newest checkpoint in output, and begins anew where there is
+            none, also over what a run left that was killed before its first one; or a checkpoint's
+            path; or "never".
+        resume_changed: go on also where settings or lists are others than the interrupted run's;
+            the card tells the change. Where a run writes, what it logs, how a step is cut and the
+            number of processes may differ without it; the order of the lists and which weights are
+            trained may not differ at all.
+        streaming: read the lists anew every epoch instead of holding them: for more than memory
+            holds. Needs max_steps.
         shuffle_buffer: lists of a stream among which the next one is drawn.
-        max_docs_per_list: most documents of a list; relevant ones are kept, the rest is drawn anew every epoch.
-        batch_size: lists per optimizer step, over all processes. The loss is that of the whole batch, however it is
-            cut.
-        gradient_accumulation_steps: parts that each process's share of a batch is cut into, one after the other.
-        gradient_cache: "on" keeps one micro-batch's graph at a time and scores twice: memory does not grow with the
-            lists. "off" keeps all graphs. "auto" does that while they fit half of the free memory.
-        skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run again: 0 skips only
-            those that have no gradient. With k, a part's own share of pairs under the cut stands for the batch's.
+        max_docs_per_list: most documents of a list; relevant ones are kept, the rest is drawn anew
+            every epoch.
+        batch_size: lists per optimizer step, over all processes. The loss is that of the whole
+            batch, however it is cut.
+        gradient_accumulation_steps: parts that each process's share of a batch is cut into, one
+            after the other.
+        gradient_cache: "on" keeps one micro-batch's graph at a time and scores twice: memory does
+            not grow with the lists. "off" keeps all graphs. "auto" does that while they fit half of
+            the free memory.
+        skip_below: with the gradient cache, pairs whose |dL/dscore| is at most this are not run
+            again: 0 skips only those that have no gradient. With k, a part's own share of pairs
+            under the cut stands for the batch's.
         mini_batch_size: most pairs per forward pass; None leaves it to max_tokens_per_microbatch.
-        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any. None takes what
-            fits a share of the device's free memory, up to what keeps it busy; a resumed run keeps the number.
+        max_tokens_per_microbatch: most tokens per forward pass, padding counted where there is any.
+            None takes what fits a share of the device's free memory, up to what keeps it busy; a
+            resumed run keeps the number.
         num_epochs: passes over the lists; a fraction stops inside one.
         max_steps: optimizer steps; above 0 it replaces num_epochs.
         max_length: longest pair in tokens; None keeps the model's.
         learning_rate: peak of the schedule.
         warmup_ratio: share of the steps in which the learning rate rises.
         warmup_steps: their number in its place; None takes the share.
-        schedule: how the learning rate goes on after that, as transformers names it; constant has no warmup.
-        schedule_options: of the schedule, as transformers.get_scheduler's scheduler_specific_kwargs: num_cycles,
-            power, lr_end, min_lr, num_decay_steps ...
+        schedule: how the learning rate goes on after that, as transformers names it; constant has
+            no warmup.
+        schedule_options: of the schedule, as transformers.get_scheduler's
+            scheduler_specific_kwargs: num_cycles, power, lr_end, min_lr, num_decay_steps ...
         optimizer: adamw, or another one of torch.optim.
         optimizer_options: further arguments of it, as {"momentum": 0.9} for sgd.
-        adam_beta1: of the optimizers named after Adam: share of the gradient's average that a step keeps.
+        adam_beta1: of the optimizers named after Adam: share of the gradient's average that a step
+            keeps.
         adam_beta2: and of that of its square.
         adam_epsilon: added to its root.
         weight_decay: of weight matrices; biases and norms are never decayed.
@@ -81,25 +102,31 @@ class TrainingConfig:
         lora_rank: of LoRA adapters (PEFT), trained in place of the encoder's weights; 0 is off.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank.
         lora_dropout: of what goes into an adapter.
-        lora_target_modules: names of the linear modules that get one; None takes all of the encoder.
-        ema_decay: evaluate and save the moving average of the weights that keeps this share a step; 0 is off.
-        precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step that overflows
-            is left out); or bf16-pure, bf16 weights with fp32 copies in the optimizer. The loss is fp32 in all.
-            "auto" takes the mixed precision that `accelerate launch` was told (no is fp32); without it bf16 where
-            the device multiplies that faster than fp32, as is measured on a CPU, and else fp32 (fp16 on a GPU).
-            A resumed run keeps what it came to.
-        sharding: "fsdp2" cuts weights, gradients and the optimizer's state into parts, one for each process; "none"
-            gives every process all of them; "auto" does what `accelerate launch` was told. A callback that runs a
-            model in parts does so in every process, inside `with trainer.trained.whole()`.
+        lora_target_modules: names of the linear modules that get one; None takes all of the
+            encoder.
+        ema_decay: evaluate and save the moving average of the weights that keeps this share a step;
+            0 is off.
+        precision: fp32; bf16 or fp16 products with fp32 weights (fp16 with a loss scale, and a step
+            that overflows is left out); or bf16-pure, bf16 weights with fp32 copies in the
+            optimizer. The loss is fp32 in all. "auto" takes the mixed precision that `accelerate
+            launch` was told (no is fp32); without it bf16 where the device multiplies that faster
+            than fp32, as is measured on a CPU, and else fp32 (fp16 on a GPU). A resumed run keeps
+            what it came to.
+        sharding: "fsdp2" cuts weights, gradients and the optimizer's state into parts, one for each
+            process; "none" gives every process all of them; "auto" does what `accelerate launch`
+            was told. A callback that runs a model in parts does so in every process, inside `with
+            trainer.trained.whole()`.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
-        torch_compile: run the layers of packed execution through torch.compile; the first steps build the kernels.
+        torch_compile: run the layers of packed execution through torch.compile; the first steps
+            build the kernels.
         seed: of the order of the lists, the fresh head and dropout.
-        objective: the loss by its name, or several that are added up: a list of {"name": ..., "weight": 1} with
-            the options of each beside.
-        objective_options: options of the objective by their names, as {"temperature": 2.0}; those of lambda_loss
-            are the settings below, of several each has its own.
-        in_batch_negatives: documents of other lists of the batch that are added to each list with label 0, drawn
-            from the seed; none that is one of the list's own or of a list of its query. 0 adds none.
+        objective: the loss by its name, or several that are added up: a list of {"name": ...,
+            "weight": 1} with the options of each beside.
+        objective_options: options of the objective by their names, as {"temperature": 2.0}; those
+            of lambda_loss are the settings below, of several each has its own.
+        in_batch_negatives: documents of other lists of the batch that are added to each list with
+            label 0, drawn from the seed; none that is one of the list's own or of a list of its
+            query. 0 adds none.
         scheme: LambdaLoss weighting.
         k: LambdaLoss cut; None counts all pairs.
         sigma: LambdaLoss sigmoid slope.
@@ -107,19 +134,23 @@ class TrainingConfig:
         eps: least ideal DCG.
         reduction_log: LambdaLoss logarithm.
         reduction: LambdaLoss mean: over the batch's pairs or its lists, or its sum.
-        eval_on_start: measure the model also before the first step; that one is never taken for the best.
+        eval_on_start: measure the model also before the first step; that one is never taken for the
+            best.
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints.
         save_total_limit: checkpoints kept, the newest.
-        metric_for_best: the evaluation metric that chooses the saved model: any that an evaluator gives, after its
-            name where it has one, as in NanoBEIR_R100_mean_ndcg@10; of evaluation lists map, mrr@K, ndcg@K or
-            another measure of ir-measures, as R@100.
-        load_best: after train() the model in memory is the one that was saved; False leaves the last one.
-        early_stopping_patience: end after this many evaluations without a better one; None never does.
-        stop_on_collapse: end the run, the best model kept, where it warns that scores no longer tell documents
-            apart or that the model is measured as worse than what was there.
+        metric_for_best: the evaluation metric that chooses the saved model: any that an evaluator
+            gives, after its name where it has one, as in NanoBEIR_R100_mean_ndcg@10; of evaluation
+            lists map, mrr@K, ndcg@K or another measure of ir-measures, as R@100.
+        load_best: after train() the model in memory is the one that was saved; False leaves the
+            last one.
+        early_stopping_patience: end after this many evaluations without a better one; None never
+            does.
+        stop_on_collapse: end the run, the best model kept, where it warns that scores no longer
+            tell documents apart or that the model is measured as worse than what was there.
         logging_steps: steps between log lines.
-        trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that Accelerate knows.
+        trackers: where the log goes beside train_log.jsonl: tensorboard, wandb, and others that
+            Accelerate knows.
         distributed_timeout: seconds after which a process that waits for another one gives up.
         show_progress_bar: one bar with loss, learning rate and pairs/s.
     """
@@ -193,7 +224,9 @@ class TrainingConfig:
         hints = get_type_hints(type(self))
         for name, hint in hints.items():
             if hint in _KINDS and not _KINDS[hint](getattr(self, name)):
-                raise ValueError(f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}"
+                )
         at_least = {
             "batch_size": 1,
             "gradient_accumulation_steps": 1,
@@ -224,7 +257,9 @@ class TrainingConfig:
         for name, smallest in (("sigma", _TINY), ("eps", _TINY), ("mu", 0.0)):
             if not smallest <= getattr(self, name) <= _LARGEST:
                 bound = "above 0" if smallest else "of at least 0"
-                raise ValueError(f"{name} must be a finite fp32 number {bound}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be a finite fp32 number {bound}, got {getattr(self, name)}"
+                )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.max_length is not None and self.max_length < 4:
@@ -232,14 +267,20 @@ class TrainingConfig:
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be -1 or at least 1, got {self.max_steps}")
         if self.max_steps <= 0 and not self.num_epochs > 0:
-            raise ValueError(f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}")
+            raise ValueError(
+                f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}"
+            )
         if self.streaming and self.max_steps <= 0:
             raise ValueError("max_steps must be set with streaming: a stream's length is not known")
         for name in ("ema_decay", "lora_dropout", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
         if not 0 < self.layer_lr_decay <= 1:
-            raise ValueError(f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}")
+            raise ValueError(
+                f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}"
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
         for name, hint in hints.items():
@@ -257,45 +298,68 @@ class TrainingConfig:
         for name, least in none_or_at_least.items():
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= least):
-                raise ValueError(f"{name} must be None or at least {least} and below 2**63, got {value!r}")
+                raise ValueError(
+                    f"{name} must be None or at least {least} and below 2**63, got {value!r}"
+                )
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
-                f"schedule must be another one with warmup_steps {self.warmup_steps}, as constant_with_warmup: "
+                f"schedule must be another one with warmup_steps {self.warmup_steps}, as "
+                "constant_with_warmup: "
                 "constant has no warmup"
             )
         for name in ("freeze", "trackers", "lora_target_modules"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            if value is not None and not (
+                isinstance(value, list) and all(isinstance(one, str) for one in value)
+            ):
                 raise ValueError(f"{name} must be a list of strings, got {value!r}")
         for name in ("schedule_options", "optimizer_options", "objective_options"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {value!r}")
         if self.lora_rank and (self.freeze_layers or self.freeze):
-            raise ValueError("freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder itself")
+            raise ValueError(
+                "freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder "
+                "itself"
+            )
         if self.lora_rank and self.precision == "bf16-pure":
             raise ValueError(
-                "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got bf16-pure"
+                "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got "
+                "bf16-pure"
             )
         if not isinstance(self.resume, str) or not self.resume:
-            raise ValueError(f"resume must be auto, never or a checkpoint's path, got {self.resume!r}")
+            raise ValueError(
+                f"resume must be auto, never or a checkpoint's path, got {self.resume!r}"
+            )
         metric = self.metric_for_best
         if not isinstance(metric, str) or not metric or re.search(r"@0+$", metric):
-            raise ValueError(f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}")
+            raise ValueError(
+                f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}"
+            )
         if not self.output:
             raise ValueError("output must name a directory")
         self._check_objective()
 
     def _check_objective(self) -> None:
         several, options = isinstance(self.objective, list), self.objective_options
-        for one in self.objective if isinstance(self.objective, list) else [{"name": self.objective}]:
+        for one in (
+            self.objective if isinstance(self.objective, list) else [{"name": self.objective}]
+        ):
             if not isinstance(one, dict) or "name" not in one:
-                raise ValueError(f"objective must be a name or a list of mappings with a name, got {one!r} in it")
+                raise ValueError(
+                    f"objective must be a name or a list of mappings with a name, got {one!r} in it"
+                )
             check_name(one["name"])
         if not self.objective:
             raise ValueError("objective must name at least one loss, got an empty list")
         if options and (several or self.objective == "lambda_loss"):
-            where = "beside each name in objective" if several else "settings of their own, as scheme and k"
-            raise ValueError(f"objective_options must be empty here, got {options}: options are {where}")
+            where = (
+                "beside each name in objective"
+                if several
+                else "settings of their own, as scheme and k"
+            )
+            raise ValueError(
+                f"objective_options must be empty here, got {options}: options are {where}"
+            )
 
     @property
     def at_k(self) -> int:

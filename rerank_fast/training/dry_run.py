@@ -26,7 +26,9 @@ class Counted:
     lists_without_gradient: int = 0
     pairs: int = 0  # (query, document), of the lists that train
     truncated: int = 0  # of these
-    units: list[int] = field(default_factory=list)  # of each part of the objective; see Objective.unit
+    units: list[int] = field(
+        default_factory=list
+    )  # of each part of the objective; see Objective.unit
     negatives: int = 0  # documents added from other lists
     queries: set[int] = field(default_factory=set)  # keys of query_keys
 
@@ -56,7 +58,9 @@ def count(trainer: Trainer) -> Counted:
             counted.pairs += batch.num_documents
             counted.truncated += batch.lists.truncated  # of this process's share
             units = batch.units if isinstance(batch.units, tuple) else (batch.units,)
-            counted.units = [total + (one or 0) for total, one in zip(counted.units, units, strict=True)]
+            counted.units = [
+                total + (one or 0) for total, one in zip(counted.units, units, strict=True)
+            ]
             counted.negatives += batch.negatives_added
             bar.update()
     counted.truncated = sum(collectives.gather(counted.truncated))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Event:
     """Something that happened in a run.
 
-    Names and their values: train_begin; step_end; log (the row of the log); evaluate (the metrics); save (path of
-    the checkpoint); train_end (the result's metrics).
+    Names and their values: train_begin; step_end; log (the row of the log); evaluate (the metrics);
+    save (path of the checkpoint); train_end (the result's metrics).
     """
 
     name: Literal["train_begin", "step_end", "log", "evaluate", "save", "train_end"]
@@ -28,12 +28,15 @@ class Event:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-# A plain function that gets every event, in every process; trainer.stop() in it ends the run after this step.
+# A plain function that gets every event, in every process; trainer.stop() in it ends the run after
+# this step.
 Callback = Callable[[Event], None]
 
 
 class TrainingInterrupted(SystemExit):
-    """SIGTERM or SIGINT: the checkpoint holds everything. Uncaught, it ends the process with exit code 0."""
+    """SIGTERM or SIGINT: the checkpoint holds everything. Uncaught, it ends the process with exit
+    code 0.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(0)

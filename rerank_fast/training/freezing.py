@@ -12,7 +12,9 @@ _EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.")
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Depth of every parameter: 0 for embeddings, i + 1 for layer i, layers + 1 for the head and what lies near."""
+    """Depth of every parameter: 0 for embeddings, i + 1 for layer i, layers + 1 for the head and
+    what lies near.
+    """
     found = {name: _LAYER.search(name) for name, _ in model.named_parameters()}
     layers = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
     return {
@@ -22,11 +24,12 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def freeze(model: nn.Module, *, num_layers: int, patterns: list[str]) -> None:
-    """Take parameters out of training: embeddings and the first layers, and those whose names match a pattern.
+    """Take parameters out of training: embeddings and the first layers, and those whose names match
+    a pattern.
 
     Raises:
-        ValueError: more layers than there are, a pattern that matches none (names some that there are), or nothing
-            left to train.
+        ValueError: more layers than there are, a pattern that matches none (names some that there
+            are), or nothing left to train.
     """
     depths = layer_depths(model)
     layers = max(depths.values()) - 1
@@ -35,11 +38,14 @@ def freeze(model: nn.Module, *, num_layers: int, patterns: list[str]) -> None:
     for pattern in patterns:
         if not fnmatch.filter(depths, pattern):
             some = ", ".join(list(depths)[:: max(len(depths) // 5, 1)])
-            raise ValueError(f"freeze: no parameter's name matches {pattern!r}; there are {some} and others")
+            raise ValueError(
+                f"freeze: no parameter's name matches {pattern!r}; there are {some} and others"
+            )
     frozen = {
         name
         for name, depth in depths.items()
-        if (depth <= num_layers and num_layers > 0) or any(fnmatch.fnmatch(name, one) for one in patterns)
+        if (depth <= num_layers and num_layers > 0)
+        or any(fnmatch.fnmatch(name, one) for one in patterns)
     }
     parameters = dict(model.named_parameters())
     if not any(one.requires_grad and name not in frozen for name, one in parameters.items()):

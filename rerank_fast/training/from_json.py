@@ -28,8 +28,15 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"{where}: field {', '.join(missing)} is missing")
         if unknown := [name for name in given if name not in names]:
-            raise ValueError(f"{where}: unknown field {', '.join(unknown)}; expected {', '.join(names)}")
-        return kind(**{name: from_json(hints[name], given[name], f"{where}, field {name}") for name in names})
+            raise ValueError(
+                f"{where}: unknown field {', '.join(unknown)}; expected {', '.join(names)}"
+            )
+        return kind(
+            **{
+                name: from_json(hints[name], given[name], f"{where}, field {name}")
+                for name in names
+            }
+        )
     if kind is Any:
         return value
     if isinstance(kind, types.UnionType):

@@ -35,7 +35,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         set_device_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
 
 
-def generators_in(state: Mapping[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
+def generators_in(
+    state: Mapping[str, Any],
+) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
     """Generators in that state, which nobody draws from: an error shows before anything is set."""
     python, numpy, cpu = random.Random(), np.random.RandomState(), torch.Generator()
     version, internal, next_gauss = state["python"]

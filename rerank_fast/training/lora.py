@@ -1,4 +1,6 @@
-"""LoRA through PEFT: adapters put into a model in place, saved merged and on their own, and taken out again."""
+"""LoRA through PEFT: adapters put into a model in place, saved merged and on their own, and taken
+out again.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,15 @@ _NAME = "default"  # PEFT's, of the one adapter
 
 
 def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
-    """Put adapters into the linear layers of the encoder; they and the score head are what remains to train.
+    """Put adapters into the linear layers of the encoder; they and the score head are what remains
+    to train.
 
-    Of a causal model, whose head is its vocabulary, the adapters alone. In place, so that the model keeps its class
-    and runs packed. Returns PEFT's tuner.
+    Of a causal model, whose head is its vocabulary, the adapters alone. In place, so that the model
+    keeps its class and runs packed. Returns PEFT's tuner.
 
     Raises:
-        ValueError: PEFT is not installed, the model has adapters, no module has one of the names, or one that does
-            is no nn.Linear.
+        ValueError: PEFT is not installed, the model has adapters, no module has one of the names,
+            or one that does is no nn.Linear.
     """
     try:
         from peft import LoraConfig, LoraModel
@@ -34,8 +37,12 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
         raise ValueError("LoRA needs PEFT: pip install 'rerank-fast[lora]'") from error
     inner = model.model
     if any(".lora_" in name for name, _ in inner.named_modules()):
-        raise ValueError("the model has LoRA adapters already; a Trainer's are merged at the end of its train()")
-    above = [(name, part) for name, part in inner.named_children() if name != inner.base_model_prefix]
+        raise ValueError(
+            "the model has LoRA adapters already; a Trainer's are merged at the end of its train()"
+        )
+    above = [
+        (name, part) for name, part in inner.named_children() if name != inner.base_model_prefix
+    ]
     heads = [name for name, part in above if next(part.parameters(), None) is not None]
     # A causal model's is the vocabulary, which may be the word embeddings too: it stays as it is.
     trained_whole = None if model.answers is not None else heads
@@ -57,8 +64,8 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
         base_model_name_or_path=model.name_or_path,
     )
     tuner = LoraModel(inner, config, _NAME)
-    # Only now: the head is trained itself. A second copy of it, as PEFT makes, would not be the head that is run
-    # packed.
+    # Only now: the head is trained itself. A second copy of it, as PEFT makes, would not be the
+    # head that is run packed.
     config.modules_to_save = trained_whole
     for name in trained_whole or []:
         getattr(inner, name).requires_grad_(True)
@@ -73,35 +80,51 @@ def remove_lora(tuner: Any) -> None:
 
 def _check_targets(model: nn.Module, targets: list[str], heads: list[str]) -> None:
     if not targets:
-        raise ValueError(f"LoRA needs nn.Linear modules, and the encoder of this {type(model).__name__} has none")
-    encoder = {name: part for name, part in model.named_modules() if name.partition(".")[0] not in heads}
+        raise ValueError(
+            f"LoRA needs nn.Linear modules, and the encoder of this {type(model).__name__} has none"
+        )
+    encoder = {
+        name: part for name, part in model.named_modules() if name.partition(".")[0] not in heads
+    }
     for target in targets:
         found = {name: part for name, part in encoder.items() if f".{name}".endswith(f".{target}")}
         if not found:
             linear = sorted(
-                {one.rpartition(".")[2] for one, part in encoder.items() if isinstance(part, nn.Linear)}
+                {
+                    one.rpartition(".")[2]
+                    for one, part in encoder.items()
+                    if isinstance(part, nn.Linear)
+                }
             )
             raise ValueError(
-                f"lora_target_modules: the encoder has no module {target!r}; its nn.Linear are {', '.join(linear)}"
+                f"lora_target_modules: the encoder has no module {target!r}; its nn.Linear are "
+                f"{', '.join(linear)}"
             )
         # Packed execution reads the weights of the others past an adapter.
         other = [
-            f"{name} ({type(part).__name__})" for name, part in found.items() if not isinstance(part, nn.Linear)
+            f"{name} ({type(part).__name__})"
+            for name, part in found.items()
+            if not isinstance(part, nn.Linear)
         ]
         if other:
             raise ValueError(
-                f"lora_target_modules must name nn.Linear modules, got {target!r}, which is {', '.join(other[:3])}"
+                f"lora_target_modules must name nn.Linear modules, got {target!r}, which is "
+                f"{', '.join(other[:3])}"
             )
 
 
 def _linear_names(encoder: nn.Module) -> list[str]:
-    names = {name.rpartition(".")[2] for name, part in encoder.named_modules() if type(part) is nn.Linear}
+    names = {
+        name.rpartition(".")[2] for name, part in encoder.named_modules() if type(part) is nn.Linear
+    }
     return sorted(names)
 
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's state without adapters: each one added to its weight, which itself stays as it is."""
+    """The model's state without adapters: each one added to its weight, which itself stays as it
+    is.
+    """
     from peft.tuners.lora import LoraLayer
 
     state = dict(state)
@@ -109,7 +132,11 @@ def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         if isinstance(part, LoraLayer):
             weight = f"{name}.base_layer.weight"
             state[weight] = state[weight] + _delta(part).to(state[weight].dtype)
-    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in state.items()
+        if ".lora_" not in name
+    }
 
 
 def _delta(part: Any) -> Tensor:
@@ -127,9 +154,15 @@ class WithState:
 
 
 def save_lora(
-    model: CrossEncoder, tuner: Any, directory: Path, state: Mapping[str, Tensor], *, overwrite: bool
+    model: CrossEncoder,
+    tuner: Any,
+    directory: Path,
+    state: Mapping[str, Tensor],
+    *,
+    overwrite: bool,
 ) -> None:
-    """Write the merged model, which loads everywhere, and in adapter/ what PEFT loads onto the base model.
+    """Write the merged model, which loads everywhere, and in adapter/ what PEFT loads onto the base
+    model.
 
     The state is that of model.model, adapters and all.
     """
@@ -137,7 +170,9 @@ def save_lora(
 
     config = tuner.peft_config[_NAME]
     above = ""
-    if isinstance(model.model, ModularReranker):  # PEFT loads it onto the encoder, which its directory holds
+    if isinstance(
+        model.model, ModularReranker
+    ):  # PEFT loads it onto the encoder, which its directory holds
         above = f"{model.model.base_model_prefix}."
         config = dataclasses.replace(
             config, task_type="FEATURE_EXTRACTION", modules_to_save=None, exclude_modules=None
@@ -148,7 +183,8 @@ def save_lora(
     adapter.mkdir(exist_ok=True)
     # PEFT's own names: base_model.model.<parameter>, without the adapter's.
     kept = {
-        f"base_model.model.{name.removeprefix(above).replace(f'.{_NAME}.', '.')}": value.contiguous()
+        "base_model.model."
+        + name.removeprefix(above).replace(f".{_NAME}.", "."): value.contiguous()
         for name, value in state.items()
         if ".lora_" in name or name.split(".")[0] in (config.modules_to_save or [])
     }

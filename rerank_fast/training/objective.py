@@ -29,7 +29,9 @@ def choose_objective(config: TrainingConfig, own: Objective | None = None) -> Ob
         default = TrainingConfig()
         for name in ("objective", "objective_options", *LAMBDA_LOSS):
             if getattr(config, name) != getattr(default, name):
-                raise ValueError(f"{name} {getattr(config, name)} would not be applied: an objective is given")
+                raise ValueError(
+                    f"{name} {getattr(config, name)} would not be applied: an objective is given"
+                )
         objective = own
     elif isinstance(config.objective, list):
         objective = make_objectives(config.objective)
@@ -41,17 +43,23 @@ def choose_objective(config: TrainingConfig, own: Objective | None = None) -> Ob
         for one in objective.parts:
             if not one.zero_is_irrelevant:
                 raise ValueError(
-                    f"in_batch_negatives must be 0 with objective {one.name}: a document of another "
+                    f"in_batch_negatives must be 0 with objective {one.name}: a document of "
+                    "another "
                     f"list has no label that it could learn from, got {config.in_batch_negatives}"
                 )
     return objective
 
 
 def described_settings(config: TrainingConfig, own: Objective | None) -> dict[str, Any]:
-    """All settings as plain values; an objective that the user made stands in place of those it replaces."""
+    """All settings as plain values; an objective that the user made stands in place of those it
+    replaces.
+    """
     settings = asdict(config)
     if own is None:
         return settings
     kept = {name: value for name, value in settings.items() if name not in LAMBDA_LOSS}
     described = {"name": own.name, **own.describe()}
-    return {**kept, "objective": json.loads(json.dumps(described, default=str))}  # as a checkpoint keeps it
+    return {
+        **kept,
+        "objective": json.loads(json.dumps(described, default=str)),
+    }  # as a checkpoint keeps it

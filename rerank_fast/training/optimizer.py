@@ -45,7 +45,8 @@ def make_optimizer(
     free = [name for name in accepted if name not in (*_NAMED, *options)]
     if unknown := [name for name in config.optimizer_options if name not in (*free, "fused")]:
         raise ValueError(
-            f"optimizer_options: {config.optimizer} has no option {unknown[0]} that is not a setting "
+            f"optimizer_options: {config.optimizer} has no option {unknown[0]} that is not a "
+            "setting "
             f"of its own; there are {', '.join(free)}"
         )
     groups = parameter_groups(
@@ -60,7 +61,8 @@ def make_optimizer(
         return make(groups, lr=config.learning_rate, **{**options, **config.optimizer_options})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"optimizer {config.optimizer} with optimizer_options {config.optimizer_options}: {error}"
+            f"optimizer {config.optimizer} with optimizer_options {config.optimizer_options}: "
+            f"{error}"
         ) from error
 
 
@@ -72,7 +74,9 @@ def parameter_groups(
     weight_decay: float,
     decay: float,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, biases and norms don't; each layer down learns `decay` times as fast."""
+    """Optimizer groups: matrices decay, biases and norms don't; each layer down learns `decay`
+    times as fast.
+    """
     top = max(depths.values())
     groups: dict[tuple[int, bool], list[Tensor]] = {}
     for name, weight in weights.items():
@@ -84,7 +88,9 @@ def parameter_groups(
             "lr": learning_rate * decay**below,
             "weight_decay": weight_decay if matrices else 0.0,
         }
-        for (below, matrices), chosen in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        for (below, matrices), chosen in sorted(
+            groups.items(), key=lambda item: (item[0][0], not item[0][1])
+        )
     ]
 
 

@@ -24,7 +24,9 @@ _DTYPES = {
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | None) -> TrainingConfig:
+def settle(
+    config: TrainingConfig, device: torch.device, resumed_from: Path | None
+) -> TrainingConfig:
     """The settings with "auto" as what it comes to: the run's that goes on, else the fastest here.
 
     A named one that the CPU only emulates is kept, with one warning of what it costs. Every process
@@ -45,7 +47,11 @@ def settle(config: TrainingConfig, device: torch.device, resumed_from: Path | No
         why = why_slow(dtype, device)
         if device.type == "cuda" and precision == "bf16":
             raise ValueError(f"precision must be fp16 or fp32 on {device}, got bf16: {why}")
-        how = "is computed in float32" if precision == "bf16-pure" else "is emulated, slower than fp32,"
+        how = (
+            "is computed in float32"
+            if precision == "bf16-pure"
+            else "is emulated, slower than fp32,"
+        )
         logger.warning("precision %s %s on this processor: %s.", precision, how, why)
     return config
 
@@ -57,7 +63,9 @@ def _of(checkpoint: Path) -> str:
     except (KeyError, TypeError):
         precision = None
     if precision not in _DTYPES:
-        raise ValueError(f"checkpoint {checkpoint} must name its run's precision, got {precision!r}")
+        raise ValueError(
+            f"checkpoint {checkpoint} must name its run's precision, got {precision!r}"
+        )
     return precision
 
 

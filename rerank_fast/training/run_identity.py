@@ -21,13 +21,16 @@ logger = logging.getLogger(__name__)
 _ORDER = ("batch_size", "seed", "max_docs_per_list", "streaming", "shuffle_buffer")
 # And these say what the checkpoint's tensors are; it holds only those that were trained.
 _WEIGHTS = (
-    "precision", "optimizer", "freeze_layers", "freeze", "lora_rank", "lora_alpha", "lora_target_modules",
+    "precision", "optimizer", "freeze_layers", "freeze", "lora_rank", "lora_alpha",
+    "lora_target_modules",
 )  # fmt: skip
 _MUST_AGREE = (*_ORDER, *_WEIGHTS)
 # Where a run writes, when it saves and what it shows of itself.
 _FREE = (
-    "output", "overwrite", "resume", "resume_changed", "trackers", "show_progress_bar",
-    "logging_steps", "save_steps", "save_total_limit", "distributed_timeout", "eval_on_start", "load_best",
+    "output", "overwrite", "resume", "resume_changed", "trackers",
+    "show_progress_bar",
+    "logging_steps", "save_steps", "save_total_limit", "distributed_timeout", "eval_on_start",
+    "load_best",
 )  # fmt: skip
 # How a step is computed, which depends on the machine: the gradient is the same but for its
 # rounding and for what dropout draws. The number of processes is of this kind too.

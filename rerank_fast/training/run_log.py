@@ -1,4 +1,6 @@
-"""The log of a run: JSON lines always, trackers of Accelerate by name, and the rates since the last line."""
+"""The log of a run: JSON lines always, trackers of Accelerate by name, and the rates since the last
+line.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class RunLog:
         directory: of the run; train_log.jsonl in it grows by a line a row.
         trackers: names that Accelerate knows: tensorboard, wandb, mlflow and others.
         settings: of the run, shown by the trackers.
-        position: bytes of the log that belong to the run; what a resumed run has beyond them is cut off.
+        position: bytes of the log that belong to the run; what a resumed run has beyond them is cut
+            off.
         step: that the run goes on from, 0 for a fresh one; TensorBoard hides what it has beyond.
 
     Raises:
@@ -46,7 +49,9 @@ class RunLog:
         self._trackers = []
         for name in check_trackers(trackers):
             kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-            where: dict[str, Any] = {"logging_dir": directory / name} if kind.requires_logging_directory else {}
+            where: dict[str, Any] = (
+                {"logging_dir": directory / name} if kind.requires_logging_directory else {}
+            )
             if name == "wandb":
                 where["dir"] = str(directory)
             if name == "tensorboard":
@@ -92,7 +97,9 @@ def check_trackers(names: Sequence[str]) -> Sequence[str]:
             else name in map(str, tracking.get_available_trackers())
         )
         if not available:
-            raise ValueError(f"tracker {name!r} needs its package: pip install {name.replace('_', '-')}")
+            raise ValueError(
+                f"tracker {name!r} needs its package: pip install {name.replace('_', '-')}"
+            )
     return names
 
 
@@ -111,8 +118,8 @@ class Rates:
     padded_tokens: int = 0
 
     def row(self) -> dict[str, float]:
-        """pairs_per_second; shares of the time waited for data, of the padding, of pairs not run again and of
-        truncated ones; and in_batch_negatives, where there are any, as a number."""
+        """pairs_per_second; shares of the time waited for data, of the padding, of pairs not run
+        again and of truncated ones; and in_batch_negatives, where there are any, as a number."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         return {
             "pairs_per_second": self.pairs / seconds,

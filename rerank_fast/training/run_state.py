@@ -65,8 +65,12 @@ class _Values:
     frozen: str
 
 
-def capture(trainer: Trainer, progress: Progress, *, log_position: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Values and tensors of a run between two steps. All processes must call it: each has random numbers."""
+def capture(
+    trainer: Trainer, progress: Progress, *, log_position: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Values and tensors of a run between two steps. All processes must call it: each has random
+    numbers.
+    """
     values = {
         "progress": asdict(progress),
         "scheduler": asdict(schedule_state(trainer.scheduler)),
@@ -104,7 +108,8 @@ def restore(
     if values.frozen != trained.frozen:
         raise ValueError(
             f"checkpoint {checkpoint} was trained on another base model than "
-            f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; after "
+            f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; "
+            "after "
             "a run in this process adapters are merged already: open the base model anew"
         )
     same_lists = all(change.name != "train_lists" for change in changes)
@@ -121,9 +126,15 @@ def restore(
     load_schedule_state(trainer.scheduler, values.scheduler)
     if values.scaler:
         trainer.scaler.load_state_dict(values.scaler)
-    rank, processes, states = trainer.processes.process_index, trainer.processes.num_processes, values.random
+    rank, processes, states = (
+        trainer.processes.process_index,
+        trainer.processes.num_processes,
+        values.random,
+    )
     if len(states) != processes and rank == 0:
-        logger.warning("%d processes go on from a run of %d: dropout differs", processes, len(states))
+        logger.warning(
+            "%d processes go on from a run of %d: dropout differs", processes, len(states)
+        )
     set_random_state(states[rank % len(states)], device)
     trainer.backward.load_state_dict(vars(values))
     progress.changes += changes
@@ -136,13 +147,18 @@ def _forget_other_best(trainer: Trainer, progress: Progress) -> None:
 
     A run that went on from the checkpoint before may have replaced it, or a save of it was killed.
     """
-    output, checkpoint, metric = trainer.output, trainer.resumed_from, trainer.config.metric_for_best
+    output, checkpoint, metric = (
+        trainer.output,
+        trainer.resumed_from,
+        trainer.config.metric_for_best,
+    )
     saved = checkpoints.saved_best_step(output) if checkpoints.is_of(checkpoint, output) else 0
     if not progress.best or (saved == progress.best_step and metric in progress.best):
         return
     if trainer.processes.is_main_process:
         logger.warning(
-            "The best model is chosen anew from here: %s knows that of step %d, measured by %s, and %s",
+            "The best model is chosen anew from here: %s knows that of step %d, measured by %s, "
+            "and %s",
             checkpoint,
             progress.best_step,
             ", ".join(progress.best),
@@ -166,7 +182,10 @@ def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, wh
         "lists_without_gradient": (0, step * config.batch_size),
         "seconds": (0, math.inf),
     }
-    given = [(f"progress, field {name}", getattr(progress, name), *limit) for name, limit in limits.items()]
+    given = [
+        (f"progress, field {name}", getattr(progress, name), *limit)
+        for name, limit in limits.items()
+    ]
     given += [
         ("step", values.step, step, step),
         ("log_position", values.log_position, 0, math.inf),
@@ -180,7 +199,9 @@ def _check_values(trainer: Trainer, values: _Values, num_batches: int | None, wh
     if values.scaler.keys() != scaler.keys() or not all(
         type(value) is type(scaler[name]) for name, value in values.scaler.items()
     ):
-        raise ValueError(f"{where}, field scaler: expected {scaler}, or other numbers, got {values.scaler}")
+        raise ValueError(
+            f"{where}, field scaler: expected {scaler}, or other numbers, got {values.scaler}"
+        )
     if not values.random:
         raise ValueError(f"{where}, field random: expected the state of each process, got none")
     for rank, state in enumerate(values.random):

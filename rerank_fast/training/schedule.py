@@ -20,7 +20,9 @@ class ScheduleState:
     _step_count: int
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int) -> LambdaLR:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int
+) -> LambdaLR:
     """The schedule that the settings name, over the steps of a run.
 
     Raises:
@@ -29,7 +31,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_
     warmup = config.warmup_steps
     if warmup is None:
         warmup = math.ceil(config.warmup_ratio * num_steps)
-    plain = config.schedule in ("constant", "constant_with_warmup")  # they take no options, and say nothing
+    plain = config.schedule in (
+        "constant",
+        "constant_with_warmup",
+    )  # they take no options, and say nothing
     try:
         if plain and config.schedule_options:
             raise ValueError("it has none")
@@ -56,7 +61,10 @@ def schedule_state(schedule: LambdaLR) -> ScheduleState:
 def load_schedule_state(schedule: LambdaLR, state: ScheduleState) -> None:
     """Put it back to where it was, and the optimizer's learning rates with it."""
     step = state.last_epoch
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates = [
+        base * factor(step)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     schedule.load_state_dict({**schedule.state_dict(), **asdict(state), "_last_lr": rates})
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -25,9 +25,9 @@ from rerank_fast.cards.run import RunCard
 from rerank_fast.data.batches import Batch, BatchMaker, check_all_labels
 from rerank_fast.data.lists import ListStream, Source, names_of, open_lists
 from rerank_fast.evaluation.evaluator import Evaluator
-from rerank_fast.model.ahead import ahead
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.precision.hardware import arithmetic
+from rerank_fast.model.tokens.ahead import ahead
 from rerank_fast.objectives.base import Objective
 from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
@@ -53,8 +53,8 @@ _BATCHES_AHEAD = 4
 class TrainingResult:
     """What a run came to.
 
-    Metrics are those of the saved model, scored in the dtype that the run multiplied in; empty without
-    evaluation lists.
+    Metrics are those of the saved model, scored in the dtype that the run multiplied in; empty
+    without evaluation lists.
     """
 
     output: str
@@ -69,28 +69,33 @@ class TrainingResult:
 class Trainer:
     """Fine-tunes a CrossEncoder on ranking lists, with LambdaLoss or another objective.
 
-    Launched in several processes (accelerate launch, torchrun) they share every batch and every evaluation, with
-    FSDP2 also the weights and the optimizer's state; the first one writes.
+    Launched in several processes (accelerate launch, torchrun) they share every batch and every
+    evaluation, with FSDP2 also the weights and the optimizer's state; the first one writes.
 
     Args:
-        model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights become fp32, or bf16
-            with precision "bf16-pure". After train() it is an ordinary model, with load_best of the weights that
-            were saved, else or where the run was interrupted of the last ones: adapters are merged, and the same
-            parameters require gradients as before. Its activation function stays what it is.
-        train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is streamed.
-        eval: lists to measure the model on, in those forms; without them and an evaluator the last model is saved
-            instead of the best. Scores are computed in the dtype that the run multiplies in (fp32 where a CPU
-            only emulates that), so that metrics may differ from the saved model's in fp32 by its rounding.
-        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model, of which any may be
-            metric_for_best. The lists of eval beside it are measured too, their metrics named eval_.
+        model: a CrossEncoder, trained on its device, or the path or hub id of one. Its weights
+            become fp32, or bf16 with precision "bf16-pure". After train() it is an ordinary model,
+            with load_best of the weights that were saved, else or where the run was interrupted of
+            the last ones: adapters are merged, and the same parameters require gradients as before.
+            Its activation function stays what it is.
+        train_lists: whatever `load_lists` takes; a ListStream or a `datasets.IterableDataset` is
+            streamed.
+        eval: lists to measure the model on, in those forms; without them and an evaluator the last
+            model is saved instead of the best. Scores are computed in the dtype that the run
+            multiplies in (fp32 where a CPU only emulates that), so that metrics may differ from the
+            saved model's in fp32 by its rounding.
+        evaluator: a NanoBEIREvaluator, or any other that gives metrics for a model, of which any
+            may be metric_for_best. The lists of eval beside it are measured too, their metrics
+            named eval_.
         config: settings; see TrainingConfig.
-        objective: a loss of your own, or one that is made already, in place of the one that the settings name.
+        objective: a loss of your own, or one that is made already, in place of the one that the
+            settings name.
         callbacks: functions that are told of events; see Event.
 
     Raises:
-        ValueError: malformed lists, labels that do not fit the objective (names the list), a model that can't be
-            opened, or an output that holds a model, is in use or can't be written; all before training begins, and
-            nothing is written before.
+        ValueError: malformed lists, labels that do not fit the objective (names the list), a model
+            that can't be opened, or an output that holds a model, is in use or can't be written;
+            all before training begins, and nothing is written before.
     """
 
     def __init__(
@@ -124,11 +129,15 @@ class Trainer:
             self.output, resume=config.resume, overwrite=config.overwrite, say=self._say
         )
         if self.processes.is_main_process and self.output.is_dir():
-            with checkpoints.opened(self.output):  # not in use now; a run holds it from its beginning
+            with checkpoints.opened(
+                self.output
+            ):  # not in use now; a run holds it from its beginning
                 pass
         self._same_run = checkpoints.is_of(self.resumed_from, self.output)
         self.lists = open_lists(train_lists, streaming=config.streaming)
-        self.card = RunCard(self.lists, names_of(train_lists), [] if eval is None else names_of(eval))
+        self.card = RunCard(
+            self.lists, names_of(train_lists), [] if eval is None else names_of(eval)
+        )
         if isinstance(self.lists, ListStream) and config.max_steps <= 0:
             raise ValueError("max_steps must be set to train on a stream: its length is not known")
         if not isinstance(self.lists, ListStream):  # a stream's are checked as they are read
@@ -137,7 +146,11 @@ class Trainer:
                 logger.warning("%s", advice)
         self.validation = Validation(eval, evaluator, config, self.objective)
         set_seed(config.seed)  # before the model: a fresh head is random
-        self.model = model if isinstance(model, CrossEncoder) else CrossEncoder(model, device=self.processes.device)
+        self.model = (
+            model
+            if isinstance(model, CrossEncoder)
+            else CrossEncoder(model, device=self.processes.device)
+        )
         if self.processes.num_processes > 1:
             self.model.to(self.processes.device)
         self.config = config = precision.settle(config, self.model.device, self.resumed_from)
@@ -158,37 +171,50 @@ class Trainer:
             self.num_steps = math.ceil(config.num_epochs * self.num_batches)
         self.optimizer = self.trained.make_optimizer()
         self.scheduler = make_schedule(self.optimizer, config, self.num_steps)
-        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.model.device.type, enabled=config.precision == "fp16"
+        )
         dtype = precision.products_in(config, self.model.device)
         tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, dtype)
         scale, forget = self.scaler.scale, self.trained.forget_gradients
         self.backward = Backward(self.model, config, self.objective, scale, forget, tokens)
-        # An emulated dtype's scores cost as much as its training: those of fp32 are better and faster.
+        # An emulated dtype's scores cost as much as its training: those of fp32 are better and
+        # faster.
         self.evaluated_in = arithmetic(dtype, self.model.device)
         self._scorer: Any = self.model
         if self.processes.num_processes > 1:
             self._scorer = collectives.ShardedScorer(self.model, self.processes)
-        self.guard = CollapseGuard(config.metric_for_best, self.model.activation_fn, config.learning_rate)
+        self.guard = CollapseGuard(
+            config.metric_for_best, self.model.activation_fn, config.learning_rate
+        )
         self._stops = self._ran = False
 
-    # -- one step ---------------------------------------------------------------------------------------
+    # -- one step ---------------------------------------------------------------------------------
 
     def _step(
-        self, batch: Batch, rates: Rates | None = None, *, interrupted: bool = False, logged: bool = False
+        self,
+        batch: Batch,
+        rates: Rates | None = None,
+        *,
+        interrupted: bool = False,
+        logged: bool = False,
     ) -> Tensor:
         """One optimizer step on a global batch.
 
         Returns:
-            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes that were
-            interrupted, 1 where fp16 overflowed and the step was left out, and of a step that is
-            logged spread_of_lists.
+            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes
+            that were interrupted, 1 where fp16 overflowed and the step was left out, and of a step
+            that is logged spread_of_lists.
         """
         config, device, rates = self.config, self.model.device, rates or Rates()
-        totals = torch.zeros(7, device=device)  # loss, units under a cut, interrupted processes, spread
+        totals = torch.zeros(
+            7, device=device
+        )  # loss, units under a cut, interrupted processes, spread
         totals[2] = float(interrupted)
         with self.trained.whole():
             parts = batch.lists.split(config.gradient_accumulation_steps)
-            # Over the units of all processes' lists: the loss does not depend on how a batch is cut.
+            # Over the units of all processes' lists: the loss does not depend on how a batch is
+            # cut.
             totals[0], totals[1] = self.backward(parts, batch.units, rates)
             if logged:
                 totals[3:] = self.backward.spread()
@@ -214,20 +240,24 @@ class Trainer:
         outcome = [totals[0], norm.detach(), totals[2], torch.full_like(norm, float(overflowed))]
         return torch.cat([torch.stack(outcome), totals[3:]])
 
-    # -- the run ----------------------------------------------------------------------------------------
+    # -- the run ----------------------------------------------------------------------------------
 
     def train(self) -> TrainingResult:
         """Run to the end, keep the best model in the output directory.
 
         Raises:
-            ValueError: the checkpoint does not fit the run, or another process writes to the output.
+            ValueError: the checkpoint does not fit the run, or another process writes to the
+                output.
             FloatingPointError: the loss or its gradient is not finite.
-            TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the process with code 0.
+            TrainingInterrupted: SIGTERM or SIGINT came, and a checkpoint was written; ends the
+                process with code 0.
             CheckpointError: a checkpoint could not be written; the one before is whole.
             RuntimeError: this Trainer has run before.
         """
         if self._ran:
-            raise RuntimeError("a Trainer runs once, and this one has: make a new one to train again or to resume")
+            raise RuntimeError(
+                "a Trainer runs once, and this one has: make a new one to train again or to resume"
+            )
         self._ran = True
         writes = self.processes.is_main_process
         try:
@@ -244,7 +274,9 @@ class Trainer:
         self._say(f"Raw scores are trained; predict applies {model.activation_fn} to them.")
         model.train()
         progress = self._begin()
-        done: list[tuple[Tensor, np.ndarray]] = []  # since the last log line: what _step gave, and of which lists
+        done: list[
+            tuple[Tensor, np.ndarray]
+        ] = []  # since the last log line: what _step gave, and of which lists
         agreed = collectives.LateFlag()  # of the step before: processes that were interrupted
         rates = Rates()
         bar = tqdm(
@@ -284,11 +316,17 @@ class Trainer:
                 saves = step % config.save_steps == 0 or interrupted
                 # Also before a save: a diverged model never replaces a sound one.
                 if logged or self._ends(step) or due or saves:
-                    row = {**self._summary(done, progress), "learning_rate": learning_rate, **rates.row()}
+                    row = {
+                        **self._summary(done, progress),
+                        "learning_rate": learning_rate,
+                        **rates.row(),
+                    }
                     self._write("log", progress, row)
                     if "tied_lists" in row:
                         self._heed(self.guard.logged(row, step * config.batch_size), step)
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
+                    bar.set_postfix(
+                        loss=f"{row['loss']:.4f}", pairs_per_s=f"{row['pairs_per_second']:.0f}"
+                    )
                     done, rates = [], Rates()
                 progress.evaluation_due = due
                 if due and not interrupted:
@@ -300,8 +338,10 @@ class Trainer:
                     if interrupted:
                         self.processes.wait_for_everyone()  # until it is written
                         self._say(
-                            f"Stopped by a signal at step {step} of {self.num_steps}. {path} holds everything: the "
-                            "same run with --resume auto, TrainingConfig(resume='auto'), goes on from there.",
+                            f"Stopped by a signal at step {step} of {self.num_steps}. {path} holds "
+                            "everything: the "
+                            "same run with --resume auto, TrainingConfig(resume='auto'), goes on "
+                            "from there.",
                         )
                         raise TrainingInterrupted(path)
             if self.validation and progress.evaluated < progress.step:
@@ -311,11 +351,16 @@ class Trainer:
             progress.best_step = progress.step
             self._save_best(progress.step)
         self.trained.finish()
-        self.holds_the_saved_model = progress.best_step == progress.step and not self.trained.average
+        self.holds_the_saved_model = (
+            progress.best_step == progress.step and not self.trained.average
+        )
         if config.load_best and not self.holds_the_saved_model:
             self.trained.load(self.output)
             self.holds_the_saved_model = True
-        seconds, mean_loss = time.perf_counter() - self._started, progress.loss_sum / max(progress.step, 1)
+        seconds, mean_loss = (
+            time.perf_counter() - self._started,
+            progress.loss_sum / max(progress.step, 1),
+        )
         result = TrainingResult(
             output=str(self.output),
             steps=progress.step,
@@ -327,7 +372,10 @@ class Trainer:
         )
         self._tell("train_end", progress.step, result.metrics)
         if self.processes.is_main_process:
-            file, content = self.output / checkpoints.METRICS_FILE, {**asdict(result), "config": self.settings}
+            file, content = (
+                self.output / checkpoints.METRICS_FILE,
+                {**asdict(result), "config": self.settings},
+            )
             checkpoints.write_json(file, content)
             self.card.finish(self._record(result))
             checkpoints.mark_finished(self.output)
@@ -357,11 +405,15 @@ class Trainer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings as plain values; an objective that was given stands in for those it replaces."""
+        """All settings as plain values; an objective that was given stands in for those it
+        replaces.
+        """
         return described_settings(self.config, self._own_objective)
 
     def stop(self) -> None:
-        """End the run after the current step, as if it were the last; for callbacks, in every process."""
+        """End the run after the current step, as if it were the last; for callbacks, in every
+        process.
+        """
         self._stops = True
 
     def _is_logged(self, step: int) -> bool:
@@ -385,7 +437,9 @@ class Trainer:
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """This process's shares of the batches, beginning with one of an epoch, without end."""
-        tokenizes = copy.copy(self.model)  # in a thread of its own, where an evaluation may tokenise beside it
+        tokenizes = copy.copy(
+            self.model
+        )  # in a thread of its own, where an evaluation may tokenise beside it
         tokenizes.tokenizer = copy.deepcopy(self.model.tokenizer)
         maker = BatchMaker(
             self.lists,
@@ -420,7 +474,10 @@ class Trainer:
             if self._same_run and writes:
                 position = values["log_position"]
         elif self.config.resume == "auto" and checkpoints.is_unfinished(self.output):
-            self._say(f"The unfinished run in {self.output} has no checkpoint to go on from: it begins anew.")
+            self._say(
+                f"The unfinished run in {self.output} has no checkpoint to go on from: it begins "
+                "anew."
+            )
         self.processes.wait_for_everyone()  # all have read before anything is removed
         self._stops = False
         if writes:
@@ -434,14 +491,18 @@ class Trainer:
                 changes=progress.changes,
             )
         trackers = self.config.trackers if writes else []
-        self.log = RunLog(self.output, trackers, self.settings, position=position, step=progress.step)
+        self.log = RunLog(
+            self.output, trackers, self.settings, position=position, step=progress.step
+        )
         self._tell("train_begin", progress.step)
         first = not progress.step and self.config.eval_on_start and bool(self.validation)
         if progress.evaluation_due or first:
             self._evaluate(progress)
         return progress
 
-    def _summary(self, done: list[tuple[Tensor, np.ndarray]], progress: Progress) -> dict[str, float]:
+    def _summary(
+        self, done: list[tuple[Tensor, np.ndarray]], progress: Progress
+    ) -> dict[str, float]:
         """Means over the steps since the last log line; the one wait for the device."""
         rows = torch.stack([outcome for outcome, _ in done]).cpu().double().numpy()
         losses, norms, _, overflows, *(spread, tied, several, means) = rows.T
@@ -451,11 +512,20 @@ class Trainer:
             step, lists = progress.step - len(done) + at + 1, done[at][1].tolist()
             if self.processes.is_main_process:
                 checkpoints.note_non_finite(self.output, step, losses[at], norms[at], lists)
-            what = f"gradient's norm became {norms[at]}" if np.isfinite(losses[at]) else f"loss became {losses[at]}"
+            what = (
+                f"gradient's norm became {norms[at]}"
+                if np.isfinite(losses[at])
+                else f"loss became {losses[at]}"
+            )
             earlier = checkpoints.checkpoints(self.output)
-            before = f"{earlier[-1].name} is from before" if earlier else "There is no checkpoint from before"
+            before = (
+                f"{earlier[-1].name} is from before"
+                if earlier
+                else "There is no checkpoint from before"
+            )
             raise FloatingPointError(
-                f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the indices of its "
+                f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the "
+                "indices of its "
                 f"lists. {before}. A lower learning rate or precision fp32 may help."
             )
         progress.loss_sum += float(losses.sum())
@@ -469,7 +539,9 @@ class Trainer:
             row.update(loss_scale=self.scaler.get_scale(), overflows=progress.overflows)
         return row
 
-    def _write(self, event: Literal["log", "evaluate"], progress: Progress, values: dict[str, float]) -> None:
+    def _write(
+        self, event: Literal["log", "evaluate"], progress: Progress, values: dict[str, float]
+    ) -> None:
         epoch: float = progress.epoch  # of a stream its number is all there is
         if self.num_batches is not None:
             epoch = round(progress.step / self.num_batches, 4)
@@ -486,24 +558,38 @@ class Trainer:
             callback(Event(name, step, self, values or {}))
 
     def _evaluate(self, progress: Progress) -> None:
-        """Measure the model, and save it if it is the best so far; untrained it is only measured."""
+        """Measure the model, and save it if it is the best so far; untrained it is only
+        measured.
+        """
         started = time.perf_counter()
         with self.trained.averaged(), self.model.computing_in(self.evaluated_in):
             metrics = self.validation(self._scorer)
         progress.evaluation_seconds += time.perf_counter() - started
         self._write("evaluate", progress, metrics)
         greater = self.validation.greater_is_better
-        self._heed(self.guard.evaluated(metrics, progress.step, greater_is_better=greater), progress.step)
+        self._heed(
+            self.guard.evaluated(metrics, progress.step, greater_is_better=greater), progress.step
+        )
         if not progress.step:
             return
         progress.evaluations_since_best += 1
         progress.evaluated, progress.evaluation_due = progress.step, False
         if self.validation.is_better(metrics, progress.best):
-            progress.best, progress.best_step, progress.evaluations_since_best = metrics, progress.step, 0
+            progress.best, progress.best_step, progress.evaluations_since_best = (
+                metrics,
+                progress.step,
+                0,
+            )
             self._save_best(progress.step)
         patience = self.config.early_stopping_patience
-        if patience is not None and progress.evaluations_since_best >= patience and not self._ends(progress.step):
-            logger.warning("No better evaluation in %d: stopped at step %d", patience, progress.step)
+        if (
+            patience is not None
+            and progress.evaluations_since_best >= patience
+            and not self._ends(progress.step)
+        ):
+            logger.warning(
+                "No better evaluation in %d: stopped at step %d", patience, progress.step
+            )
             self.stop()
 
     def _save_best(self, step: int) -> None:
@@ -524,7 +610,9 @@ class Trainer:
         if done:
             self._summary(done, progress)
         path = self._checkpoint(progress)
-        return ValueError(f"{error}; {path} holds the steps before: mend it and go on with --resume auto")
+        return ValueError(
+            f"{error}; {path} holds the steps before: mend it and go on with --resume auto"
+        )
 
     def _checkpoint(self, progress: Progress) -> Path:
         progress.seconds = time.perf_counter() - self._started
@@ -532,7 +620,9 @@ class Trainer:
         values, tensors = capture(self, progress, log_position=self.log.position)
         path = self.output / f"checkpoint-{progress.step}"
         if self.processes.is_main_process:
-            checkpoints.save_checkpoint(path, self.trained.save, values, tensors, keep=self.config.save_total_limit)
+            checkpoints.save_checkpoint(
+                path, self.trained.save, values, tensors, keep=self.config.save_total_limit
+            )
         else:
             self.trained.help_save()
         self._tell("save", progress.step, {"path": path})

@@ -45,7 +45,9 @@ class Validation:
             name = "" if evaluator is None else "eval"
             loss = validation_loss(objective, config.batch_size)
             further = _further(config.metric_for_best, name, config.at_k)
-            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, metrics=further, loss=loss)
+            lists = RerankingEvaluator(
+                eval, at_k=config.at_k, name=name, metrics=further, loss=loss
+            )
             self.evaluators.append(lists)
         names = [metric_names(one) for one in self.evaluators]
         if names and None not in names:  # else the first evaluation says it
@@ -76,7 +78,9 @@ class Validation:
         return metrics
 
     def is_better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        """Whether metrics, the last that were given, are better than the best before; empty is none."""
+        """Whether metrics, the last that were given, are better than the best before; empty is
+        none.
+        """
         if not best:
             return True
         value, before = metrics[self.metric_for_best], best[self.metric_for_best]
@@ -84,11 +88,15 @@ class Validation:
 
     def _check(self, names: Sequence[str]) -> None:
         if self.metric_for_best not in names:
-            raise ValueError(f"metric_for_best is {self.metric_for_best}, but there are {', '.join(names)}")
+            raise ValueError(
+                f"metric_for_best is {self.metric_for_best}, but there are {', '.join(names)}"
+            )
 
 
 def _further(metric_for_best: str, name: str, at_k: int) -> tuple[str, ...]:
-    """What the evaluation lists, whose metrics have a name before theirs, are measured by beside the usual."""
+    """What the evaluation lists, whose metrics have a name before theirs, are measured by beside
+    the usual.
+    """
     metric = metric_for_best.removeprefix(f"{name}_") if name else metric_for_best
     if metric in default_metrics(at_k) or (name and metric == metric_for_best):
         return ()
@@ -99,7 +107,9 @@ def _further(metric_for_best: str, name: str, at_k: int) -> tuple[str, ...]:
     return (metric,)
 
 
-def validation_loss(objective: Objective, batch_size: int) -> Callable[[Tensor, Tensor, Tensor], float]:
+def validation_loss(
+    objective: Objective, batch_size: int
+) -> Callable[[Tensor, Tensor, Tensor], float]:
     """The run's loss of given scores (N,), labels (N,) and offsets (Q + 1,), as a number.
 
     It is the mean that training takes, over all lists at once; of a sum, that of a batch's share.

@@ -1,4 +1,6 @@
-"""What the optimizer moves: which weights, how fast each, in which precision; and their running average."""
+"""What the optimizer moves: which weights, how fast each, in which precision; and their running
+average.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class TrainedWeights:
     """The weights that a run trains, by name, as the optimizer moves them.
 
     Args:
-        model: gets adapters, frozen parameters and a dtype as the settings say; only the dtype is left by finish.
+        model: gets adapters, frozen parameters and a dtype as the settings say; only the dtype is
+            left by finish.
         config: the run's.
 
     Raises:
@@ -38,9 +41,12 @@ class TrainedWeights:
         self._model, self._config, inner = model, config, model.model
         narrow = config.precision == "bf16-pure"
         shards = config.sharding == "fsdp2" and collectives.several()
-        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to move, or shards.
+        # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to
+        # move, or shards.
         model.to(torch.bfloat16 if narrow and not shards else torch.float32)
-        self._trainable = {name: one.requires_grad for name, one in inner.named_parameters()}  # as it was found
+        self._trainable = {
+            name: one.requires_grad for name, one in inner.named_parameters()
+        }  # as it was found
         self.lora = add_lora(model, config) if config.lora_rank else None
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
@@ -50,12 +56,16 @@ class TrainedWeights:
         self.frozen = sample_digest(frozen, torch.bfloat16 if narrow else torch.float32)
         self.shards: ShardedWeights | None = None
         if shards:
-            from rerank_fast.training.distributed.sharding import ShardedWeights  # a second of imports
+            from rerank_fast.training.distributed.sharding import (
+                ShardedWeights,  # a second of imports
+            )
 
             self.shards = ShardedWeights(inner, dtype=torch.bfloat16 if narrow else None)
         self.parameters = {name: one for name, one in inner.named_parameters() if one.requires_grad}
         self.masters = MasterWeights(self.parameters) if narrow and not shards else None
-        self.weights: dict[str, Tensor] = self.masters.weights if self.masters else dict(self.parameters)
+        self.weights: dict[str, Tensor] = (
+            self.masters.weights if self.masters else dict(self.parameters)
+        )
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -65,7 +75,9 @@ class TrainedWeights:
             ValueError: see training.optimizer.make_optimizer; or one that can't be cut into shards.
         """
         if self.shards and self._config.optimizer == "adafactor":
-            raise ValueError("optimizer adafactor has no shards: expected another one, or sharding none")
+            raise ValueError(
+                "optimizer adafactor has no shards: expected another one, or sharding none"
+            )
         return make_optimizer(self.weights, layer_depths(self._model.model), self._config)
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
@@ -81,9 +93,11 @@ class TrainedWeights:
         return self.shards.part_of(tensor, weight) if self.shards else tensor
 
     def finish(self, *, together: bool = True) -> None:
-        """Leave an ordinary model of the last weights: whole, adapters merged, requires_grad as it was found.
+        """Leave an ordinary model of the last weights: whole, adapters merged, requires_grad as it
+        was found.
 
-        Every process must call it, unless together is False: shards then stay shards. A second call does nothing.
+        Every process must call it, unless together is False: shards then stay shards. A second call
+        does nothing.
         """
         self._model.eval()
         if self.shards and together:
@@ -100,12 +114,16 @@ class TrainedWeights:
                 parameter.requires_grad_(self._trainable[name])
 
     def sum_gradients(self, totals: Tensor) -> list[Tensor]:
-        """Sum gradients and totals over all processes, inside `whole`; returns this one's part of the gradients."""
+        """Sum gradients and totals over all processes, inside `whole`; returns this one's part of
+        the gradients.
+        """
         if self.shards is not None:
             collectives.sum_over_processes([totals])
             return self.shards.sum_gradients()
         for weight in self.weights.values():
-            if weight.grad is None:  # every process sums the same tensors, and decay acts on every weight
+            if (
+                weight.grad is None
+            ):  # every process sums the same tensors, and decay acts on every weight
                 weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         collectives.sum_over_processes([*gradients, totals])
@@ -129,13 +147,18 @@ class TrainedWeights:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model as it is used: whole, with its running average where one is kept. Every process must enter."""
-        average = self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+        """The model as it is used: whole, with its running average where one is kept. Every process
+        must enter.
+        """
+        average = (
+            self.average.applied(self.parameters) if self.average else contextlib.nullcontext()
+        )
         with average, self.whole():
             yield
 
     def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Weights, what the optimizer keeps for each, and their average, whole; in the process that writes.
+        """Weights, what the optimizer keeps for each, and their average, whole; in the process that
+        writes.
 
         As weights.NAME, optimizer.NAME.KEY and average.NAME. Every process must call it; the others
         get nothing.
@@ -156,7 +179,9 @@ class TrainedWeights:
         return tensors
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Put back what state_dict gave, which check_tensors has found to fit."""
         device = self._model.device
         kept: dict[str, dict[str, Tensor]] = {}  # by the optimizer, for each weight
@@ -169,14 +194,17 @@ class TrainedWeights:
         for name, weight in self.weights.items():
             weight.copy_(self.part_of(tensors[f"weights.{name}"].to(device), weight))
             for key, value in kept.get(name, {}).items():
-                # What is one number, as the count of steps, stays on the CPU but where a kernel reads it.
+                # What is one number, as the count of steps, stays on the CPU but where a kernel
+                # reads it.
                 place = device if value.dim() or on_device else value.device
                 optimizer.state[weight][key] = self.part_of(value.to(place, copy=True), weight)
         if self.masters is not None:
             self.masters.write_back()
         if self.average is not None:
             for name, value in self.average.weights.items():
-                saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])  # one that begins here
+                saved = tensors.get(
+                    f"average.{name}", tensors[f"weights.{name}"]
+                )  # one that begins here
                 value.copy_(self.part_of(saved.to(device), value))
 
     def save(self, directory: Path) -> None:
@@ -191,7 +219,9 @@ class TrainedWeights:
                 save_lora(self._model, self.lora, directory, state, overwrite=True)
             else:
                 written = WithState(inner, state)
-                self._model.save_as(directory, directory.resolve().name, overwrite=True, model=written)
+                self._model.save_as(
+                    directory, directory.resolve().name, overwrite=True, model=written
+                )
 
     def load(self, directory: Path) -> None:
         """The weights that save wrote, into the ordinary model that finish leaves.
@@ -237,7 +267,9 @@ def check_tensors(
     for name, weight in weights.items():
         for kind in (f"weights.{name}", f"average.{name}"):
             expected[kind] = (weight.dtype, tuple(weight.shape))
-        kept = {f"optimizer.{name}.{key}": value for key, value in state_like(optimizer, weight).items()}
+        kept = {
+            f"optimizer.{name}.{key}": value for key, value in state_like(optimizer, weight).items()
+        }
         expected |= {key: (value.dtype, tuple(value.shape)) for key, value in kept.items()}
         moments[name] = list(kept)
     for name, tensor in tensors.items():
@@ -246,7 +278,8 @@ def check_tensors(
         if (found := (tensor.dtype, tuple(tensor.shape))) != expected[name]:
             dtype, shape = expected[name]
             raise ValueError(
-                f"{where}, tensor {name}: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}"
+                f"{where}, tensor {name}: expected {dtype} of shape {shape}, got {found[0]} of "
+                f"{found[1]}"
             )
     needed = [f"weights.{name}" for name in weights]
     if averaged:
@@ -261,10 +294,11 @@ def check_tensors(
 
 
 class MasterWeights:
-    """fp32 copies of bf16 weights: gradients arrive in them, the optimizer moves them, write_back rounds.
+    """fp32 copies of bf16 weights: gradients arrive in them, the optimizer moves them, write_back
+    rounds.
 
-    A step of a usual learning rate is smaller than the distance of two bf16 numbers: on the weights themselves most
-    of it would be lost.
+    A step of a usual learning rate is smaller than the distance of two bf16 numbers: on the weights
+    themselves most of it would be lost.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -295,7 +329,9 @@ def _mover(master: Tensor) -> Any:
 
 
 class WeightAverage:
-    """Exponential moving average of weights: average += (1 - decay) * (weight - average) after every step."""
+    """Exponential moving average of weights: average += (1 - decay) * (weight - average) after
+    every step.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay

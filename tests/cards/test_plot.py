@@ -12,7 +12,9 @@ import pytest
 from rerank_fast.cards.plot import plot_run
 
 ROWS = [{"step": step, "loss": 2.0 / step, "learning_rate": 1e-5 * step} for step in range(1, 41)]
-ROWS += [{"step": step, "ndcg@10": 0.5 + step / 100, "base_ndcg@10": 0.5} for step in (10, 20, 30, 40)]
+ROWS += [
+    {"step": step, "ndcg@10": 0.5 + step / 100, "base_ndcg@10": 0.5} for step in (10, 20, 30, 40)
+]
 
 
 def pixels(picture: bytes) -> np.ndarray:
@@ -75,11 +77,15 @@ def test_the_callers_figures_are_left_alone():
     pyplot.close("all")
 
 
-def test_nothing_to_draw_or_nothing_to_draw_with(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_nothing_to_draw_or_nothing_to_draw_with(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     assert plot_run([]) is None
     assert plot_run([{"step": 1, "epoch": 0.1}], metrics=["ndcg@10"]) is None
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
     caplog.set_level(logging.WARNING)
     caplog.clear()
     assert plot_run(ROWS) is None

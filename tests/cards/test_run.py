@@ -1,4 +1,6 @@
-"""The card of a run: what it says against what the run did, its code as printed, and hostile text inside it."""
+"""The card of a run: what it says against what the run did, its code as printed, and hostile text
+inside it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ HOSTILE = [
     "| a | b |\n|---|---|\n---\nlicense: evil\n---\n# heading",
     "[click](javascript:alert(1)) ![x](http://evil.example/x.png) <http://evil.example> "
     "www.evil.example a@evil.example",
-    "```\n</details>\n``` ~~~ `code` **bold** _it_ ~~gone~~ $$\\frac{1}{0}$$ \\| &lt;b&gt; {{ 7*7 }} {% x %}",
+    "```\n</details>\n``` ~~~ `code` **bold** _it_ ~~gone~~ $$\\frac{1}{0}$$ \\| &lt;b&gt; {{ 7*7 "
+    "}} {% x %}",
     "\u202egnp.exe\u202c \x00\x1b[31m \u2028 \r\n\r\n<img src=x onerror=alert(1)>",
     '<!-- --> <a href="x">y</a> \'"; import os; os.abort() #',
 ]
@@ -51,7 +54,9 @@ def train(directory: Path, lists: Any, output: str = "out", **settings: Any) -> 
     base = directory / "tiny-base"
     if not base.exists():
         make_tiny_bert(base)
-    return directory / output, Trainer(str(base), lists, eval=make_lists(10, seed=1), config=config).train()
+    return directory / output, Trainer(
+        str(base), lists, eval=make_lists(10, seed=1), config=config
+    ).train()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,11 @@ def section(text: str, title: str) -> str:
 
 def cells(text: str) -> list[list[str]]:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows if not line.startswith("| :-")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in rows
+        if not line.startswith("| :-")
+    ]
 
 
 def test_the_metadata_is_the_hubs(run: tuple[Path, Any]):
@@ -78,7 +87,8 @@ def test_the_metadata_is_the_hubs(run: tuple[Path, Any]):
     text = (output / "README.md").read_text(encoding="utf-8")
     validate_card(text)
     data = ModelCard(text).data
-    assert data.tags == ["sentence-transformers", "cross-encoder", "reranker", "generated_from_trainer",
+    assert data.tags == ["sentence-transformers", "cross-encoder", "reranker",
+    "generated_from_trainer",
                          "dataset_size:20", "loss:LambdaLoss"]  # fmt: skip
     assert (data.pipeline_tag, data.library_name) == ("text-ranking", "sentence-transformers")
     assert data.base_model is None  # a directory is nothing that the hub could link to
@@ -92,7 +102,9 @@ def test_the_code_runs_as_printed(
 ):
     output, _ = run
     monkeypatch.chdir(output.parent)
-    snippets = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    snippets = re.findall(
+        r"```python\n(.*?)```", (output / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert [snippet.split()[1] for snippet in snippets] == ["rerank_fast", "sentence_transformers"]
     scores = []
     for snippet in snippets:
@@ -101,7 +113,9 @@ def test_the_code_runs_as_printed(
         expected = re.search(r"print\(scores.shape\)\n# (.*)", snippet)
         assert expected is not None
         assert capsys.readouterr().out.strip() == expected[1]
-        assert [entry["corpus_id"] for entry in names["ranking"]] == names["scores"].argsort()[::-1].tolist()
+        assert [entry["corpus_id"] for entry in names["ranking"]] == names["scores"].argsort()[
+            ::-1
+        ].tolist()
         scores.append(names["scores"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
@@ -117,7 +131,14 @@ def test_its_tables_are_the_runs_figures(run: tuple[Path, Any]):
     ]
     log = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
     head, before, *rows, saved = cells(section(text, "### Training log"))
-    assert head == ["Epoch", "Step", "Training loss", "Validation loss", "Learning rate", "`ndcg@10`"]
+    assert head == [
+        "Epoch",
+        "Step",
+        "Training loss",
+        "Validation loss",
+        "Learning rate",
+        "`ndcg@10`",
+    ]
     steps = sorted({row["step"] for row in log})
     assert steps[0] == 0
     assert [row[1].strip("*") for row in rows] == [str(step) for step in steps[1:]]
@@ -179,28 +200,47 @@ PARTS = {
 }
 LEFT_OUT = {"Additional Resources"}  # links to their blog
 # Of the metadata, and of what the published run's card says under its headings.
-METADATA = ("tags", "base_model", "pipeline_tag", "library_name", "metrics", "co2_eq_emissions", "model-index")
+METADATA = (
+    "tags",
+    "base_model",
+    "pipeline_tag",
+    "library_name",
+    "metrics",
+    "co2_eq_emissions",
+    "model-index",
+)
 SAID = (
-    "generated_from_trainer", "dataset_size:", "loss:LambdaLoss", "`eval_steps`: ", "`learning_rate`: ",
-    "`warmup_ratio`: 0.1", "`warmup_steps`: None", "`seed`: 12", "`load_best`: True", "`optimizer`: `adamw`",
-    "`adam_beta1`: 0.9", "`adam_beta2`: 0.999", "`adam_epsilon`: 1e-08", "`schedule`: `linear`",
+    "generated_from_trainer", "dataset_size:", "loss:LambdaLoss", "`eval_steps`: ",
+    "`learning_rate`: ",
+    "`warmup_ratio`: 0.1", "`warmup_steps`: None", "`seed`: 12", "`load_best`: True",
+    "`optimizer`: `adamw`",
+    "`adam_beta1`: 0.9", "`adam_beta2`: 0.999", "`adam_epsilon`: 1e-08",
+    "`schedule`: `linear`",
     '"activation_fn": ',
-    '"mini_batch_size": ', '"k": null', '"sigma": 1.0', "| -1 | -1 | - | ", "| Validation loss |", "Python: ",
-    "Transformers: ", "PyTorch: ", "Accelerate: ", "Datasets: ", "Tokenizers: ", "wang2018lambdaloss",
+    '"mini_batch_size": ', '"k": null', '"sigma": 1.0', "| -1 | -1 | - | ", "| Validation loss |",
+    "Python: ",
+    "Transformers: ", "PyTorch: ", "Accelerate: ", "Datasets: ", "Tokenizers: ",
+    "wang2018lambdaloss",
     "reimers-2019-sentence-bert",
 )  # fmt: skip
 
 
 def test_it_has_all_that_the_published_card_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    template = Path(sentence_transformers.__file__).parent / "cross_encoder" / "model_card_template.md"
+    template = (
+        Path(sentence_transformers.__file__).parent / "cross_encoder" / "model_card_template.md"
+    )
     text = template.read_text(encoding="utf-8").split("\n---\n", 1)[1]  # without the metadata
     theirs = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    keys = re.findall(r"^ *#+ ([A-Za-z][\w -]*\w)|^ *- \*\*([A-Za-z][\w -]*\w)", theirs, flags=re.MULTILINE)
+    keys = re.findall(
+        r"^ *#+ ([A-Za-z][\w -]*\w)|^ *- \*\*([A-Za-z][\w -]*\w)", theirs, flags=re.MULTILINE
+    )
     expected = {heading or key for heading, key in keys} - LEFT_OUT
     assert len(expected) > 25
     assert expected <= PARTS.keys()
-    monkeypatch.setattr(EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, False))
+    monkeypatch.setattr(
+        EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, False)
+    )
     cached = tmp_path / "models--microsoft--some-encoder" / "snapshots" / "0123"
     make_tiny_bert(cached)
     evaluator = NanoBEIREvaluator(["msmarco", "nq"], make_nano_beir(tmp_path / "nano"))
@@ -227,7 +267,8 @@ def test_it_has_all_that_the_published_card_has(tmp_path: Path, monkeypatch: pyt
     assert ("NanoMSMARCO R100", "map") in results
     block = section(text, "### Cross Encoder Nano BEIR")
     assert json.loads(block.split("```json")[1].split("```")[0]) == {
-        "dataset_names": ["msmarco", "nq"], "rerank_k": 100, "at_k": 10, "always_rerank_positives": True,
+        "dataset_names": ["msmarco", "nq"], "rerank_k": 100, "at_k": 10,
+        "always_rerank_positives": True,
     }  # fmt: skip
     assert "evaluated with `NanoBEIREvaluator`" in block
 
@@ -238,7 +279,9 @@ def test_a_run_that_ended_early_says_so(tmp_path: Path):
             event.trainer.stop()
 
     make_tiny_bert(tmp_path / "base")
-    config = TrainingConfig(output=str(tmp_path / "out"), precision="fp32", batch_size=2, show_progress_bar=False)
+    config = TrainingConfig(
+        output=str(tmp_path / "out"), precision="fp32", batch_size=2, show_progress_bar=False
+    )
     Trainer(str(tmp_path / "base"), make_lists(20), config=config, callbacks=[stop]).train()
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- **Steps:** 2 of 10, ended early" in text
@@ -260,7 +303,8 @@ def test_data_settings_and_environment(run: tuple[Path, Any]):
     assert table["query"] == "min 17, mean 17.0, max 17 characters"
     assert table["docs"] == (
         f"min {min(sizes)}, mean {sum(sizes) / len(sizes):.1f}, max {max(sizes)} documents<br>"
-        f"min {min(lengths)}, mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)} characters each"
+        f"min {min(lengths)}, mean {sum(lengths) / len(lengths):.1f}, max {max(lengths)} "
+        "characters each"
     )
     labels = [label for values in lists["labels"] for label in values]
     share = sum(labels) / len(labels)
@@ -298,8 +342,13 @@ def test_the_sources_of_streams_and_of_open_datasets_are_named(tmp_path: Path):
     stream = lists.to_iterable_dataset()
     stream.info.update(DatasetInfo(builder_name="parquet", dataset_name="some-lists"))
     output, _ = train(tmp_path, stream, "iterable", max_steps=1)
-    assert "`some-lists`" in section((output / "README.md").read_text(encoding="utf-8"), "### Training data")
-    assert names_of(Dataset(lists.data, info=DatasetInfo(builder_name="json", dataset_name="json"))) == []
+    assert "`some-lists`" in section(
+        (output / "README.md").read_text(encoding="utf-8"), "### Training data"
+    )
+    assert (
+        names_of(Dataset(lists.data, info=DatasetInfo(builder_name="json", dataset_name="json")))
+        == []
+    )
     assert names_of([str(file), file]) == [str(file)] * 2
     assert names_of(list(lists)) == []
 
@@ -335,19 +384,31 @@ def rendered(text: str) -> Skeleton:
 
 def test_hostile_text_changes_no_tag_of_the_page(tmp_path: Path):
     harmless = [
-        {"query": f"harmless {i}", "docs": [f"document {i} {j}" for j in range(3)], "labels": [1, 0, 0]}
+        {
+            "query": f"harmless {i}",
+            "docs": [f"document {i} {j}" for j in range(3)],
+            "labels": [1, 0, 0],
+        }
         for i in range(len(HOSTILE))
     ]
     hostile = [
-        {"query": HOSTILE[i], "docs": [HOSTILE[(i + j) % len(HOSTILE)] for j in range(3)], "labels": [1, 0, 0]}
+        {
+            "query": HOSTILE[i],
+            "docs": [HOSTILE[(i + j) % len(HOSTILE)] for j in range(3)],
+            "labels": [1, 0, 0],
+        }
         for i in range(len(HOSTILE))
     ]
     texts = []
     for name, lists in (("good", harmless), ("evil", hostile)):
         output, _ = train(tmp_path, lists, name, max_steps=2)
         card = (output / "README.md").read_text(encoding="utf-8")
-        evaluator = RerankingEvaluator(lists, name="a|b</td> `x` <b>" if name == "evil" else "plain")
-        texts.append((card, "\n\n".join(model_card._data(model_card.describe_lists(lists), [], [evaluator]))))
+        evaluator = RerankingEvaluator(
+            lists, name="a|b</td> `x` <b>" if name == "evil" else "plain"
+        )
+        texts.append(
+            (card, "\n\n".join(model_card._data(model_card.describe_lists(lists), [], [evaluator])))
+        )
     for good, evil in zip(*texts, strict=True):
         expected, found = rendered(f"\n---\n{good}"), rendered(f"\n---\n{evil}")
         assert found.tags == expected.tags
@@ -355,12 +416,18 @@ def test_hostile_text_changes_no_tag_of_the_page(tmp_path: Path):
     assert clean(HOSTILE[0]) in page.text
     assert clean(HOSTILE[2], 200) in page.text
     assert not any(tag[0] in ("script", "a") and "evil" in str(tag) for tag in page.tags)
-    assert ModelCard(texts[1][0]).data.to_dict().keys() == ModelCard(texts[0][0]).data.to_dict().keys()
+    assert (
+        ModelCard(texts[1][0]).data.to_dict().keys() == ModelCard(texts[0][0]).data.to_dict().keys()
+    )
     # The code with the hostile query in it is still that code.
     for snippet in re.findall(r"```python\n(.*?)\n```", texts[1][0], re.DOTALL):
         names = {}
         exec(
-            "\n".join(line for line in snippet.splitlines() if not re.match("from|model|scores|rank|print", line)),
+            "\n".join(
+                line
+                for line in snippet.splitlines()
+                if not re.match("from|model|scores|rank|print", line)
+            ),
             names,
         )
         assert names["query"] == clean(HOSTILE[0], 160)
@@ -370,7 +437,9 @@ def test_a_markdown_table_holds_a_hostile_name(tmp_path: Path):
     name = "a|b</td> `x` [l](http://e) <b>"
     evaluator = RerankingEvaluator(make_lists(3), name=name)
     metrics = {evaluator.set.prefixed(metric): 0.5 for metric in evaluator.set.metrics}
-    page = rendered("\n---\n" + "\n\n".join(card_results.evaluation_sections([evaluator], metrics, "float32")))
+    page = rendered(
+        "\n---\n" + "\n\n".join(card_results.evaluation_sections([evaluator], metrics, "float32"))
+    )
     assert page.tags.count("/td") == 3 * 2
     assert not {"a", "b", "img"} & {tag[0] for tag in page.tags}
     assert name in page.text
@@ -398,8 +467,8 @@ def test_the_model_in_memory_has_the_card_of_its_run(load_best: bool, tmp_path: 
     make_tiny_bert(tmp_path / "base")
     model = CrossEncoder(tmp_path / "base", device="cpu")
     config = TrainingConfig(
-        output=str(tmp_path / "out"), precision="fp32", max_steps=2, ema_decay=0.5, load_best=load_best,
-        show_progress_bar=False,
+        output=str(tmp_path / "out"), precision="fp32", max_steps=2, ema_decay=0.5,
+        load_best=load_best, show_progress_bar=False,
     )  # fmt: skip
     Trainer(model, make_lists(9), config=config).train()
     model.save_pretrained(tmp_path / "copy")
@@ -416,14 +485,20 @@ def test_long_texts_are_cut_and_characters_without_a_glyph_removed():
 
 
 def test_energy_is_shown_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, True))
+    monkeypatch.setattr(
+        EnergyMeter, "stop", lambda self: Energy(0.25, 0.014, "France", "A CPU", 23.5, True)
+    )
     output, _ = train(tmp_path, make_lists(4), max_steps=1)
     text = (output / "README.md").read_text(encoding="utf-8")
     assert "- **Energy:** 0.25 kWh" in text
     assert "- **On cloud:** yes" in text
     assert "- **Carbon:** 0.014 kg of CO2-equivalent, on the grid of France" in text
     emissions = ModelCard(text).data.co2_eq_emissions
-    assert (emissions["emissions"], emissions["energy_consumed"], emissions["source"]) == (14.0, 0.25, "codecarbon")
+    assert (emissions["emissions"], emissions["energy_consumed"], emissions["source"]) == (
+        14.0,
+        0.25,
+        "codecarbon",
+    )
     monkeypatch.setattr(EnergyMeter, "stop", lambda self: None)
     output, _ = train(tmp_path, make_lists(4), "again", max_steps=1)
     text = (output / "README.md").read_text(encoding="utf-8")
@@ -473,19 +548,30 @@ def test_a_card_stays_with_its_model_until_that_is_trained(run: tuple[Path, Any]
     text, copied = ((path / "README.md").read_text() for path in (output, tmp_path / "copy"))
     assert copied == text.replace('CrossEncoder("out")', 'CrossEncoder("copy")')
     if "training.png" in text:
-        assert (tmp_path / "copy" / "training.png").read_bytes() == (output / "training.png").read_bytes()
+        assert (tmp_path / "copy" / "training.png").read_bytes() == (
+            output / "training.png"
+        ).read_bytes()
     model.card_metadata["license"] = "mit"
     model.save_pretrained(tmp_path / "licensed")
     licensed = ModelCard.load(tmp_path / "licensed" / "README.md")
     assert licensed.data.license == "mit"
-    assert licensed.text == ModelCard(copied).text.replace('CrossEncoder("copy")', 'CrossEncoder("licensed")')
+    assert licensed.text == ModelCard(copied).text.replace(
+        'CrossEncoder("copy")', 'CrossEncoder("licensed")'
+    )
 
-    (tmp_path / "copy" / "README.md").write_text("---\nlicense: cc-by-4.0\nlanguage: [de]\n---\n\nOld figures.\n")
-    config = TrainingConfig(output=str(tmp_path / "new"), precision="fp32", max_steps=1, show_progress_bar=False)
+    (tmp_path / "copy" / "README.md").write_text(
+        "---\nlicense: cc-by-4.0\nlanguage: [de]\n---\n\nOld figures.\n"
+    )
+    config = TrainingConfig(
+        output=str(tmp_path / "new"), precision="fp32", max_steps=1, show_progress_bar=False
+    )
     Trainer(str(tmp_path / "copy"), make_lists(4), config=config).train()
     new = ModelCard.load(tmp_path / "new" / "README.md")
     assert "Old figures" not in new.text
-    assert (new.data.license, new.data.language) == ("cc-by-4.0", ["de"])  # those of what it is made from
+    assert (new.data.license, new.data.language) == (
+        "cc-by-4.0",
+        ["de"],
+    )  # those of what it is made from
     assert "- **License:** cc-by-4.0" in new.text
     assert "- **Language:** de" in new.text
 

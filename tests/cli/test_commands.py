@@ -12,7 +12,11 @@ from tests.model_factory import make_tiny_bert
 from tests.stand_ins import make_nano_beir
 
 _ROWS = [
-    {"query": "what is the panda", "docs": ["fish rain sea", "panda rain", "bear"], "labels": [0, 1, 0]},
+    {
+        "query": "what is the panda",
+        "docs": ["fish rain sea", "panda rain", "bear"],
+        "labels": [0, 1, 0],
+    },
     {"query": "what is the bear", "docs": ["bear museum city rain", "panda"], "labels": [1, 0]},
 ] * 6
 
@@ -32,10 +36,24 @@ def train_arguments(work: Path, output: str) -> list[str]:
             "--show_progress_bar", "false", "--precision", "fp32"]  # fmt: skip
 
 
-def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(work: Path, capsys: pytest.CaptureFixture):
-    settings = {"batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "max_steps": 9, "eval_steps": 2}
+def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(
+    work: Path, capsys: pytest.CaptureFixture
+):
+    settings = {
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "max_steps": 9,
+        "eval_steps": 2,
+    }
     (work / "run.yaml").write_text(yaml.safe_dump(settings))
-    arguments = [*train_arguments(work, "trained"), "--config", str(work / "run.yaml"), "--max_steps", "4"]
+    arguments = [
+        *train_arguments(work, "trained"),
+        "--config",
+        str(work / "run.yaml"),
+        "--max_steps",
+        "4",
+    ]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "4 steps" in printed
@@ -51,7 +69,8 @@ def test_train_takes_yaml_and_flags_then_evaluate_gives_the_same_figures(work: P
     assert cli.main([*arguments, "--overwrite"]) == 0
     capsys.readouterr()
 
-    code = cli.main(["evaluate", "--model", str(work / "trained"), "--data", str(work / "lists.jsonl"),
+    code = cli.main(["evaluate", "--model", str(work / "trained"), "--data",
+    str(work / "lists.jsonl"),
                      "--output", str(work / "metrics.json")])  # fmt: skip
     assert code == 0
     lines = capsys.readouterr().out.splitlines()
@@ -75,11 +94,15 @@ def test_train_takes_a_tracker_by_its_bare_name_and_resume_alone(
     assert "max_steps was 2, got 3. Give the interrupted run's, or " in capsys.readouterr().err
     assert cli.main([*longer, "--resume_changed"]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]["resume"] == "auto"
-    steps = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()
+    ]
     assert {row["step"] for row in steps} >= {2, 3}
 
 
-def test_print_config_shows_every_setting_and_can_be_given_back(work: Path, capsys: pytest.CaptureFixture):
+def test_print_config_shows_every_setting_and_can_be_given_back(
+    work: Path, capsys: pytest.CaptureFixture
+):
     with pytest.raises(SystemExit) as stop:
         cli.main([*train_arguments(work, "printed"), "--seed", "7", "--print_config"])
     assert stop.value.code == 0
@@ -93,18 +116,34 @@ def test_print_config_shows_every_setting_and_can_be_given_back(work: Path, caps
 
 def test_columns_of_other_names(work: Path, capsys: pytest.CaptureFixture):
     file = work / "renamed.jsonl"
-    rows = [{"q": row["query"], "passages": row["docs"], "labels": row["labels"], "n": 1} for row in _ROWS]
+    rows = [
+        {"q": row["query"], "passages": row["docs"], "labels": row["labels"], "n": 1}
+        for row in _ROWS
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ["--columns", '{"query": "q", "docs": "passages"}']
-    arguments = [*train_arguments(work, "renamed"), "--train", str(file), "--eval", str(file), "--max_steps", "1"]
+    arguments = [
+        *train_arguments(work, "renamed"),
+        "--train",
+        str(file),
+        "--eval",
+        str(file),
+        "--max_steps",
+        "1",
+    ]
     assert cli.main([*arguments, *columns]) == 0
     assert "`renamed.jsonl`" in (work / "renamed" / "README.md").read_text()
     streamed = [*arguments, *columns, "--streaming", "true", "--overwrite"]
     assert cli.main(streamed) == 0
     assert "`renamed.jsonl`" in (work / "renamed" / "README.md").read_text()
-    assert cli.main(["evaluate", "--model", str(work / "renamed"), "--data", str(file), *columns]) == 0
+    assert (
+        cli.main(["evaluate", "--model", str(work / "renamed"), "--data", str(file), *columns]) == 0
+    )
     assert cli.main([*arguments, "--overwrite"]) == 2
-    assert "no layout has the columns labels, n, passages, q; known are lists" in capsys.readouterr().err
+    assert (
+        "no layout has the columns labels, n, passages, q; known are lists"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,13 +158,19 @@ def test_bad_input_is_one_line_and_exit_2(
     changes: list[str], message: str, work: Path, capsys: pytest.CaptureFixture
 ):
     assert cli.main([*train_arguments(work, "bad"), *changes]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rerank-fast train: error:")]
+    errors = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("rerank-fast train: error:")
+    ]
     assert len(errors) == 1
     assert message in errors[0]
     assert not (work / "bad" / "config.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [["train", "--model", "m"], ["train", "--precision", "fp8"], ["fly"], []])
+@pytest.mark.parametrize(
+    "arguments", [["train", "--model", "m"], ["train", "--precision", "fp8"], ["fly"], []]
+)
 def test_wrong_usage_exits_2(arguments: list[str]):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -134,7 +179,12 @@ def test_wrong_usage_exits_2(arguments: list[str]):
 
 def test_evaluate_refuses_an_output_it_cannot_write(work: Path, capsys: pytest.CaptureFixture):
     data = str(work / "lists.jsonl")
-    assert cli.main(["evaluate", "--model", "m", "--data", data, "--output", str(work / "no" / "m.json")]) == 2
+    assert (
+        cli.main(
+            ["evaluate", "--model", "m", "--data", data, "--output", str(work / "no" / "m.json")]
+        )
+        == 2
+    )
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -146,7 +196,9 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, work: Path):
     assert cli.main(train_arguments(work, "stopped")) == 130
 
 
-def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_two_models_are_compared_and_details_written(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     make_tiny_bert(tmp_path / "other", seed=5)
     models = ["--model", str(work / "bert"), "--model", str(tmp_path / "other")]
     nano = make_nano_beir(tmp_path / "nano")
@@ -173,14 +225,23 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
     assert row["low"] <= row["difference"] <= row["high"]
     assert 0 < row["p_value"] <= 1
     assert not any("base" in name for name in written["metrics"])
-    found = {str(file.relative_to(tmp_path / "details")) for file in (tmp_path / "details").rglob("*.run")}
-    assert found == {f"{letter}/Nano{name}_R100.run" for letter in "ab" for name in ("NQ", "MSMARCO")}
+    found = {
+        str(file.relative_to(tmp_path / "details"))
+        for file in (tmp_path / "details").rglob("*.run")
+    }
+    assert found == {
+        f"{letter}/Nano{name}_R100.run" for letter in "ab" for name in ("NQ", "MSMARCO")
+    }
 
     arguments = ["evaluate", *models[:2], *arguments[5:], "--dtype", "float32", "--dtype", "int8"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith(f"A {models[1]}, float32\nB {models[1]}, int8\n")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert (written["a"], written["b"], written["dtypes"]) == (models[1], models[1], ["float32", "int8"])
+    assert (written["a"], written["b"], written["dtypes"]) == (
+        models[1],
+        models[1],
+        ["float32", "int8"],
+    )
     quantized = evaluator(CrossEncoder(models[1], device="cpu", dtype="int8"))
     row = written["metrics"]["NanoBEIR_R100_mean_ndcg@10"]
     assert row["b"] == pytest.approx(quantized["NanoBEIR_R100_mean_ndcg@10"], abs=1e-9)
@@ -211,10 +272,15 @@ def test_two_models_are_compared_and_details_written(work: Path, tmp_path: Path,
         (["--model", "m", "--nano_beir", "nq", "--nano_beir_id", "some/nano"], "offline"),
         (["--model", "m"], "either --data or --nano_beir"),
         (["--model", "m", "--nano_beir", "marco"], "'marco' is no NanoBEIR set"),
-        (["--model", "m", "--model", "n", "--model", "o", "--nano_beir"], "--model is given once or twice, got 3"),
+        (
+            ["--model", "m", "--model", "n", "--model", "o", "--nano_beir"],
+            "--model is given once or twice, got 3",
+        ),
     ],
 )
-def test_evaluate_with_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+def test_evaluate_with_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+):
     assert cli.main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -225,17 +291,34 @@ def test_unknown_metric_lists_those_there_are(work: Path, capsys: pytest.Capture
     assert "unknown metric 'fun@3'; there are " in capsys.readouterr().err
 
 
-_CORPUS = ["the panda eats bamboo", "a bear eats fish", "the panda sun", "a panda is a bear", "paris museum"]
+_CORPUS = [
+    "the panda eats bamboo",
+    "a bear eats fish",
+    "the panda sun",
+    "a panda is a bear",
+    "paris museum",
+]
 
 
 def mine_arguments(directory: Path, *arguments: str) -> list[str]:
     corpus = [{"id": i, "text": text} for i, text in enumerate(_CORPUS)]
-    queries = [{"query": "panda bamboo", "positive_ids": [0]}, {"query": "bear fish", "positive_ids": [1, 3]}]
+    queries = [
+        {"query": "panda bamboo", "positive_ids": [0]},
+        {"query": "bear fish", "positive_ids": [1, 3]},
+    ]
     queries += [{"query": "no panda", "positive_ids": []}]
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [f"--{name}={directory / name}.jsonl" for name in ("corpus", "queries")]
-    return ["mine", *files, "--output", str(directory / "mined.jsonl"), "--show_progress_bar", "false", *arguments]
+    return [
+        "mine",
+        *files,
+        "--output",
+        str(directory / "mined.jsonl"),
+        "--show_progress_bar",
+        "false",
+        *arguments,
+    ]
 
 
 def mined(directory: Path) -> dict[str, dict[str, float]]:
@@ -243,7 +326,9 @@ def mined(directory: Path) -> dict[str, dict[str, float]]:
     return {row["query"]: dict(zip(row["docs"], row["labels"], strict=True)) for row in rows}
 
 
-def test_mine_writes_lists_that_train_reads(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_mine_writes_lists_that_train_reads(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     assert cli.main(mine_arguments(tmp_path, "--num_negatives", "2")) == 0
     assert mined(tmp_path) == {"panda bamboo": {_CORPUS[0]: 1, _CORPUS[2]: 0, _CORPUS[3]: 0}}
     printed = capsys.readouterr().out
@@ -260,11 +345,20 @@ def test_mine_writes_lists_that_train_reads(work: Path, tmp_path: Path, capsys: 
     assert [len(docs) for docs in mined(tmp_path).values()] == [2]
 
     arguments = ["train", "--model", str(work / "bert"), "--train", str(tmp_path / "mined.jsonl")]
-    arguments += ["--output", str(tmp_path / "model"), "--precision", "fp32", "--show_progress_bar", "false"]
+    arguments += [
+        "--output",
+        str(tmp_path / "model"),
+        "--precision",
+        "fp32",
+        "--show_progress_bar",
+        "false",
+    ]
     assert cli.main(arguments) == 0
 
 
-def test_mine_with_an_encoder_and_a_cross_encoder(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_mine_with_an_encoder_and_a_cross_encoder(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -316,6 +410,10 @@ def test_mine_with_wrong_arguments(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     assert cli.main(mine_arguments(tmp_path, *arguments)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rerank-fast mine: error:")]
+    errors = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("rerank-fast mine: error:")
+    ]
     assert len(errors) == 1
     assert message in errors[0]

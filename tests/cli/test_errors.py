@@ -77,7 +77,8 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (f"{_TRAIN} --seed -1", "--seed must be"),
         (f"{_TRAIN} --k -1", "--k must be"),
         (f"{_TRAIN} --eps 0", "--eps must be"),
-        (f"{_TRAIN} --objective lambdaloss", "unknown objective 'lambdaloss'; there are lambda_loss,"),
+        (f"{_TRAIN} --objective lambdaloss", "unknown objective 'lambdaloss'; there are "
+                                             "lambda_loss,"),
         (f"{_TRAIN} --objective listnet --k 3", "--k 3 would not be applied: objective is listnet"),
         (f"{_TRAIN} --objective_options.k 3", "--objective_options must be empty here"),
         (f"{_TRAIN} --in_batch_negatives 2 --objective mse", "--in_batch_negatives must be 0 with"),
@@ -346,14 +347,26 @@ def test_a_fault_of_the_package_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ("CUDA error: out of memory\nCUDA kernel errors might be", "memory does not suffice: expected a smaller"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory does not suffice"),
+        (
+            "CUDA error: out of memory\nCUDA kernel errors might be",
+            "memory does not suffice: expected a smaller",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "memory does not suffice",
+        ),
         (
             "The NVIDIA driver on your system is too old (found version 11040). Please update",
             "older than this torch",
         ),
-        ("CUDA error: no kernel image is available for execution on the device", "no kernels for this GPU"),
-        ("CUDA error: unspecified launch failure\nCUDA kernel errors might be", "the GPU was lost: a run"),
+        (
+            "CUDA error: no kernel image is available for execution on the device",
+            "no kernels for this GPU",
+        ),
+        (
+            "CUDA error: unspecified launch failure\nCUDA kernel errors might be",
+            "the GPU was lost: a run",
+        ),
     ],
 )
 def test_what_a_gpu_lacks_is_one_line(
@@ -403,11 +416,15 @@ def test_a_gpu_lost_in_a_run_leaves_its_checkpoint(
     def lost(backward: Backward, *arguments: object) -> object:
         steps.append(len(steps))
         if len(steps) == 3:
-            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be")
+            raise RuntimeError(
+                "CUDA error: unspecified launch failure\nCUDA kernel errors might be"
+            )
         return call(backward, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Backward, "__call__", lost)
     run = f"{_TRAIN} --output {tmp_path / 'run'} --batch_size 2 --save_steps 1 --max_steps 4"
-    assert "goes on from its last checkpoint with --resume auto" in error_of(command(work, run), capsys)
+    assert "goes on from its last checkpoint with --resume auto" in error_of(
+        command(work, run), capsys
+    )
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     assert cli.main([*command(work, run), "--resume", "auto"]) == 0

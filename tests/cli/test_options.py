@@ -46,7 +46,8 @@ _VALUES: dict[str, dict[str, Any]] = {
         "shuffle_buffer": (7, {"streaming": True, "max_steps": 3}),
         "resume_changed": (True, {"resume": "auto"}),
         "schedule_options": {"num_cycles": 2}, "optimizer_options": {"momentum": 0.5},
-        "objective": "listnet", "objective_options": ({"temperature": 2.0}, {"objective": "listnet"}),
+        "objective": "listnet", "objective_options": ({"temperature": 2.0},
+        {"objective": "listnet"}),
         "lora_alpha": (7.0, {"lora_rank": 2}), "lora_dropout": (0.5, {"lora_rank": 2}),
         "lora_target_modules": (["query"], {"lora_rank": 2}),
     },
@@ -478,5 +479,8 @@ def test_several_objectives_are_a_list_on_the_line_and_in_yaml(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"model": "m", "train": "t", "objective": several}))
     parser = cli.make_parser()
-    for line in (["--config", str(file)], ["--model", "m", "--train", "t", "--objective", str(several)]):
+    for line in (
+        ["--config", str(file)],
+        ["--model", "m", "--train", "t", "--objective", str(several)],
+    ):
         assert parser.parse_args(["train", *line]).train.objective == several

@@ -50,7 +50,8 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ),
         (
             ["fly"],
-            "unknown command fly; there are train, evaluate, score, mine, convert, export, recipes, demo",
+            "unknown command fly; there are train, evaluate, score, mine, convert, export, "
+            "recipes, demo",
         ),
         ([], "expected a command: train, evaluate, score, mine, convert, export, recipes, demo"),
         (["train", "a.jsonl"], "a.jsonl"),

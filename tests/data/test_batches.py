@@ -40,17 +40,26 @@ def file(tmp_path: Path) -> Path:
 def test_an_epoch_holds_every_list_once_and_the_next_one_in_another_order(model: CrossEncoder):
     maker = BatchMaker(make_lists(23), model, LambdaLoss(), batch_size=5)
     batches = list(islice(maker.batches(), 10))
-    assert [(batch.epoch, batch.number) for batch in batches] == [(e, n) for e in (0, 1) for n in range(5)]
-    epochs = [np.concatenate([batch.indices for batch in batches if batch.epoch == epoch]) for epoch in (0, 1)]
+    assert [(batch.epoch, batch.number) for batch in batches] == [
+        (e, n) for e in (0, 1) for n in range(5)
+    ]
+    epochs = [
+        np.concatenate([batch.indices for batch in batches if batch.epoch == epoch])
+        for epoch in (0, 1)
+    ]
     assert all(sorted(order) == list(range(23)) for order in epochs)
     assert not np.array_equal(*epochs)
     assert [len(batch.indices) for batch in batches[:5]] == [5, 5, 5, 5, 3]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_from_any_position_the_batches_are_those_of_the_whole_run(model: CrossEncoder, file: Path, streamed: bool):
+def test_from_any_position_the_batches_are_those_of_the_whole_run(
+    model: CrossEncoder, file: Path, streamed: bool
+):
     lists = ListStream(str(file)) if streamed else load_lists(str(file))
-    maker = BatchMaker(lists, model, LambdaLoss(), batch_size=4, shuffle_buffer=7, max_docs_per_list=3)
+    maker = BatchMaker(
+        lists, model, LambdaLoss(), batch_size=4, shuffle_buffer=7, max_docs_per_list=3
+    )
     whole = list(islice(maker.batches(), 14))
     for start in (0, 3, 6, 8):
         first = whole[start]
@@ -67,7 +76,9 @@ class ReadOnce(ListStream):
 
     def __iter__(self):
         self.times += 1
-        return super().__iter__() if self.times < 3 else iter(())  # the first time it is only looked at
+        return (
+            super().__iter__() if self.times < 3 else iter(())
+        )  # the first time it is only looked at
 
 
 def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
@@ -80,7 +91,9 @@ def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):
 def test_truncation_is_said_once(model: CrossEncoder, caplog: pytest.LogCaptureFixture):
     rows = [{"query": "panda", "docs": ["sea " * 100, "bear"], "labels": [1.0, 0.0]}] * 6
     model = copy.deepcopy(model)  # of which nothing has been said
-    batches = list(islice(BatchMaker(load_lists(rows), model, LambdaLoss(), batch_size=2).batches(), 5))
+    batches = list(
+        islice(BatchMaker(load_lists(rows), model, LambdaLoss(), batch_size=2).batches(), 5)
+    )
     assert [batch.lists.truncated for batch in batches] == [2] * 5
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert [message.split(";")[0] for message in warnings] == [
@@ -94,7 +107,8 @@ def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncod
     lists = load_lists([dict(row) for row in lists])
     whole = next(BatchMaker(lists, model, LambdaLoss(), batch_size=13).batches())
     shares = [
-        next(BatchMaker(lists, model, LambdaLoss(), batch_size=13, rank=r, num_ranks=3).batches()) for r in range(3)
+        next(BatchMaker(lists, model, LambdaLoss(), batch_size=13, rank=r, num_ranks=3).batches())
+        for r in range(3)
     ]
     together = sorted(
         tuple(s.pairs.select(np.array([i])).input_ids)
@@ -103,7 +117,8 @@ def test_the_ranks_shares_make_up_the_batch_and_know_its_pairs(model: CrossEncod
         for i in range(len(s.pairs))
     )
     assert together == sorted(
-        tuple(whole.lists.pairs.select(np.array([i])).input_ids) for i in range(len(whole.lists.pairs))
+        tuple(whole.lists.pairs.select(np.array([i])).input_ids)
+        for i in range(len(whole.lists.pairs))
     )
     expected = sum(a > b for row in lists for a in row["labels"] for b in row["labels"])
     assert {(b.units, len(b.indices), b.num_documents) for b in (*shares, whole)} == {
@@ -122,7 +137,8 @@ def test_lists_are_shared_out_by_load(model: CrossEncoder):
     totals = [int(loads[share].sum()) for share in shares]
     assert abs(totals[0] - totals[1]) <= 3
     assert [len(part) for part in share_out(np.array([5]), 3)] == [1, 0, 0]
-    # The load, told from the texts, is about the tokens that there will be; by count the shares differ more.
+    # The load, told from the texts, is about the tokens that there will be; by count the shares
+    # differ more.
     draw = np.random.default_rng(0)
     rows = [
         {
@@ -132,7 +148,9 @@ def test_lists_are_shared_out_by_load(model: CrossEncoder):
         }
         for n, m in zip(draw.integers(1, 12, 64), draw.integers(1, 9, 64), strict=True)
     ]
-    tokens = np.array([model.tokenize([(row["query"], doc) for doc in row["docs"]]).lengths.sum() for row in rows])
+    tokens = np.array(
+        [model.tokenize([(row["query"], doc) for doc in row["docs"]]).lengths.sum() for row in rows]
+    )
     loads = np.array([token_load(row, model.max_length) for row in rows])
     by_load = [tokens[share].sum() for share in share_out(loads, 4)]
     by_count = [part.sum() for part in np.array_split(tokens, 4)]

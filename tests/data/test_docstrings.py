@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from rerank_fast.data import docstrings
-from rerank_fast.data.docstrings import DocumentedName, build_docstring_lists, is_held_out, part_docstring
+from rerank_fast.data.docstrings import (
+    DocumentedName,
+    build_docstring_lists,
+    is_held_out,
+    part_docstring,
+)
 
 _TOPICS = (
     "bread",
@@ -30,7 +35,8 @@ def _write_package(root: Path) -> None:
         functions = "\n".join(
             f"def function_{i}():\n"
             f'    """Return the {topic} of kind {i}{number}.\n\n'
-            f"    Every {topic} known as {i}{number} is looked up in the table of all of them and given back.\n"
+            f"    Every {topic} known as {i}{number} is looked up in the table of all of them and "
+            "given back.\n"
             f'    """\n'
             for i in range(4)
         )
@@ -51,13 +57,16 @@ def test_parts_a_docstring_into_its_first_sentence_and_the_rest():
     """
     assert part_docstring(text) == (
         "Join two or more pathname components.",
-        "An absolute one discards what came before. An empty last part gives a path that ends with a separator.",
+        "An absolute one discards what came before. An empty last part gives a path that ends with "
+        "a separator.",
     )
 
 
 def test_a_signature_is_not_the_summary():
     rest = "Values are taken one by one and each of them is made positive here."
-    parted = part_docstring(f"abs(input) -> Tensor\n\nComputes the absolute value of each element.\n\n{rest}")
+    parted = part_docstring(
+        f"abs(input) -> Tensor\n\nComputes the absolute value of each element.\n\n{rest}"
+    )
     assert parted == ("Computes the absolute value of each element.", rest)
     assert part_docstring(f"abs(input, *, out=None) -> Tensor\n\n{rest[:20]}") is None
 
@@ -69,8 +78,10 @@ def test_a_signature_is_not_the_summary():
         "Too short.\n\nBut this paragraph has more than enough words in it to stand as a document.",
         "A summary of enough words.\n\nToo short a rest.",
         "A summary of enough words.",
-        "Instance attributes that it has are:\n\none of the first kind, two of the second kind, three of the third",
-        "A summary of enough words.\n\nNote: a summary of enough words. It is quoted here, which gives it away.",
+        "Instance attributes that it has are:\n\none of the first kind, two of the second kind, "
+        "three of the third",
+        "A summary of enough words.\n\nNote: a summary of enough words. It is quoted here, which "
+        "gives it away.",
     ],
 )
 def test_leaves_out_what_says_too_little_or_too_much(text: str):
@@ -82,7 +93,9 @@ def test_documents_are_cut_and_those_that_are_then_equal_are_left_out(package: P
     assert max(len(name.rest.split()) for name in names) == 18
     cut = docstrings.documented_names(max_words=8)
     assert {len(name.rest.split()) for name in cut} == {8}
-    function = 'def f():\n    """Return what number {} says.\n\n    ' + "the same words " * 4 + '{}"""\n'
+    function = (
+        'def f():\n    """Return what number {} says.\n\n    ' + "the same words " * 4 + '{}"""\n'
+    )
     (package / "same.py").write_text(function.format(0, 0) + function.format(1, 1))
     assert len(docstrings.documented_names()) == len(names) + 2
     assert docstrings.documented_names(max_words=8) == cut
@@ -141,7 +154,9 @@ def test_repeated_texts_and_unreadable_files_are_left_out(package: Path):
     (package / "broken.py").write_text('def half(:\n    """')
     (package / "latin.py").write_bytes(b'"""\xff"""')
     (package / "tests").mkdir()
-    (package / "tests" / "hidden.py").write_text((package / "module_1.py").read_text().replace("bread", "x"))
+    (package / "tests" / "hidden.py").write_text(
+        (package / "module_1.py").read_text().replace("bread", "x")
+    )
     modules = {name.module for name in docstrings.documented_names()}
     assert modules == {f"package.module_{number}" for number in range(1, len(_TOPICS))}
 
@@ -178,7 +193,9 @@ def test_random_documents_follow_in_training_lists_alone(package: Path):
 
 def test_a_right_document_that_bm25_misses_stands_last(package: Path):
     names = [DocumentedName("m", "f", "wholly unrelated query words", "alpha beta gamma")]
-    names += [DocumentedName("m", f"f{i}", f"summary {i}", f"unrelated query words {i}") for i in range(5)]
+    names += [
+        DocumentedName("m", f"f{i}", f"summary {i}", f"unrelated query words {i}") for i in range(5)
+    ]
     lists = docstrings._lists(names, num_negatives=3, num_random=0, max_lists=None, seed=0)
     row = next(row for row in lists if row["query"].startswith("wholly"))
     assert row["labels"] == [0, 0, 0, 1]

@@ -17,7 +17,9 @@ from rerank_fast.data.hub import read_columns
 from rerank_fast.data.mining.sources import load_collection
 from rerank_fast.data.pairs import PairFile
 
-ROWS = [{"query": f"query {n}", "docs": [f"a {n}", f"b {n}"], "labels": [1.0, 0.0]} for n in range(3000)]
+ROWS = [
+    {"query": f"query {n}", "docs": [f"a {n}", f"b {n}"], "labels": [1.0, 0.0]} for n in range(3000)
+]
 
 
 def read_pairs(path: Path) -> Any:
@@ -52,7 +54,10 @@ def write_lines(path: Path) -> list[bytes]:
         (b'{"query": ' + b"1" * 5000 + b"}", "not a JSON object"),
         (b"[1]", "expected .*object.*, got list"),
         (b'{"query": "\\udc00", "docs": ["a"], "labels": [1]}', "field query: not valid Unicode"),
-        (b'{"query": "a", "docs": ["a", "\\ud800"], "labels": [1, 0]}', r"field docs\[1\]: not valid Unicode"),
+        (
+            b'{"query": "a", "docs": ["a", "\\ud800"], "labels": [1, 0]}',
+            r"field docs\[1\]: not valid Unicode",
+        ),
         (b'{"query": "a", "docs": "a", "labels": [1]}', "field docs: expected a list"),
     ],
     ids=repr,
@@ -73,13 +78,18 @@ def test_line_ends_and_a_byte_order_mark(tmp_path: Path, reader: str):
     expected = READERS[reader](path)
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines) + b"\n")
     if reader == "load_collection":
-        assert (READERS[reader](path).queries, READERS[reader](path).corpus) == (expected.queries, expected.corpus)
+        assert (READERS[reader](path).queries, READERS[reader](path).corpus) == (
+            expected.queries,
+            expected.corpus,
+        )
     else:
         assert READERS[reader](path) == expected
 
 
 def write_table(path: Path, **options: Any) -> Path:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=1000, **options)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(ROWS), path, row_group_size=1000, **options
+    )
     return path
 
 
@@ -98,10 +108,16 @@ def test_a_text_of_a_table_that_is_not_utf8_is_named(tmp_path: Path, reader: str
     if field == "query":
         column = with_bad_text(column, 2345)
     else:
-        column = pyarrow.ListArray.from_arrays(column.offsets, with_bad_text(column.values, 2 * 2345 + 1))
+        column = pyarrow.ListArray.from_arrays(
+            column.offsets, with_bad_text(column.values, 2 * 2345 + 1)
+        )
     path = tmp_path / "lists.parquet"
-    pyarrow.parquet.write_table(table.set_column(COLUMNS.index(field), field, column), path, row_group_size=1000)
-    with pytest.raises(ValueError, match=rf"lists\.parquet, row 2345, field {field}: not UTF-8 text"):
+    pyarrow.parquet.write_table(
+        table.set_column(COLUMNS.index(field), field, column), path, row_group_size=1000
+    )
+    with pytest.raises(
+        ValueError, match=rf"lists\.parquet, row 2345, field {field}: not UTF-8 text"
+    ):
         TABLES[reader](path)
 
 

@@ -13,7 +13,11 @@ from rerank_fast.data.fingerprint import fingerprint
 from rerank_fast.data.lists import FEATURES
 
 ROWS = [
-    {"query": f"query {n} ä", "docs": [f"doc {n} {i}" * i for i in range(1 + n % 4)], "labels": [0.5] * (1 + n % 4)}
+    {
+        "query": f"query {n} ä",
+        "docs": [f"doc {n} {i}" * i for i in range(1 + n % 4)],
+        "labels": [0.5] * (1 + n % 4),
+    }
     for n in range(2500)
 ]
 
@@ -30,16 +34,30 @@ def test_it_is_the_digest_of_lengths_and_bytes(lists: Dataset):
         docs = [doc for row in rows for doc in row["docs"]]
         for texts in ([row["query"] for row in rows], docs):
             encoded = [text.encode() for text in texts]
-            digest.update(np.array([len(one) for one in encoded], dtype=np.int64).tobytes() + b"".join(encoded))
+            digest.update(
+                np.array([len(one) for one in encoded], dtype=np.int64).tobytes()
+                + b"".join(encoded)
+            )
         digest.update(np.array([len(row["docs"]) for row in rows], dtype=np.int32).tobytes())
-        digest.update(np.array([one for row in rows for one in row["labels"]], dtype=np.float32).tobytes())
+        digest.update(
+            np.array([one for row in rows for one in row["labels"]], dtype=np.float32).tobytes()
+        )
     assert fingerprint(lists) == digest.hexdigest()[:16]
 
 
 def test_it_is_of_the_content_however_that_is_stored(lists: Dataset):
-    parts = [lists.select(range(700)), lists.select(range(700, 1333)), lists.select(range(1333, 2500))]
+    parts = [
+        lists.select(range(700)),
+        lists.select(range(700, 1333)),
+        lists.select(range(1333, 2500)),
+    ]
     back = list(range(2499, -1, -1))
-    for same in (ROWS, concatenate_datasets(parts), lists.select(back).select(back), lists.with_format("numpy")):
+    for same in (
+        ROWS,
+        concatenate_datasets(parts),
+        lists.select(back).select(back),
+        lists.with_format("numpy"),
+    ):
         assert fingerprint(same) == fingerprint(lists)
     assert fingerprint(lists.select(range(3, 9))) == fingerprint(ROWS[3:9])
 
@@ -48,11 +66,15 @@ def test_every_change_counts():
     rows = copy.deepcopy(ROWS[:8])
     seen = {fingerprint(rows), fingerprint(rows[::-1]), fingerprint(rows[:-1])}
 
-    def end_moved(rows: list) -> None:  # one character from the end of a document to the next one's beginning
+    def end_moved(
+        rows: list,
+    ) -> None:  # one character from the end of a document to the next one's beginning
         docs = rows[3]["docs"]
         docs[1], docs[2] = docs[1][:-1], docs[1][-1] + docs[2]
 
-    def document_moved(rows: list) -> None:  # from the end of a list to the beginning of the next one
+    def document_moved(
+        rows: list,
+    ) -> None:  # from the end of a list to the beginning of the next one
         for name in ("docs", "labels"):
             rows[3][name].insert(0, rows[2][name].pop())
 

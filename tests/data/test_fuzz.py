@@ -19,9 +19,26 @@ from rerank_fast.data.pairs import PairFile
 from rerank_fast.evaluation.candidates import load_candidates
 
 ROWS = [
-    {"query": f"query {n} né", "docs": [f"a {n}", "b\U0001f43c"], "labels": [1.0, 0.0], "id": n} for n in range(40)
+    {"query": f"query {n} né", "docs": [f"a {n}", "b\U0001f43c"], "labels": [1.0, 0.0], "id": n}
+    for n in range(40)
 ]
-VALUES: list[Any] = [None, True, 0, -1, 2.5, 1e400, 2**80, "", "text", "\ud800", [], [3], ["x"], {}, {"a": [1]}]
+VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    1e400,
+    2**80,
+    "",
+    "text",
+    "\ud800",
+    [],
+    [3],
+    ["x"],
+    {},
+    {"a": [1]},
+]
 
 
 def read_pairs(path: Path) -> None:
@@ -104,7 +121,9 @@ def check(path: Path, seed: int) -> int:
     elif draw.random() < 0.5:
         path.write_bytes(damage_rows(draw))
     else:
-        path.write_bytes(damage_bytes(draw, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)))
+        path.write_bytes(
+            damage_bytes(draw, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
+        )
     read = 0
     for name, reader in READERS.items():
         try:

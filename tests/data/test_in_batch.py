@@ -30,13 +30,20 @@ def test_none_is_the_lists_own_nor_of_a_list_of_its_query(count: int):
         assert (after["query"], after["docs"][:size]) == (before["query"], before["docs"])
         assert after["labels"] == [*before["labels"], *[0.0] * (len(after["docs"]) - size)]
         key = normalized(before["query"])
-        own = {normalized(doc) for row in ROWS if normalized(row["query"]) == key for doc in row["docs"]}
+        own = {
+            normalized(doc)
+            for row in ROWS
+            if normalized(row["query"]) == key
+            for doc in row["docs"]
+        }
         drawn = [normalized(doc) for doc in after["docs"][size:]]
         assert not own & set(drawn)
         assert len(set(drawn)) == len(drawn)
         everything = {normalized(doc) for row in ROWS for doc in row["docs"]}
         assert len(drawn) == min(count, len(everything - own))
-    assert added == sum(map(len, (row["docs"] for row in longer))) - sum(map(len, (row["docs"] for row in ROWS)))
+    assert added == sum(map(len, (row["docs"] for row in longer))) - sum(
+        map(len, (row["docs"] for row in ROWS))
+    )
     assert add_negatives(ROWS, count, (1,)) == (longer, added)
 
 
@@ -53,13 +60,18 @@ def test_every_number_of_processes_has_one_batch(tmp_path):
 
     def first(**of_ranks):
         return next(
-            BatchMaker(lists, model, LambdaLoss(), batch_size=4, in_batch_negatives=2, **of_ranks).batches()
+            BatchMaker(
+                lists, model, LambdaLoss(), batch_size=4, in_batch_negatives=2, **of_ranks
+            ).batches()
         )
 
     whole, shares = first(), [first(rank=rank, num_ranks=2) for rank in range(2)]
     assert {batch.negatives_added for batch in (whole, *shares)} == {8}
     assert {batch.units for batch in (whole, *shares)} == {whole.units}
-    pairs = [tuple(whole.lists.pairs.select(np.array([i])).input_ids) for i in range(len(whole.lists.pairs))]
+    pairs = [
+        tuple(whole.lists.pairs.select(np.array([i])).input_ids)
+        for i in range(len(whole.lists.pairs))
+    ]
     theirs = [
         tuple(share.lists.pairs.select(np.array([i])).input_ids)
         for share in shares

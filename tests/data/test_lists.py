@@ -47,13 +47,15 @@ def check(lists: datasets.Dataset, expected: list[dict[str, Any]]) -> None:
     assert schema.field("labels").type == pa.list_(pa.float32())
 
 
-# -- sources ------------------------------------------------------------------------------------------------
+# -- sources --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_type", [str, Path])
 def test_json_lines(tmp_path: Path, as_type: type) -> None:
     check(load_lists(as_type(write_lines(tmp_path / "lists.jsonl", ROWS))), EXPECTED)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["lists.jsonl"]  # no cache beside the user's file
+    assert [entry.name for entry in tmp_path.iterdir()] == [
+        "lists.jsonl"
+    ]  # no cache beside the user's file
 
 
 def test_blank_lines_and_missing_last_newline(tmp_path: Path) -> None:
@@ -124,17 +126,21 @@ def test_unreachable_hub_says_how_to_use_a_local_copy() -> None:
         load_lists("someone/not-there")
 
 
-# -- columns ------------------------------------------------------------------------------------------------
+# -- columns --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["label", "labels", "score", "scores"])
 def test_names_of_the_labels(tmp_path: Path, name: str) -> None:
     row = {"query": "q", "docs": ["a", "b"], name: [1, 0]}
-    check(load_lists(write_lines(tmp_path / "lists.jsonl", [row])), [{**GOOD, "labels": [1.0, 0.0]}])
+    check(
+        load_lists(write_lines(tmp_path / "lists.jsonl", [row])), [{**GOOD, "labels": [1.0, 0.0]}]
+    )
 
 
 def test_mapped_columns(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "lists.jsonl", [{"question": "q", "passages": ["a", "b"], "rel": [1, 0]}])
+    path = write_lines(
+        tmp_path / "lists.jsonl", [{"question": "q", "passages": ["a", "b"], "rel": [1, 0]}]
+    )
     columns = {"query": "question", "docs": "passages", "labels": "rel"}
     check(load_lists(path, columns=columns), [{**GOOD, "labels": [1.0, 0.0]}])
 
@@ -152,7 +158,7 @@ def test_unknown_key_in_columns() -> None:
         load_lists(ROWS, columns={"question": "query"})
 
 
-# -- malformed rows -----------------------------------------------------------------------------------------
+# -- malformed rows -------------------------------------------------------------------------------
 
 MALFORMED = [
     ("query", None),
@@ -198,7 +204,9 @@ def test_malformed_row_of_a_table(tmp_path: Path, kind: str, field: str, value: 
     if kind == "parquet":
         source = tmp_path / "bad.parquet"
         pq.write_table(pa.Table.from_pylist(rows), source)
-    with pytest.raises(ValueError, match=rf"{'bad.parquet' if kind == 'parquet' else 'dataset'}.*row 2.*{field}"):
+    with pytest.raises(
+        ValueError, match=rf"{'bad.parquet' if kind == 'parquet' else 'dataset'}.*row 2.*{field}"
+    ):
         load_lists(source)
 
 
@@ -216,7 +224,7 @@ def test_field_missing_from_a_later_line(tmp_path: Path) -> None:
         load_lists(path)
 
 
-# -- sources that can't be read -----------------------------------------------------------------------------
+# -- sources that can't be read -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -238,7 +246,9 @@ def test_empty_parquet_and_dataset(tmp_path: Path) -> None:
 
 def test_other_text_than_utf8(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"query": "\xe9", "docs": ["a"], "labels": [1]}\n')
+    path.write_bytes(
+        json.dumps(GOOD).encode() + b'\n{"query": "\xe9", "docs": ["a"], "labels": [1]}\n'
+    )
     with pytest.raises(ValueError, match=r"latin\.jsonl.*UTF-8"):
         load_lists(path)
 

@@ -26,7 +26,9 @@ def test_queries_without_a_selected_passage_are_dropped(tmp_path: Path) -> None:
 
 def test_json_lines_as_the_hub_writes_them(tmp_path: Path) -> None:
     make_ms_marco(tmp_path)
-    rows = pyarrow.parquet.read_table(tmp_path / "v1.1" / "train-00000-of-00001.parquet").to_pylist()
+    rows = pyarrow.parquet.read_table(
+        tmp_path / "v1.1" / "train-00000-of-00001.parquet"
+    ).to_pylist()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load_ms_marco(tmp_path / "other").to_list() == load_ms_marco(tmp_path).to_list()
@@ -70,7 +72,9 @@ def test_what_is_missing_is_said(tmp_path: Path, row: dict, message: str) -> Non
         ),
     ],
 )
-def test_a_malformed_line_is_named_and_does_not_end_the_process(tmp_path: Path, line: str, message: str) -> None:
+def test_a_malformed_line_is_named_and_does_not_end_the_process(
+    tmp_path: Path, line: str, message: str
+) -> None:
     good = {"query": "q", "passages": {"passage_text": ["a"], "is_selected": [1]}}
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
     with pytest.raises(ValueError, match=message):
@@ -78,8 +82,12 @@ def test_a_malformed_line_is_named_and_does_not_end_the_process(tmp_path: Path, 
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"microsoft/ms_marco \(v1.1, train\).*offline.*local copy.*train-\*"):
+    with pytest.raises(
+        ValueError, match=r"microsoft/ms_marco \(v1.1, train\).*offline.*local copy.*train-\*"
+    ):
         load_ms_marco()
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"has no v1.1/train-\*.parquet.*there are \['notes.txt'\]"):
+    with pytest.raises(
+        ValueError, match=r"has no v1.1/train-\*.parquet.*there are \['notes.txt'\]"
+    ):
         load_ms_marco(tmp_path)

@@ -67,7 +67,9 @@ def test_nan_names_the_list() -> None:
 
 @pytest.mark.parametrize("label", [math.nan, math.inf, -math.inf])
 def test_a_label_that_is_not_finite_names_the_list(label: float) -> None:
-    with pytest.raises(ValueError, match=r"list 1: the label of document 1 is -?(nan|inf), not finite"):
+    with pytest.raises(
+        ValueError, match=r"list 1: the label of document 1 is -?(nan|inf), not finite"
+    ):
         ranking_metrics(arrays([[1, 0], [1, label]]), arrays([[1, 2], [1, 2]]))
 
 
@@ -82,7 +84,9 @@ def test_lengths_differ() -> None:
         ranking_metrics(arrays([[1, 0]]), arrays([[1, 2, 3]]))
     with pytest.raises(ValueError, match="labels of 2 lists but scores of 1"):
         ranking_metrics(arrays([[1, 0]] * 2), arrays([[1, 2]]))
-    with pytest.raises(ValueError, match=r"list 0: expected one dimension, got \(1, 2\) and \(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"list 0: expected one dimension, got \(1, 2\) and \(1, 2\)"
+    ):
         ranking_metrics([np.zeros((1, 2))], [np.zeros((1, 2))])
 
 
@@ -106,7 +110,9 @@ def test_metrics_of_grades_refuse_fractions(name: str) -> None:
         ranking_metrics([[3, 0]], [[2, 1]], metrics=[name])
     except ValueError as error:
         pytest.skip(str(error))  # its package is not installed
-    with pytest.raises(ValueError, match=r"list 1: .+ takes grades: expected whole labels.*, got 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"list 1: .+ takes grades: expected whole labels.*, got 0\.5"
+    ):
         ranking_metrics([[3, 0], [0.5, 0]], [[2, 1]] * 2, metrics=[name])
 
 
@@ -138,7 +144,9 @@ def test_interval_width_seed_and_constant_values() -> None:
     assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
 
 
-@pytest.mark.parametrize(("values", "confidence"), [([], 0.95), ([[1.0]], 0.95), ([1.0], 0.0), ([1.0], 1.0)])
+@pytest.mark.parametrize(
+    ("values", "confidence"), [([], 0.95), ([[1.0]], 0.95), ([1.0], 0.0), ([1.0], 1.0)]
+)
 def test_interval_of_bad_input(values: list[float], confidence: float) -> None:
     with pytest.raises(ValueError):
         bootstrap_interval(np.array(values), confidence=confidence)

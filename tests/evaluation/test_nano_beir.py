@@ -1,4 +1,6 @@
-"""NanoBEIR: equal to sentence-transformers' evaluator on the same files and model; its data and its errors."""
+"""NanoBEIR: equal to sentence-transformers' evaluator on the same files and model; its data and its
+errors.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ def csv_rows(directory: Path) -> dict[str, list[list[str]]]:
 @pytest.mark.parametrize("always", [True, False])
 @pytest.mark.parametrize(("rerank_k", "at_k"), [(100, 10), (12, 5)])
 def test_equals_sentence_transformers(
-    nano: Path, tiny: Path, model: CrossEncoder, tmp_path: Path, always: bool, rerank_k: int, at_k: int
+    nano: Path,
+    tiny: Path,
+    model: CrossEncoder,
+    tmp_path: Path,
+    always: bool,
+    rerank_k: int,
+    at_k: int,
 ) -> None:
     peer = pytest.importorskip("sentence_transformers.cross_encoder")
     evaluation = pytest.importorskip("sentence_transformers.cross_encoder.evaluation")
@@ -71,38 +79,56 @@ def test_equals_sentence_transformers(
     assert files.keys() == their_files.keys()
     for name, rows in their_files.items():
         assert files[name][0] == rows[0]
-        assert [float(value) for value in files[name][1]] == pytest.approx([float(v) for v in rows[1]], abs=1e-9)
+        assert [float(value) for value in files[name][1]] == pytest.approx(
+            [float(v) for v in rows[1]], abs=1e-9
+        )
 
 
-def test_all_sets_in_one_stream(nano: Path, model: CrossEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sets_in_one_stream(
+    nano: Path, model: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluator = NanoBEIREvaluator(NAMES, nano)
     calls = []
     score_tokens = CrossEncoder.score_tokens
     monkeypatch.setattr(
         CrossEncoder,
         "score_tokens",
-        lambda self, tokens, **options: (calls.append(len(tokens)), score_tokens(self, tokens, **options))[1],
+        lambda self, tokens, **options: (
+            calls.append(len(tokens)),
+            score_tokens(self, tokens, **options),
+        )[1],
     )
     evaluator(model)
     assert calls == [sum(len(one.pairs) for one in evaluator.sets)]
 
 
-def test_runs_and_per_query_values_give_the_means_back(nano: Path, model: CrossEncoder, tmp_path: Path) -> None:
+def test_runs_and_per_query_values_give_the_means_back(
+    nano: Path, model: CrossEncoder, tmp_path: Path
+) -> None:
     evaluator = NanoBEIREvaluator(
-        NAMES, nano, metrics=["R@5", "P(rel=1)@3"], write_per_query=True, write_run=True, aggregate_key="mean"
+        NAMES,
+        nano,
+        metrics=["R@5", "P(rel=1)@3"],
+        write_per_query=True,
+        write_run=True,
+        aggregate_key="mean",
     )
     got = evaluator(model, str(tmp_path))
     table = pyarrow.parquet.read_table(nano / "qrels" / "NanoNQ-00000-of-00001.parquet").to_pylist()
     judged = [ir_measures.Qrel(row["query-id"], row["corpus-id"], 1) for row in table]
     run = list(ir_measures.read_trec_run(str(tmp_path / "NanoNQ_R100.run")))
-    again = ir_measures.calc_aggregate([ir_measures.nDCG @ 10, ir_measures.R @ 5, ir_measures.P @ 3], judged, run)
+    again = ir_measures.calc_aggregate(
+        [ir_measures.nDCG @ 10, ir_measures.R @ 5, ir_measures.P @ 3], judged, run
+    )
     assert got["NanoNQ_R100_ndcg@10"] == pytest.approx(again[ir_measures.nDCG @ 10], abs=1e-9)
     assert got["NanoNQ_R100_R@5"] == pytest.approx(again[ir_measures.R @ 5], abs=1e-9)
     assert got["NanoNQ_R100_P(rel=1)@3"] == pytest.approx(again[ir_measures.P @ 3], abs=1e-9)
     with (tmp_path / "NanoNQ_R100_per_query.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["query_id"] for row in rows] == [f"q{i}" for i in range(len(rows))]
-    assert np.mean([float(row["ndcg@10"]) for row in rows]) == pytest.approx(got["NanoNQ_R100_ndcg@10"])
+    assert np.mean([float(row["ndcg@10"]) for row in rows]) == pytest.approx(
+        got["NanoNQ_R100_ndcg@10"]
+    )
     assert rows[0]["base_ndcg@10"] == "0.0"  # BM25 missed all of its documents
     each = evaluator.evaluate_per_query(model)
     assert {name: column.mean() for name, column in each.items()} == pytest.approx(got, abs=1e-12)
@@ -127,9 +153,13 @@ def test_json_lines_in_place_of_parquet(nano: Path, model: CrossEncoder, tmp_pat
 
 
 def test_what_is_not_there_is_said(nano: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'marco' is no NanoBEIR set; there are climatefever, .*touche2020"):
+    with pytest.raises(
+        ValueError, match=r"'marco' is no NanoBEIR set; there are climatefever, .*touche2020"
+    ):
         NanoBEIREvaluator(["msmarco", "marco"], tmp_path / "never-read")
-    with pytest.raises(ValueError, match=r"NanoSciFact.*there are \['NanoMSMARCO', 'NanoNFCorpus', 'NanoNQ'\]"):
+    with pytest.raises(
+        ValueError, match=r"NanoSciFact.*there are \['NanoMSMARCO', 'NanoNFCorpus', 'NanoNQ'\]"
+    ):
         NanoBEIREvaluator(["scifact"], nano)
     with pytest.raises(ValueError, match=r"some/nano.*offline.*local copy.*corpus/NanoNQ.parquet"):
         NanoBEIREvaluator(["nq"], "some/nano")
@@ -139,7 +169,9 @@ def test_what_is_not_there_is_said(nano: Path, tmp_path: Path) -> None:
         NanoBEIREvaluator(["nq"], nano, rerank_k=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):  # before the model is asked
-        NanoBEIREvaluator(["nq"], nano, write_csv=False, write_run=True)(None, str(tmp_path / "file"))
+        NanoBEIREvaluator(["nq"], nano, write_csv=False, write_run=True)(
+            None, str(tmp_path / "file")
+        )
     with pytest.raises(ValueError, match="batch_size"):
         NanoBEIREvaluator(["nq"], nano, batch_size=0)
     with pytest.raises(ValueError, match="dataset_names"):
@@ -159,7 +191,9 @@ def test_columns_and_documents_that_are_missing(nano: Path, tmp_path: Path) -> N
     rows = table.to_pylist()
     rows[2]["corpus-ids"][1] = "doc999"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    with pytest.raises(ValueError, match=r"query 'q2' in bm25: the corpus has no document 'doc999'"):
+    with pytest.raises(
+        ValueError, match=r"query 'q2' in bm25: the corpus has no document 'doc999'"
+    ):
         NanoBEIREvaluator(["nq"], broken)
     rows[2] = {"query-id": "q99", "corpus-ids": ["doc1"]}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)

@@ -51,7 +51,10 @@ def random_lists(seed: int, count: int = 60) -> tuple[list[dict[str, Any]], Stub
         labels = (generator.random(len(docs)) < 0.2).astype(float)
         lists.append({"query": f"query {q}", "docs": docs, "labels": labels.tolist()})
         scores.update(
-            {(f"query {q}", doc): float(s) for doc, s in zip(docs, generator.normal(size=len(docs)), strict=True)}
+            {
+                (f"query {q}", doc): float(s)
+                for doc, s in zip(docs, generator.normal(size=len(docs)), strict=True)
+            }
         )
     assert any(not any(row["labels"]) for row in lists)
     return lists, Stub(scores)
@@ -64,7 +67,9 @@ def test_equals_sentence_transformers(at_k: int, name: str) -> None:
     samples = [
         {
             "query": row["query"],
-            "positive": [doc for doc, label in zip(row["docs"], row["labels"], strict=True) if label > 0],
+            "positive": [
+                doc for doc, label in zip(row["docs"], row["labels"], strict=True) if label > 0
+            ],
             "documents": row["docs"],
         }
         for row in lists
@@ -127,9 +132,14 @@ def test_labels_of_numpy_and_torch() -> None:
         assert RerankingEvaluator(arrays)(model) == expected
         numbers = [{**row, "labels": list(row["labels"])} for row in arrays]
         assert RerankingEvaluator(numbers)(model) == expected
-    tensors = [{**row, "docs": np.array(row["docs"]), "labels": torch.tensor(row["labels"])} for row in lists]
+    tensors = [
+        {**row, "docs": np.array(row["docs"]), "labels": torch.tensor(row["labels"])}
+        for row in lists
+    ]
     assert RerankingEvaluator(tensors)(model) == expected
-    with pytest.raises(ValueError, match=r"row 0, field labels\[1\]: expected a finite float32, got nan"):
+    with pytest.raises(
+        ValueError, match=r"row 0, field labels\[1\]: expected a finite float32, got nan"
+    ):
         RerankingEvaluator([{"query": "q", "docs": ["a", "b"], "labels": np.array([1, np.nan])}])
 
 
@@ -161,12 +171,16 @@ def test_csv_of_a_name_with_a_slash_and_where_nothing_can_be_written(tmp_path: P
     ]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):
-        RerankingEvaluator(lists)(None, output_path=str(tmp_path / "file"))  # before the model is asked
+        RerankingEvaluator(lists)(
+            None, output_path=str(tmp_path / "file")
+        )  # before the model is asked
 
 
 def test_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="rerank_fast"):
-        RerankingEvaluator(LISTS)(Stub({(row["query"], doc): 0.0 for row in LISTS for doc in row["docs"]}))
+        RerankingEvaluator(LISTS)(
+            Stub({(row["query"], doc): 0.0 for row in LISTS for doc in row["docs"]})
+        )
     assert "->" in caplog.text
     assert "ndcg@10" in caplog.text.lower()
 
@@ -176,7 +190,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CrossEncoder:
     return CrossEncoder(str(make_tiny_bert(tmp_path_factory.mktemp("tiny"))), device="cpu")
 
 
-def test_tokens_are_kept_for_the_same_model(model: CrossEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_kept_for_the_same_model(
+    model: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     tokenize = CrossEncoder.tokenize
 
@@ -193,10 +209,18 @@ def test_tokens_are_kept_for_the_same_model(model: CrossEncoder, monkeypatch: py
     assert len(calls) == 2
 
 
-LONG = [{"query": "what is a panda", "docs": ["the sea and rain " * 9, "bear " * 9 + "bamboo"], "labels": [0, 1]}]
+LONG = [
+    {
+        "query": "what is a panda",
+        "docs": ["the sea and rain " * 9, "bear " * 9 + "bamboo"],
+        "labels": [0, 1],
+    }
+]
 
 
-@pytest.mark.parametrize("change", ["prompt", "truncation_side", "normalizer", "tokenizer", "max_length"])
+@pytest.mark.parametrize(
+    "change", ["prompt", "truncation_side", "normalizer", "tokenizer", "max_length"]
+)
 def test_tokens_are_those_of_the_model_as_it_is(change: str, tmp_path: Path) -> None:
     """Whatever changes what tokenize gives is seen by an evaluator that has tokens of before."""
     model = CrossEncoder(str(make_tiny_bert(tmp_path)), device="cpu", max_length=16)
@@ -207,9 +231,13 @@ def test_tokens_are_those_of_the_model_as_it_is(change: str, tmp_path: Path) -> 
     elif change == "truncation_side":
         model.tokenizer.truncation_side = "left"
     elif change == "normalizer":
-        model.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("panda", "sun")
+        model.tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace(
+            "panda", "sun"
+        )
     elif change == "tokenizer":
-        model.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, truncation_side="left")
+        model.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tmp_path, truncation_side="left"
+        )
     else:
         model.max_length = 12
     after = kept.score(model)
@@ -228,7 +256,9 @@ def test_a_tokenizer_that_no_key_can_be_made_of_is_asked_each_time(tmp_path: Pat
 def test_evaluators_in_threads(tmp_path: Path) -> None:
     """One evaluator, two models of different max_length, four threads, in training mode."""
     directory = str(make_tiny_bert(tmp_path))
-    models = [CrossEncoder(directory, device="cpu", max_length=length).train() for length in (8, 16)]
+    models = [
+        CrossEncoder(directory, device="cpu", max_length=length).train() for length in (8, 16)
+    ]
     evaluator = RerankingEvaluator(LONG)
     expected = [RerankingEvaluator(LONG).score(model) for model in models]
     with ThreadPoolExecutor(4) as pool:
@@ -249,7 +279,9 @@ def test_model_is_not_kept_alive(tmp_path: Path) -> None:
 
 
 def test_saturating_activation_does_not_tie(model: CrossEncoder) -> None:
-    """A sigmoid of large scores is 1 for all of them in fp32: the order must be that of the raw scores."""
+    """A sigmoid of large scores is 1 for all of them in fp32: the order must be that of the raw
+    scores.
+    """
     evaluator = RerankingEvaluator(LISTS)
     activation = model.activation_fn
     try:
@@ -264,11 +296,18 @@ def test_saturating_activation_does_not_tie(model: CrossEncoder) -> None:
 @pytest.mark.parametrize("file", ["_results_@10.csv", "_per_query.csv", ".run"])
 def test_a_full_disk_is_said_with_the_files_name(tmp_path: Path, file: str) -> None:
     lists, model = random_lists(0)
-    options = {"write_csv": "results" in file, "write_per_query": "query" in file, "write_run": "run" in file}
+    options = {
+        "write_csv": "results" in file,
+        "write_per_query": "query" in file,
+        "write_run": "run" in file,
+    }
     evaluator = RerankingEvaluator(lists, **options)
     if file == "_results_@10.csv":
         evaluator(model, str(tmp_path))  # the header is there, and the next row does not fit
     size = sum(one.stat().st_size for one in tmp_path.iterdir()) or 100
-    with files_up_to(size), pytest.raises(ValueError, match=rf"can't write \S*Evaluator{file}: \w+") as error:
+    with (
+        files_up_to(size),
+        pytest.raises(ValueError, match=rf"can't write \S*Evaluator{file}: \w+") as error,
+    ):
         evaluator(model, str(tmp_path))
     assert "\n" not in str(error.value)

@@ -1,4 +1,6 @@
-"""sentence-transformers' samples: its numbers both ways, its trainer, metrics by name, two models compared."""
+"""sentence-transformers' samples: its numbers both ways, its trainer, metrics by name, two models
+compared.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,20 @@ def random_samples(seed: int, kind: str, count: int = 50) -> tuple[list[dict[str
         chosen = set(generator.choice(len(docs), count_positive, replace=False).tolist())
         positive = [doc for i, doc in enumerate(docs) if i in chosen]
         found = [doc for doc in docs if doc not in positive or (q % 7 and generator.random() < 0.7)]
-        sample = {"query": f"query {q}", "positive": positive[0] if count_positive == 1 else positive}
+        sample = {
+            "query": f"query {q}",
+            "positive": positive[0] if count_positive == 1 else positive,
+        }
         if kind == "negative" or (kind == "both" and q % 3 == 0):
             sample["negative"] = [doc for doc in docs if doc not in positive]
         else:
             sample["documents"] = found
         samples.append(sample)
         scores.update(
-            {(f"query {q}", doc): float(s) for doc, s in zip(docs, generator.normal(size=30), strict=False)}
+            {
+                (f"query {q}", doc): float(s)
+                for doc, s in zip(docs, generator.normal(size=30), strict=False)
+            }
         )
     return samples, Stub(scores)
 
@@ -58,7 +66,10 @@ def test_equals_sentence_transformers(kind: str, always: bool, at_k: int) -> Non
         assert got[name] == pytest.approx(float(value), abs=1e-9), name
     if kind == "documents":
         assert got == RerankingEvaluator(
-            {str(i): sample for i, sample in enumerate(samples)}, at_k, "dev", always_rerank_positives=always
+            {str(i): sample for i, sample in enumerate(samples)},
+            at_k,
+            "dev",
+            always_rerank_positives=always,
         )(model)
         other = RerankingEvaluator(samples, at_k, "dev", always_rerank_positives=not always)(model)
         assert other["dev_map"] != got["dev_map"]
@@ -80,21 +91,41 @@ def test_samples_of_a_dataset(tmp_path: Path) -> None:
     assert run[:2] == ["0 Q0 p0 1 3.0 rerank_fast", "0 Q0 d0 2 2.0 rerank_fast"]
     with (tmp_path / "CrossEncoderRerankingEvaluator_per_query.csv").open(newline="") as handle:
         rows = list(csv.reader(handle))
-    assert rows[0] == ["query_id", "map", "mrr@10", "ndcg@10", "base_map", "base_mrr@10", "base_ndcg@10"]
+    assert rows[0] == [
+        "query_id",
+        "map",
+        "mrr@10",
+        "ndcg@10",
+        "base_map",
+        "base_mrr@10",
+        "base_ndcg@10",
+    ]
     assert [float(row[2]) for row in rows[1:]] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ({"positive": ["a"], "documents": ["a"]}, r"sample 1: expected query.*\['documents', 'positive'\]"),
+        (
+            {"positive": ["a"], "documents": ["a"]},
+            r"sample 1: expected query.*\['documents', 'positive'\]",
+        ),
         ({"query": "q", "negative": ["a"]}, r"sample 1: expected query, positive"),
         ({"query": "q", "positive": ["a"]}, r"either documents or negative"),
-        ({"query": "q", "positive": ["a"], "documents": ["a"], "negative": ["b"]}, "either documents or negative"),
-        ({"query": "q", "positive": ["a"], "documents": "a"}, r"sample 1, field documents: expected a list"),
+        (
+            {"query": "q", "positive": ["a"], "documents": ["a"], "negative": ["b"]},
+            "either documents or negative",
+        ),
+        (
+            {"query": "q", "positive": ["a"], "documents": "a"},
+            r"sample 1, field documents: expected a list",
+        ),
         ({"query": "q", "positive": [3], "documents": ["a"]}, r"sample 1, field positive"),
         ({"query": " ", "positive": ["a"], "documents": ["a"]}, r"sample 1, field query"),
-        ({"query": None, "positive": ["a"], "documents": ["a"]}, r"field query: expected a string, got NoneType"),
+        (
+            {"query": None, "positive": ["a"], "documents": ["a"]},
+            r"field query: expected a string, got NoneType",
+        ),
         (
             {"query": "q", "positive": "a", "documents": ["a", None]},
             r"sample 1, field documents\[1\]: expected a string, got NoneType None",
@@ -103,8 +134,14 @@ def test_samples_of_a_dataset(tmp_path: Path) -> None:
             {"query": "q", "positive": "a", "negative": ["b", "\ud800"]},
             r"sample 1, field negative\[1\]: not valid Unicode",
         ),
-        ({"query": "\udfff", "positive": "a", "negative": ["b"]}, r"sample 1, field query: not valid Unicode"),
-        ({"query": "q", "positive": None, "negative": ["b"]}, r"field positive: expected a list.*got None"),
+        (
+            {"query": "\udfff", "positive": "a", "negative": ["b"]},
+            r"sample 1, field query: not valid Unicode",
+        ),
+        (
+            {"query": "q", "positive": None, "negative": ["b"]},
+            r"field positive: expected a list.*got None",
+        ),
     ],
 )
 def test_malformed_sample(sample: dict[str, Any], message: str) -> None:
@@ -120,7 +157,9 @@ def test_metrics_by_name() -> None:
     assert got["ndcg@2"][0] == pytest.approx((3 / np.log2(3)) / (3 + 1 / np.log2(3)))
     run = {"q": dict(zip("abcd", scores[0].tolist(), strict=True))}
     measure = ir_measures.Bpref
-    expected = ir_measures.calc_aggregate([measure], {"q": {"a": 0, "b": 3, "c": 1, "d": 0}}, run)[measure]
+    expected = ir_measures.calc_aggregate([measure], {"q": {"a": 0, "b": 3, "c": 1, "d": 0}}, run)[
+        measure
+    ]
     assert got["Bpref"][0] == pytest.approx(expected)
     for name, message in {
         "fun": "unknown metric 'fun'; there are",
@@ -134,7 +173,9 @@ def test_metrics_by_name() -> None:
 def test_paired_test_has_its_level_and_its_power() -> None:
     generator = np.random.default_rng(0)
     base = generator.random(60)
-    p_values = [compare(base, base + generator.normal(size=60), resamples=300).p_value for _ in range(100)]
+    p_values = [
+        compare(base, base + generator.normal(size=60), resamples=300).p_value for _ in range(100)
+    ]
     assert 0.3 < np.mean(np.array(p_values) < 0.5) < 0.7  # uniform under the null hypothesis
     better = compare(base, base + 0.3 + 0.1 * generator.normal(size=60))
     assert better.p_value < 0.001
@@ -153,7 +194,9 @@ def test_inside_sentence_transformers_trainer(tmp_path: Path) -> None:
     model = peer.CrossEncoder(str(make_tiny_bert(tmp_path / "bert")), device="cpu")
     nano = NanoBEIREvaluator(["nq", "msmarco"], make_nano_beir(tmp_path / "nano"))
     samples, _ = random_samples(1, "documents", count=8)
-    train = Dataset.from_list([{"query": "panda", "docs": ["panda", "sea", "rain"], "labels": [1, 0, 0]}] * 8)
+    train = Dataset.from_list(
+        [{"query": "panda", "docs": ["panda", "sea", "rain"], "labels": [1, 0, 0]}] * 8
+    )
     arguments = peer.CrossEncoderTrainingArguments(
         output_dir=str(tmp_path / "out"),
         max_steps=4,

@@ -22,7 +22,17 @@ from rerank_fast.evaluation.candidates import Candidates
 from rerank_fast.evaluation.measured import MeasuredSet
 from tests.stand_ins import make_nano_beir
 
-EXACT = ["P@3", "R@3", "Success@2", "AP@4", "RR@4", "nDCG", "P(rel=2)@3", "AP(rel=2)", "RR(rel=3)@2"]
+EXACT = [
+    "P@3",
+    "R@3",
+    "Success@2",
+    "AP@4",
+    "RR@4",
+    "nDCG",
+    "P(rel=2)@3",
+    "AP(rel=2)",
+    "RR(rel=3)@2",
+]
 
 
 class Constant:
@@ -138,7 +148,9 @@ def test_a_constant_model_on_nano_beir_has_sentence_transformers_ndcg(tmp_path: 
     assert max(got[f"NanoNQ_R100_{name}"] for name in ("map", "mrr@10", "ndcg@10")) < 0.8
 
 
-def measured(scores: list[list[float]], doc_ids: list[list[str]], query_ids: list[str]) -> tuple[Any, Any]:
+def measured(
+    scores: list[list[float]], doc_ids: list[list[str]], query_ids: list[str]
+) -> tuple[Any, Any]:
     candidates = [
         Candidates(key, "q", ["d"] * len(ids), ids, np.eye(len(ids))[0], None)
         for key, ids in zip(query_ids, doc_ids, strict=True)
@@ -159,7 +171,9 @@ def test_scores_of_a_run_fall_strictly(tmp_path: Path) -> None:
     one, scores = measured(lists, ids, queries)
     one.write_run(tmp_path / "run", scores)
     for values, query in zip(lists, queries, strict=True):
-        rows = [row for row in ir_measures.read_trec_run(str(tmp_path / "run")) if row.query_id == query]
+        rows = [
+            row for row in ir_measures.read_trec_run(str(tmp_path / "run")) if row.query_id == query
+        ]
         written = np.array([row.score for row in rows])
         assert (np.diff(written) < 0).all()
         assert (np.diff(written.astype(np.float32)) < 0).all()

@@ -32,17 +32,35 @@ BATCHES: dict[str, list[tuple[dict[str, list[Any]], list[Any] | None]]] = {
     "margins": [
         ({"query": QUERIES, "positive": POSITIVES, "negative": NEGATIVES}, [1.5, -0.25, 0.5]),
         (
-            {"query": QUERIES, "positive": POSITIVES, "negative_1": NEGATIVES, "negative_2": FURTHER},
+            {
+                "query": QUERIES,
+                "positive": POSITIVES,
+                "negative_1": NEGATIVES,
+                "negative_2": FURTHER,
+            },
             [[1.5, 0.5], [-0.25, 2.0], [0.5, 0.0]],
         ),
         (
-            {"query": QUERIES, "positive": POSITIVES, "negative_1": NEGATIVES, "negative_2": FURTHER},
+            {
+                "query": QUERIES,
+                "positive": POSITIVES,
+                "negative_1": NEGATIVES,
+                "negative_2": FURTHER,
+            },
             [[3.0, 1.5, 0.5], [1.0, -0.25, 2.0], [0.0, 0.5, 0.0]],
         ),
     ],
     "tuples": [
         ({"anchor": QUERIES, "positive": POSITIVES}, None),
-        ({"anchor": QUERIES, "positive": POSITIVES, "negative_1": NEGATIVES, "negative_2": FURTHER}, None),
+        (
+            {
+                "anchor": QUERIES,
+                "positive": POSITIVES,
+                "negative_1": NEGATIVES,
+                "negative_2": FURTHER,
+            },
+            None,
+        ),
     ],
 }
 
@@ -67,18 +85,34 @@ class Case:
 
 SIGMOID = {"activation_fn": nn.Sigmoid()}
 CASES = [
-    Case("BinaryCrossEntropyLoss", "pairs", ({}, SIGMOID, {"pos_weight": torch.tensor(4.0), "reduction": "sum"})),
+    Case(
+        "BinaryCrossEntropyLoss",
+        "pairs",
+        ({}, SIGMOID, {"pos_weight": torch.tensor(4.0), "reduction": "sum"}),
+    ),
     Case("MSELoss", "pairs", ({}, SIGMOID, {"reduction": "none"})),
     Case("MarginMSELoss", "margins", ({}, SIGMOID, {"reduction": "sum"})),
     Case(
         "MultipleNegativesRankingLoss",
         "tuples",
-        ({}, {"num_negatives": 1, "scale": 3}, {"num_negatives": None, "activation_fn": None, "scale": 0}),
+        (
+            {},
+            {"num_negatives": 1, "scale": 3},
+            {"num_negatives": None, "activation_fn": None, "scale": 0},
+        ),
     ),
-    Case("CachedMultipleNegativesRankingLoss", "tuples", ({}, {"num_negatives": 2, "mini_batch_size": 4})),
+    Case(
+        "CachedMultipleNegativesRankingLoss",
+        "tuples",
+        ({}, {"num_negatives": 2, "mini_batch_size": 4}),
+    ),
     Case("ListNetLoss", "lists", ({}, {"mini_batch_size": 4, **SIGMOID})),
     Case("ListMLELoss", "lists", ({}, {"respect_input_order": False})),
-    Case("PListMLELoss", "lists", ({}, {"lambda_weight": None}, {"respect_input_order": False, **SIGMOID})),
+    Case(
+        "PListMLELoss",
+        "lists",
+        ({}, {"lambda_weight": None}, {"respect_input_order": False, **SIGMOID}),
+    ),
     Case("ADRMSELoss", "lists", ({}, {"alpha": 3.0, **SIGMOID})),
     Case("LambdaLoss", "lists", ({}, {"k": 2, "sigma": 2.0, **SIGMOID})),
     Case("RankNetLoss", "lists", ({}, {"k": 1, "reduction_log": "natural", "mini_batch_size": 4})),
@@ -101,10 +135,14 @@ def loss_and_gradients(loss: nn.Module, inputs: list[Any], labels: Any) -> Resul
     torch.manual_seed(3)
     value = loss(inputs, labels)
     value.sum().backward()
-    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return value.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def assert_same(ours: Result, theirs: Result, *, value: float = 1e-5, gradients: float = 1e-5) -> None:
+def assert_same(
+    ours: Result, theirs: Result, *, value: float = 1e-5, gradients: float = 1e-5
+) -> None:
     """The values agree, relatively, and the gradients to that share of the largest of them."""
     torch.testing.assert_close(ours[0], theirs[0], rtol=value, atol=value / 100)
     assert ours[1].keys() == theirs[1].keys()

@@ -1,4 +1,6 @@
-"""A tiny model of sentence-transformers, without dropout: the two packages draw theirs in another order."""
+"""A tiny model of sentence-transformers, without dropout: the two packages draw theirs in another
+order.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every loss class beside sentence-transformers' own: numbers, gradients, signatures, attributes, configs."""
+"""Every loss class beside sentence-transformers' own: numbers, gradients, signatures, attributes,
+configs.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,15 @@ from sentence_transformers.cross_encoder import losses as peer_losses
 from torch import nn
 
 from rerank_fast import CrossEncoder, losses
-from rerank_fast.model.encoder import PackedStep
-from tests.losses.beside_theirs import BATCHES, CASES, Case, assert_same, loss_and_gradients, tensors
+from rerank_fast.model.packed.encoder import PackedPairs
+from tests.losses.beside_theirs import (
+    BATCHES,
+    CASES,
+    Case,
+    assert_same,
+    loss_and_gradients,
+    tensors,
+)
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -23,8 +32,8 @@ BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_same_numbers_and_gradients(
     case: Case, packed: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
-    calls, call = [], PackedStep.__call__
-    monkeypatch.setattr(PackedStep, "__call__", lambda *args: (calls.append(1), call(*args))[1])
+    calls, call = [], PackedPairs.__call__
+    monkeypatch.setattr(PackedPairs, "__call__", lambda *args: (calls.append(1), call(*args))[1])
     for options in case.options:
         for batch in BATCHES[case.takes]:
             theirs = loss_and_gradients(case.make_theirs(model, **options), *tensors(*batch))
@@ -46,7 +55,8 @@ def alike(ours: Any, theirs: Any) -> bool:
 @BY_NAME
 def test_the_signature_is_theirs_and_what_is_added_is_by_name(case: Case):
     ours, theirs = (
-        inspect.signature(getattr(module, case.name).__init__).parameters for module in (losses, peer_losses)
+        inspect.signature(getattr(module, case.name).__init__).parameters
+        for module in (losses, peer_losses)
     )
     added = [name for name in ours if name not in theirs]
     assert [name for name in ours if name in theirs] == list(theirs)
@@ -63,7 +73,11 @@ def test_the_signature_is_theirs_and_what_is_added_is_by_name(case: Case):
 
 
 def public(loss: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in {**vars(loss), **loss._modules}.items() if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in {**vars(loss), **loss._modules}.items()
+        if not name.startswith("_")
+    }
 
 
 MODULES = {
@@ -90,7 +104,10 @@ def test_attributes_config_and_citation_are_theirs(case: Case, model: nn.Module)
             assert alike(found[name], value), name
         config = {key: value for key, value in ours.get_config_dict().items() if key != "mu"}
         for ours_in, theirs_in in MODULES.items():
-            config = {k: v.replace(ours_in, theirs_in) if isinstance(v, str) else v for k, v in config.items()}
+            config = {
+                k: v.replace(ours_in, theirs_in) if isinstance(v, str) else v
+                for k, v in config.items()
+            }
         assert config == theirs.get_config_dict()
     assert hasattr(ours, "citation") == hasattr(theirs, "citation")
     if hasattr(theirs, "citation"):
@@ -138,7 +155,9 @@ class TwoLabels(nn.Module):
 
 
 @BY_NAME
-def test_models_that_are_none_of_it_are_refused_in_their_words(case: Case, model: nn.Module, monkeypatch):
+def test_models_that_are_none_of_it_are_refused_in_their_words(
+    case: Case, model: nn.Module, monkeypatch
+):
     monkeypatch.setattr(type(model), "num_labels", 2)
     models = [model, TwoLabels()]
     for refused in models:
@@ -198,7 +217,9 @@ def test_their_cross_entropy_loss_stays_theirs(monkeypatch: pytest.MonkeyPatch):
     from rerank_fast.losses import CrossEntropyLoss
 
     assert CrossEntropyLoss is peer_losses.CrossEntropyLoss
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers.cross_encoder.losses", None)
+    monkeypatch.setitem(
+        __import__("sys").modules, "sentence_transformers.cross_encoder.losses", None
+    )
     with pytest.raises(ImportError, match="pip install sentence-transformers"):
         from rerank_fast.losses import CrossEntropyLoss
     with pytest.raises(AttributeError, match="no attribute 'NoSuchLoss'"):
@@ -208,7 +229,10 @@ def test_their_cross_entropy_loss_stays_theirs(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.takes == "lists"])
 def test_a_query_without_documents_has_no_share(name: str, model: nn.Module):
     """It counts as a list where theirs does; there ListNet is NaN."""
-    inputs, labels = [["a", "b"], [["c", "d", "e"], []]], [torch.tensor([1.0, 0.0, 0.5]), torch.ones(0)]
+    inputs, labels = (
+        [["a", "b"], [["c", "d", "e"], []]],
+        [torch.tensor([1.0, 0.0, 0.5]), torch.ones(0)],
+    )
     value = getattr(losses, name)(model)(inputs, labels)
     theirs = getattr(peer_losses, name)(model)(inputs, labels)
     if name == "ListNetLoss":
@@ -229,7 +253,10 @@ def test_negatives_are_drawn_as_theirs(model: nn.Module):
         assert drawn[0] == drawn[1]
         assert len(drawn[0]) == min(number or 24, 24)
         for column in drawn[0]:
-            assert all(text.split()[2] != anchor.split()[1] for anchor, text in zip(anchors, column, strict=True))
+            assert all(
+                text.split()[2] != anchor.split()[1]
+                for anchor, text in zip(anchors, column, strict=True)
+            )
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "4"])
@@ -245,10 +272,15 @@ def test_an_anchor_alone_has_a_loss_of_zero(model: nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "inputs"),
-    [("MarginMSELoss", [["a"], ["b"]]), ("MarginMSELoss", [["a"]]), ("MultipleNegativesRankingLoss", [["a"]])],
+    [
+        ("MarginMSELoss", [["a"], ["b"]]),
+        ("MarginMSELoss", [["a"]]),
+        ("MultipleNegativesRankingLoss", [["a"]]),
+    ],
 )
 def test_too_few_columns_are_named(name: str, inputs: list[list[str]], model: nn.Module):
     with pytest.raises(
-        ValueError, match=rf"{name} expects an anchor.* but got a dataset with {len(inputs)} columns"
+        ValueError,
+        match=rf"{name} expects an anchor.* but got a dataset with {len(inputs)} columns",
     ):
         getattr(losses, name)(model)(inputs, torch.ones(1, 1))

@@ -1,4 +1,6 @@
-"""gradient_cache=True: the gradient that is without it, in memory that does not grow with the batch."""
+"""gradient_cache=True: the gradient that is without it, in memory that does not grow with the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from sentence_transformers.cross_encoder import CrossEncoder
 from torch import nn
 
 from rerank_fast import losses
-from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.gradient_cache import CachedScores
+from rerank_fast.model.packed.encoder import PackedPairs
 from tests.losses.beside_theirs import (
     BATCHES,
     CASES,
@@ -38,7 +40,9 @@ def dropping(directory: str) -> CrossEncoder:
 
 @BY_NAME
 @BY_PACKED
-def test_the_gradient_is_that_without_it_with_dropout(case: Case, packed: bool, dropping: CrossEncoder):
+def test_the_gradient_is_that_without_it_with_dropout(
+    case: Case, packed: bool, dropping: CrossEncoder
+):
     for batch in BATCHES[case.takes]:
         results, drawn = [], []
         for cached in (False, True):
@@ -91,10 +95,14 @@ def test_memory_does_not_grow_with_the_batch(case: Case, packed: bool, dropping:
     assert peaks[False, 8] > 4 * peaks[False, 1]
 
 
-def test_without_a_mini_batch_size_it_is_bounded_too(dropping: CrossEncoder, monkeypatch: pytest.MonkeyPatch):
-    sizes, call = [], PackedStep.__call__
+def test_without_a_mini_batch_size_it_is_bounded_too(
+    dropping: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    sizes, call = [], PackedPairs.__call__
     monkeypatch.setattr(
-        PackedStep, "__call__", lambda step, rows, *keep: (sizes.append(len(rows)), call(step, rows, *keep))[1]
+        PackedPairs,
+        "__call__",
+        lambda step, rows, *keep: (sizes.append(len(rows)), call(step, rows, *keep))[1],
     )
     loss = losses.MSELoss(dropping, gradient_cache=True)
     loss([["panda"] * 70, ["bear"] * 70], torch.arange(70.0)).backward()
@@ -105,14 +113,18 @@ def test_without_a_mini_batch_size_it_is_bounded_too(dropping: CrossEncoder, mon
 def test_pairs_without_gradient_are_not_run_again(
     packed: bool, model: CrossEncoder, monkeypatch: pytest.MonkeyPatch
 ):
-    """Where none has one a single pair is, so that weights have the zeros that they have without the cache."""
+    """Where none has one a single pair is, so that weights have the zeros that they have without
+    the cache.
+    """
     runs, push = [], CachedScores.push
     monkeypatch.setattr(CachedScores, "push", lambda *arguments: runs.append(push(*arguments)))
     zeros = [torch.zeros(len(row)) for row in LABELS]
     for labels, expected in ((zeros, 1), ([*zeros[:2], torch.tensor(LABELS[2])], len(LABELS[2]))):
         found, direct = (
             loss_and_gradients(
-                losses.LambdaLoss(model, packed=packed, gradient_cache=cached), [QUERIES, DOCUMENTS], labels
+                losses.LambdaLoss(model, packed=packed, gradient_cache=cached),
+                [QUERIES, DOCUMENTS],
+                labels,
             )[1]
             for cached in (True, False)
         )
@@ -178,10 +190,14 @@ def test_frozen_weights_get_nothing(packed: bool, dropping: CrossEncoder):
     assert_same(results[1], results[0], value=1e-6, gradients=1e-6)
 
 
-def test_without_gradients_every_pair_runs_once(dropping: CrossEncoder, monkeypatch: pytest.MonkeyPatch):
-    sizes, call = [], PackedStep.__call__
+def test_without_gradients_every_pair_runs_once(
+    dropping: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    sizes, call = [], PackedPairs.__call__
     monkeypatch.setattr(
-        PackedStep, "__call__", lambda step, rows, *keep: (sizes.append(len(rows)), call(step, rows, *keep))[1]
+        PackedPairs,
+        "__call__",
+        lambda step, rows, *keep: (sizes.append(len(rows)), call(step, rows, *keep))[1],
     )
     with torch.no_grad():
         value = losses.MSELoss(dropping.eval(), gradient_cache=True)(*tensors(*BATCHES["pairs"][0]))
@@ -206,7 +222,11 @@ def test_the_callers_autocast_holds_in_backward(dropping: CrossEncoder):
         assert_same(cached, direct, value=1e-6, gradients=0.01)
 
 
-def test_the_cached_loss_shows_its_progress(model: CrossEncoder, capsys: pytest.CaptureFixture[str]):
-    loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, show_progress_bar=True)
+def test_the_cached_loss_shows_its_progress(
+    model: CrossEncoder, capsys: pytest.CaptureFixture[str]
+):
+    loss = losses.CachedMultipleNegativesRankingLoss(
+        model, mini_batch_size=4, show_progress_bar=True
+    )
     loss(*tensors(*BATCHES["tuples"][0])).backward()
     assert "18/18" in capsys.readouterr().err.rsplit("\r", 1)[-1]  # 3 anchors, 3 texts each, twice

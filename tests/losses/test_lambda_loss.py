@@ -8,7 +8,7 @@ from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder import losses as peer_losses
 
 from rerank_fast import losses
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packed.encoder import PackedPairs
 from tests.losses.beside_theirs import DOCUMENTS, LABELS, QUERIES, assert_same
 from tests.losses.beside_theirs import loss_and_gradients as gradients_of
 from tests.model_factory import make_tiny_bert
@@ -67,7 +67,9 @@ def test_custom_schemes_fall_back_to_their_own_forward(model, scheme, k):
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 1, 4, -1])
-def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(model, mini_batch_size, monkeypatch):
+def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(
+    model, mini_batch_size, monkeypatch
+):
     loss = losses.LambdaLoss(model, mini_batch_size=mini_batch_size, packed=False)
     sizes, tokenized, padded = [], [], []
     forward, preprocess = model.forward, model.preprocess
@@ -96,25 +98,31 @@ def test_mini_batch_size_is_pairs_per_forward_and_text_is_tokenized_once(model, 
 @pytest.mark.parametrize("mini_batch_size", [None, 1, 4, -1])
 def test_packed_runs_give_the_same_loss_and_gradients(model, mini_batch_size, monkeypatch):
     sizes = []
-    call = PackedStep.__call__
+    call = PackedPairs.__call__
 
     def counting_call(self, indices):
         sizes.append(len(indices))
         return call(self, indices)
 
-    monkeypatch.setattr(PackedStep, "__call__", counting_call)
-    padded = loss_and_gradients(losses.LambdaLoss(model, mini_batch_size=mini_batch_size, packed=False))
+    monkeypatch.setattr(PackedPairs, "__call__", counting_call)
+    padded = loss_and_gradients(
+        losses.LambdaLoss(model, mini_batch_size=mini_batch_size, packed=False)
+    )
     assert not sizes
-    assert_same(loss_and_gradients(losses.LambdaLoss(model, mini_batch_size=mini_batch_size)), padded)
+    assert_same(
+        loss_and_gradients(losses.LambdaLoss(model, mini_batch_size=mini_batch_size)), padded
+    )
     assert sum(sizes) == 10
     assert max(sizes) == {None: 3, 1: 1, 4: 4, -1: 10}[mini_batch_size]
 
 
 def test_a_model_with_a_forward_of_its_own_is_called(model, monkeypatch):
     """A wrapper, a hook or a further module may do more than the Hugging Face model does."""
-    monkeypatch.setattr(PackedStep, "__call__", None)
+    monkeypatch.setattr(PackedPairs, "__call__", None)
     loss = losses.LambdaLoss(model)
-    handle = model.register_forward_hook(lambda module, inputs, output: {"scores": output["scores"] * 2})
+    handle = model.register_forward_hook(
+        lambda module, inputs, output: {"scores": output["scores"] * 2}
+    )
     doubled, _ = loss_and_gradients(loss)
     handle.remove()
     plain, _ = loss_and_gradients(losses.LambdaLoss(model, sigma=2.0, packed=False))
@@ -137,14 +145,17 @@ def test_a_model_with_a_forward_of_its_own_is_called(model, monkeypatch):
 
 
 def test_a_model_that_must_be_called_is_said_once(model, monkeypatch, caplog):
-    monkeypatch.setattr("rerank_fast.model.scoring._said", set())
+    monkeypatch.setattr("rerank_fast.model.preparation._said", set())
     loss = losses.LambdaLoss(model)
     loss.model = torch.compile(model, backend="eager")
     loss.model.preprocess = model.preprocess
     for _ in range(2):
         loss([["q"], [["a", "b"]]], [torch.tensor([1.0, 0.0])])
-    assert [record.getMessage() for record in caplog.records if "padded" in record.getMessage()] == [
-        "Pairs are padded and sorted by length: the model is a OptimizedModule, whose own forward must run."
+    assert [
+        record.getMessage() for record in caplog.records if "padded" in record.getMessage()
+    ] == [
+        "Pairs are padded and sorted by length: the model is a OptimizedModule, whose own forward "
+        "must run."
     ]
 
 
@@ -175,7 +186,9 @@ def test_the_same_errors(model, inputs, labels):
 
 
 def test_more_than_one_label_is_refused(tmp_path):
-    three = PeerCrossEncoder(str(make_tiny_bert(tmp_path, num_labels=3)), num_labels=3, device="cpu")
+    three = PeerCrossEncoder(
+        str(make_tiny_bert(tmp_path, num_labels=3)), num_labels=3, device="cpu"
+    )
     with pytest.raises(ValueError, match="1 output label"):
         losses.LambdaLoss(three)
 
@@ -188,4 +201,6 @@ def test_our_cross_encoder_can_stand_in(directory, model):
     mine.eval()
     batch = [QUERIES, DOCUMENTS], [torch.tensor(values) for values in LABELS]
     ours = losses.LambdaLoss(mine)(*batch)
-    torch.testing.assert_close(ours, peer_losses.LambdaLoss(model.eval())(*batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours, peer_losses.LambdaLoss(model.eval())(*batch), rtol=1e-5, atol=1e-6
+    )

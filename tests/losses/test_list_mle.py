@@ -68,7 +68,8 @@ def test_lists_of_one_document_give_a_zero_with_a_gradient(model: CrossEncoder):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("lambda_weight", 3), ("respect_input_order", 1), ("respect_input_order", None)]
+    ("option", "value"),
+    [("lambda_weight", 3), ("respect_input_order", 1), ("respect_input_order", None)],
 )
 def test_options_that_are_none_are_refused(model: CrossEncoder, option: str, value: object):
     with pytest.raises(ValueError, match=f"^{option} must be"):

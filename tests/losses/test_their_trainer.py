@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+)
 from sentence_transformers.cross_encoder import losses as peer_losses
 from torch import nn
 from transformers import TrainerCallback
 
 from rerank_fast import losses
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packed.encoder import PackedPairs
 from tests.losses.beside_theirs import BATCHES, CASES, Case
 from tests.losses.conftest import STILL
 
@@ -33,7 +37,11 @@ class Curve(TrainerCallback):
 
 
 def train(
-    directory: str, output: Path, make: Callable[[nn.Module], nn.Module], takes: str, **settings: Any
+    directory: str,
+    output: Path,
+    make: Callable[[nn.Module], nn.Module],
+    takes: str,
+    **settings: Any,
 ) -> list[float]:
     """The losses of ten steps."""
     torch.manual_seed(0)
@@ -78,9 +86,11 @@ def test_in_bf16_their_trainer_runs_it_packed(
     cached: bool, directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Accelerate puts an autocast on the model's forward, which packed execution does without."""
-    dtypes, call = [], PackedStep.__call__
+    dtypes, call = [], PackedPairs.__call__
     monkeypatch.setattr(
-        PackedStep, "__call__", lambda step, *rows: (dtypes.append(step.dtype), call(step, *rows))[1]
+        PackedPairs,
+        "__call__",
+        lambda step, *rows: (dtypes.append(step.dtype), call(step, *rows))[1],
     )
     theirs = train(directory, tmp_path, peer_losses.LambdaLoss, "lists", bf16=True)
     assert not dtypes
@@ -98,23 +108,24 @@ import itertools
 import sys
 import torch
 from datasets import Dataset
-from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer
+from sentence_transformers.cross_encoder import CrossEncoderTrainingArguments
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packed.encoder import PackedPairs
 from tests.losses.beside_theirs import DOCUMENTS, LABELS, QUERIES
 from tests.losses.conftest import STILL
 
-calls, call = [], PackedStep.__call__
-PackedStep.__call__ = lambda step, *rows: (calls.append(1), call(step, *rows))[1]
+calls, call = [], PackedPairs.__call__
+PackedPairs.__call__ = lambda step, *rows: (calls.append(1), call(step, *rows))[1]
 dataset = Dataset.from_dict({"query": QUERIES * 4, "docs": DOCUMENTS * 4, "labels": LABELS * 4})
 weights = []
 for packed, cached in itertools.product((False, True), repeat=2):
     torch.manual_seed(0)
     model = CrossEncoder(sys.argv[1], num_labels=1, device="cpu", config_kwargs=STILL)
     arguments = CrossEncoderTrainingArguments(
-        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
-        optim="sgd", ddp_backend="gloo", save_strategy="no", report_to=[], disable_tqdm=True,
-        gradient_accumulation_steps=2,
+        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, learning_rate=0.1,
+        use_cpu=True, optim="sgd", ddp_backend="gloo", save_strategy="no", report_to=[],
+        disable_tqdm=True, gradient_accumulation_steps=2,
     )
     loss = LambdaLoss(model, mini_batch_size=2, packed=packed, gradient_cache=cached)
     CrossEncoderTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
@@ -122,22 +133,36 @@ for packed, cached in itertools.product((False, True), repeat=2):
     assert "forward" not in vars(model)
     assert bool(calls) == packed
     weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
-start = torch.cat([w.detach().flatten() for w in CrossEncoder(sys.argv[1], device="cpu").parameters()])
+untrained = CrossEncoder(sys.argv[1], device="cpu")
+start = torch.cat([w.detach().flatten() for w in untrained.parameters()])
 for found in weights[1:]:
     torch.testing.assert_close(found, weights[0], rtol=1e-5, atol=1e-6)
     assert (found - start).abs().max() > 1e-3
     others = [torch.empty_like(found) for _ in range(2)]
     torch.distributed.all_gather(others, found)
     assert torch.equal(*others)
-torch.distributed.destroy_process_group()  # its threads would abort a process that exits before they are done
+# its threads would abort a process that exits before they are done
+torch.distributed.destroy_process_group()
 """
 
 
 def test_their_trainer_in_two_processes_runs_it_packed(directory: str, tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(_IN_TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.getcwd(),
+    }
     done = subprocess.run(
         [*command, str(script), directory, str(tmp_path / "output")],
         env=environment,

@@ -1,4 +1,5 @@
-"""A process that scores pairs of ever new lengths: python -m tests.model.growing_run DIRECTORY DTYPE [padded].
+"""A process that scores pairs of ever new lengths: python -m tests.model.growing_run DIRECTORY
+DTYPE [padded].
 
 Prints by how many MiB it has grown after its first calls.
 """

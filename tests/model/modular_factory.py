@@ -10,7 +10,13 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import CNN, Dropout, LayerNorm, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import (
+    CNN,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+)
 from torch import nn
 
 from tests.model_factory import make_tokenizer
@@ -31,7 +37,12 @@ _SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_MODERN = {"local_attention": 8, "global_attn_every_n_layers": 2, "bos_token_id": 2, "eos_token_id": 3}
+_MODERN = {
+    "local_attention": 8,
+    "global_attn_every_n_layers": 2,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 _MODERN |= {"cls_token_id": 2, "sep_token_id": 3}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("ModernBert", _MODERN),
@@ -61,7 +72,13 @@ def ettin(pooling: str | tuple[str, ...] = "cls") -> list[nn.Module]:
 
 HEADS: dict[str, Callable[[], list[nn.Module]]] = {
     "score alone": lambda: [Pooling(WIDTH, "cls"), score(bias=False)],
-    "dropout": lambda: [Pooling(WIDTH, "mean"), Dropout(0.3), Dense(WIDTH, 16), Dropout(0.3), score(16)],
+    "dropout": lambda: [
+        Pooling(WIDTH, "mean"),
+        Dropout(0.3),
+        Dense(WIDTH, 16),
+        Dropout(0.3),
+        score(16),
+    ],
     "normalized": lambda: [Pooling(WIDTH, "mean"), Normalize(), score()],
     "residual": lambda: [
         Pooling(WIDTH, "cls"),
@@ -103,7 +120,9 @@ def make_encoder(name: str, directory: Path) -> Path:
     tokenizer = make_tokenizer()
     if name not in ("bert", "roberta", "deberta"):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    config = getattr(transformers, f"{kind}Config")(**{**_SIZES, "vocab_size": len(tokenizer), **options})
+    config = getattr(transformers, f"{kind}Config")(
+        **{**_SIZES, "vocab_size": len(tokenizer), **options}
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}Model")(config)
     spread(model)
@@ -112,7 +131,9 @@ def make_encoder(name: str, directory: Path) -> Path:
     return directory
 
 
-def make_peer(directory: Path, head: list[nn.Module], encoder: str = "modernbert", **options: Any) -> Any:
+def make_peer(
+    directory: Path, head: list[nn.Module], encoder: str = "modernbert", **options: Any
+) -> Any:
     """sentence-transformers' model of an encoder and modules, saved in directory / "model"."""
     transformer = Transformer(str(make_encoder(encoder, directory / "encoder")))
     torch.manual_seed(1)

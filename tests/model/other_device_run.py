@@ -1,5 +1,5 @@
-"""Run by test_other_devices.py in a process of its own: a model, a step and the ops on a device without
-kernels."""
+"""Run by test_other_devices.py in a process of its own: a model, a step and the ops on a device
+without kernels."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def scores(model: Path, device: str) -> list[float]:
 
 def gradients(model: Path, device: str, cache: str, output: Path) -> dict[str, Tensor]:
     """Of a step with dropout, in several micro-batches."""
-    config = config_for(output, max_steps=1, gradient_cache=cache, max_tokens_per_microbatch=40, max_grad_norm=0)
+    config = config_for(
+        output, max_steps=1, gradient_cache=cache, max_tokens_per_microbatch=40, max_grad_norm=0
+    )
     trainer = Trainer(CrossEncoder(model, device=device), make_lists(8), config=config)
     trainer.model.train()
     torch.manual_seed(3)
     batch = next(trainer.batches())
     trainer.backward([batch.lists], batch.units, Rates())
-    return {n: w.grad.cpu() for n, w in trainer.model.model.named_parameters() if w.grad is not None}
+    return {
+        n: w.grad.cpu() for n, w in trainer.model.model.named_parameters() if w.grad is not None
+    }
 
 
 def ops(device: str) -> list[list[float]]:
@@ -47,7 +51,8 @@ def ops(device: str) -> list[list[float]]:
     labels, offsets = torch.tensor([2.0, 0, 1, 0, 1, 0]), torch.tensor([0, 4, 6])
     found: list[Tensor] = []
     x, stream, weight, dense, out = (
-        one.to(device).requires_grad_() for one in (wide, wide + 1, wide[0], wide.new_ones(8, 8) / 8, wide[:1])
+        one.to(device).requires_grad_()
+        for one in (wide, wide + 1, wide[0], wide.new_ones(8, 8) / 8, wide[:1])
     )
     labels, offsets = labels.to(device), offsets.to(device)
     normed, _ = residual_norm(x, stream, weight, weight, eps=1e-5, dropout_p=0.3, seed=5)
@@ -60,7 +65,9 @@ def ops(device: str) -> list[list[float]]:
 
 def main(model: Path, output: Path) -> None:
     direct, cached = (gradients(model, NAME, cache, output / cache) for cache in ("off", "on"))
-    one, other = (torch.cat([part.flatten() for part in found.values()]) for found in (direct, cached))
+    one, other = (
+        torch.cat([part.flatten() for part in found.values()]) for found in (direct, cached)
+    )
     result: dict[str, Any] = {
         "scores": [scores(model, device) for device in ("cpu", NAME)],
         "ops": [ops(device) for device in ("cpu", NAME)],

@@ -35,14 +35,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[CrossEncoder, Any]
         path, device="cpu", prompts={"web": "query about ", "none": ""}, default_prompt_name="none"
     )
     peer.save_pretrained(str(root / "saved"))
-    return CrossEncoder(root / "saved", device="cpu"), PeerCrossEncoder(str(root / "saved"), device="cpu")
+    return CrossEncoder(root / "saved", device="cpu"), PeerCrossEncoder(
+        str(root / "saved"), device="cpu"
+    )
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
     "plain": lambda model: model.predict(PAIRS),
     "one pair": lambda model: model.predict(PAIRS[0]),
     "no pair": lambda model: model.predict([]),
-    "positions": lambda model: model.predict(PAIRS, None, "web ", 2, False, nn.Tanh(), False, False, True),
+    "positions": lambda model: model.predict(
+        PAIRS, None, "web ", 2, False, nn.Tanh(), False, False, True
+    ),
     "prompt_name": lambda model: model.predict(PAIRS, prompt_name="web"),
     "prompt": lambda model: model.predict(PAIRS, prompt="query "),
     "both": lambda model: model.predict(PAIRS, prompt="query ", prompt_name="web"),
@@ -54,14 +58,25 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "sentences": lambda model: model.predict(sentences=PAIRS, show_progress_bar=False),
     "a tensor": lambda model: model.predict(PAIRS, convert_to_tensor=True),
     "a list": lambda model: model.predict(PAIRS, convert_to_numpy=False),
-    "both converted": lambda model: model.predict(PAIRS, convert_to_tensor=True, convert_to_numpy=True),
+    "both converted": lambda model: model.predict(
+        PAIRS, convert_to_tensor=True, convert_to_numpy=True
+    ),
     "one tensor": lambda model: model.predict(PAIRS[0], convert_to_numpy=False),
     "no device": lambda model: model.predict(PAIRS, device=None, pool=None, chunk_size=None),
     "rank": lambda model: model.rank("what is a panda", DOCUMENTS),
-    "rank positions": lambda model: model.rank("rain", DOCUMENTS, 2, True, None, "web ", 1, False, nn.Tanh()),
-    "rank by name": lambda model: model.rank("rain", DOCUMENTS, prompt_name="web", return_documents=True),
+    "rank positions": lambda model: model.rank(
+        "rain", DOCUMENTS, 2, True, None, "web ", 1, False, nn.Tanh()
+    ),
+    "rank by name": lambda model: model.rank(
+        "rain", DOCUMENTS, prompt_name="web", return_documents=True
+    ),
     "rank as before": lambda model: model.rank(
-        "rain", DOCUMENTS, num_workers=0, activation_fct=nn.Identity(), apply_softmax=True, convert_to_tensor=True
+        "rain",
+        DOCUMENTS,
+        num_workers=0,
+        activation_fct=nn.Identity(),
+        apply_softmax=True,
+        convert_to_tensor=True,
     ),
 }
 
@@ -92,7 +107,8 @@ def test_calls_give_what_theirs_give(name: str, models: tuple[CrossEncoder, Any]
 @pytest.mark.parametrize("method", ["predict", "rank"])
 def test_arguments_stand_where_theirs_stand(method: str):
     ours, theirs = (
-        inspect.signature(getattr(kind, method)).parameters for kind in (CrossEncoder, PeerCrossEncoder)
+        inspect.signature(getattr(kind, method)).parameters
+        for kind in (CrossEncoder, PeerCrossEncoder)
     )
     expected = [name for name in theirs if name not in ("device", "pool", "chunk_size", "kwargs")]
     assert list(ours) == expected
@@ -103,10 +119,16 @@ ITERABLES: dict[str, Callable[[], Any]] = {
     "a Series with an index of its own": lambda: pd.Series(PAIRS, index=[7, 3, 3]),
     "a DataFrame": lambda: pd.DataFrame(PAIRS, columns=["left", "right"]),
     "a DataFrame by names": lambda: pd.DataFrame(
-        {"n": [1, 2, 3], "document": [pair[1] for pair in PAIRS], "query": [pair[0] for pair in PAIRS]}
+        {
+            "n": [1, 2, 3],
+            "document": [pair[1] for pair in PAIRS],
+            "query": [pair[0] for pair in PAIRS],
+        }
     ),
     "columns that are zipped": lambda: zip(*zip(*PAIRS, strict=True), strict=True),
-    "Series that are zipped": lambda: zip(*(pd.Series(side) for side in zip(*PAIRS, strict=True)), strict=True),
+    "Series that are zipped": lambda: zip(
+        *(pd.Series(side) for side in zip(*PAIRS, strict=True)), strict=True
+    ),
     "a generator": lambda: (pair for pair in PAIRS),
     "a generator of lists": lambda: ([query, document] for query, document in PAIRS),
     "a map": lambda: map(tuple, PAIRS),
@@ -124,7 +146,9 @@ def test_pairs_of_any_kind(name: str, models: tuple[CrossEncoder, Any]):
     assert len(ours.tokenize(ITERABLES[name]())) == len(PAIRS)
 
 
-@pytest.mark.parametrize("kind", [iter, tuple, pd.Series, np.array, lambda texts: (text for text in texts)])
+@pytest.mark.parametrize(
+    "kind", [iter, tuple, pd.Series, np.array, lambda texts: (text for text in texts)]
+)
 def test_documents_of_any_kind(kind: Callable[[Any], Any], models: tuple[CrossEncoder, Any]):
     ours, _ = models
     expected = ours.rank("rain", DOCUMENTS, return_documents=True)
@@ -134,10 +158,18 @@ def test_documents_of_any_kind(kind: Callable[[Any], Any], models: tuple[CrossEn
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"prompt_name": "no such"}, ValueError, "there is no prompt 'no such': expected none, web"),
+        (
+            {"prompt_name": "no such"},
+            ValueError,
+            "there is no prompt 'no such': expected none, web",
+        ),
         ({"device": "cuda:1"}, ValueError, "expected no device; model.to"),
         ({"pool": {}}, ValueError, "expected no pool"),
-        ({"activation_fct": nn.Tanh(), "activation_fn": nn.Tanh()}, TypeError, "both activation_fn and its older"),
+        (
+            {"activation_fct": nn.Tanh(), "activation_fn": nn.Tanh()},
+            TypeError,
+            "both activation_fn and its older",
+        ),
         ({"no_such": 1}, TypeError, "no_such"),
     ],
     ids=str,
@@ -162,7 +194,9 @@ def test_tables_of_no_pairs_name_the_row(frame: pd.DataFrame, models: tuple[Cros
         models[0].predict(frame)
 
 
-def test_an_older_name_is_said_once(models: tuple[CrossEncoder, Any], caplog: pytest.LogCaptureFixture):
+def test_an_older_name_is_said_once(
+    models: tuple[CrossEncoder, Any], caplog: pytest.LogCaptureFixture
+):
     from rerank_fast.model.calls import _say_older
 
     _say_older.cache_clear()
@@ -174,8 +208,16 @@ def test_an_older_name_is_said_once(models: tuple[CrossEncoder, Any], caplog: py
 
 
 SAMPLES = [
-    {"query": "what is a panda", "positive": ["a panda is a kind of bear"], "negative": ["the sea", "rain"]},
-    {"query": "rain", "positive": ["the wind and the rain"], "negative": ["a bear", "paris", "museum"]},
+    {
+        "query": "what is a panda",
+        "positive": ["a panda is a kind of bear"],
+        "negative": ["the sea", "rain"],
+    },
+    {
+        "query": "rain",
+        "positive": ["the wind and the rain"],
+        "negative": ["a bear", "paris", "museum"],
+    },
 ]
 EVALUATORS: dict[str, Callable[[], Any]] = {
     "reranking": lambda: CrossEncoderRerankingEvaluator(SAMPLES, name="a", at_k=3),
@@ -185,7 +227,9 @@ EVALUATORS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_their_evaluators_run_on_our_model(name: str, models: tuple[CrossEncoder, Any], tmp_path: Path):
+def test_their_evaluators_run_on_our_model(
+    name: str, models: tuple[CrossEncoder, Any], tmp_path: Path
+):
     ours, theirs = models
     found = EVALUATORS[name]()(ours, output_path=str(tmp_path))
     expected = EVALUATORS[name]()(theirs)

@@ -23,13 +23,21 @@ from transformers import (
 
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.architectures import find_answer_head, find_architecture
-from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.heads import Answers
-from rerank_fast.model.packing import plan_micro_batches
-from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
-from tests.model.test_encoder import DECODER, LENGTHS, PLANS, SLIDING, gradients, make_tokens, relative_errors
+from rerank_fast.model.packed.architectures import find_answer_head, find_architecture
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.tokens.packing import plan_micro_batches
+from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+from tests.model.packed.test_encoder import (
+    DECODER,
+    LENGTHS,
+    PLANS,
+    SLIDING,
+    gradients,
+    make_tokens,
+    relative_errors,
+)
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3
 
 PAIRS = [
@@ -75,7 +83,7 @@ def test_scores_and_gradients_equal_the_left_padded_model(name: str, answers: An
         model.to(dtype)
         architecture = find_architecture(model, answers)
         assert architecture is not None
-        step = PackedStep(architecture, tokens, dtype=dtype)
+        step = PackedPairs(architecture, tokens, dtype=dtype)
         plan = PLANS["several"]
         actual = torch.cat([step(indices) for indices in plan])[np.argsort(np.concatenate(plan))]
         torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
@@ -94,12 +102,15 @@ def test_only_the_answers_rows_of_the_vocabulary_are_multiplied(directory: Path,
     np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-6)
     tokens = model.tokenize(PAIRS)
     with torch.inference_mode():
-        padded = model.step(tokens, packed=False)(np.arange(len(PAIRS)))
+        padded = model.prepare(tokens, packed=False)(np.arange(len(PAIRS)))
     np.testing.assert_allclose(padded.sigmoid(), expected, rtol=0, atol=1e-5)
 
 
 def test_scores_equal_sentence_transformers(directory: Path):
-    peer, model = PeerCrossEncoder(str(directory), device="cpu"), CrossEncoder(directory, device="cpu")
+    peer, model = (
+        PeerCrossEncoder(str(directory), device="cpu"),
+        CrossEncoder(directory, device="cpu"),
+    )
     assert model.num_labels == 1
     for options in ({}, {"prompt": "is it about a panda"}, {"activation_fn": nn.Identity()}):
         ours, theirs = model.predict(PAIRS, **options), peer.predict(PAIRS, **options)
@@ -109,10 +120,16 @@ def test_scores_equal_sentence_transformers(directory: Path):
 
 def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.LogCaptureFixture):
     pairs = [(query, document + " the sea" * 300) for query, document in PAIRS[:2]] + PAIRS[2:3]
-    peer, model = PeerCrossEncoder(str(directory), device="cpu"), CrossEncoder(directory, device="cpu")
+    peer, model = (
+        PeerCrossEncoder(str(directory), device="cpu"),
+        CrossEncoder(directory, device="cpu"),
+    )
     np.testing.assert_allclose(model.predict(pairs), peer.predict(pairs), rtol=1e-5, atol=1e-5)
-    assert [record.message for record in caplog.records if record.name.startswith("rerank_fast")] == [
-        "2 of 3 pairs are longer than max_length=384 tokens and were truncated; this is said once, and the "
+    assert [
+        record.message for record in caplog.records if record.name.startswith("rerank_fast")
+    ] == [
+        "2 of 3 pairs are longer than max_length=384 tokens and were truncated; this is said once, "
+        "and the "
         "model's truncated_pairs counts on."
     ]
     ending = model.tokenize(PAIRS[:1]).input_ids[-12:].tolist()
@@ -122,13 +139,18 @@ def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.
 
 
 def test_the_published_usage(tmp_path: Path):
-    """A checkpoint as Qwen published it, with a chat template that knows no pairs; the prompt put together here."""
-    chat = "{% for m in messages if m.role == 'user' %}<|im_start|>user\\n{{ m.content }}{% endfor %}"
+    """A checkpoint as Qwen published it, with a chat template that knows no pairs; the prompt put
+    together here.
+    """
+    chat = (
+        "{% for m in messages if m.role == 'user' %}<|im_start|>user\\n{{ m.content }}{% endfor %}"
+    )
     directory = make_tiny_qwen3(tmp_path, chat_template=chat)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     causal = AutoModelForCausalLM.from_pretrained(directory).eval()
     prefix = (
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+        "and the Instruct "
         'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
     )
     suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -143,7 +165,10 @@ def test_the_published_usage(tmp_path: Path):
     np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
     assert (
         model.tokenizer.apply_chat_template(
-            [{"role": "query", "content": PAIRS[0][0]}, {"role": "document", "content": PAIRS[0][1]}],
+            [
+                {"role": "query", "content": PAIRS[0][0]},
+                {"role": "document", "content": PAIRS[0][1]},
+            ],
             tokenize=False,
         )
         == texts[0]
@@ -169,7 +194,10 @@ def test_what_is_saved_opens_on_either_side(directory: Path, tmp_path: Path):
 
 def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path):
     model = CrossEncoder(directory, device="cpu")
-    inputs, labels = [["rain", "panda"], [["rain", "wind"], ["bear", "fish"]]], [torch.tensor([1, 0])] * 2
+    inputs, labels = (
+        [["rain", "panda"], [["rain", "wind"], ["bear", "fish"]]],
+        [torch.tensor([1, 0])] * 2,
+    )
     losses = {}
     for packed in (True, False):
         model.zero_grad()
@@ -183,26 +211,33 @@ def test_the_drop_in_loss_runs_a_causal_model_packed(directory: Path):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_gradient_cache_gives_the_same_gradient(directory: Path, packed: bool):
-    """The answers' rows of the vocabulary are shared by micro-batches, each of which has its own backward."""
+    """The answers' rows of the vocabulary are shared by micro-batches, each of which has its own
+    backward.
+    """
     model = CrossEncoder(directory, device="cpu", dtype="float32").train()
     tokens = model.tokenize(PAIRS)
     plan = plan_micro_batches(tokens.lengths, max_pairs=2)
     found = []
     for cached in (False, True):
         model.zero_grad(set_to_none=True)
-        step = model.step(tokens, packed=packed)
+        step = model.prepare(tokens, packed=packed)
         if cached:
             backward_cached(step, plan, torch.sum, device=torch.device("cpu"))
         else:
             backward_direct(step, plan, torch.sum)
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        found.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_causal_models_in_int8(directory: Path):
-    exact, model = CrossEncoder(directory, device="cpu"), CrossEncoder(directory, device="cpu", dtype="int8")
+    exact, model = (
+        CrossEncoder(directory, device="cpu"),
+        CrossEncoder(directory, device="cpu", dtype="int8"),
+    )
     np.testing.assert_allclose(model.predict(PAIRS), exact.predict(PAIRS), atol=0.05)
     assert type(model.model.lm_head) is nn.Linear
 
@@ -215,7 +250,9 @@ def test_causal_models_that_can_not_be_used(tmp_path: Path):
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).exists():
             text = (directory / name).read_text(encoding="utf-8")
-            (directory / name).write_text(text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
+            (directory / name).write_text(
+                text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8"
+            )
     with pytest.raises(ValueError, match="chat template can't carry a pair"):
         CrossEncoder(directory)
     vocabulary = json.loads(file.read_text(encoding="utf-8"))

@@ -18,7 +18,16 @@ from transformers import AutoModelForSequenceClassification
 
 from rerank_fast import CrossEncoder
 from rerank_fast.cli import main
-from tests.model.modular_factory import HEADS, PAIRS, WIDTH, ettin, make_encoder, make_peer, score, spread
+from tests.model.modular_factory import (
+    HEADS,
+    PAIRS,
+    WIDTH,
+    ettin,
+    make_encoder,
+    make_peer,
+    score,
+    spread,
+)
 from tests.model_factory import make_tiny_qwen3
 
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,7 +60,10 @@ def test_a_classifiers_head_as_modules_and_back(name: str, tmp_path: Path):
     model = CrossEncoder(make_classifier(name, tmp_path / "model"), device="cpu")
     expected = model.predict(PAIRS)
     assert convert(tmp_path / "model", tmp_path / "modular", "modular") == 0
-    for opened in (CrossEncoder(tmp_path / "modular", device="cpu"), PeerCrossEncoder(str(tmp_path / "modular"))):
+    for opened in (
+        CrossEncoder(tmp_path / "modular", device="cpu"),
+        PeerCrossEncoder(str(tmp_path / "modular")),
+    ):
         np.testing.assert_allclose(opened.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
     assert convert(tmp_path / "modular", tmp_path / "back", "classification") == 0
     again = CrossEncoder(tmp_path / "back", device="cpu")
@@ -73,11 +85,23 @@ def test_an_ettin_rerankers_modules_as_a_classifier(mode: str, tmp_path: Path):
 
 
 REFUSED: dict[str, tuple[str, Callable[[], list[nn.Module]], str]] = {
-    "norm's bias": ("modernbert", lambda: ettin("cls"), "has a bias, for which the other kind has no place"),
-    "pooling": ("bert", lambda: [Pooling(WIDTH, "mean"), Dense(WIDTH, WIDTH), score()], "reads its tokens by cls"),
+    "norm's bias": (
+        "modernbert",
+        lambda: ettin("cls"),
+        "has a bias, for which the other kind has no place",
+    ),
+    "pooling": (
+        "bert",
+        lambda: [Pooling(WIDTH, "mean"), Dense(WIDTH, WIDTH), score()],
+        "reads its tokens by cls",
+    ),
     "activation": (
         "bert",
-        lambda: [Pooling(WIDTH, "cls"), Dense(WIDTH, WIDTH, activation_function=nn.GELU()), score()],
+        lambda: [
+            Pooling(WIDTH, "cls"),
+            Dense(WIDTH, WIDTH, activation_function=nn.GELU()),
+            score(),
+        ],
         "has the activation Tanh",
     ),
     "norm": (
@@ -85,16 +109,30 @@ REFUSED: dict[str, tuple[str, Callable[[], list[nn.Module]], str]] = {
         lambda: [Pooling(WIDTH, "cls"), Dense(WIDTH, WIDTH), LayerNorm(WIDTH), score()],
         "has no norm layer",
     ),
-    "width": ("bert", lambda: [Pooling(WIDTH, "cls"), Dense(WIDTH, 16), score(16)], "a layer of the head is"),
+    "width": (
+        "bert",
+        lambda: [Pooling(WIDTH, "cls"), Dense(WIDTH, 16), score(16)],
+        "a layer of the head is",
+    ),
     "residual": ("bert", HEADS["residual"], "are no sequence classifier's head"),
     "normalized": ("modernbert", HEADS["normalized"], "are no sequence classifier's head"),
-    "two modes": ("modernbert", lambda: ettin(("cls", "mean")), "are no sequence classifier's head"),
-    "a decoder": ("qwen3", lambda: [Pooling(WIDTH, "lasttoken"), score(bias=False)], "can be converted"),
+    "two modes": (
+        "modernbert",
+        lambda: ettin(("cls", "mean")),
+        "are no sequence classifier's head",
+    ),
+    "a decoder": (
+        "qwen3",
+        lambda: [Pooling(WIDTH, "lasttoken"), score(bias=False)],
+        "can be converted",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_modules_that_are_no_classifiers_head(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_modules_that_are_no_classifiers_head(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     encoder, head, message = REFUSED[name]
     make_peer(tmp_path, head(), encoder)
     assert convert(tmp_path / "model", tmp_path / "out", "classification") == 2
@@ -102,7 +140,9 @@ def test_modules_that_are_no_classifiers_head(name: str, tmp_path: Path, capsys:
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_heads_that_are_that_kind_already_or_have_no_like(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_heads_that_are_that_kind_already_or_have_no_like(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
     make_peer(tmp_path, ettin())
     make_tiny_qwen3(tmp_path / "qwen3")
     make_classifier("bert", tmp_path / "bert")

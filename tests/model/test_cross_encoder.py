@@ -1,4 +1,6 @@
-"""CrossEncoder beside sentence-transformers and transformers: the same directories, the same scores."""
+"""CrossEncoder beside sentence-transformers and transformers: the same directories, the same
+scores.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rerank_fast import CrossEncoder
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.precision.hardware import product_seconds
 from tests.model_factory import make_tiny_bert, make_tiny_roberta
 
 QUERY = "how many people live in berlin"
 PASSAGES = [
     "berlin museum",
-    "the population of berlin is 3520031 and all the people live in the city of berlin or over the sea",
+    "the population of berlin is 3520031 and all the people live in the city of berlin or over the "
+    "sea",
     "rain",
     "a panda eats bamboo all day long and is a kind of bear",
     "people of paris live in the capital of france",
@@ -50,7 +53,9 @@ def logits_by_transformers(directory: Path) -> np.ndarray:
     with torch.inference_mode():
         return np.array(
             [
-                model(**tokenizer(*pair, truncation=True, max_length=64, return_tensors="pt")).logits.item()
+                model(
+                    **tokenizer(*pair, truncation=True, max_length=64, return_tensors="pt")
+                ).logits.item()
                 for pair in PAIRS
             ]
         )
@@ -61,7 +66,9 @@ def test_predict_equals_sentence_transformers(directory: Path, model: CrossEncod
     np.testing.assert_allclose(model.predict(PAIRS), peer.predict(PAIRS), rtol=0, atol=1e-5)
     for batch_size in (1, 4, 100):
         ours = model.predict(PAIRS, batch_size=batch_size, activation_fn=nn.Identity())
-        np.testing.assert_allclose(ours, peer.predict(PAIRS, activation_fn=nn.Identity()), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            ours, peer.predict(PAIRS, activation_fn=nn.Identity()), rtol=1e-5, atol=1e-5
+        )
     np.testing.assert_allclose(ours, logits_by_transformers(directory), rtol=1e-5, atol=1e-5)
 
 
@@ -82,11 +89,18 @@ def test_predict_returns_what_sentence_transformers_returns(directory: Path, mod
 def test_rank_equals_sentence_transformers(directory: Path, model: CrossEncoder):
     peer = PeerCrossEncoder(str(directory), device="cpu", max_length=64)
     distinct = PASSAGES[:-1]
-    for options in ({}, {"top_k": 2}, {"return_documents": True}, {"top_k": 99, "return_documents": True}):
+    for options in (
+        {},
+        {"top_k": 2},
+        {"return_documents": True},
+        {"top_k": 99, "return_documents": True},
+    ):
         ours, theirs = model.rank(QUERY, distinct, **options), peer.rank(QUERY, distinct, **options)
         assert [hit["corpus_id"] for hit in ours] == [hit["corpus_id"] for hit in theirs]
         assert [hit.get("text") for hit in ours] == [hit.get("text") for hit in theirs]
-        assert [hit["score"] for hit in ours] == pytest.approx([float(hit["score"]) for hit in theirs], abs=1e-5)
+        assert [hit["score"] for hit in ours] == pytest.approx(
+            [float(hit["score"]) for hit in theirs], abs=1e-5
+        )
         assert [set(hit) for hit in ours] == [set(hit) for hit in theirs]
     tied = [hit["corpus_id"] for hit in model.rank(QUERY, ["rain", "sea", "rain", "rain"])]
     assert [i for i in tied if i != 1] == [0, 2, 3]
@@ -144,7 +158,9 @@ def test_saved_models_open_everywhere_with_the_same_scores(
 
 
 def test_models_that_sentence_transformers_saved(directory: Path, tmp_path: Path):
-    peer = PeerCrossEncoder(str(directory), device="cpu", max_length=20, activation_fn=nn.Identity())
+    peer = PeerCrossEncoder(
+        str(directory), device="cpu", max_length=20, activation_fn=nn.Identity()
+    )
     peer.save_pretrained(str(tmp_path))
     ours = CrossEncoder(tmp_path, device="cpu")
     assert ours.max_length == 20
@@ -154,13 +170,17 @@ def test_models_that_sentence_transformers_saved(directory: Path, tmp_path: Path
 
 def test_the_default_prompt_is_theirs_and_stays_through_a_save(directory: Path, tmp_path: Path):
     prompts = {"question": "the capital of ", "none": ""}
-    peer = PeerCrossEncoder(str(directory), device="cpu", prompts=prompts, default_prompt_name="question")
+    peer = PeerCrossEncoder(
+        str(directory), device="cpu", prompts=prompts, default_prompt_name="question"
+    )
     peer.save_pretrained(str(tmp_path / "theirs"))
     ours = CrossEncoder(tmp_path / "theirs", device="cpu")
     expected = peer.predict(PAIRS)
     assert np.abs(ours.predict(PAIRS, prompt="") - expected).max() > 1e-4
     np.testing.assert_allclose(ours.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(ours.score_tokens(ours.tokenize(PAIRS)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        ours.score_tokens(ours.tokenize(PAIRS)), expected, rtol=1e-5, atol=1e-5
+    )
     ours.save_pretrained(tmp_path / "ours")
     again = PeerCrossEncoder(str(tmp_path / "ours"), device="cpu")
     assert (again.prompts["question"], again.default_prompt_name) == ("the capital of ", "question")
@@ -170,7 +190,11 @@ def test_the_default_prompt_is_theirs_and_stays_through_a_save(directory: Path, 
 def test_the_prompts_of_an_embedder_are_not_the_rerankers(directory: Path, tmp_path: Path):
     CrossEncoder(directory, device="cpu").save_pretrained(tmp_path)
     file = tmp_path / "config_sentence_transformers.json"
-    saved = {"model_type": "SentenceTransformer", "prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    saved = {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "query: "},
+        "default_prompt_name": "query",
+    }
     file.write_text(json.dumps(saved))
     assert CrossEncoder(tmp_path, device="cpu").default_prompt_name is None
     file.write_text(json.dumps(saved | {"model_type": "CrossEncoder", "prompts": {}}))
@@ -180,7 +204,9 @@ def test_the_prompts_of_an_embedder_are_not_the_rerankers(directory: Path, tmp_p
 
 def test_a_head_beside_the_hugging_face_model_is_not_replaced_by_a_fresh_one(tmp_path: Path):
     make_tiny_bert(tmp_path, head=False)
-    modules = [{"type": f"sentence_transformers.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    modules = [
+        {"type": f"sentence_transformers.{name}"} for name in ("Transformer", "Pooling", "Dense")
+    ]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
     with pytest.raises(ValueError, match="expected a path for the module"):
@@ -191,7 +217,12 @@ def test_a_head_beside_the_hugging_face_model_is_not_replaced_by_a_fresh_one(tmp
     "config",
     [
         {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
-        {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.1.0"}},
+        {
+            "sentence_transformers": {
+                "activation_fn": "torch.nn.modules.linear.Identity",
+                "version": "4.1.0",
+            }
+        },
     ],
 )
 def test_activations_of_older_sentence_transformers(tmp_path: Path, config: dict):
@@ -215,7 +246,9 @@ def test_an_activation_that_a_saved_model_can_not_name(model: CrossEncoder, tmp_
     assert "is not one of torch.nn: the saved model opens with Sigmoid" in caplog.text
 
 
-def test_a_bare_encoder_gets_a_head_and_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_bare_encoder_gets_a_head_and_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     make_tiny_bert(tmp_path / "encoder", head=False)
     with caplog.at_level(logging.WARNING):
         model = CrossEncoder(tmp_path / "encoder")
@@ -304,7 +337,9 @@ def test_the_published_usage_snippet(directory: Path):
     ]
     scores = model.predict(pairs)
     assert scores.shape == (2,)
-    ranks = model.rank("what is the difference between paris and berlin", [pair[1] for pair in pairs])
+    ranks = model.rank(
+        "what is the difference between paris and berlin", [pair[1] for pair in pairs]
+    )
     assert sorted(hit["corpus_id"] for hit in ranks) == [0, 1]
 
 
@@ -344,7 +379,7 @@ def test_rank_many_says_what_is_wrong(model: CrossEncoder, queries, documents, m
 def test_pairs_beyond_one_chunk_are_tokenised_ahead_in_order(model: CrossEncoder, monkeypatch):
     pairs = [(f"query {n % 7}", f"document {'fish ' * (n % 11)}{n}") for n in range(53)]
     expected = model.predict(pairs)
-    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 8)
+    monkeypatch.setattr("rerank_fast.model.tokens.tokenization.CHUNK", 8)
     np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="pair 53, document: expected a string"):
         model.predict([*pairs, ("query", None)])
@@ -376,7 +411,9 @@ def test_dtypes_that_there_are_not(directory: Path, dtype: str):
         CrossEncoder(directory, dtype=dtype)
 
 
-def test_empty_texts_score_as_sentence_transformers_scores_them(directory: Path, model: CrossEncoder):
+def test_empty_texts_score_as_sentence_transformers_scores_them(
+    directory: Path, model: CrossEncoder
+):
     pairs = [("rain", ""), ("", "rain"), ("", ""), ("rain", " ")]
     peer = PeerCrossEncoder(str(directory), device="cpu")
     np.testing.assert_allclose(model.predict(pairs), peer.predict(pairs), rtol=0, atol=1e-5)
@@ -386,31 +423,38 @@ def test_empty_texts_score_as_sentence_transformers_scores_them(directory: Path,
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory"
+        ),
         MemoryError("std::bad_alloc"),
     ],
     ids=["cuda", "cpu", "kernel"],
 )
-def test_a_batch_that_does_not_fit_memory_is_halved_once(model: CrossEncoder, monkeypatch, caplog, error):
+def test_a_batch_that_does_not_fit_memory_is_halved_once(
+    model: CrossEncoder, monkeypatch, caplog, error
+):
     expected = model.predict(PAIRS)
     scored: list[int] = []
     fits = 3
 
-    def call(step: PackedStep, indices: np.ndarray) -> torch.Tensor:
+    def call(step: PackedPairs, indices: np.ndarray) -> torch.Tensor:
         if len(indices) > fits:
             raise error
         scored.append(len(indices))
         return whole(step, indices)
 
-    whole = PackedStep.__call__
-    monkeypatch.setattr(PackedStep, "__call__", call)
+    whole = PackedPairs.__call__
+    monkeypatch.setattr(PackedPairs, "__call__", call)
     np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-5)
     assert scored == [3, 3]
     assert [record.message for record in caplog.records] == [
         "A batch of 6 pairs with 136 tokens does not fit memory; it is scored in two halves."
     ]
     fits = 2
-    with pytest.raises(MemoryError, match=r"batch of 6 pairs with 136 tokens, in halves too, does not fit memory"):
+    with pytest.raises(
+        MemoryError, match=r"batch of 6 pairs with 136 tokens, in halves too, does not fit memory"
+    ):
         model.predict(PAIRS)
     fits = 0
     with pytest.raises(MemoryError, match="batch of 1 pairs"):
@@ -418,9 +462,9 @@ def test_a_batch_that_does_not_fit_memory_is_halved_once(model: CrossEncoder, mo
 
 
 def test_other_errors_are_not_taken_for_memory(model: CrossEncoder, monkeypatch):
-    def call(step: PackedStep, indices: np.ndarray) -> torch.Tensor:
+    def call(step: PackedPairs, indices: np.ndarray) -> torch.Tensor:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(PackedStep, "__call__", call)
+    monkeypatch.setattr(PackedPairs, "__call__", call)
     with pytest.raises(RuntimeError, match="something else"):
         model.predict(PAIRS)

@@ -14,8 +14,10 @@ from rerank_fast.model.devices import choose_device, fault
 from tests.model_factory import make_tiny_bert
 
 OLD_DRIVER = (
-    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
-    "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by "
+    "downloading and installing a new version from the URL: "
+    "http://www.nvidia.com/Download/index.aspx"
 )
 
 
@@ -99,7 +101,9 @@ def test_an_old_driver_is_one_line_where_nobody_asked_for_a_gpu(
     cuda: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def unavailable() -> bool:
-        warnings.warn(f"CUDA initialization: {OLD_DRIVER} (Triggered internally at x.cpp:1)", stacklevel=1)
+        warnings.warn(
+            f"CUDA initialization: {OLD_DRIVER} (Triggered internally at x.cpp:1)", stacklevel=1
+        )
         warnings.warn("of something else", stacklevel=1)
         return False
 
@@ -126,7 +130,9 @@ def test_weights_in_bf16_are_computed_in_fp32_on_a_gpu_without_it(
     scoring._say_wide.cache_clear()
     monkeypatch.setattr(type(model), "device", torch.device("cuda:1"))
     for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float32)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
         assert scoring._own_dtype(model) == dtype
     scoring._say_wide.cache_clear()
     assert [record.message for record in caplog.records] == [
@@ -138,17 +144,32 @@ def test_weights_in_bf16_are_computed_in_fp32_on_a_gpu_without_it(
     ("message", "meaning"),
     [
         (OLD_DRIVER, "the GPU's driver is older"),
-        ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", "the GPU's driver is older"),
-        ("CUDA error: no kernel image is available for execution on the device\nCompile with", "no kernels"),
+        (
+            "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
+            "the GPU's driver is older",
+        ),
+        (
+            "CUDA error: no kernel image is available for execution on the device\nCompile with",
+            "no kernels",
+        ),
         ("No CUDA GPUs are available", "there is no such GPU"),
-        ("CUDA error: invalid device ordinal\nGPU device may be out of range", "there is no such GPU"),
-        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "taken by another process"),
+        (
+            "CUDA error: invalid device ordinal\nGPU device may be out of range",
+            "there is no such GPU",
+        ),
+        (
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+            "taken by another process",
+        ),
         ("CUDA error: unspecified launch failure\nCUDA kernel errors might be", "the GPU was lost"),
         ("CUDA error: uncorrectable ECC error encountered", "the GPU was lost"),
         ("CUDA error: unknown error", "the GPU was lost"),
         ("HIP error: unspecified launch failure", "the GPU was lost"),
         ("Triton Error [CUDA]: unspecified launch failure", "the GPU was lost"),
-        ("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)", "the GPU was lost"),
+        (
+            "level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)",
+            "the GPU was lost",
+        ),
         ("CUDA error: an illegal memory access was encountered", ""),
         ("CUDA error: device-side assert triggered", ""),
         ("mat1 and mat2 shapes cannot be multiplied", ""),
@@ -163,7 +184,9 @@ def test_faults_are_known_by_their_messages(message: str, meaning: str):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta", "cuda", "xpu", "mps"])
-def test_what_torch_keeps_is_given_back_where_it_was_taken(kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_torch_keeps_is_given_back_where_it_was_taken(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
     emptied: list[str] = []
     for name in ("cuda", "xpu", "mps"):
         module = torch.get_device_module(name)

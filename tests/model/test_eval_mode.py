@@ -28,23 +28,27 @@ def model(tmp_path: Path) -> CrossEncoder:
 def test_a_thread_that_ends_leaves_the_others_without_dropout(
     model: CrossEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first begins in training mode, the second in its midst; the second runs when the first is done."""
+    """The first begins in training mode, the second in its midst; the second runs when the first is
+    done.
+    """
     expected = model.predict(PAIRS)
-    run, second_began, first_ended = cross_encoder.run, threading.Event(), threading.Event()
+    score, second_began, first_ended = cross_encoder.score, threading.Event(), threading.Event()
 
-    def waiting(step, **options):
+    def waiting(prepared, **options):
         if threading.current_thread().name == "first":
             second_began.wait(60)
         else:
             second_began.set()
             first_ended.wait(60)
-        return run(step, **options)
+        return score(prepared, **options)
 
-    monkeypatch.setattr(cross_encoder, "run", waiting)
+    monkeypatch.setattr(cross_encoder, "score", waiting)
     model.train()
     scores = {}
     first, second = (
-        threading.Thread(target=lambda name=name: scores.update({name: model.predict(PAIRS)}), name=name)
+        threading.Thread(
+            target=lambda name=name: scores.update({name: model.predict(PAIRS)}), name=name
+        )
         for name in ("first", "second")
     )
     first.start()
@@ -83,7 +87,7 @@ def test_modes_of_modules_come_back_after_an_error_too(
     def failing(step, **options):
         raise RuntimeError("no scores")
 
-    monkeypatch.setattr(cross_encoder, "run", failing)
+    monkeypatch.setattr(cross_encoder, "score", failing)
     with pytest.raises(RuntimeError, match="no scores"):
         model.predict(PAIRS)
     assert [module.training for module in model.modules()] == modes

@@ -1,4 +1,6 @@
-"""ONNX files beside PyTorch, in onnxruntime and, where it can be installed, in sentence-transformers."""
+"""ONNX files beside PyTorch, in onnxruntime and, where it can be installed, in
+sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from tests.model_factory import make_tiny_bert, make_tiny_roberta
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in EXTRA), reason="the onnx extra is not installed"
+    any(importlib.util.find_spec(name) is None for name in EXTRA),
+    reason="the onnx extra is not installed",
 )
 PAIRS = [
     ("what is the panda", "panda eats bamboo all day"),
@@ -31,7 +34,9 @@ def scores_of(file: Path, model: CrossEncoder, pairs: list[tuple[str, str]]) -> 
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = {one.name for one in session.get_inputs()}
-    features = {name: value.numpy() for name, value in model.preprocess(pairs).items() if name in names}
+    features = {
+        name: value.numpy() for name, value in model.preprocess(pairs).items() if name in names
+    }
     return session.run(["logits"], features)[0].reshape(-1)
 
 
@@ -55,7 +60,9 @@ def test_fp32_and_int8_from_the_command_line(reranker: Path, capsys: pytest.Capt
     assert "scores of 28 pairs differ from PyTorch's by at most" in printed
     file = reranker / "onnx" / "model.onnx"
     np.testing.assert_allclose(scores_of(file, model, PAIRS), raw, atol=1e-5)
-    for pair, score in zip(PAIRS, raw, strict=True):  # other batch sizes and lengths than were exported with
+    for pair, score in zip(
+        PAIRS, raw, strict=True
+    ):  # other batch sizes and lengths than were exported with
         np.testing.assert_allclose(scores_of(file, model, [pair]), [score], atol=1e-5)
 
     assert cli.main([*arguments, "--dtype", "int8", "--tolerance", "0.2"]) == 0
@@ -86,12 +93,16 @@ def test_own_texts_another_directory_and_a_bf16_model(
     assert done.max_difference < 1e-5
 
     lists = tmp_path / "lists.jsonl"
-    lists.write_text(json.dumps({"query": "sea", "docs": ["rain", "panda"], "labels": [1, 0]}) + "\n")
+    lists.write_text(
+        json.dumps({"query": "sea", "docs": ["rain", "panda"], "labels": [1, 0]}) + "\n"
+    )
     output = tmp_path / "other"
     arguments = ["export", "--model", str(reranker), "--output", str(output), "--data", str(lists)]
     assert cli.main(arguments) == 0
     assert "scores of 2 pairs" in capsys.readouterr().out
-    np.testing.assert_array_equal(CrossEncoder(output).predict(PAIRS), CrossEncoder(reranker).predict(PAIRS))
+    np.testing.assert_array_equal(
+        CrossEncoder(output).predict(PAIRS), CrossEncoder(reranker).predict(PAIRS)
+    )
 
 
 @needs_onnx
@@ -111,7 +122,9 @@ def test_a_file_beyond_the_tolerance_is_not_written(
         write(CrossEncoder(make_tiny_bert(tmp_path / "wrong", seed=7), device="cpu").model, *rest)
 
     monkeypatch.setattr(export, "_write", other_weights)
-    with pytest.raises(ValueError, match="is not written: its scores differ from PyTorch's by up to"):
+    with pytest.raises(
+        ValueError, match="is not written: its scores differ from PyTorch's by up to"
+    ):
         export.export_onnx(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -133,7 +146,8 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
 def test_sentence_transformers_loads_the_files(reranker: Path, tmp_path: Path):
     pytest.importorskip(
         "optimum.onnxruntime.modeling",
-        reason="optimum-onnx, which backend='onnx' is built on, is not installed or not for these transformers",
+        reason="optimum-onnx, which backend='onnx' is built on, is not installed or not for these "
+        "transformers",
         exc_type=ImportError,
     )
     from sentence_transformers import CrossEncoder as Theirs
@@ -150,8 +164,12 @@ def test_sentence_transformers_loads_the_files(reranker: Path, tmp_path: Path):
 
 def test_without_the_extra_it_says_what_to_install(reranker: Path, monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in EXTRA else find(name))
-    with pytest.raises(ValueError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'rerank-fast\[onnx\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in EXTRA else find(name)
+    )
+    with pytest.raises(
+        ValueError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'rerank-fast\[onnx\]'"
+    ):
         export.export_onnx(CrossEncoder(reranker, device="cpu"), reranker)
 
 

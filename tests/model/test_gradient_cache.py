@@ -11,8 +11,8 @@ import torch
 from rerank_fast import CrossEncoder, lambda_loss
 from rerank_fast.data.tokenized import TokenizedLists, tokenize_lists
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.packing import plan_micro_batches
-from rerank_fast.model.scoring import StepMaker
+from rerank_fast.model.preparation import Preparer
+from rerank_fast.model.tokens.packing import plan_micro_batches
 from tests.training.conftest import make_lists
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def push(
     """Gradients by name, the result and a number drawn afterwards."""
     torch.manual_seed(7)
     model.zero_grad(set_to_none=True)
-    step = StepMaker(model.model, model.tokenizer, packed=packed)(lists.pairs)
+    step = Preparer(model.model, model.tokenizer, packed=packed)(lists.pairs)
     plan = plan_micro_batches(lists.pairs.lengths, max_pairs=5)
     labels, offsets = torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
     loss = lambda scores: lambda_loss(scores, labels, offsets, k=k)  # noqa: E731
@@ -51,7 +51,9 @@ def push(
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_cached_gives_the_gradient_of_direct_with_dropout(tiny_bert: Path, packed: bool, checkpointing: bool):
+def test_cached_gives_the_gradient_of_direct_with_dropout(
+    tiny_bert: Path, packed: bool, checkpointing: bool
+):
     direct_model, lists = opened(tiny_bert)
     expected, direct, drawn = push(direct_model, lists, cached=False, packed=packed)
     other, _ = opened(tiny_bert, checkpointing=checkpointing)
@@ -65,7 +67,7 @@ def test_cached_gives_the_gradient_of_direct_with_dropout(tiny_bert: Path, packe
     # Dropout is at work, and without the first run's random numbers the gradient would be another.
     torch.manual_seed(8)
     direct_model.zero_grad()
-    step = StepMaker(direct_model.model, direct_model.tokenizer, packed=packed)(lists.pairs)
+    step = Preparer(direct_model.model, direct_model.tokenizer, packed=packed)(lists.pairs)
     assert not torch.equal(step(np.arange(4)), direct.scores[:4])
 
 
@@ -80,10 +82,12 @@ class Counted:
 
     def __call__(self, indices: np.ndarray, *keep: np.ndarray) -> torch.Tensor:
         self.runs.append(sorted(indices.tolist()))
-        return self.step(indices, *keep)
+        return self.prepared(indices, *keep)
 
 
-def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_pair_without_gradient_is_not_run_again(
+    still_bert: Path, monkeypatch: pytest.MonkeyPatch
+):
     model, lists = opened(still_bert)
     expected, direct, _ = push(model, lists, cached=False, k=1)
     labels, offsets = torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
@@ -92,13 +96,13 @@ def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch:
     without = int((scores.grad == 0).sum())
     assert 0 < without < len(scores)
     steps: list[Counted] = []
-    make = StepMaker.__call__
+    make = Preparer.__call__
 
     def counted(*arguments) -> Counted:
         steps.append(Counted(make(*arguments)))
         return steps[-1]
 
-    monkeypatch.setattr(StepMaker, "__call__", counted)
+    monkeypatch.setattr(Preparer, "__call__", counted)
     found, cached, _ = push(model, lists, cached=True, k=1, packed=False)
     again = [i for run in steps[-1].runs[(len(scores) + 4) // 5 :] for i in run]
     assert sorted(again) == (scores.grad != 0).nonzero().flatten().tolist()
@@ -107,7 +111,8 @@ def test_a_pair_without_gradient_is_not_run_again(still_bert: Path, monkeypatch:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
-# Lists of which, with a cut at 1, few pairs count: some of these share a micro-batch with pairs that do not.
+# Lists of which, with a cut at 1, few pairs count: some of these share a micro-batch with pairs
+# that do not.
 LONG = [
     {"query": query, "docs": ["bear " * n for n in range(1, 41)], "labels": [1.0] + [0.0] * 39}
     for query in ("panda", "rain sea")
@@ -117,7 +122,9 @@ LONG = [
 def upstream_of(lists: TokenizedLists, scores: torch.Tensor, k: int | None = None) -> torch.Tensor:
     """dL/dscores."""
     leaf = scores.clone().requires_grad_()
-    lambda_loss(leaf, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets), k=k).backward()
+    lambda_loss(
+        leaf, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets), k=k
+    ).backward()
     return leaf.grad
 
 
@@ -160,7 +167,9 @@ def test_where_dropout_is_drawn_for_a_micro_batch_it_is_left_out_whole(tiny_bert
     lists = tokenize_lists(LONG, model)
     if why != "padded":  # as an adapter's dropout does
         dense = model.model.bert.encoder.layer[0].output.dense
-        dense.register_forward_hook(lambda module, inputs, out: torch.nn.functional.dropout(out, 0.2))
+        dense.register_forward_hook(
+            lambda module, inputs, out: torch.nn.functional.dropout(out, 0.2)
+        )
     packed = why != "padded"
     expected, direct, _ = push(model, lists, cached=False, packed=packed, k=1)
     upstream = upstream_of(lists, direct.scores, k=1)
@@ -177,7 +186,9 @@ def test_skip_below_leaves_out_small_gradients_and_counts_them(still_bert: Path)
     model, lists = opened(still_bert)
     expected, direct, _ = push(model, lists, cached=False)
     scores = direct.scores.clone().requires_grad_()
-    lambda_loss(scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)).backward()
+    lambda_loss(
+        scores, torch.from_numpy(lists.labels), torch.from_numpy(lists.list_offsets)
+    ).backward()
     limit = float(scores.grad.abs().median())
     found, cached, _ = push(model, lists, cached=True, skip_below=lambda scores: limit)
     assert cached.num_skipped == int((scores.grad.abs() <= limit).sum())
@@ -205,7 +216,11 @@ def test_cached_memory_does_not_grow_with_documents_or_lists(tiny_bert: Path, ch
     peaks: dict[tuple[bool, int, int], int] = {}
     for num_lists, documents in ((1, 8), (1, 64), (1, 256), (16, 16)):
         rows = [
-            {"query": "panda", "docs": ["bear rain sea"] * documents, "labels": [1.0] + [0.0] * (documents - 1)}
+            {
+                "query": "panda",
+                "docs": ["bear rain sea"] * documents,
+                "labels": [1.0] + [0.0] * (documents - 1),
+            }
         ]
         lists = tokenize_lists(rows * num_lists, model)
         for cached in (True, False):

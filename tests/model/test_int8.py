@@ -11,14 +11,30 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from rerank_fast import CrossEncoder
-from rerank_fast.model.linear import StepLinear
+from rerank_fast.model.packed.linear import StepLinear
 from rerank_fast.model.precision.int8 import Int8Linear, quantize_linears
 from rerank_fast.ops import int8_linear as op
-from rerank_fast.ops.int8_linear import int8_gelu, int8_linear, int8_norm, join, quantize_rows, quantize_weight
-from tests.model.test_encoder import LENGTHS, PLANS, make_model, make_tokens, packed_scores, padded_scores
+from rerank_fast.ops.int8_linear import (
+    int8_gelu,
+    int8_linear,
+    int8_norm,
+    join,
+    quantize_rows,
+    quantize_weight,
+)
+from tests.model.packed.test_encoder import (
+    LENGTHS,
+    PLANS,
+    make_model,
+    make_tokens,
+    packed_scores,
+    padded_scores,
+)
 from tests.model_factory import make_tiny_bert
 
-needs_cpu = pytest.mark.skipif(not op.onednn_available(), reason="oneDNN's int8 product is not there")
+needs_cpu = pytest.mark.skipif(
+    not op.onednn_available(), reason="oneDNN's int8 product is not there"
+)
 
 
 def test_the_weights_are_within_half_a_level_of_each_output():
@@ -33,7 +49,9 @@ def test_the_weights_are_within_half_a_level_of_each_output():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 8, 4), (3, 33, 17), (77, 384, 130), (200, 65, 1)])
-def test_the_kernel_equals_the_reference(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype):
+def test_the_kernel_equals_the_reference(
+    shape: tuple[int, int, int], bias: bool, dtype: torch.dtype
+):
     rows, inputs, outputs = shape
     torch.manual_seed(0)
     x = (torch.randn(rows, inputs) * torch.logspace(-4, 4, rows)[:, None]).to(dtype)
@@ -41,10 +59,12 @@ def test_the_kernel_equals_the_reference(shape: tuple[int, int, int], bias: bool
     weight = quantize_weight(torch.randn(outputs, inputs), torch.randn(outputs) if bias else None)
     actual, expected = (int8_linear(x, weight, backend=backend) for backend in ("cpu", "reference"))
     assert actual.dtype == dtype
-    # The integers are the same but for a value that lies between two; bf16 rounds the product, to which a bias of
-    # the other sign may be added, and then the result.
+    # The integers are the same but for a value that lies between two; bf16 rounds the product, to
+    # which a bias of the other sign may be added, and then the result.
     magnitude = expected.float().abs() + 2 * weight.added.abs()
-    error = (actual.float() - expected.float()).abs() / magnitude.amax(dim=1, keepdim=True).clamp(min=1e-6)
+    error = (actual.float() - expected.float()).abs() / magnitude.amax(dim=1, keepdim=True).clamp(
+        min=1e-6
+    )
     assert error.max() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -75,19 +95,27 @@ def test_what_follows_a_product(shape: tuple[int, int, int], bias: bool, dtype: 
     rows, inputs, outputs = shape
     torch.manual_seed(0)
     x = (torch.randn(rows, inputs) * torch.logspace(-2, 1, rows)[:, None]).to(dtype)
-    weight = quantize_weight(torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) if bias else None)
+    weight = quantize_weight(
+        torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) if bias else None
+    )
     quantized = quantize_rows(x)
     assert_rows_close(quantized, x.float(), 1e-6)
     product = int8_linear(x.float(), weight, backend="reference")
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # the product comes in bf16
-    residual, norm_weight, norm_bias = torch.randn(rows, outputs), torch.randn(outputs), torch.randn(outputs)
+    residual, norm_weight, norm_bias = (
+        torch.randn(rows, outputs),
+        torch.randn(outputs),
+        torch.randn(outputs),
+    )
     normed = nn.functional.layer_norm(residual + product, (outputs,), norm_weight, norm_bias, 1e-5)
     for backend in ("cpu", "reference"):
         for given in (x, quantized):
             activated = int8_gelu(given, weight, backend=backend)
             assert activated.dtype == dtype
             assert_rows_close(activated, nn.functional.gelu(product), tolerance)
-            y, again = int8_norm(given, weight, residual, norm_weight, norm_bias, eps=1e-5, backend=backend)
+            y, again = int8_norm(
+                given, weight, residual, norm_weight, norm_bias, eps=1e-5, backend=backend
+            )
             torch.testing.assert_close(y, normed, rtol=tolerance, atol=4 * tolerance)
             assert_rows_close(again, y, 1e-6)
     few = torch.tensor([rows - 1, 0])
@@ -101,7 +129,9 @@ def test_a_gelu_of_large_values():
     weight = quantize_weight(torch.ones(1, 1), None)
     actual = int8_gelu(x, weight)
     exact = nn.functional.gelu(int8_linear(x, weight))
-    assert ((actual.values.float() - op.activation_levels() - 1) * actual.scale[:, None] - exact).abs().max() < 2e-3
+    assert (
+        (actual.values.float() - op.activation_levels() - 1) * actual.scale[:, None] - exact
+    ).abs().max() < 2e-3
 
 
 @needs_cpu
@@ -126,7 +156,9 @@ def test_without_vnni_no_sum_of_two_products_overflows(monkeypatch):
 def test_joined_weights_are_their_outputs_side_by_side():
     parts = [quantize_weight(torch.randn(n, 12), torch.randn(n)) for n in (3, 5)]
     x = torch.randn(6, 12)
-    torch.testing.assert_close(int8_linear(x, join(parts)), torch.cat([int8_linear(x, part) for part in parts], 1))
+    torch.testing.assert_close(
+        int8_linear(x, join(parts)), torch.cat([int8_linear(x, part) for part in parts], 1)
+    )
     with pytest.raises(ValueError, match="bias for all or none of 2"):
         join([parts[0], quantize_weight(torch.randn(3, 12), None)])
 
@@ -141,27 +173,46 @@ def test_what_the_op_refuses():
         int8_linear(torch.randn(2, 4, requires_grad=True), weight)
     with pytest.raises(ValueError, match="backend must be one of"):
         int8_linear(torch.randn(2, 4), weight, backend="mkl")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"residual must be fp32 of shape \(2, 3\), got torch.float32 \(2, 4\)"):
-        int8_norm(torch.randn(2, 4), weight, torch.randn(2, 4), torch.ones(3), torch.ones(3), eps=1e-5)
+    with pytest.raises(
+        ValueError, match=r"residual must be fp32 of shape \(2, 3\), got torch.float32 \(2, 4\)"
+    ):
+        int8_norm(
+            torch.randn(2, 4), weight, torch.randn(2, 4), torch.ones(3), torch.ones(3), eps=1e-5
+        )
     with pytest.raises(ValueError, match="as many rows in x as in residual, got 1 and 2"):
-        int8_norm(torch.randn(1, 4), weight, torch.randn(2, 3), torch.ones(3), torch.ones(3), eps=1e-5)
+        int8_norm(
+            torch.randn(1, 4), weight, torch.randn(2, 3), torch.ones(3), torch.ones(3), eps=1e-5
+        )
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"]
+)
 def test_packed_models_in_int8(name: str):
-    """Every layer's products in int8, joined or not, are those of the padded model whose layers are replaced."""
+    """Every layer's products in int8, joined or not, are those of the padded model whose layers are
+    replaced.
+    """
     model = make_model(name).eval()
     tokens = make_tokens(LENGTHS, types=False)
     with torch.inference_mode():
         exact = padded_scores(model, tokens)
-        head = {part: p.clone() for part, p in model.named_parameters() if "classifier" in part or "score" in part}
+        head = {
+            part: p.clone()
+            for part, p in model.named_parameters()
+            if "classifier" in part or "score" in part
+        }
         quantize_linears(model)
-        left = [part for part, module in model.base_model.named_modules() if type(module) is nn.Linear]
+        left = [
+            part for part, module in model.base_model.named_modules() if type(module) is nn.Linear
+        ]
         assert all("pooler" in part for part in left)
-        scores, padded = packed_scores(model, tokens, PLANS["several"]), padded_scores(model, tokens)
+        scores, padded = (
+            packed_scores(model, tokens, PLANS["several"]),
+            padded_scores(model, tokens),
+        )
     assert all(torch.equal(p, head[part]) for part, p in model.named_parameters() if part in head)
-    # Packed, ModernBERT's rotations and the others' GELU and norms round differently, which may turn a level of an
-    # activation.
+    # Packed, ModernBERT's rotations and the others' GELU and norms round differently, which may
+    # turn a level of an activation.
     bound = 1e-4 if name in ("llama", "qwen3") else 0.02
     torch.testing.assert_close(scores, padded, rtol=bound, atol=bound * float(exact.abs().max()))
     assert not torch.equal(scores, exact)
@@ -179,7 +230,10 @@ def test_a_joined_product_is_kept():
 def test_cross_encoder_in_int8(tmp_path: Path):
     make_tiny_bert(tmp_path)
     pairs = [("what is a panda", "a panda is a bear " * n) for n in range(1, 9)]
-    exact, model = CrossEncoder(tmp_path, device="cpu"), CrossEncoder(tmp_path, device="cpu", dtype="int8")
+    exact, model = (
+        CrossEncoder(tmp_path, device="cpu"),
+        CrossEncoder(tmp_path, device="cpu", dtype="int8"),
+    )
     np.testing.assert_allclose(model.predict(pairs), exact.predict(pairs), atol=0.03)
     # A pair's score does not depend on what it is scored with.
     alone = [model.predict(pair) for pair in pairs]
@@ -187,7 +241,7 @@ def test_cross_encoder_in_int8(tmp_path: Path):
     with pytest.raises(ValueError, match="int8 weights are for inference and can't be saved"):
         model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="for inference"):
-        model.step(model.tokenize(pairs))(np.arange(len(pairs)))
+        model.prepare(model.tokenize(pairs))(np.arange(len(pairs)))
     with pytest.raises(ValueError, match="int8 is for the CPU"):
         CrossEncoder(tmp_path, device="meta", dtype="int8")
 
@@ -208,4 +262,6 @@ def test_models_that_are_padded_run_in_int8_too(tmp_path: Path):
     tokenizer.save_pretrained(tmp_path / "deberta")
     pairs = [("what is a panda", "a panda is a bear"), ("rain", "the sea")]
     exact = CrossEncoder(tmp_path / "deberta", device="cpu").predict(pairs)
-    np.testing.assert_allclose(CrossEncoder(tmp_path / "deberta", dtype="int8").predict(pairs), exact, atol=0.02)
+    np.testing.assert_allclose(
+        CrossEncoder(tmp_path / "deberta", dtype="int8").predict(pairs), exact, atol=0.02
+    )

@@ -1,4 +1,6 @@
-"""CrossEncoders of modules beside sentence-transformers: opened, packed, trained and saved as they came."""
+"""CrossEncoders of modules beside sentence-transformers: opened, packed, trained and saved as they
+came.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +19,36 @@ from torch import nn
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
 from rerank_fast.model import scoring
-from rerank_fast.model.encoder import PackedStep
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.packing import plan_micro_batches
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.tokens.packing import plan_micro_batches
 from rerank_fast.model.wrappers import Wrapped, find_cross_encoder
 from tests.model.modular_factory import ENCODERS, HEADS, PAIRS, THEIRS, ettin, make_peer
 
-MODES = ["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", ("cls", "mean", "lasttoken")]
+MODES = [
+    "cls",
+    "mean",
+    "max",
+    "mean_sqrt_len_tokens",
+    "weightedmean",
+    "lasttoken",
+    ("cls", "mean", "lasttoken"),
+]
 
 
 def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder:
-    """Scores are those of sentence-transformers, and it reads what is saved; packed, padded and alone."""
+    """Scores are those of sentence-transformers, and it reads what is saved; packed, padded and
+    alone.
+    """
     expected = peer.predict(PAIRS)
     assert np.ptp(expected) > 0.01
     model = CrossEncoder(directory / "model", device="cpu")
-    step = model.step(model.tokenize(PAIRS))
-    assert isinstance(step, PackedStep) is packed
+    step = model.prepare(model.tokenize(PAIRS))
+    assert isinstance(step, PackedPairs) is packed
     for scores in (
         model.predict(PAIRS),
         [model.predict(pair) for pair in PAIRS],
-        scoring.run(model.step(model.tokenize(PAIRS), packed=False)).detach(),
+        scoring.score(model.prepare(model.tokenize(PAIRS), packed=False)).detach(),
         model.forward(model.preprocess(PAIRS))["scores"].detach(),
     ):
         np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5, atol=1e-5)
@@ -45,7 +57,9 @@ def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder
     np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
     assert [type(one) for one in theirs] == [type(one) for one in peer]
     for name in ("modules.json", "sentence_bert_config.json"):
-        saved, given = (json.loads((directory / one / name).read_text()) for one in ("saved", "model"))
+        saved, given = (
+            json.loads((directory / one / name).read_text()) for one in ("saved", "model")
+        )
         assert saved == given
     again = CrossEncoder(directory / "saved", device="cpu")
     np.testing.assert_array_equal(again.predict(PAIRS), model.predict(PAIRS))
@@ -53,20 +67,29 @@ def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder
 
 
 def check_gradients(model: CrossEncoder) -> None:
-    """Every parameter's gradient, packed, is that of the padded model, also by the gradient cache."""
+    """Every parameter's gradient, packed, is that of the padded model, also by the gradient
+    cache.
+    """
     tokens = model.tokenize(PAIRS)
     upstream = torch.linspace(-1, 2, len(PAIRS))
     found = []
     plan = plan_micro_batches(tokens.lengths, max_pairs=2)
-    for packed, backward in ((False, None), (True, None), (True, backward_direct), (True, backward_cached)):
+    for packed, backward in (
+        (False, None),
+        (True, None),
+        (True, backward_direct),
+        (True, backward_cached),
+    ):
         model.zero_grad()
-        step = model.step(tokens, packed=packed)
+        step = model.prepare(tokens, packed=packed)
         if backward is None:
-            scoring.run(step).backward(upstream)
+            scoring.score(step).backward(upstream)
         else:
             options = {} if backward is backward_direct else {"device": model.device}
             backward(step, plan, lambda scores: (scores * upstream).sum(), **options)
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        found.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     expected = found[0]
     assert sum(".head." in name for name in expected) >= 1
     least = 1e-3 * max(gradient.norm() for gradient in expected.values())
@@ -89,7 +112,12 @@ def test_sequences_of_modules(name: str, tmp_path: Path):
 # The first token of a causal model sees no other.
 @pytest.mark.parametrize(
     ("encoder", "mode"),
-    [(one, mode) for one in ENCODERS for mode in ("cls", "mean", "lasttoken") if (one, mode) != ("qwen3", "cls")],
+    [
+        (one, mode)
+        for one in ENCODERS
+        for mode in ("cls", "mean", "lasttoken")
+        if (one, mode) != ("qwen3", "cls")
+    ],
 )
 def test_encoders(encoder: str, mode: str, tmp_path: Path):
     packed = encoder != "deberta"
@@ -99,7 +127,9 @@ def test_encoders(encoder: str, mode: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_what_is_theirs_alone_runs_padded(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_what_is_theirs_alone_runs_padded(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     scoring._said.clear()
     check_both_ways(make_peer(tmp_path, THEIRS[name]()), tmp_path, packed=False)
     assert sum("padded and sorted by length" in record.message for record in caplog.records) == 1
@@ -108,7 +138,11 @@ def test_what_is_theirs_alone_runs_padded(name: str, tmp_path: Path, caplog: pyt
 def test_an_older_pooling_config_opens(tmp_path: Path):
     peer = make_peer(tmp_path, ettin(("max", "mean")))
     file = tmp_path / "model" / "1_Pooling" / "config.json"
-    older = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    older = {
+        "word_embedding_dimension": 32,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": True,
+    }
     file.write_text(json.dumps(older | {"pooling_mode_cls_token": False}))
     scores = CrossEncoder(tmp_path / "model", device="cpu").predict(PAIRS)
     np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
@@ -117,7 +151,7 @@ def test_an_older_pooling_config_opens(tmp_path: Path):
 def test_only_the_token_that_is_read_is_computed_in_the_last_layer(tmp_path: Path):
     make_peer(tmp_path, ettin("cls"))
     model = CrossEncoder(tmp_path / "model", device="cpu")
-    step = model.step(model.tokenize(PAIRS))
+    step = model.prepare(model.tokenize(PAIRS))
     assert [layer.one_token for layer in step.layers] == [False, True]
 
 
@@ -145,7 +179,9 @@ def test_pooling_without_the_prompt_is_refused_with_one(tmp_path: Path):
         model.predict(PAIRS, prompt="query: ")
 
 
-@pytest.mark.parametrize("names", [["4.linear"], ["2.linear", "4.linear"], ["0.model.layers.0.mlp.Wo"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["4.linear"], ["2.linear", "4.linear"], ["0.model.layers.0.mlp.Wo"]], ids=str
+)
 def test_layers_that_are_kept_in_fp32(names: list[str], tmp_path: Path):
     peer = make_peer(tmp_path, ettin("cls"), keep_in_fp32_modules=names)
     model = check_both_ways(peer, tmp_path, packed=True)
@@ -181,7 +217,7 @@ def test_a_sequence_classifier_with_a_layer_behind_it_runs_padded(tmp_path: Path
     check_both_ways(peer, tmp_path, packed=False)
 
 
-# -- inside their trainer ------------------------------------------------------------------------------------------
+# -- inside their trainer -------------------------------------------------------------------------
 
 QUERIES = ["what is a panda", "rain"]
 DOCS = [["a bear", "the sea", "a panda is a kind of bear"], ["the wind", "rain in paris"]]
@@ -194,18 +230,28 @@ LABELS = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0])]
     ids=["cls", "mean", "theirs alone"],
 )
 def test_the_drop_in_packs_their_model(
-    head: Callable[[], list[nn.Module]], packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Callable[[], list[nn.Module]],
+    packed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     steps = []
-    original = PackedStep.__call__
-    monkeypatch.setattr(PackedStep, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1])
+    original = PackedPairs.__call__
+    monkeypatch.setattr(
+        PackedPairs, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1]
+    )
     peer = make_peer(tmp_path, head()).eval()
     results = []
     for kind in (PeerLambdaLoss, LambdaLoss):
         peer.zero_grad()
         loss = kind(peer)([QUERIES, DOCS], LABELS)
         loss.backward()
-        results.append((loss.item(), {n: p.grad.clone() for n, p in peer.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                loss.item(),
+                {n: p.grad.clone() for n, p in peer.named_parameters() if p.grad is not None},
+            )
+        )
     assert bool(steps) is packed
     (expected, gradients), (found, ours) = results
     assert found == pytest.approx(expected, rel=1e-5)
@@ -224,14 +270,16 @@ def test_a_module_with_a_hook_must_be_called(place: int, tmp_path: Path):
 
 
 def test_their_logits_of_answers_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+    from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
     from tests.model_factory import make_tiny_qwen3
 
     path = make_tiny_qwen3(tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE)
     peer = PeerCrossEncoder(str(path), device="cpu").eval()
     steps = []
-    original = PackedStep.__call__
-    monkeypatch.setattr(PackedStep, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1])
+    original = PackedPairs.__call__
+    monkeypatch.setattr(
+        PackedPairs, "__call__", lambda self, *a: (steps.append(self), original(self, *a))[1]
+    )
     values = [kind(peer)([QUERIES, DOCS], LABELS).item() for kind in (PeerLambdaLoss, LambdaLoss)]
     assert steps
     assert values[1] == pytest.approx(values[0], rel=1e-5)

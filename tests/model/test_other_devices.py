@@ -1,5 +1,5 @@
-"""Devices without kernels of ours, as Apple's and Intel's: everything runs, in fp32 at most, and draws
-again what it drew. A device that computes on the host stands in for them."""
+"""Devices without kernels of ours, as Apple's and Intel's: everything runs, in fp32 at most, and
+draws again what it drew. A device that computes on the host stands in for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Dtypes on machines that have them and on machines that don't: what scores are computed in, and that all score."""
+"""Dtypes on machines that have them and on machines that don't: what scores are computed in, and
+that all score.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from rerank_fast import CrossEncoder
 from rerank_fast.model import scoring
-from rerank_fast.model.linear import StepLinear
+from rerank_fast.model.packed.linear import StepLinear
 from rerank_fast.model.precision import hardware
 from rerank_fast.model.scoring import is_out_of_memory
-from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -67,11 +69,17 @@ def emulates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_that_are_only_emulated_are_computed_in_fp32(
-    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     seen: set[torch.dtype] = set()
     linear = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: (seen.add(x.dtype), linear(x, *rest))[1])
+    monkeypatch.setattr(
+        nn.functional, "linear", lambda x, *rest: (seen.add(x.dtype), linear(x, *rest))[1]
+    )
     directory = MODELS[name](tmp_path / "model")
     narrow = CrossEncoder(directory, dtype=dtype, device="cpu")
     wide = CrossEncoder(directory, dtype=dtype, device="cpu")
@@ -81,7 +89,9 @@ def test_weights_that_are_only_emulated_are_computed_in_fp32(
         assert seen == {torch.float32}
     # Packed execution embeds, and applies the head, in the weights' own dtype.
     bound = 1e-5 if name == "padded" else 16 * torch.finfo(dtype).eps
-    np.testing.assert_allclose(actual, wide.predict(PAIRS, activation_fn=nn.Identity()), rtol=bound, atol=bound)
+    np.testing.assert_allclose(
+        actual, wide.predict(PAIRS, activation_fn=nn.Identity()), rtol=bound, atol=bound
+    )
     assert {one.dtype for one in narrow.model.parameters()} == {dtype}  # as they were
     assert narrow.dtype_name == "float32"
     said = [record.message for record in caplog.records if "computed in float32" in record.message]
@@ -115,10 +125,12 @@ def test_gradients_of_emulated_weights(name: str, checkpointing: bool, tmp_path:
             model.gradient_checkpointing_enable()
         model.train()
         tokens = model.tokenize(PAIRS)
-        step = model.step(tokens)
+        step = model.prepare(tokens)
         with step.region:
             step(np.arange(len(PAIRS))).sum().backward()
-        gradients[wide] = {n: p.grad.float() for n, p in model.model.named_parameters() if p.grad is not None}
+        gradients[wide] = {
+            n: p.grad.float() for n, p in model.model.named_parameters() if p.grad is not None
+        }
     assert gradients[False].keys() == gradients[True].keys()
     for one, exact in gradients[True].items():
         assert (gradients[False][one] - exact).norm() <= 0.1 * exact.norm() + 1e-2, one
@@ -161,8 +173,16 @@ def test_adapters_are_called_whatever_the_dtypes():
     ("message", "memory"),
     [
         ("could not create a primitive", True),  # as oneDNN says it under a limit of memory
-        ("could not create a primitive descriptor for the inner product forward propagation primitive.", False),
-        ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory", True),
+        (
+            "could not create a primitive descriptor for the inner product forward propagation "
+            "primitive.",
+            False,
+        ),
+        (
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory",
+            True,
+        ),
         ("mat1 and mat2 must have the same dtype", False),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", True),
@@ -212,7 +232,8 @@ for directory in models:
         scores = CrossEncoder(directory, dtype=dtype).predict(PAIRS)
         np.testing.assert_allclose(scores, exact, atol=5e-2, err_msg=f"{directory} {dtype}")
     assert CrossEncoder(directory, dtype="auto").dtype_name == "float32"
-for precision, directory in (("auto", models[0]), ("bf16-pure", models[0]), ("bf16-pure", models[1])):
+runs = (("auto", models[0]), ("bf16-pure", models[0]), ("bf16-pure", models[1]))
+for precision, directory in runs:
     config = config_for(output / f"{precision}-{directory.name}", precision=precision, max_steps=2)
     trainer = Trainer(directory, make_lists(8), eval=make_lists(4, seed=1), config=config)
     trainer.train()

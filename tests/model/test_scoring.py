@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.embeddings import DistinctRows
-from rerank_fast.model.encoder import _distinct
-from rerank_fast.model.packing import MAX_TOKENS, TokenizedPairs
-from rerank_fast.model.scoring import PaddedStep, StepMaker, _default_max_tokens, _powers_of_two, in_order
-from tests.model.test_encoder import NO_DROPOUT, make_model, make_tokens
+from rerank_fast.model.packed.embeddings import DistinctRows
+from rerank_fast.model.packed.encoder import _distinct
+from rerank_fast.model.padded import PaddedPairs
+from rerank_fast.model.preparation import Preparer
+from rerank_fast.model.scoring import _default_max_tokens, _powers_of_two, in_order
+from rerank_fast.model.tokens.packing import MAX_TOKENS, TokenizedPairs
+from tests.model.packed.test_encoder import NO_DROPOUT, make_model, make_tokens
 from tests.model_factory import make_tiny_bert, make_tokenizer
 
 
@@ -71,19 +73,23 @@ def test_an_id_beyond_the_vocabulary_is_an_error():
 def test_padded_bf16_batches_are_cut_to_few_shapes(number: int):
     indices = np.arange(number)[::-1]
     parts = _powers_of_two(indices)
-    assert [part.tolist() for part in parts] == sorted((part.tolist() for part in parts), key=len, reverse=True)
+    assert [part.tolist() for part in parts] == sorted(
+        (part.tolist() for part in parts), key=len, reverse=True
+    )
     assert all(len(part).bit_count() == 1 for part in parts)
     assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == indices.tolist()
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 2], [64, 64, 61, 7, 7, 6, 5]])
 def test_padded_scores_do_not_depend_on_the_shapes(lengths: list[int], tmp_path: Path):
-    """bf16 on a CPU is padded to few widths, which the position table limits; 64 is all that it holds."""
+    """bf16 on a CPU is padded to few widths, which the position table limits; 64 is all that it
+    holds.
+    """
     model = CrossEncoder(make_tiny_bert(tmp_path / "bert"), device="cpu", dtype="float32").model
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.random.default_rng(0).integers(5, 40, offsets[-1]).astype(np.int32)
     tokens = TokenizedPairs(ids, None, offsets)
-    step = PaddedStep(model, make_tokenizer(), tokens, dtype=torch.bfloat16)
+    step = PaddedPairs(model, make_tokenizer(), tokens, dtype=torch.bfloat16)
     assert step.keeps_shapes
     shapes = []
     forward = model.forward
@@ -107,13 +113,13 @@ def test_a_run_of_steps_shares_copies_of_the_weights_as_they_are():
     """A graph of weights that a later step's have written over says so."""
     model = make_model("bert", **NO_DROPOUT)
     tokens = make_tokens([5, 3, 7])
-    make, all_pairs = StepMaker(model, None, dtype=torch.bfloat16), np.arange(3)
+    make, all_pairs = Preparer(model, None, dtype=torch.bfloat16), np.arange(3)
     make(tokens)(all_pairs).sum().backward()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.01)
     scores = make(tokens)(all_pairs)
-    assert torch.equal(scores, StepMaker(model, None, dtype=torch.bfloat16)(tokens)(all_pairs))
+    assert torch.equal(scores, Preparer(model, None, dtype=torch.bfloat16)(tokens)(all_pairs))
     make(tokens)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         scores.sum().backward()
@@ -123,14 +129,14 @@ def test_a_run_of_steps_shares_copies_of_the_weights_as_they_are():
 def test_weights_that_are_others_are_taken_anew(change: str):
     model = make_model("bert", **NO_DROPOUT)
     tokens, all_pairs = make_tokens([5, 3, 7]), np.arange(3)
-    make = StepMaker(model, None)
+    make = Preparer(model, None)
     make(tokens)
     if change == "dtype":
         model.bfloat16()
     else:
         up = model.bert.encoder.layer[1].intermediate.dense
         up.weight = torch.nn.Parameter(2 * up.weight.detach())
-    expected = StepMaker(model, None)(tokens)(all_pairs)
+    expected = Preparer(model, None)(tokens)(all_pairs)
     assert torch.equal(make(tokens)(all_pairs), expected)
 
 
@@ -144,7 +150,10 @@ def test_rows_of_a_table_get_their_gradients_and_padding_none():
 
 def test_scores_and_gradients_go_back_to_the_order_of_the_pairs():
     plan = [np.array([3, 0]), np.array([1, 4, 2])]
-    parts = [torch.tensor([3.0, 0.0], requires_grad=True), torch.tensor([1.0, 4.0, 2.0], requires_grad=True)]
+    parts = [
+        torch.tensor([3.0, 0.0], requires_grad=True),
+        torch.tensor([1.0, 4.0, 2.0], requires_grad=True),
+    ]
     scores = in_order(parts, plan)
     assert scores.tolist() == [0, 1, 2, 3, 4]
     scores.backward(torch.arange(5.0))

@@ -1,4 +1,6 @@
-"""Texts, labels and ids by every door: what is none is named before anything is scored, NumPy's are taken."""
+"""Texts, labels and ids by every door: what is none is named before anything is scored, NumPy's are
+taken.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from rerank_fast.data import ListStream, load_lists
 from rerank_fast.data.mining.sources import load_collection
 from rerank_fast.evaluation import RerankingEvaluator, ranking_metrics
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model.encoder import PackedStep
+from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.texts import check_pairs
 from tests.model_factory import make_tiny_bert
 
@@ -40,22 +42,30 @@ DOORS: dict[str, Callable[[CrossEncoder, list[Any], list[Any]], Any]] = {
     "tokenize": lambda model, queries, docs: model.tokenize(
         [(query, one) for query, all_docs in zip(queries, docs, strict=True) for one in all_docs]
     ),
-    "rank": lambda model, queries, docs: [model.rank(*one) for one in zip(queries, docs, strict=True)],
+    "rank": lambda model, queries, docs: [
+        model.rank(*one) for one in zip(queries, docs, strict=True)
+    ],
     "rank_many": lambda model, queries, docs: model.rank_many(queries, docs),
     "lists": lambda model, queries, docs: RerankingEvaluator(
         [{"query": q, "docs": d, "labels": LABELS} for q, d in zip(queries, docs, strict=True)]
     )(model),
-    "samples": lambda model, queries, docs: RerankingEvaluator(list(map(sample, queries, docs)))(model),
+    "samples": lambda model, queries, docs: RerankingEvaluator(list(map(sample, queries, docs)))(
+        model
+    ),
     "load_lists": lambda model, queries, docs: load_lists(
         [{"query": q, "docs": d, "labels": LABELS} for q, d in zip(queries, docs, strict=True)]
     ).to_list(),
     "ListStream": lambda model, queries, docs: list(
-        ListStream([{"query": q, "docs": d, "labels": LABELS} for q, d in zip(queries, docs, strict=True)])
+        ListStream(
+            [{"query": q, "docs": d, "labels": LABELS} for q, d in zip(queries, docs, strict=True)]
+        )
     ),
     "mining": lambda model, queries, docs: load_collection(
         [{"query": q, "docs": d, "labels": LABELS} for q, d in zip(queries, docs, strict=True)]
     ),
-    "drop-in": lambda model, queries, docs: LambdaLoss(model)([queries, docs], [torch.tensor(LABELS)] * 2).item(),
+    "drop-in": lambda model, queries, docs: LambdaLoss(model)(
+        [queries, docs], [torch.tensor(LABELS)] * 2
+    ).item(),
 }
 NO_TEXTS = {
     "None": (None, "expected a string, got NoneType None"),
@@ -77,7 +87,7 @@ def test_what_is_no_text_is_named_before_anything_is_scored(
         raise AssertionError("a pair was scored")
 
     if door != "rank":  # which is called for one query after the other
-        monkeypatch.setattr(PackedStep, "__call__", scored)
+        monkeypatch.setattr(PackedPairs, "__call__", scored)
     value, message = NO_TEXTS[no_text]
     queries: list[Any] = ["what is a panda", "rain"]
     docs: list[Any] = [["bear", "fish", "sea"], ["sun", "wind", "city"]]
@@ -88,9 +98,11 @@ def test_what_is_no_text_is_named_before_anything_is_scored(
         )
     else:
         docs[1][2] = value
-        place = {"predict": "pair 5, document", "tokenize": "pair 5, document", "rank": "query 0, document 2"}.get(
-            door, r"1.*(docs\[2\]|negative\[1\]|document 2)"
-        )
+        place = {
+            "predict": "pair 5, document",
+            "tokenize": "pair 5, document",
+            "rank": "query 0, document 2",
+        }.get(door, r"1.*(docs\[2\]|negative\[1\]|document 2)")
     with pytest.raises(ValueError, match=rf"({place}).*{message}"):
         DOORS[door](model, queries, docs)
 
@@ -141,7 +153,9 @@ def test_numpys_numbers_are_taken_for_labels(model: CrossEncoder, labels: Any):
     row = {"query": "panda", "docs": docs, "labels": labels}
     assert load_lists([row])[0]["labels"] == LABELS
     assert load_collection([row]).positives == [{0: 1.0}]
-    assert RerankingEvaluator([row])(model) == RerankingEvaluator([{**row, "labels": LABELS}])(model)
+    assert RerankingEvaluator([row])(model) == RerankingEvaluator([{**row, "labels": LABELS}])(
+        model
+    )
     assert ranking_metrics([labels], [[3, 2, 1]])["map"] == [1.0]
     loss = LambdaLoss(model.eval())
     expected = loss([["panda"], [docs]], [torch.tensor(LABELS)])
@@ -150,14 +164,24 @@ def test_numpys_numbers_are_taken_for_labels(model: CrossEncoder, labels: Any):
 
 def test_numpys_ids_are_taken():
     corpus = [{"_id": np.int64(7), "text": "bear"}, {"_id": np.str_("x"), "text": "fish"}]
-    for ids in ([np.int64(7), np.str_("x")], np.array([7, "x"], dtype=object), np.array(["7", "x"])):
+    for ids in (
+        [np.int64(7), np.str_("x")],
+        np.array([7, "x"], dtype=object),
+        np.array(["7", "x"]),
+    ):
         found = load_collection([{"query": "panda", "positive_ids": ids}], corpus)
         assert found.positives == [{0: 1.0, 1: 1.0}]
-    found = load_collection([{"query": "panda", "positive_ids": np.array([1])}], np.array(["bear", "fish"]))
+    found = load_collection(
+        [{"query": "panda", "positive_ids": np.array([1])}], np.array(["bear", "fish"])
+    )
     assert found.corpus == ["bear", "fish"]
     assert found.positives == [{1: 1.0}]
-    assert load_collection([{"query": "q", "positive_ids": np.int64(7)}], {7: "bear"}).positives == [{0: 1.0}]
-    assert load_collection([{"query": "q", "positives": np.array(["bear"])}]).positives == [{0: 1.0}]
+    assert load_collection(
+        [{"query": "q", "positive_ids": np.int64(7)}], {7: "bear"}
+    ).positives == [{0: 1.0}]
+    assert load_collection([{"query": "q", "positives": np.array(["bear"])}]).positives == [
+        {0: 1.0}
+    ]
 
 
 @pytest.mark.parametrize("format", [None, "numpy", "torch"])
@@ -171,7 +195,9 @@ def test_datasets_of_any_format_are_evaluated(model: CrossEncoder, format: str |
     assert RerankingEvaluator(np.array(samples))(model) == expected
 
 
-@pytest.mark.parametrize("pairs", [None, 3, "ab", b"ab", {"a": "b"}, np.array("ab"), np.float32(1)], ids=repr)
+@pytest.mark.parametrize(
+    "pairs", [None, 3, "ab", b"ab", {"a": "b"}, np.array("ab"), np.float32(1)], ids=repr
+)
 def test_what_are_no_pairs(model: CrossEncoder, pairs: Any):
     for method in (model.predict, model.tokenize):
         with pytest.raises(ValueError, match=r"expected pairs \(query, document\), got"):
@@ -191,7 +217,12 @@ def test_what_is_no_pair(model: CrossEncoder, pair: Any):
 def test_pairs_of_any_iterable(model: CrossEncoder):
     pairs = [("panda", "bear"), ("rain", "sea"), ("sun", "wind")]
     expected = model.predict(pairs)
-    for other in (np.array(pairs), np.array(pairs, dtype=object), iter(pairs), [np.array(one) for one in pairs]):
+    for other in (
+        np.array(pairs),
+        np.array(pairs, dtype=object),
+        iter(pairs),
+        [np.array(one) for one in pairs],
+    ):
         np.testing.assert_array_equal(model.predict(other), expected)
     assert model.predict((np.array("panda"), np.str_("bear"))) == model.predict(("panda", "bear"))
     assert list(map(tuple, check_pairs(np.array(pairs)))) == pairs
@@ -215,7 +246,9 @@ def test_pairs_of_any_iterable(model: CrossEncoder):
         (["a"], [["b"]], {"prompt": "\ud800"}, "prompt: not valid Unicode"),
     ],
 )
-def test_what_can_not_be_ranked(model: CrossEncoder, queries: Any, docs: Any, options: Any, message: str):
+def test_what_can_not_be_ranked(
+    model: CrossEncoder, queries: Any, docs: Any, options: Any, message: str
+):
     with pytest.raises(ValueError, match=message):
         model.rank_many(queries, docs, **options)
 
@@ -224,14 +257,36 @@ def test_what_can_not_be_ranked(model: CrossEncoder, queries: Any, docs: Any, op
     ("documents", "labels", "message"),
     [
         (["bear"], [torch.tensor(LABELS)], "query 0: expected a list of documents, got str 'bear'"),
-        ([["a", "b", "c"]], [1.0], "the labels of query 0: expected a label for each document, got float 1.0"),
-        ([["a", "b", "c"]], [torch.tensor(1.0)], "the labels of query 0: expected a label for each document"),
-        ([["a", "b", "c"]], [[1, None, 0]], r"the labels of query 0\[1\]: expected a number, got NoneType None"),
-        ([["a", "b", "c"]], [[1, "2", 0]], r"the labels of query 0\[1\]: expected a number, got str '2'"),
-        ([["a", "b", "c"]], [None], "the labels of query 0: expected a label for each document, got NoneType"),
+        (
+            [["a", "b", "c"]],
+            [1.0],
+            "the labels of query 0: expected a label for each document, got float 1.0",
+        ),
+        (
+            [["a", "b", "c"]],
+            [torch.tensor(1.0)],
+            "the labels of query 0: expected a label for each document",
+        ),
+        (
+            [["a", "b", "c"]],
+            [[1, None, 0]],
+            r"the labels of query 0\[1\]: expected a number, got NoneType None",
+        ),
+        (
+            [["a", "b", "c"]],
+            [[1, "2", 0]],
+            r"the labels of query 0\[1\]: expected a number, got str '2'",
+        ),
+        (
+            [["a", "b", "c"]],
+            [None],
+            "the labels of query 0: expected a label for each document, got NoneType",
+        ),
     ],
 )
-def test_what_the_drop_in_can_not_read(model: CrossEncoder, documents: Any, labels: Any, message: str):
+def test_what_the_drop_in_can_not_read(
+    model: CrossEncoder, documents: Any, labels: Any, message: str
+):
     with pytest.raises(ValueError, match=message):
         LambdaLoss(model)([["panda"], documents], labels)
 
@@ -243,6 +298,14 @@ def test_labels_that_are_no_numbers_are_named(labels: Any):
 
 
 def test_a_saved_list_of_numpys_texts_reads_back(tmp_path: Path):
-    rows = [{"query": np.str_("q"), "docs": np.array(["a", "b"]), "labels": np.array([1.5, 0], np.float32)}]
+    rows = [
+        {
+            "query": np.str_("q"),
+            "docs": np.array(["a", "b"]),
+            "labels": np.array([1.5, 0], np.float32),
+        }
+    ]
     load_lists(rows).save_to_disk(tmp_path / "saved")
-    assert load_lists(tmp_path / "saved").to_list() == [{"query": "q", "docs": ["a", "b"], "labels": [1.5, 0.0]}]
+    assert load_lists(tmp_path / "saved").to_list() == [
+        {"query": "q", "docs": ["a", "b"], "labels": [1.5, 0.0]}
+    ]

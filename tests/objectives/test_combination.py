@@ -31,9 +31,13 @@ def test_every_name_is_that_of_its_class(name):
 
 
 def test_unknown_names_and_options_list_what_there_is():
-    with pytest.raises(ValueError, match=r"unknown objective 'lambdaloss'; there are .*lambda_loss"):
+    with pytest.raises(
+        ValueError, match=r"unknown objective 'lambdaloss'; there are .*lambda_loss"
+    ):
         make_objective("lambdaloss", {})
-    with pytest.raises(ValueError, match="objective lambda_loss has no option 'slope'; it has scheme, k, sigma"):
+    with pytest.raises(
+        ValueError, match="objective lambda_loss has no option 'slope'; it has scheme, k, sigma"
+    ):
         make_objective("lambda_loss", {"slope": 2})
     with pytest.raises(ValueError, match="sigma must be a finite fp32 number above 0, got 'x'"):
         make_objectives([{"name": "lambda_loss", "sigma": "x"}])
@@ -63,11 +67,17 @@ def test_each_part_is_the_mean_over_its_own_units():
 
 
 def test_what_can_not_be_exact_or_is_no_combination_is_refused():
-    with pytest.raises(ValueError, match="objective lambda_loss with a cut k and the mean over preference pairs"):
+    with pytest.raises(
+        ValueError, match="objective lambda_loss with a cut k and the mean over preference pairs"
+    ):
         make_objectives([{"name": "lambda_loss", "k": 10}, {"name": "lambda_loss"}])
-    make_objectives([{"name": "lambda_loss", "k": 10, "reduction": "lists"}, {"name": "lambda_loss"}])
+    make_objectives(
+        [{"name": "lambda_loss", "k": 10, "reduction": "lists"}, {"name": "lambda_loss"}]
+    )
     for weight in (0, -1.0, "1", float("nan")):
-        with pytest.raises(ValueError, match="the weight of lambda_loss must be a finite fp32 number above 0"):
+        with pytest.raises(
+            ValueError, match="the weight of lambda_loss must be a finite fp32 number above 0"
+        ):
             make_objectives([{"name": "lambda_loss", "weight": weight}])
     inner = Combination((LambdaLoss(),), (1.0,))
     with pytest.raises(ValueError, match="must not be several itself"):

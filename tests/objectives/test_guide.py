@@ -19,13 +19,16 @@ from tests.model_factory import make_tiny_bert
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_a_loss.md"
 FILE, LINE, COMMAND, SEVERAL, OWN, WEIGHTING = (
-    block for _, block in re.findall(r"```(python|bash|yaml)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    block
+    for _, block in re.findall(r"```(python|bash|yaml)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 )
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a model and lists, in which the guide's new loss is a file and a line of the package."""
+    """A directory with a model and lists, in which the guide's new loss is a file and a line of the
+    package.
+    """
     make_tiny_bert(tmp_path / "bert")
     row = {"query": "what is the panda", "docs": ["a panda is a bear", "fish"], "labels": [1, 0]}
     (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 8)
@@ -49,7 +52,9 @@ def test_the_new_loss_is_chosen_by_name(work: Path):
     assert cli.main([*arguments, "--show_progress_bar", "false", "--precision", "fp32"]) == 0
     assert '"margin": 0.5' in (work / "my-reranker" / "README.md").read_text()
     several = choose_objective(TrainingConfig(**yaml.safe_load(SEVERAL)))
-    assert [(one.name, weight) for one, weight in zip(several.parts, several.weights, strict=True)] == [
+    assert [
+        (one.name, weight) for one, weight in zip(several.parts, several.weights, strict=True)
+    ] == [
         ("margin", 0.5),
         ("lambda_loss", 1.0),
     ]

@@ -47,10 +47,14 @@ def test_its_mean_is_the_op_whichever_way_pairs_are_weighted(scheme, reduction, 
     if left is not None:
         loss = loss * units / left
     loss.backward()
-    expected = lambda_loss(theirs, labels, offsets, scheme="lambdarank", k=k, reduction=reduction, sigma=1.5)
+    expected = lambda_loss(
+        theirs, labels, offsets, scheme="lambdarank", k=k, reduction=reduction, sigma=1.5
+    )
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours.grad, theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scheme", ["ndcg2pp", by_hand])

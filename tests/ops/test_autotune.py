@@ -31,14 +31,23 @@ def autotune(monkeypatch):
 
 
 def _attention(backend, q, ends):
-    return varlen_attention(q, q * 2, q - 1, ends, ends, causal=True, dropout_p=0.2, seed=3, backend=backend)
+    return varlen_attention(
+        q, q * 2, q - 1, ends, ends, causal=True, dropout_p=0.2, seed=3, backend=backend
+    )
 
 
 def _score_head(backend, x, ends):
     vector = torch.linspace(-1, 1, x.shape[1], device=x.device)
     weight = vector[:, None] * vector.flip(0)
     return score_head(
-        x, ends[2:4].long(), weight, vector, vector[None], vector[:1], activation="tanh", backend=backend
+        x,
+        ends[2:4].long(),
+        weight,
+        vector,
+        vector[None],
+        vector[:1],
+        activation="tanh",
+        backend=backend,
     )
 
 
@@ -57,7 +66,9 @@ def _approx_ranks(backend, scores, ends):
 
 
 def _ndcg(backend, scores, ends):
-    return ndcg(scores, torch.arange(len(scores), device=scores.device) % 3.0, ends.long(), backend=backend)
+    return ndcg(
+        scores, torch.arange(len(scores), device=scores.device) % 3.0, ends.long(), backend=backend
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,9 @@ def test_results_and_gradients(autotune, call, shape, kernels):
     results = []
     for backend in ("triton", "reference"):
         out = call(backend, leaf, ends)
-        results.append((out, *torch.autograd.grad(out.sum(), leaf)) if out.requires_grad else (out,))
+        results.append(
+            (out, *torch.autograd.grad(out.sum(), leaf)) if out.requires_grad else (out,)
+        )
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert autotune._tuner.cache_info().currsize == kernels
@@ -99,15 +112,28 @@ def test_the_shipped_config_is_the_first_candidate(autotune):
     from rerank_fast.ops.triton.ndcg import ndcg_kernel
 
     shipped = {"BLOCK": 32, "num_warps": 4, "enable_fp_fusion": True}
-    tuner, rest = autotune.choose(ndcg_kernel, shipped, ({"num_warps": 8}, {"BLOCK": 64}), ("dtype",))
+    tuner, rest = autotune.choose(
+        ndcg_kernel, shipped, ({"num_warps": 8}, {"BLOCK": 64}), ("dtype",)
+    )
     assert tuner.configs[0].all_kwargs() == triton.Config({"BLOCK": 32}, 4).all_kwargs()
-    assert [(config.kwargs["BLOCK"], config.num_warps) for config in tuner.configs] == [(32, 4), (32, 8), (64, 4)]
+    assert [(config.kwargs["BLOCK"], config.num_warps) for config in tuner.configs] == [
+        (32, 4),
+        (32, 8),
+        (64, 4),
+    ]
     assert rest == {"enable_fp_fusion": True}
-    assert autotune.choose(ndcg_kernel, shipped, ({"num_warps": 8}, {"BLOCK": 64}), ("dtype",))[0] is tuner
+    assert (
+        autotune.choose(ndcg_kernel, shipped, ({"num_warps": 8}, {"BLOCK": 64}), ("dtype",))[0]
+        is tuner
+    )
 
 
 def test_the_variable_turns_it_on():
     require_triton()
-    command = [sys.executable, "-c", "from rerank_fast.ops.triton import autotune; print(autotune.ENABLED)"]
+    command = [
+        sys.executable,
+        "-c",
+        "from rerank_fast.ops.triton import autotune; print(autotune.ENABLED)",
+    ]
     environment = os.environ | {"RERANK_FAST_AUTOTUNE": "1"}
     assert subprocess.check_output(command, text=True, env=environment).strip() == "True"

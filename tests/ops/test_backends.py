@@ -1,5 +1,5 @@
-"""LambdaLoss's compiled backends against the fp64 reference (Triton natively on a GPU, else in its interpreter),
-and which backend an op takes."""
+"""LambdaLoss's compiled backends against the fp64 reference (Triton natively on a GPU, else in its
+interpreter), and which backend an op takes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,16 @@ def forward(backend, scores, labels, offsets, **options):
     from rerank_fast.ops.triton import lambda_loss
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = lambda_loss.forward(scores.to(device), labels.to(device), offsets.to(device), **options)
+    results = lambda_loss.forward(
+        scores.to(device), labels.to(device), offsets.to(device), **options
+    )
     return tuple(result.cpu() for result in results)
 
 
 def assert_within_budget(backend, scores, labels, offsets, **options):
-    """Kernel error <= error of the eager formula in the same precision, plus rounding of the result."""
+    """Kernel error <= error of the eager formula in the same precision, plus rounding of the
+    result.
+    """
     options = OPTIONS | options
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     labels = labels.to(wide)
@@ -63,12 +67,16 @@ def assert_within_budget(backend, scores, labels, offsets, **options):
     *eager, counted = reference.forward(scores, labels, offsets, **options)
     *exact, _ = reference.forward(scores.double(), labels.double(), offsets, **options)
     assert torch.equal(pairs, counted)
-    # For fp64 scores the reference rounds as much as the kernel does, so its own error can't be told.
+    # For fp64 scores the reference rounds as much as the kernel does, so its own error can't be
+    # told.
     rounding = (32 if wide == torch.float64 else 8) * torch.finfo(wide).eps
     finite = scores[scores.isfinite()].double()
     if backend == "triton" and len(finite):
-        # 2^x of x = sigma / ln 2 * (s_i - s_j) is off by ln 2 * |x| times the two roundings of x, half an eps each.
-        rounding += abs(options["sigma"]) * float(finite.max() - finite.min()) * torch.finfo(wide).eps
+        # 2^x of x = sigma / ln 2 * (s_i - s_j) is off by ln 2 * |x| times the two roundings of x,
+        # half an eps each.
+        rounding += (
+            abs(options["sigma"]) * float(finite.max() - finite.min()) * torch.finfo(wide).eps
+        )
     for ours, theirs, true in zip(results, eager, exact, strict=True):
         assert ours.dtype == wide
         assert ours.shape == true.shape
@@ -98,7 +106,13 @@ def ragged(sizes, *, seed=0, grades=3, spread=1.0):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_grid(backend, scheme, k, sigma, reduction_log, reduction):
     lists = ragged([5, 0, 37, 1, 12])
-    options = {"scheme": scheme, "k": k, "sigma": sigma, "reduction_log": reduction_log, "reduction": reduction}
+    options = {
+        "scheme": scheme,
+        "k": k,
+        "sigma": sigma,
+        "reduction_log": reduction_log,
+        "reduction": reduction,
+    }
     assert_within_budget(backend, *lists, **options)
 
 
@@ -115,7 +129,10 @@ generated_lists = st.lists(
 
 # Where in such a batch a score or a label becomes what: most batches stay as they are.
 generated_damage = st.lists(
-    st.tuples(st.integers(0, 47), st.booleans(), st.sampled_from([math.nan, math.inf, -math.inf, 1e30])), max_size=2
+    st.tuples(
+        st.integers(0, 47), st.booleans(), st.sampled_from([math.nan, math.inf, -math.inf, 1e30])
+    ),
+    max_size=2,
 ) | st.just([])
 
 
@@ -157,7 +174,9 @@ def test_large_labels_and_ties(backend):
     scores = torch.tensor([0.5, 0.5, -1.0, 2.0, 2.0, 0.0])
     labels = torch.tensor([1000.0, 999.0, 0.0, 500.0, 0.0, 1000.0])
     for scheme in SCHEMES:
-        loss, grad, _ = forward(backend, scores, labels, torch.tensor([0, 6]), **OPTIONS | {"scheme": scheme})
+        loss, grad, _ = forward(
+            backend, scores, labels, torch.tensor([0, 6]), **OPTIONS | {"scheme": scheme}
+        )
         assert loss.isfinite()
         assert grad.isfinite().all()
         assert_within_budget(backend, scores, labels, torch.tensor([0, 6]), scheme=scheme)
@@ -196,7 +215,8 @@ def test_one_long_list_and_threads_agree_with_the_reference():
 @pytest.mark.parametrize("k", [0, 1, 2**40])
 def test_fp64_scores_keep_fp64_accuracy(scheme, k):
     lists = [
-        tensor.double() if tensor.is_floating_point() else tensor for tensor in ragged([5, 0, 1, 35], grades=4)
+        tensor.double() if tensor.is_floating_point() else tensor
+        for tensor in ragged([5, 0, 1, 35], grades=4)
     ]
     # sigma and mu are no fp32 numbers: they must not be rounded on the way.
     options = OPTIONS | {"scheme": scheme, "k": k, "sigma": 0.3, "mu": 7.1, "reduction": "lists"}
@@ -237,14 +257,18 @@ def test_every_output_is_written(backend):
 @pytest.mark.parametrize("k", [0, 3, 50])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.8, 0.98])
 def test_cpu_rows_of_rare_labels_and_triangles(scheme, k, share):
-    """The two ways through the pairs of a list: with binary labels the share of positives chooses between them."""
+    """The two ways through the pairs of a list: with binary labels the share of positives chooses
+    between them.
+    """
     generator = torch.Generator().manual_seed(1)
     sizes = [130, 17, 64, 2]
     scores, _, offsets = ragged(sizes)
     labels = (torch.rand(len(scores), generator=generator) < share).float()
     labels += (torch.rand(len(scores), generator=generator) < 0.03) * 2  # and a third one, rare
     assert_within_budget("cpu", scores, labels, offsets, scheme=scheme, k=k)
-    assert_within_budget("cpu", scores, labels - 0.5, offsets, scheme=scheme, k=k)  # labels that are sorted
+    assert_within_budget(
+        "cpu", scores, labels - 0.5, offsets, scheme=scheme, k=k
+    )  # labels that are sorted
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -307,7 +331,9 @@ def test_a_gpu_without_triton_takes_the_reference(op, has_triton, chosen, monkey
         call(op, "cuda")
         assert chosen == ["triton" if has_triton else "reference"]
         if not has_triton:
-            with pytest.raises(ValueError, match="backend 'triton' can't run: triton is not installed"):
+            with pytest.raises(
+                ValueError, match="backend 'triton' can't run: triton is not installed"
+            ):
                 call(op, "cuda", "triton")
         with pytest.raises(ValueError, match=r"backend 'cpu' takes .*cuda"):
             call(op, "cuda", "cpu")
@@ -319,7 +345,9 @@ def test_without_the_compiled_module_an_op_says_so_once(op, chosen, monkeypatch)
     assert chosen.pop() == "cpu"
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setattr(backends, "_warned", [])
-    with pytest.warns(RuntimeWarning, match=f"runs {op} and its other ops through slower eager PyTorch: the"):
+    with pytest.warns(
+        RuntimeWarning, match=f"runs {op} and its other ops through slower eager PyTorch: the"
+    ):
         call(op, "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -330,10 +358,14 @@ def test_without_the_compiled_module_an_op_says_so_once(op, chosen, monkeypatch)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_triton_is_not_chosen_for_cpu_tensors_and_refused_outside_its_interpreter(op, chosen, monkeypatch):
+def test_triton_is_not_chosen_for_cpu_tensors_and_refused_outside_its_interpreter(
+    op, chosen, monkeypatch
+):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     call(op, "cpu")
     assert chosen == ["cpu"]
-    with pytest.raises(ValueError, match="backend 'triton' takes CUDA or ROCm tensors, got tensors on cpu"):
+    with pytest.raises(
+        ValueError, match="backend 'triton' takes CUDA or ROCm tensors, got tensors on cpu"
+    ):
         call(op, "cpu", "triton")

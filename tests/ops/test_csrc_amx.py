@@ -1,4 +1,6 @@
-"""What the set with tiles needs that the others do not: a permission, and to leave nothing behind."""
+"""What the set with tiles needs that the others do not: a permission, and to leave nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def stand_ins(tmp_path_factory) -> str:
         pytest.skip("no c++")
     library = tmp_path_factory.mktemp("amx") / "stand_ins.so"
     source = Path(__file__).with_name("amx_stand_ins.cpp")
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True
+    )
     return str(library)
 
 
@@ -43,7 +47,9 @@ def test_without_the_system_s_permission_there_is_no_such_set(stand_ins, named):
     preloaded = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), stand_ins]))
     environment = {**os.environ, "LD_PRELOAD": preloaded, "RERANK_FAST_ISA": named or ""}
     code = "from rerank_fast.ops import cpu; print(*cpu.instruction_sets())"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     others = [name for name in SETS if name != "amx_bf16"]
     if named is None:
         assert result.stdout.split() == others, result.stderr
@@ -69,14 +75,18 @@ def test_as_exact_as_the_set_below(options):
     """In the mean: nothing is rounded once more than there."""
     lengths = [100, 250, 33]
     tensors, grad, ends = attention.make((lengths, lengths), heads=2, dtype=torch.bfloat16)
-    exact = attention.run("reference", [t.double() for t in tensors], grad.double(), ends, **options)
+    exact = attention.run(
+        "reference", [t.double() for t in tensors], grad.double(), ends, **options
+    )
     before, errors = cpu.instruction_set(), {}
     try:
         for name in ("avx512_bf16", "amx_bf16"):
             cpu.choose_instruction_set(name)
             results = attention.run("cpu", tensors, grad, ends, **options)
             pairs = zip(results, exact, strict=True)
-            errors[name] = torch.stack([(ours.double() - true).abs().mean() for ours, true in pairs])
+            errors[name] = torch.stack(
+                [(ours.double() - true).abs().mean() for ours, true in pairs]
+            )
     finally:
         cpu.choose_instruction_set(before)
     assert (errors["amx_bf16"] <= 1.05 * errors["avx512_bf16"]).all(), errors

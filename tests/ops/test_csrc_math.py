@@ -1,4 +1,6 @@
-"""The approximations of csrc/common/math.h keep the errors that are stated there, on every instruction set."""
+"""The approximations of csrc/common/math.h keep the errors that are stated there, on every
+instruction set.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ CASES = [
 def test_errors_are_as_stated(name, exact, low, high, error, of):
     x = torch.linspace(low, high, 2**20)
     true = exact(x.double())
-    scale = {"result": true.abs(), "one": 1.0, "one and the argument": x.double().abs().clamp(min=1)}[of]
+    scale = {
+        "result": true.abs(),
+        "one": 1.0,
+        "one and the argument": x.double().abs().clamp(min=1),
+    }[of]
     found = ((evaluate(name, x) - true).abs() / scale).nan_to_num(0).max()
     assert found <= error, found
 

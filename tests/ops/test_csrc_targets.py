@@ -1,4 +1,5 @@
-"""csrc/ built by other compilers and for other processors than this machine's, every instruction set of them.
+"""csrc/ built by other compilers and for other processors than this machine's, every instruction
+set of them.
 
 The program that runs it also counts LambdaLoss's allocations: none after the first call.
 """
@@ -25,7 +26,9 @@ X86 = platform.machine() == "x86_64"
 
 
 def build(command: str, folder: Path, monkeypatch) -> Path:
-    """The program of kernels_main.cpp, with csrc/ as setup.py compiles it but for the optimisation."""
+    """The program of kernels_main.cpp, with csrc/ as setup.py compiles it but for the
+    optimisation.
+    """
     pytest.importorskip("pybind11", reason="setup.py needs it: pip install -e '.[dev]'")
     pytest.importorskip("setuptools")
     monkeypatch.setenv("CXX", command)
@@ -56,7 +59,9 @@ def build(command: str, folder: Path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("compiler", "emulator", "expected"),
     [
-        pytest.param("clang++", [], {"sse4"}, marks=pytest.mark.skipif(not X86, reason="not this processor")),
+        pytest.param(
+            "clang++", [], {"sse4"}, marks=pytest.mark.skipif(not X86, reason="not this processor")
+        ),
         pytest.param("aarch64-linux-gnu-g++", QEMU, {"neon", "neon_bf16"}),
     ],
 )
@@ -72,7 +77,11 @@ def test_same_numbers_by_other_compilers(compiler, emulator, expected, tmp_path,
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def results(name: str, operation: str, *tensors: torch.Tensor) -> bytearray:
-        content = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors if len(tensor)]
+        content = [
+            tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            for tensor in tensors
+            if len(tensor)
+        ]
         (tmp_path / "in").write_bytes(b"".join(content))
         run(name, operation, str(tmp_path / "in"), str(tmp_path / "out"))
         return bytearray((tmp_path / "out").read_bytes())
@@ -97,7 +106,9 @@ def check_lambda_loss(results) -> None:
             *eager, _ = reference.forward(scores, labels, offsets, **options)
             *exact, _ = reference.forward(scores.double(), labels.double(), offsets, **options)
             for ours, theirs, true in zip((result[0], result[1:]), eager, exact, strict=True):
-                budget = (theirs - true).abs().max() + 8 * torch.finfo(torch.float32).eps * true.abs().max()
+                budget = (theirs - true).abs().max() + 8 * torch.finfo(
+                    torch.float32
+                ).eps * true.abs().max()
                 assert (ours - true).abs().max() <= budget
 
 
@@ -108,16 +119,28 @@ def check_attention(results, dtype: torch.dtype) -> None:
         (attention.LENGTHS["more queries"], 1, 1, 12),
     ):
         lengths = (queries, keys)
-        tensors, grad, ends = attention.make(lengths, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
-        header = torch.tensor([len(queries), sum(queries), sum(keys), heads, kv_heads, size, dtype.itemsize])
+        tensors, grad, ends = attention.make(
+            lengths, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype
+        )
+        header = torch.tensor(
+            [len(queries), sum(queries), sum(keys), heads, kv_heads, size, dtype.itemsize]
+        )
         flat = torch.frombuffer(results(header, *ends, *tensors, grad), dtype=dtype)
         exact, eager = (
-            attention.run("reference", [t.to(kind) for t in tensors], grad.to(kind), ends, causal=True, scale=0.25)
+            attention.run(
+                "reference",
+                [t.to(kind) for t in tensors],
+                grad.to(kind),
+                ends,
+                causal=True,
+                scale=0.25,
+            )
             for kind in (torch.float64, dtype)
         )
         parts = flat.split([true.numel() for true in exact])
         for ours, theirs, true in zip(parts, eager, exact, strict=True):
             error = (ours.view(true.shape).double() - true).abs().max()
-            # Products of bf16 pairs round to odd on some processors: an error of a whole last place.
+            # Products of bf16 pairs round to odd on some processors: an error of a whole last
+            # place.
             rounding = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
             assert error <= 1.5 * (theirs.double() - true).abs().max() + rounding * true.abs().max()

@@ -1,4 +1,6 @@
-"""The kernels of every instruction set work on whole registers of it, keep to them, and to their own set."""
+"""The kernels of every instruction set work on whole registers of it, keep to them, and to their
+own set.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,20 @@ TILES = "tdpbf16ps"  # and of tiles of them
 
 @pytest.fixture(scope="module")
 def disassembly():
-    """By mangled function name: packed arithmetic by the kind of register, and what is on the stack."""
+    """By mangled function name: packed arithmetic by the kind of register, and what is on the
+    stack.
+    """
     if platform.machine() != "x86_64" or shutil.which("objdump") is None:
         pytest.skip("needs objdump, and a build for x86-64")
     assert cpu.available(), cpu.unavailable_reason()
     import rerank_fast._C as extension
 
-    if "asan" in subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True).stdout:
+    if (
+        "asan"
+        in subprocess.run(
+            ["ldd", extension.__file__], capture_output=True, text=True, check=True
+        ).stdout
+    ):
         pytest.skip("a build under a sanitizer is not optimised")
     command = ["objdump", "-d", "--no-show-raw-insn", extension.__file__]
     functions: dict[str, Counter[str]] = {}
@@ -77,14 +86,22 @@ def disassembly():
                 elif operation in (PAIRS, TILES):
                     current[f"{operation} {widest}"] += 1
                 # Moves of whole registers to and from the stack.
-                if "%rsp" in operands and "mov" in operation and not operation.endswith(("ss", "sd")):
+                if (
+                    "%rsp" in operands
+                    and "mov" in operation
+                    and not operation.endswith(("ss", "sd"))
+                ):
                     current[f"stack {widest}"] += 1
     assert process.returncode == 0
     return functions
 
 
 def kernels_of(functions, name, loop):
-    return {key: count for key, count in functions.items() if loop in key and f"{len(name)}{name}" in key}
+    return {
+        key: count
+        for key, count in functions.items()
+        if loop in key and f"{len(name)}{name}" in key
+    }
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -103,7 +120,9 @@ def test_kernels_work_on_whole_registers(disassembly, name, loop):
 
 
 def test_only_kernels_use_what_not_every_processor_has(disassembly):
-    """An inline function of the standard library's, compiled for one set and shared with the others, would."""
+    """An inline function of the standard library's, compiled for one set and shared with the
+    others, would.
+    """
     outside = {
         key: count
         for key, count in disassembly.items()

@@ -1,4 +1,6 @@
-"""A model may lie on another GPU than the current one: kernels are launched on their tensors' device."""
+"""A model may lie on another GPU than the current one: kernels are launched on their tensors'
+device.
+"""
 
 from __future__ import annotations
 

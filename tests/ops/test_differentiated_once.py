@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rerank_fast.model.linear import _NarrowLinear
+from rerank_fast.model.packed.linear import _NarrowLinear
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.score_head import score_head
@@ -51,6 +51,7 @@ def test_a_gradient_can_not_be_differentiated(op):
 def test_create_graph_alone_changes_no_gradient(op):
     x = torch.linspace(0.5, 1.5, 48).view(6, 8).requires_grad_()
     plain, graphed = (
-        torch.autograd.grad(op(x).float().square().sum(), x, create_graph=graph)[0] for graph in (False, True)
+        torch.autograd.grad(op(x).float().square().sum(), x, create_graph=graph)[0]
+        for graph in (False, True)
     )
     assert torch.equal(plain, graphed)

@@ -1,4 +1,6 @@
-"""What is handed to FlashAttention's functions, whose kernels are CUDA's alone, by what each takes."""
+"""What is handed to FlashAttention's functions, whose kernels are CUDA's alone, by what each
+takes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ CALLS: list[dict[str, Any]] = []
 
 def attend(q, k, v, cu_q, cu_k, *, window=(-1, -1), causal=False, scale=None, **received) -> Tensor:
     CALLS.append({"window": window, "causal": causal, "scale": scale, **received})
-    return varlen_attention(q, k, v, cu_q, cu_k, window=window, causal=causal, scale=scale, backend="reference")
+    return varlen_attention(
+        q, k, v, cu_q, cu_k, window=window, causal=causal, scale=scale, backend="reference"
+    )
 
 
 def torch_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -30,9 +34,13 @@ def torch_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, retur
     return attend(q, k, v, cu_seq_q, cu_seq_k, causal=is_causal, lengths=(max_q, max_k))
 
 
-def torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+def torch_2_11(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
     assert q.shape[1] == k.shape[1]
-    return attend(q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k))
+    return attend(
+        q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k)
+    )
 
 
 def torch_2_12(
@@ -40,7 +48,9 @@ def torch_2_12(
     return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
 ):  # fmt: skip
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return attend(q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k))
+    return attend(
+        q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k)
+    )
 
 
 def torch_2_15(
@@ -49,7 +59,9 @@ def torch_2_15(
     seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return attend(q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k))
+    return attend(
+        q, k, v, cu_seq_q, cu_seq_k, window=window_size, scale=scale, lengths=(max_q, max_k)
+    )
 
 
 def package_2_0(
@@ -57,7 +69,9 @@ def package_2_0(
     dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False,
 ):  # fmt: skip
     lengths = (max_seqlen_q, max_seqlen_k)
-    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=softmax_scale, lengths=lengths)
+    return attend(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=softmax_scale, lengths=lengths
+    )
 
 
 def package_2_8(
@@ -165,7 +179,9 @@ def test_a_call_is_part_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch):
     leaves = [tensor.requires_grad_() for tensor in tensors]
 
     def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(q * 2, k, v, *ends, causal=True, max_seqlens=(5, 5), backend="flash")
+        return varlen_attention(
+            q * 2, k, v, *ends, causal=True, max_seqlens=(5, 5), backend="flash"
+        )
 
     expected = torch.autograd.grad(twice(*leaves), leaves, grad)
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
@@ -232,7 +248,9 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(torch.version, "hip", None)
 
-    def choose(self, *, heads=2, kv_heads=2, dropout_p=0.0, lengths=(7, 7), size=64, rows=10) -> str:
+    def choose(
+        self, *, heads=2, kv_heads=2, dropout_p=0.0, lengths=(7, 7), size=64, rows=10
+    ) -> str:
         def tensor(number: int) -> Any:
             return SimpleNamespace(
                 device=torch.device("cuda"),

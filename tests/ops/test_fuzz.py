@@ -1,8 +1,9 @@
-"""Calls drawn at random: one line of ValueError, or what the fp64 reference gives, on every backend.
+"""Calls drawn at random: one line of ValueError, or what the fp64 reference gives, on every
+backend.
 
-Shapes, dtypes, layouts, options, offsets and special values are drawn, good ones and bad ones; which
-of them are bad is known, so that an error where all is well fails too. A case follows from its
-number alone: run one again with run_case(number).
+Shapes, dtypes, layouts, options, offsets and special values are drawn, good ones and bad ones;
+which of them are bad is known, so that an error where all is well fails too. A case follows from
+its number alone: run one again with run_case(number).
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Case:
     def int(self, low: int, high: int) -> int:
         return int(self.random.integers(low, high + 1))
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    def normal(
+        self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+    ) -> torch.Tensor:
         return self.layout((torch.randn(*shape, generator=self.generator) * scale).to(dtype))
 
     def layout(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +80,9 @@ class Case:
         bounds = list(right)
         if self.chance(0.08):
             far = 2**40 if dtype == torch.int64 else 2**31 - 1
-            bounds[self.int(0, len(bounds) - 1)] = self.one([-1, far, -far, right[-1] + 1, right[-1] // 2, 0])
+            bounds[self.int(0, len(bounds) - 1)] = self.one(
+                [-1, far, -far, right[-1] + 1, right[-1] // 2, 0]
+            )
         if self.chance(0.03):
             bounds.insert(self.int(0, len(bounds)), self.int(-1, right[-1] + 1))
         if bounds[0] != 0 or bounds[-1] != right[-1] or bounds != sorted(bounds):
@@ -106,7 +111,8 @@ class Case:
 def assert_close(
     name: str, ours: Any, eager: Any, exact: Any, slack: float, where: Any = ..., size: float = 0.0
 ) -> None:
-    """Error <= that of the eager formula in the same dtype, and slack roundings; not finite in the same places.
+    """Error <= that of the eager formula in the same dtype, and slack roundings; not finite in the
+    same places.
 
     size: of what is added up, where the sum may be 0.
     """
@@ -146,7 +152,9 @@ def lists(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = torch.randint(0, high, (n,), generator=case.generator).double()
     labels = {"below": labels - 2, "fractions": labels / 3, "large": labels * 200}.get(kind, labels)
     whole = kind in ("binary", "graded") and case.chance(0.3)
-    labels = case.layout(labels.to(case.one([torch.int64, torch.int32]) if whole else torch.float32))
+    labels = case.layout(
+        labels.to(case.one([torch.int64, torch.int32]) if whole else torch.float32)
+    )
     scores = scores.clone()
     case.damage(scores, *SPECIAL, 1e25 if dtype != torch.float16 else 6e4, share=0.1)
     if labels.is_floating_point():
@@ -174,12 +182,16 @@ def fuzz_lambda_loss(case: Case) -> None:
     assert grad.dtype == scores.dtype
     wide = torch.promote_types(scores.dtype, torch.float32)
     rows = torch.repeat_interleave(offsets.diff())
-    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64)[: loss.numel()].view(loss.shape)
+    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=torch.float64)[
+        : loss.numel()
+    ].view(loss.shape)
     upstream = upstream[rows] if loss.dim() else upstream
     results = []
     for dtype in (wide, torch.float64):
         own = options | {"k": options["k"] or 0}
-        value, slope, _ = reference.forward(scores.to(dtype), labels.to(wide).to(dtype), offsets, **own)
+        value, slope, _ = reference.forward(
+            scores.to(dtype), labels.to(wide).to(dtype), offsets, **own
+        )
         results.append((value, slope * upstream))
     spread = scores[scores.isfinite()].double()
     slack = (
@@ -201,7 +213,9 @@ def fuzz_count_pairs(case: Case) -> None:
     for start, end in itertools.pairwise(offsets.tolist()):
         rank = reference.ranks(scores[start:end])
         expected += int(
-            reference.pair_mask(labels[start:end], rank, scheme=options["scheme"], k=options["k"] or 0).sum()
+            reference.pair_mask(
+                labels[start:end], rank, scheme=options["scheme"], k=options["k"] or 0
+            ).sum()
         )
     assert found.item() == expected
 
@@ -278,15 +292,20 @@ def fuzz_varlen_attention(case: Case) -> None:
     masked = options["causal"] or options["window"] is not None
     touched = set()
     for rows, end in zip(broken, (ends[0], ends[1], ends[1]), strict=True):
-        touched |= {int(torch.searchsorted(end.contiguous(), row, right=True)) - 1 for row in rows if masked}
+        touched |= {
+            int(torch.searchsorted(end.contiguous(), row, right=True)) - 1 for row in rows if masked
+        }
     kept = []
     for end in ends:
         of = torch.searchsorted(end.contiguous(), torch.arange(int(end[-1])), right=True) - 1
         kept.append(torch.tensor([int(n) not in touched for n in of], dtype=torch.bool))
     slack = (256 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
-    # The gradient of a softmax of one key, or of equal ones, is 0 but for what is rounded on the way.
+    # The gradient of a softmax of one key, or of equal ones, is 0 but for what is rounded on the
+    # way.
     scale = size**-0.5 if options["scale"] is None else abs(options["scale"])
-    q, k, v = (float(x[x.isfinite()].abs().double().max()) if x.isfinite().any() else 0.0 for x in tensors)
+    q, k, v = (
+        float(x[x.isfinite()].abs().double().max()) if x.isfinite().any() else 0.0 for x in tensors
+    )
     sizes = {"dq": scale * size * 1.5 * v * k, "dk": scale * size * 1.5 * v * q}
     for name, where, *three in zip(
         ("out", "dq", "dk", "dv"), (kept[0], kept[0], kept[1], kept[1]), ours, *results, strict=True
@@ -307,7 +326,9 @@ def fuzz_residual_norm(case: Case) -> None:
         "eps": case.one([1e-5, 1e-12, 1]),
         "dropout_p": case.one([0.0, 0, 0.3]),
         "seed": case.one([0, 7, 2**63 - 1]),
-        "rows": case.one([None, torch.randint(-9, 99, (rows,), generator=case.generator, dtype=torch.int32)]),
+        "rows": case.one(
+            [None, torch.randint(-9, 99, (rows,), generator=case.generator, dtype=torch.int32)]
+        ),
     }
     case.spoil("residual_norm", options)
     leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias)]
@@ -320,7 +341,9 @@ def fuzz_residual_norm(case: Case) -> None:
         own = [t.requires_grad_() for t in own]
         y, narrow = residual_norm(*own, backend="reference", **options)
         results.append([y, narrow, *grads_of(y + narrow.to(y.dtype), own)])
-    for name, mine, eager, exact in zip(("y", "narrow", "dx", "dr", "dw", "db"), ours, *results, strict=True):
+    for name, mine, eager, exact in zip(
+        ("y", "narrow", "dx", "dr", "dw", "db"), ours, *results, strict=True
+    ):
         # A row of one value, or of nearly one, is divided by next to nothing.
         steep = 1 / math.sqrt(options["eps"]) if width <= 2 else 16
         slack = 64 * torch.finfo(torch.float32).eps * steep + (2 * torch.finfo(mine.dtype).eps)
@@ -367,10 +390,13 @@ def fuzz_score_head(case: Case) -> None:
 
     ours = run(backend, dtype)
     assert not case.bad, case.bad
-    # Eagerly in fp32, with what narrow results round: the interpreter cuts 16 bits off, twice the error.
+    # Eagerly in fp32, with what narrow results round: the interpreter cuts 16 bits off, twice the
+    # error.
     eager, exact = run("reference", torch.float32), run("reference", torch.float64)
     for number, results in enumerate(zip(ours, eager, exact, strict=True)):
-        slack = 64 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps)
+        slack = 64 * torch.finfo(torch.float32).eps + (
+            0 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        )
         if options["activation"] == "relu" and dtype != torch.float32:
             slack = 1.0  # a value that rounds across the corner is an error of its own size
         # Narrow terms of about 1 are added up.
@@ -382,15 +408,21 @@ def fuzz_int8(case: Case) -> None:
     rows, size, width = case.int(1, 9), case.one([1, 7, 64]), case.one([1, 8, 33])
     x = case.normal(rows, size, dtype=dtype).clone()
     case.damage(x)
-    weight = quantize_weight(case.normal(width, size), case.normal(width) if case.chance(0.5) else None)
+    weight = quantize_weight(
+        case.normal(width, size), case.normal(width) if case.chance(0.5) else None
+    )
     quantized = quantize_rows(x)
-    ours, exact = (int8_linear(quantized, weight, backend=backend) for backend in ("cpu", "reference"))
+    ours, exact = (
+        int8_linear(quantized, weight, backend=backend) for backend in ("cpu", "reference")
+    )
     assert_close("int8", ours, exact, exact, 4 * torch.finfo(dtype).eps)
     broken = ~x.isfinite().all(dim=1)
     assert torch.equal(ours.isnan(), broken[:, None].expand(rows, width))
     levels = 63.0  # at the least
     finite = quantized.dequantize()[~broken].float()
-    bound = x[~broken].float().abs().amax(dim=1, keepdim=True) * (0.51 / levels + torch.finfo(dtype).eps)
+    bound = x[~broken].float().abs().amax(dim=1, keepdim=True) * (
+        0.51 / levels + torch.finfo(dtype).eps
+    )
     assert ((finite - x[~broken].float()).abs() <= bound).all()
 
 
@@ -430,12 +462,16 @@ def run_cases(numbers: range) -> None:
         try:
             found[run_case(number)] += 1
         except BaseException as error:
-            error.add_note(f"run_case({number})") if hasattr(error, "add_note") else print(f"run_case({number})")
+            error.add_note(f"run_case({number})") if hasattr(error, "add_note") else print(
+                f"run_case({number})"
+            )
             raise
     for op, (_, backends) in OPS.items():
         for backend in set(backends):
             assert found[f"{op}, {backend}, agrees"] >= len(numbers) / 200, found
-    assert sum(count for name, count in found.items() if name.endswith("refused")) >= len(numbers) / 20, found
+    assert (
+        sum(count for name, count in found.items() if name.endswith("refused")) >= len(numbers) / 20
+    ), found
 
 
 def test_calls_drawn_at_random():

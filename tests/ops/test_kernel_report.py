@@ -1,4 +1,6 @@
-"""What the shipped Triton kernels compile to: no spills, registers for half of the warps, few special functions."""
+"""What the shipped Triton kernels compile to: no spills, registers for half of the warps, few
+special functions.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,16 @@ def _report(tmp_path, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = tmp_path / "report.json"
     root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    command = [sys.executable, root / "benchmarks" / "kernel_report.py", "--output", output, *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(root), environment.get("PYTHONPATH")])
+    )
+    command = [
+        sys.executable,
+        root / "benchmarks" / "kernel_report.py",
+        "--output",
+        output,
+        *arguments,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert result.returncode == 0, result.stderr
     return json.loads(output.read_text()), result.stdout
@@ -54,14 +64,18 @@ def test_lambda_loss_stays_within_its_limits(tmp_path):
 
 
 def _is_current() -> bool:
-    """The shipped configs are held to the current release's compiler; others' layouts and ptxas differ."""
+    """The shipped configs are held to the current release's compiler; others' layouts and ptxas
+    differ.
+    """
     return tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2])) >= (3, 9)
 
 
 def _assert_limits(row):
     """Nothing spilled, no stack, half of the warps on sm_90, and three special functions a pair."""
     assert row["spills"] == row["stack"] == row["local"] == 0, row
-    assert row["occupancy"] > 0, row  # else it takes more than the target has, and can't be launched
+    assert row["occupancy"] > 0, (
+        row
+    )  # else it takes more than the target has, and can't be launched
     if row["target"] == "90":
         assert row["occupancy"] >= _least_occupancy(row["kernel_name"]), row
     # An fp64 logarithm or exponential takes none: it is software.
@@ -77,15 +91,18 @@ def _assert_limits(row):
 def _least_occupancy(name):
     """Half, but for attention's kernels that hold tiles in registers from one product to the next.
 
-    Smaller tiles would be more warps and more instructions: 16 keys for 32 cost 1.6 times as many a score. With a
-    quarter of the warps some 96 KB are on their way to a multiprocessor, 18 are enough for the memory's bandwidth.
+    Smaller tiles would be more warps and more instructions: 16 keys for 32 cost 1.6 times as many a
+    score. With a quarter of the warps some 96 KB are on their way to a multiprocessor, 18 are
+    enough for the memory's bandwidth.
     """
     if not name.startswith("varlen_attention"):
         return 0.5
     pattern = r"varlen_attention-(\w+)_kernel_(bf16|fp16|fp32)_(\d+)_(\w+)"
     kernel, dtype, size, case = re.fullmatch(pattern, name).groups()
     if dtype == "fp32":
-        return 0.5 if kernel == "forward" and int(size) <= 64 else 0.375 if int(size) <= 128 else 0.25
+        return (
+            0.5 if kernel == "forward" and int(size) <= 64 else 0.375 if int(size) <= 128 else 0.25
+        )
     if int(size) > 64:
         return 0.125
     if case == "one_query" and kernel != "key_value_grad":
@@ -95,8 +112,13 @@ def _least_occupancy(name):
 
 def test_the_other_ops_kernels_stay_within_their_limits(tmp_path):
     # fp16 is compiled as it ships; its numbers are bf16's.
-    kernels = [f"score_head-{kernel}_bf16_tanh_dropout" for kernel in ("forward", "dense_grad", "grads")]
-    kernels += [f"score_head-{kernel}_fp16_tanh_gather_dropout" for kernel in ("forward", "dense_grad", "grads")]
+    kernels = [
+        f"score_head-{kernel}_bf16_tanh_dropout" for kernel in ("forward", "dense_grad", "grads")
+    ]
+    kernels += [
+        f"score_head-{kernel}_fp16_tanh_gather_dropout"
+        for kernel in ("forward", "dense_grad", "grads")
+    ]
     kernels += ["ndcg-ndcg_fp32", "approx_ranks-backward_fp32"]
     report, _ = _report(tmp_path, "--kernels", *kernels, "--targets", "80", "90", "gfx942")
     assert len(report["kernels"]) == 3 * 8
@@ -105,7 +127,11 @@ def test_the_other_ops_kernels_stay_within_their_limits(tmp_path):
 
 
 def test_attention_stays_within_its_limits(tmp_path):
-    kernels = ["bf16_64_plain", "key_value_grad_kernel_bf16_64_dropout_window", "forward_kernel_fp32_32_plain"]
+    kernels = [
+        "bf16_64_plain",
+        "key_value_grad_kernel_bf16_64_dropout_window",
+        "forward_kernel_fp32_32_plain",
+    ]
     report, _ = _report(tmp_path, "--kernels", *kernels, "--targets", "90", "120", "gfx942")
     assert len(report["kernels"]) == 3 * 6  # with dropout and a window: of all rows, and of some
     for row in report["kernels"] if _is_current() else ():

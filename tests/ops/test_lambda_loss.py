@@ -64,7 +64,8 @@ def by_hand(scores, labels, *, scheme, k, sigma, mu, eps):
 
 
 def test_two_documents_worked_out_on_paper():
-    # One relevant document ranked second: |P| = 1, G = 1, delta(1) = 1 - 1/log2(3) = |1/D(2) - 1/D(1)|.
+    # One relevant document ranked second: |P| = 1, G = 1, delta(1) = 1 - 1/log2(3) = |1/D(2) -
+    # 1/D(1)|.
     scores = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     loss = lambda_loss(scores, torch.tensor([1, 0]), torch.tensor([0, 2]), backend="reference")
     weight = 11 * (1 - 1 / math.log2(3))
@@ -82,12 +83,22 @@ def test_reference_equals_the_sum_written_out(scheme, k, reduction_log):
     labels[0] = -1  # a label below zero gains nothing but is still less than zero
     scale = 1 / math.log(2) if reduction_log == "binary" else 1
     sums = [
-        by_hand(scores[a:b].tolist(), labels[a:b].tolist(), scheme=scheme, k=k, sigma=1.7, mu=3.0, eps=1e-10)
+        by_hand(
+            scores[a:b].tolist(),
+            labels[a:b].tolist(),
+            scheme=scheme,
+            k=k,
+            sigma=1.7,
+            mu=3.0,
+            eps=1e-10,
+        )
         for a, b in itertools.pairwise(offsets.tolist())
     ]
     total, pairs = sum(s for s, _ in sums) * scale, sum(p for _, p in sums)
     expected = {"pairs": total / pairs, "lists": total / len(SIZES), "sum": total}
-    options = dict(scheme=scheme, k=k, sigma=1.7, mu=3.0, reduction_log=reduction_log, backend="reference")
+    options = dict(
+        scheme=scheme, k=k, sigma=1.7, mu=3.0, reduction_log=reduction_log, backend="reference"
+    )
     for reduction, value in expected.items():
         loss = lambda_loss(scores, labels, offsets, reduction=reduction, **options)
         assert loss.item() == pytest.approx(value, rel=1e-10)
@@ -102,7 +113,9 @@ def test_gradcheck(scheme, reduction):
     scores.requires_grad_()
 
     def loss(s):
-        return lambda_loss(s, labels, offsets, scheme=scheme, k=5, reduction=reduction, backend="reference")
+        return lambda_loss(
+            s, labels, offsets, scheme=scheme, k=5, reduction=reduction, backend="reference"
+        )
 
     assert torch.autograd.gradcheck(loss, (scores,))
 
@@ -110,7 +123,9 @@ def test_gradcheck(scheme, reduction):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_closed_form_gradient_equals_autograd_of_the_loss(scheme):
     scores, labels, offsets = ragged()
-    options = dict(scheme=scheme, k=4, sigma=0.6, mu=2.0, eps=1e-10, reduction_log="natural", reduction="pairs")
+    options = dict(
+        scheme=scheme, k=4, sigma=0.6, mu=2.0, eps=1e-10, reduction_log="natural", reduction="pairs"
+    )
     loss, grad, _ = reference.forward(scores, labels, offsets, **options)
     leaf = scores.clone().requires_grad_()
     written = reference.lambda_loss(leaf, labels, offsets, **options)
@@ -166,7 +181,14 @@ def test_agrees_with_sentence_transformers_in_fp32(backend, scheme, k, sigma, re
     expected.backward()
     ours = scores.clone().requires_grad_()
     loss = lambda_loss(
-        ours, labels, offsets, scheme=scheme, k=k, sigma=sigma, reduction_log=reduction_log, backend=backend
+        ours,
+        labels,
+        offsets,
+        scheme=scheme,
+        k=k,
+        sigma=sigma,
+        reduction_log=reduction_log,
+        backend=backend,
     )
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -177,7 +199,9 @@ def test_agrees_with_sentence_transformers_in_fp32(backend, scheme, k, sigma, re
 def test_large_labels_give_finite_gains():
     scores, _, _ = ragged([4])
     labels = torch.tensor([1000.0, 999.0, 0.0, 500.0])
-    loss = lambda_loss(scores.float().requires_grad_(), labels, torch.tensor([0, 4]), backend="reference")
+    loss = lambda_loss(
+        scores.float().requires_grad_(), labels, torch.tensor([0, 4]), backend="reference"
+    )
     assert loss.isfinite()
     assert loss > 0
 
@@ -246,7 +270,9 @@ def test_opcheck(backend, reduction):
     scores, labels, offsets = ragged(dtype=torch.float32)
     name = backends.resolve("lambda_loss", backend, scores)
     options = ("ndcg2pp", 3, 1.0, 10.0, 1e-10, "binary", reduction, name)
-    torch.library.opcheck(torch.ops.rerank_fast.lambda_loss.default, (scores, labels, offsets, *options))
+    torch.library.opcheck(
+        torch.ops.rerank_fast.lambda_loss.default, (scores, labels, offsets, *options)
+    )
 
 
 @pytest.mark.parametrize("scheme", ["ndcg1", "ndcg2pp"])
@@ -295,7 +321,10 @@ def test_count_pairs_equals_the_mask(scheme, k):
         assert counted.dtype == torch.int64
         assert counted.shape == ()
         assert counted.item() == expected
-        assert count_pairs(scores.half(), labels.half(), offsets, scheme=scheme, k=k).item() == expected
+        assert (
+            count_pairs(scores.half(), labels.half(), offsets, scheme=scheme, k=k).item()
+            == expected
+        )
 
 
 def test_count_pairs_of_nothing_and_of_a_long_list():
@@ -304,7 +333,9 @@ def test_count_pairs_of_nothing_and_of_a_long_list():
     positives = int(labels.sum())
     assert count_pairs(scores, labels, offsets).item() == positives * (100_000 - positives)
     first = labels[scores.argmax()].item()
-    assert count_pairs(scores, labels, offsets, k=1).item() == (100_000 - positives if first else positives)
+    assert count_pairs(scores, labels, offsets, k=1).item() == (
+        100_000 - positives if first else positives
+    )
 
 
 def test_count_pairs_normalises_a_batch_in_parts():
@@ -385,7 +416,9 @@ def test_bad_input_says_what_was_expected(change, message):
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_offsets_at_fault_are_shown(backend, bounds):
     scores = torch.zeros(4, requires_grad=True)
-    with pytest.raises(ValueError, match=re.escape(f"offsets must rise from 0 to N = 4, got {bounds}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"offsets must rise from 0 to N = 4, got {bounds}")
+    ):
         lambda_loss(scores, torch.zeros(4), torch.tensor(bounds), backend=backend)
     long = torch.arange(11)
     with pytest.raises(ValueError, match=re.escape("got [0, 1, 2, 3, '...', 7, 8, 9, 10]")):
@@ -393,7 +426,9 @@ def test_offsets_at_fault_are_shown(backend, bounds):
 
 
 def test_compiled_code_checks_offsets_on_the_cpu():
-    compiled = torch.compile(lambda s, y, o: lambda_loss(s, y, o), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s, y, o: lambda_loss(s, y, o), fullgraph=True, backend="aot_eager"
+    )
     scores, labels, offsets = ragged([3, 4], dtype=torch.float32)
     compiled(scores.requires_grad_(), labels, offsets).backward()
     with pytest.raises(ValueError, match="offsets must rise from 0 to N = 7"):
@@ -447,13 +482,18 @@ def test_backward_twice_gives_the_gradient_twice():
 
 def test_non_contiguous_labels_and_offsets():
     scores, labels, offsets = ragged([5, 8], dtype=torch.float32)
-    wide_labels, wide_offsets = torch.stack([labels, -labels], 1), torch.stack([offsets, -offsets], 1)
+    wide_labels, wide_offsets = (
+        torch.stack([labels, -labels], 1),
+        torch.stack([offsets, -offsets], 1),
+    )
     expected = lambda_loss(scores, labels, offsets)
     assert torch.equal(lambda_loss(scores, wide_labels[:, 0], wide_offsets[:, 0]), expected)
 
 
 def test_memory_of_long_lists():
-    """Four lists of 10,000 graded documents: under a second, and under 16 MB above inputs and outputs."""
+    """Four lists of 10,000 graded documents: under a second, and under 16 MB above inputs and
+    outputs.
+    """
     program = """
 import time, torch
 from pathlib import Path
@@ -489,14 +529,19 @@ def test_asking_for_triton_on_cpu_tensors_is_a_clear_error():
         "import torch; from rerank_fast import lambda_loss\n"
         "lambda_loss(torch.zeros(2), torch.zeros(2), torch.tensor([0, 2]), backend='triton')"
     )
-    environment = {key: value for key, value in __import__("os").environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    environment = {
+        key: value for key, value in __import__("os").environ.items() if key != "TRITON_INTERPRET"
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 1
     assert "ValueError: backend 'triton'" in result.stderr
 
 
 def test_importing_the_package_loads_neither_torch_nor_triton():
-    program = "import sys, rerank_fast; print([m for m in ('torch', 'triton', 'transformers') if m in sys.modules])"
+    heavy = ("torch", "triton", "transformers")
+    program = f"import sys, rerank_fast; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
     program = "import sys, rerank_fast.ops.lambda_loss; print('triton' in sys.modules)"
     # torch itself may import triton; the op must not be what does.

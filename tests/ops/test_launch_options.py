@@ -1,5 +1,5 @@
-"""On ROCm kernels are launched as the report compiles them for gfx942: with as many warps and stages, and
-no option that AMD's compiler does not know."""
+"""On ROCm kernels are launched as the report compiles them for gfx942: with as many warps and
+stages, and no option that AMD's compiler does not know."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ def launches_and_compiled() -> tuple[list, list]:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(root),
+        },
         cwd=root,
         capture_output=True,
         text=True,

@@ -1,4 +1,6 @@
-"""NDCG on tensors: worked out by hand, scikit-learn's formula, the backends, validation, registration."""
+"""NDCG on tensors: worked out by hand, scikit-learn's formula, the backends, validation,
+registration.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,25 @@ def by_hand(scores, labels, k):
         tie = [g for g, s in zip(gain, scores, strict=True) if s == score]
         gain_at.append(sum(tie) / len(tie))
     found = sum(g / math.log2(1 + r) for r, g in enumerate(gain_at[: k or None], start=1))
-    ideal = sum(g / math.log2(1 + r) for r, g in enumerate(sorted(gain, reverse=True)[: k or None], start=1))
+    ideal = sum(
+        g / math.log2(1 + r) for r, g in enumerate(sorted(gain, reverse=True)[: k or None], start=1)
+    )
     return found / ideal if ideal else 0.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_three_documents_worked_out_on_paper(backend):
     # The relevant document is second: (1 / log2 3) / 1.
-    scores, labels, offsets = torch.tensor([0.1, 0.9, -1.0]), torch.tensor([1, 0, 0]), torch.tensor([0, 3])
+    scores, labels, offsets = (
+        torch.tensor([0.1, 0.9, -1.0]),
+        torch.tensor([1, 0, 0]),
+        torch.tensor([0, 3]),
+    )
     assert ndcg(scores, labels, offsets, backend=backend).item() == pytest.approx(1 / math.log2(3))
     assert ndcg(scores, labels, offsets, 1, backend=backend).item() == 0
-    assert ndcg(-scores, labels, offsets, 2, backend=backend).item() == pytest.approx(1 / math.log2(3))
+    assert ndcg(-scores, labels, offsets, 2, backend=backend).item() == pytest.approx(
+        1 / math.log2(3)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -52,7 +62,8 @@ def test_lists_written_out(backend, k, dtype):
     values = ndcg(scores, labels, offsets, k, backend=backend)
     assert values.dtype == torch.promote_types(dtype, torch.float32)
     expected = [
-        by_hand(scores[a:b].tolist(), labels[a:b].tolist(), k) for a, b in itertools.pairwise(offsets.tolist())
+        by_hand(scores[a:b].tolist(), labels[a:b].tolist(), k)
+        for a, b in itertools.pairwise(offsets.tolist())
     ]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert values.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
@@ -151,16 +162,26 @@ def test_public_name_errors_and_registration():
         ((scores, labels[1:], offsets), "labels must have the shape of scores"),
         ((scores, labels, offsets[1:]), "offsets must rise from 0"),
         ((scores, labels, offsets.int()), "offsets must be int64"),
-        ((scores, labels, offsets, -1), r"k must be None or a whole number from 0 to 2\*\*63 - 1, got -1"),
-        ((scores, labels, offsets, 1.5), r"k must be None or a whole number from 0 to 2\*\*63 - 1, got 1.5"),
+        (
+            (scores, labels, offsets, -1),
+            r"k must be None or a whole number from 0 to 2\*\*63 - 1, got -1",
+        ),
+        (
+            (scores, labels, offsets, 1.5),
+            r"k must be None or a whole number from 0 to 2\*\*63 - 1, got 1.5",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ndcg(*arguments)
     with pytest.raises(ValueError, match="backend must be one of"):
         ndcg(scores, labels, offsets, backend="cuda")
     for backend in ("reference", "cpu"):
-        torch.library.opcheck(torch.ops.rerank_fast.ndcg.default, (scores, labels, offsets, 3, backend))
-    compiled = torch.compile(lambda *lists: 2 * ndcg(*lists, 5), fullgraph=True, backend="aot_eager")
+        torch.library.opcheck(
+            torch.ops.rerank_fast.ndcg.default, (scores, labels, offsets, 3, backend)
+        )
+    compiled = torch.compile(
+        lambda *lists: 2 * ndcg(*lists, 5), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(scores, labels, offsets), 2 * ndcg(scores, labels, offsets, 5))
 
 

@@ -1,4 +1,6 @@
-"""NaN and infinities: divergence is seen, where it is and nowhere else, the same on every backend."""
+"""NaN and infinities: divergence is seen, where it is and nowhere else, the same on every
+backend.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def assert_rule(backend, diverged, dtype=torch.float32, **options):
     losses = lambda_loss(scores, labels, offsets, reduction="none", backend=backend, **options)
     (grad,) = torch.autograd.grad(losses.sum(), scores)
     alone = flat(FINE)[0].detach().to(dtype).requires_grad_()
-    expected = lambda_loss(alone, torch.tensor(FINE[1]), torch.tensor([0, first]), backend=backend, **options)
+    expected = lambda_loss(
+        alone, torch.tensor(FINE[1]), torch.tensor([0, first]), backend=backend, **options
+    )
     count = count_pairs(
         alone,
         torch.tensor(FINE[1]),
@@ -75,7 +79,9 @@ def assert_rule(backend, diverged, dtype=torch.float32, **options):
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
     torch.testing.assert_close(losses[0], expected.detach() * count, rtol=1e-6, atol=0)
     for part in (grad[:first], grad[last:]):
-        torch.testing.assert_close(part, own, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            part, own, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
     assert grad[first:last].isnan().all()
     pairs = int(count_pairs(scores, labels, offsets, scheme=options["scheme"], k=options["k"]))
     for reduction, divisor in (("pairs", max(pairs, 1)), ("lists", 3), ("sum", 1)):
@@ -119,9 +125,13 @@ def test_of_every_dtype(backend, dtype):
 def test_the_bound_goes_by_sigma(backend):
     labels, offsets = torch.tensor([1.0, 0]), torch.tensor([0, 2])
     for sigma, bound in ((0.5, 2.0**64), (1.0, 2.0**64), (4.0, 2.0**62)):
-        within = lambda_loss(torch.tensor([0, bound]), labels, offsets, scheme="none", sigma=sigma, backend=backend)
+        within = lambda_loss(
+            torch.tensor([0, bound]), labels, offsets, scheme="none", sigma=sigma, backend=backend
+        )
         assert within.item() == pytest.approx(sigma * bound / math.log(2), rel=1e-6)
-        beyond = lambda_loss(torch.tensor([0, bound * 2]), labels, offsets, sigma=sigma, backend=backend)
+        beyond = lambda_loss(
+            torch.tensor([0, bound * 2]), labels, offsets, sigma=sigma, backend=backend
+        )
         assert beyond.isnan()
 
 
@@ -248,11 +258,15 @@ def test_a_head_keeps_it_in_its_row(backend, value, activation):
     results = []
     for name in (backend, "reference"):
         leaves = [x.clone().requires_grad_() for x in (hidden, dense, out)]
-        scores = score_head(leaves[0], index, leaves[1], None, leaves[2], None, activation=activation, backend=name)
+        scores = score_head(
+            leaves[0], index, leaves[1], None, leaves[2], None, activation=activation, backend=name
+        )
         results.append([scores.detach(), *torch.autograd.grad(scores.sum(), leaves)])
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours.isfinite(), theirs.isfinite())
-        torch.testing.assert_close(ours[ours.isfinite()], theirs[ours.isfinite()], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            ours[ours.isfinite()], theirs[ours.isfinite()], rtol=1e-4, atol=1e-5
+        )
     assert results[0][0].isfinite().sum() >= len(index) - 1
     assert results[0][1][torch.arange(40) != 33].isfinite().all()
     if math.isnan(value):

@@ -34,7 +34,9 @@ def _norm(backend: Any, eps: Any = 1e-5, **options: Any) -> Any:
 
 
 def _int8_norm(backend: Any, eps: Any = 1e-5) -> Any:
-    return int8_norm(ROWS, quantize_weight(torch.eye(8), None), ROWS, VECTOR, VECTOR, eps=eps, backend=backend)[0]
+    return int8_norm(
+        ROWS, quantize_weight(torch.eye(8), None), ROWS, VECTOR, VECTOR, eps=eps, backend=backend
+    )[0]
 
 
 CALLS: dict[str, Any] = {
@@ -42,7 +44,9 @@ CALLS: dict[str, Any] = {
     "lambda_loss": lambda b, **o: lambda_loss(SCORES, LABELS, OFFSETS, backend=b, **o),
     "count_pairs": lambda b, **o: count_pairs(SCORES, LABELS, OFFSETS, **o),
     "ndcg": lambda b, **o: ndcg(SCORES, LABELS, OFFSETS, backend=b, **o),
-    "varlen_attention": lambda b, **o: varlen_attention(HEADS, HEADS, HEADS, ENDS, ENDS, backend=b, **o),
+    "varlen_attention": lambda b, **o: varlen_attention(
+        HEADS, HEADS, HEADS, ENDS, ENDS, backend=b, **o
+    ),
     "residual_norm": _norm,
     "score_head": lambda b, **o: score_head(
         ROWS, None, torch.eye(8), VECTOR, VECTOR[None], VECTOR[:1], backend=b, **o
@@ -175,11 +179,15 @@ def test_what_a_number_may_come_as():
 
 def test_sizes_of_nothing_are_refused():
     nothing = torch.zeros(4, 2, 0)
-    with pytest.raises(ValueError, match=r"at least 1 head and a head_size of at least 1, got \(4, 2, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"at least 1 head and a head_size of at least 1, got \(4, 2, 0\)"
+    ):
         varlen_attention(nothing, nothing, nothing, ENDS, ENDS)
     with pytest.raises(ValueError, match="at least 1 head"):
         varlen_attention(HEADS[:, :0], HEADS, HEADS, ENDS, ENDS)
-    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to 4 tokens, got a single one"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens_q must rise from 0 to 4 tokens, got a single one"
+    ):
         varlen_attention(HEADS, HEADS, HEADS, ENDS[:1], ENDS[:1])
     with pytest.raises(ValueError, match=r"\(T, H\) with H of at least 1, got \(4, 0\)"):
         residual_norm(ROWS[:, :0], ROWS[:, :0], VECTOR[:0], VECTOR[:0], eps=1e-5)
@@ -215,8 +223,12 @@ def test_the_drop_in_loss_refuses_them_when_it_is_made(option, values):
 
 
 def test_the_drop_in_loss_takes_what_sentence_transformers_takes():
-    loss = LambdaLoss(_Model(), None, k=0, sigma=2, eps=1e-6, activation_fn=None, mini_batch_size=-1)
+    loss = LambdaLoss(
+        _Model(), None, k=0, sigma=2, eps=1e-6, activation_fn=None, mini_batch_size=-1
+    )
     assert loss.get_config_dict()["sigma"] == 2
     for mu in AT_LEAST_ZERO:
-        with pytest.raises(ValueError, match=r"^mu must be a finite fp32 number of at least 0, got"):
+        with pytest.raises(
+            ValueError, match=r"^mu must be a finite fp32 number of at least 0, got"
+        ):
             NDCGLoss2PPScheme(mu)

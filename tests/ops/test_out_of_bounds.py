@@ -1,7 +1,8 @@
 """Offsets and indices at fault: a clear error, or NaN, and no access outside of the tensors.
 
-A GPU's values are not read on the host, so Triton's kernels themselves must keep inside. Here they run in the
-interpreter, where every address of a load or a store is held against the tensors that the kernel was given.
+A GPU's values are not read on the host, so Triton's kernels themselves must keep inside. Here they
+run in the interpreter, where every address of a load or a store is held against the tensors that
+the kernel was given.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def spans(arguments) -> np.ndarray:
     found = []
     for tensor in arguments:
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
             start = tensor.data_ptr()
             found.append((start, start + (last + 1) * tensor.element_size()))
     return np.array(found, dtype=np.uint64).reshape(-1, 2)
@@ -48,7 +52,9 @@ class Guard:
         self.accesses += len(addresses)
         starts, ends = self.allowed.T
         inside = (addresses[:, None] >= starts) & (addresses[:, None] + np.uint64(size) <= ends)
-        assert inside.any(axis=1).all(), f"outside of the tensors: {addresses[~inside.any(axis=1)][:4]}"
+        assert inside.any(axis=1).all(), (
+            f"outside of the tensors: {addresses[~inside.any(axis=1)][:4]}"
+        )
 
     def load(self, pointers, mask, other, dtype):
         self.check(pointers, mask, np.dtype(dtype).itemsize)
@@ -73,7 +79,9 @@ def guard(monkeypatch):
 
     monkeypatch.setattr(interpreter, "_interpreter", guard)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", guarded)
-    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN and the largest integers, not what was there
+    torch.use_deterministic_algorithms(
+        True
+    )  # torch.empty gives NaN and the largest integers, not what was there
     yield guard
     torch.use_deterministic_algorithms(False)
     assert guard.accesses
@@ -125,7 +133,9 @@ def bad_offsets(n: int) -> list[list[int]]:
         if generator.random() < 0.5:
             bounds[0], bounds[-1] = 0, n
         found.append(bounds)
-    return [bounds for bounds in found if [bounds[0], bounds[-1]] != [0, n] or bounds != sorted(bounds)]
+    return [
+        bounds for bounds in found if [bounds[0], bounds[-1]] != [0, n] or bounds != sorted(bounds)
+    ]
 
 
 ORDERS = {"ordered by its blocks": 1024, "ordered by a launch": 0, "either": 12}
@@ -145,7 +155,9 @@ def test_lambda_loss_of_bad_offsets_is_nan(guard, monkeypatch, order, reduction)
     for number, bounds in enumerate(bad_offsets(40)[own :: len(ORDERS) * len(REDUCTIONS)]):
         offsets = torch.tensor(bounds)
         options = {"scheme": ("ndcg2pp", "none", "ndcg1")[number % 3], "k": (0, 3)[number % 2]}
-        loss, grad, _ = kernels.forward(scores, labels, offsets, **OPTIONS | options | {"reduction": reduction})
+        loss, grad, _ = kernels.forward(
+            scores, labels, offsets, **OPTIONS | options | {"reduction": reduction}
+        )
         assert loss.isnan().all(), bounds
         assert grad.isnan().all(), bounds
         kernels.backward(torch.ones(40), torch.ones_like(loss), offsets, torch.float32)
@@ -166,7 +178,9 @@ def test_ndcg_of_bad_offsets_is_nan(guard):
         for q, (start, end) in enumerate(itertools.pairwise(bounds)):
             lies = 0 <= start <= end <= 40
             if lies and (q or start == 0) and (q < len(values) - 1 or end == 40):
-                alone = ndcg(scores[start:end], labels[start:end], torch.tensor([0, end - start]), 3)
+                alone = ndcg(
+                    scores[start:end], labels[start:end], torch.tensor([0, end - start]), 3
+                )
                 torch.testing.assert_close(values[q], alone[0])
             else:
                 assert values[q].isnan()
@@ -256,13 +270,17 @@ def test_what_is_right_keeps_inside_too(guard):
     q = torch.randn(21, 4, 12, requires_grad=True)
     k = torch.randn(33, 2, 12, requires_grad=True)
     ends_q, ends_k = torch.tensor([0, 1, 1, 21]).int(), torch.tensor([0, 7, 9, 33]).int()
-    attended = varlen_attention(q, k, k, ends_q, ends_k, window=(5, 3), dropout_p=0.2, backend="triton")
+    attended = varlen_attention(
+        q, k, k, ends_q, ends_k, window=(5, 3), dropout_p=0.2, backend="triton"
+    )
     attended.sum().backward()
     x, row = torch.randn(17, 19, requires_grad=True), torch.randn(19, requires_grad=True)
     residual_norm(x, x, row, row, eps=1e-5, dropout_p=0.2, backend="triton")[0].sum().backward()
     dense, out = torch.randn(5, 19, requires_grad=True), torch.randn(1, 5, requires_grad=True)
     index = torch.tensor([16, 0, 5])
-    score_head(x, index, dense, None, out, None, dropout_p=0.2, training=True, backend="triton").sum().backward()
+    score_head(
+        x, index, dense, None, out, None, dropout_p=0.2, training=True, backend="triton"
+    ).sum().backward()
 
 
 # Compiled, the checks in Python are traced away.
@@ -270,11 +288,15 @@ N = 12
 
 
 def _loss(backend):
-    return lambda offsets: lambda_loss(torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, backend=backend)
+    return lambda offsets: lambda_loss(
+        torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, backend=backend
+    )
 
 
 def _ndcg(backend):
-    return lambda offsets: ndcg(torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, 3, backend=backend)
+    return lambda offsets: ndcg(
+        torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, 3, backend=backend
+    )
 
 
 def _approx_ranks(backend):
@@ -303,13 +325,17 @@ def _head(backend):
 def _norm(backend):
     def run(rows):
         x = torch.ones(N, 8)
-        return residual_norm(x, x, x[0], x[0], eps=1e-5, dropout_p=0.5, rows=rows, backend=backend)[0]
+        return residual_norm(x, x, x[0], x[0], eps=1e-5, dropout_p=0.5, rows=rows, backend=backend)[
+            0
+        ]
 
     return run
 
 
 def _count(scheme, k):
-    return lambda offsets: count_pairs(torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, scheme=scheme, k=k)
+    return lambda offsets: count_pairs(
+        torch.linspace(0, 1, N), torch.arange(N) % 2.0, offsets, scheme=scheme, k=k
+    )
 
 
 BAD = [
@@ -323,14 +349,23 @@ BAD = [
     [0, 2**31 - 1, N],
 ]
 INDICES = [[0, N], [-1, 2], [2**31 - 1, 0], [-(2**31), 3], [3, 1, 3]]
-COMPILED = {f"lambda_loss {b}": (_loss(b), BAD, torch.int64) for b in ("cpu", "reference", "triton")}
+COMPILED = {
+    f"lambda_loss {b}": (_loss(b), BAD, torch.int64) for b in ("cpu", "reference", "triton")
+}
 COMPILED |= {f"ndcg {b}": (_ndcg(b), BAD, torch.int64) for b in ("cpu", "reference", "triton")}
 for name in ("cpu", "reference", "triton"):
     COMPILED[f"approx_ranks {name}"] = (_approx_ranks(name), BAD, torch.int64)
-COMPILED |= {f"varlen_attention {b}": (_attention(b), BAD, torch.int32) for b in ("cpu", "reference", "triton")}
-COMPILED |= {f"score_head {b}": (_head(b), INDICES, torch.int64) for b in ("cpu", "reference", "triton")}
 COMPILED |= {
-    f"count_pairs {s} {k}": (_count(s, k), BAD, torch.int64) for s in ("ndcg1", "ndcg2pp") for k in (None, 3)
+    f"varlen_attention {b}": (_attention(b), BAD, torch.int32)
+    for b in ("cpu", "reference", "triton")
+}
+COMPILED |= {
+    f"score_head {b}": (_head(b), INDICES, torch.int64) for b in ("cpu", "reference", "triton")
+}
+COMPILED |= {
+    f"count_pairs {s} {k}": (_count(s, k), BAD, torch.int64)
+    for s in ("ndcg1", "ndcg2pp")
+    for k in (None, 3)
 }
 
 
@@ -348,7 +383,9 @@ def test_values_at_fault_are_an_error(name, mode):
     good = [0, 4, N] if wrong is BAD else [0, 4]
     run(torch.tensor(good, dtype=dtype))
     for values in wrong:
-        with pytest.raises(ValueError, match=r"must rise from 0 to|must hold different rows") as error:
+        with pytest.raises(
+            ValueError, match=r"must rise from 0 to|must hold different rows"
+        ) as error:
             run(torch.tensor(values, dtype=dtype))
         assert "\n" not in str(error.value)
 

@@ -11,7 +11,12 @@ from rerank_fast.ops.residual_norm import residual_norm
 
 HAS_GPU = torch.cuda.is_available()
 EPS = 1e-5
-CASES = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
+CASES = [
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    ("triton", torch.float32),
+    ("triton", torch.float16),
+]
 
 
 def require(backend: str) -> None:
@@ -24,7 +29,12 @@ def require(backend: str) -> None:
 def make(rows, width, dtype=torch.float32, seed=0):
     """x, residual, weight, bias, and the gradients of both results."""
     torch.manual_seed(seed)
-    tensors = [torch.randn(rows, width).to(dtype), torch.randn(rows, width), torch.randn(width), torch.randn(width)]
+    tensors = [
+        torch.randn(rows, width).to(dtype),
+        torch.randn(rows, width),
+        torch.randn(width),
+        torch.randn(width),
+    ]
     return tensors, (torch.randn(rows, width), torch.randn(rows, width).to(dtype))
 
 
@@ -33,9 +43,16 @@ def run(backend, tensors, grads, *, uses=(True, True), **options):
     device = "cuda" if backend == "triton" and HAS_GPU else "cpu"
     leaves = [t.detach().to(device).requires_grad_() for t in tensors]
     results = residual_norm(*leaves, eps=EPS, backend=backend, **options)
-    used = [(result, grad.to(device)) for result, grad, use in zip(results, grads, uses, strict=True) if use]
+    used = [
+        (result, grad.to(device))
+        for result, grad, use in zip(results, grads, uses, strict=True)
+        if use
+    ]
     outs, upstream = zip(*used, strict=True)
-    return [x.cpu() for x in (*(r.detach() for r in results), *torch.autograd.grad(outs, leaves, upstream))]
+    return [
+        x.cpu()
+        for x in (*(r.detach() for r in results), *torch.autograd.grad(outs, leaves, upstream))
+    ]
 
 
 def assert_close(backend, dtype, rows, width, **options):
@@ -46,7 +63,11 @@ def assert_close(backend, dtype, rows, width, **options):
     assert [x.dtype for x in actual] == [torch.float32, dtype, dtype, *[torch.float32] * 3]
     for ours, true in zip(actual, exact, strict=True):
         eps = torch.finfo(ours.dtype).eps
-        bound = (64 * eps if ours.dtype == torch.float32 else eps) * true.abs().max().clamp(min=1) if rows else 0
+        bound = (
+            (64 * eps if ours.dtype == torch.float32 else eps) * true.abs().max().clamp(min=1)
+            if rows
+            else 0
+        )
         assert ours.shape == true.shape
         assert rows == 0 or (ours.double() - true).abs().max() <= bound
 
@@ -121,7 +142,8 @@ def test_gradcheck(dropout_p):
     tensors, _ = make(3, 5)
     leaves = [t.double().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(
-        lambda *x: residual_norm(*x, eps=EPS, dropout_p=dropout_p, seed=3, backend="reference")[0], leaves
+        lambda *x: residual_norm(*x, eps=EPS, dropout_p=dropout_p, seed=3, backend="reference")[0],
+        leaves,
     )
 
 
@@ -146,18 +168,29 @@ def test_compiles_as_one_graph():
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(doubled(*leaves), leaves, grads[0])
-    for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves, grads[0]), expected, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, grads[0]), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_errors_say_what_was_expected_and_what_came():
     (x, residual, weight, bias), _ = make(3, 8)
     wrong = [
-        (lambda: residual_norm(x, residual[:2], weight, bias, eps=EPS), r"one shape \(T, H\) with H of at"),
+        (
+            lambda: residual_norm(x, residual[:2], weight, bias, eps=EPS),
+            r"one shape \(T, H\) with H of at",
+        ),
         (lambda: residual_norm(x, residual, weight[:4], bias, eps=EPS), r"shape \(8,\), got"),
-        (lambda: residual_norm(x, residual.half(), weight, bias, eps=EPS), "all be fp32 or all fp64"),
+        (
+            lambda: residual_norm(x, residual.half(), weight, bias, eps=EPS),
+            "all be fp32 or all fp64",
+        ),
         (lambda: residual_norm(x, residual, weight, bias, eps=EPS, dropout_p=-0.1), "dropout_p"),
-        (lambda: residual_norm(x, residual, weight, bias, eps=EPS, backend="x"), "backend must be one of"),
+        (
+            lambda: residual_norm(x, residual, weight, bias, eps=EPS, backend="x"),
+            "backend must be one of",
+        ),
         (
             lambda: residual_norm(x, residual, weight, bias, eps=EPS, rows=torch.arange(3)),
             r"rows must be int32 of shape \(3,\) on cpu, got torch.int64 \(3,\)",
@@ -167,7 +200,9 @@ def test_errors_say_what_was_expected_and_what_came():
             "bf16 or fp32 on the CPU",
         ),
         (
-            lambda: residual_norm(*(t.double() for t in (x, residual, weight, bias)), eps=EPS, backend="triton"),
+            lambda: residual_norm(
+                *(t.double() for t in (x, residual, weight, bias)), eps=EPS, backend="triton"
+            ),
             "fp32 residual",
         ),
     ]

@@ -1,4 +1,6 @@
-"""The score head: the specification, the backends against it in fp64, validation, registration, compilation."""
+"""The score head: the specification, the backends against it in fp64, validation, registration,
+compilation.
+"""
 
 from __future__ import annotations
 
@@ -50,19 +52,23 @@ def eager(hidden, index, dense_weight, dense_bias, out_weight, out_bias, *, acti
     x = hidden if index is None else hidden[index]
     rows = torch.arange(x.shape[0])
     if dropout.get("training") and dropout["dropout_in_p"]:
-        x = x * dropout_factors(dropout["seed"], 1, rows, x.shape[1], dropout["dropout_in_p"]).to(x.dtype)
-    active = EAGER[activation](F.linear(x, dense_weight, dense_bias))
-    if dropout.get("training") and dropout["dropout_p"]:
-        active = active * dropout_factors(dropout["seed"], 0, rows, active.shape[1], dropout["dropout_p"]).to(
+        x = x * dropout_factors(dropout["seed"], 1, rows, x.shape[1], dropout["dropout_in_p"]).to(
             x.dtype
         )
+    active = EAGER[activation](F.linear(x, dense_weight, dense_bias))
+    if dropout.get("training") and dropout["dropout_p"]:
+        active = active * dropout_factors(
+            dropout["seed"], 0, rows, active.shape[1], dropout["dropout_p"]
+        ).to(x.dtype)
     return F.linear(active, out_weight, out_bias).squeeze(1)
 
 
 def run(function, tensors, upstream, **options):
     """Scores, and the gradients of the five tensors that have one."""
     hidden, index, *weights = tensors
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, *weights)]
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_() for t in (hidden, *weights)
+    ]
     scores = function(leaves[0], index, *leaves[1:], **options)
     scores.backward(upstream.to(scores.dtype))
     return [scores.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
@@ -92,11 +98,20 @@ def assert_within_budget(backend, tensors, **options):
         assert actual.shape == true.shape
         rounding = (8 if actual.dtype == torch.float32 else 1) * torch.finfo(actual.dtype).eps
         if true.numel():
-            # In the norm: where a bf16 value rounds across relu's corner, single elements differ by their size.
+            # In the norm: where a bf16 value rounds across relu's corner, single elements differ by
+            # their size.
             error, eager_error = (actual - true).norm(), (rounded - true).norm()
             # Triton's interpreter rounds to 16 bits by cutting off: twice the error.
-            cut = 2 if backend == "triton" and dtype != torch.float32 and not torch.cuda.is_available() else 1
-            assert error <= cut * (eager_error + rounding * true.norm()) + 1e-30, (name, error, eager_error)
+            cut = (
+                2
+                if backend == "triton" and dtype != torch.float32 and not torch.cuda.is_available()
+                else 1
+            )
+            assert error <= cut * (eager_error + rounding * true.norm()) + 1e-30, (
+                name,
+                error,
+                eager_error,
+            )
 
 
 def test_two_rows_worked_out_on_paper():
@@ -104,11 +119,20 @@ def test_two_rows_worked_out_on_paper():
     dense, bias = torch.tensor([[1.0, 0.5], [2.0, 1.0]]), torch.tensor([0.5, -1.0])
     out = torch.tensor([[2.0, -3.0]])
     scores = score_head(
-        hidden, torch.tensor([2, 1]), dense, bias, out, torch.tensor([0.25]), activation="relu", backend="reference"
+        hidden,
+        torch.tensor([2, 1]),
+        dense,
+        bias,
+        out,
+        torch.tensor([0.25]),
+        activation="relu",
+        backend="reference",
     )
     # Row 2: relu(0.625 + 0.5, 1.25 - 1) = (1.125, 0.25); row 1: relu(0 + 0.5, 0 - 1) = (0.5, 0).
     assert scores.tolist() == [2 * 1.125 - 3 * 0.25 + 0.25, 2 * 0.5 + 0.25]
-    tanh = score_head(hidden, torch.tensor([1]), dense, bias, out, None, activation="tanh", backend="reference")
+    tanh = score_head(
+        hidden, torch.tensor([1]), dense, bias, out, None, activation="tanh", backend="reference"
+    )
     assert tanh.item() == pytest.approx(2 * math.tanh(0.5) - 3 * math.tanh(-1))
 
 
@@ -129,7 +153,9 @@ def test_gradients_of_the_reference(activation, options, tokens):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "options"), [((5, 7, 3, 11), {}), ((37, 72, 40, 99), DROPPED)], ids=["kept", "dropped"]
+    ("shape", "options"),
+    [((5, 7, 3, 11), {}), ((37, 72, 40, 99), DROPPED)],
+    ids=["kept", "dropped"],
 )
 def test_small_shapes(backend, activation, dtype, shape, options):
     *sizes, tokens = shape
@@ -143,13 +169,17 @@ def test_one_row_of_one(backend):
     require(backend)
     tensors, upstream = inputs(1, 1, dtype=torch.float32), torch.tensor([0.7])
     expected = run(score_head, tensors, upstream, backend="reference")
-    for ours, theirs in zip(run(score_head, tensors, upstream, backend=backend), expected, strict=True):
+    for ours, theirs in zip(
+        run(score_head, tensors, upstream, backend=backend), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("n", "size"), [(33, 312), (1000, 384), (100, 768), (64, 1024), (4096, 96)])
+@pytest.mark.parametrize(
+    ("n", "size"), [(33, 312), (1000, 384), (100, 768), (64, 1024), (4096, 96)]
+)
 def test_cpu_at_models_sizes(n, size, activation, dtype):
     tensors = inputs(n, size, tokens=n + 50, dtype=dtype)
     assert_within_budget("cpu", tensors, activation=activation, **(DROPPED if n % 2 == 0 else {}))
@@ -157,7 +187,8 @@ def test_cpu_at_models_sizes(n, size, activation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "hidden", "width", "tokens"), [(18, 312, 33, 40), (3, 20, 384, None), (2, 768, 20, 5), (2, 8, 1024, None)]
+    ("n", "hidden", "width", "tokens"),
+    [(18, 312, 33, 40), (3, 20, 384, None), (2, 768, 20, 5), (2, 8, 1024, None)],
 )
 def test_triton_at_models_sizes(n, hidden, width, tokens, dtype):
     """One side at a time: the interpreter takes minutes for both."""
@@ -172,12 +203,16 @@ def test_large_and_tiny_activations(backend, activation):
     tensors = inputs(20, 16, 24, dtype=torch.float32, scale=1e4)
     assert_within_budget(backend, tensors, activation=activation)
     hidden, index, dense_weight, _, *out = inputs(20, 16, 24, dtype=torch.float32, scale=1e-4)
-    assert_within_budget(backend, (hidden, index, dense_weight, None, out[0], None), activation=activation)
+    assert_within_budget(
+        backend, (hidden, index, dense_weight, None, out[0], None), activation=activation
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_the_mask_is_the_generators(backend):
-    """Every backend drops the elements that dropout_factors names, before and after the dense layer."""
+    """Every backend drops the elements that dropout_factors names, before and after the dense
+    layer.
+    """
     require(backend)
     n, size = 40, 33
     hidden, weight = torch.ones(n, size), torch.randn(1, size)
@@ -189,7 +224,9 @@ def test_the_mask_is_the_generators(backend):
             scores = score_head(
                 hidden, None, eye, None, weight, None, activation="none", backend=backend, **options
             )
-            torch.testing.assert_close(scores, (factors @ weight.t()).squeeze(1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                scores, (factors @ weight.t()).squeeze(1), rtol=1e-5, atol=1e-5
+            )
             assert 0.2 < (factors == 0).float().mean() < 0.3
 
 
@@ -205,7 +242,9 @@ def test_nothing_is_dropped_outside_training(backend):
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_lie_apart_and_indices_of_32_bits(backend, dtype):
-    """The first tokens of a padded batch, columns that are no run of memory, and rows that nobody reads."""
+    """The first tokens of a padded batch, columns that are no run of memory, and rows that nobody
+    reads.
+    """
     require(backend)
     states = torch.randn(5, 6, 18).to(dtype)
     first = states[:, 0].clone()
@@ -216,7 +255,9 @@ def test_rows_that_lie_apart_and_indices_of_32_bits(backend, dtype):
     for index in (cu_seqlens[:-1], cu_seqlens[:-1].long(), torch.arange(0, 60, 6)[::2].clone()[:5]):
         rows = index if index.max() < 30 else torch.arange(0, 30, 6)
         actual = run(score_head, (flat, rows, *weights), upstream, backend=backend)
-        for ours, theirs in zip((actual[0], *actual[2:]), (expected[0], *expected[2:]), strict=True):
+        for ours, theirs in zip(
+            (actual[0], *actual[2:]), (expected[0], *expected[2:]), strict=True
+        ):
             assert torch.equal(ours, theirs)
         assert torch.equal(actual[1].view(5, 6, 18)[:, 0], expected[1])
         assert (actual[1].view(5, 6, 18)[:, 1:] == 0).all()
@@ -228,7 +269,9 @@ def test_rows_that_lie_apart_and_indices_of_32_bits(backend, dtype):
         assert torch.equal(leaf.grad, expected[1])
     transposed = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
     for ours, theirs in zip(
-        run(score_head, (first, None, *transposed), upstream, backend=backend), expected, strict=True
+        run(score_head, (first, None, *transposed), upstream, backend=backend),
+        expected,
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 
@@ -335,7 +378,9 @@ def test_differentiating_twice_raises():
 def test_opcheck(backend, tokens):
     hidden, index, *weights = inputs(4, 10, 6, tokens=tokens, dtype=torch.float32)
     options = ("gelu", 0.1, 0.2, 3, backend)
-    torch.library.opcheck(torch.ops.rerank_fast.score_head.default, (hidden, index, *weights, *options))
+    torch.library.opcheck(
+        torch.ops.rerank_fast.score_head.default, (hidden, index, *weights, *options)
+    )
     for wants in ([True] * 5, [False, True, False, True, False]):
         _, dense = torch.ops.rerank_fast.score_head.default(hidden, index, *weights, *options)
         arguments = (torch.randn(4), hidden, index, *weights[:3], dense, wants, *options)
@@ -350,7 +395,9 @@ def test_compiles_whole():
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (4, 9):
         tensors, upstream = inputs(n, 10, 6, tokens=20, dtype=torch.float32), torch.randn(n)
-        for ours, theirs in zip(run(compiled, tensors, upstream), run(step, tensors, upstream), strict=True):
+        for ours, theirs in zip(
+            run(compiled, tensors, upstream), run(step, tensors, upstream), strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -378,13 +425,31 @@ GOOD = dict(
     [
         ({"hidden": torch.zeros(8, dtype=torch.float64)}, r"hidden must be .* of shape \(T, H\)"),
         ({"hidden": torch.zeros(5, 8, dtype=torch.int64)}, "hidden must be a floating-point"),
-        ({"dense_weight": torch.zeros(6, 7, dtype=torch.float64)}, r"dense_weight must have the shape \(6, 8\)"),
-        ({"dense_weight": torch.zeros(6, dtype=torch.float64)}, r"dense_weight must have the shape \('D', 8\)"),
-        ({"dense_bias": torch.zeros(8, dtype=torch.float64)}, r"dense_bias must have the shape \(6,\), got \(8,\)"),
-        ({"out_weight": torch.zeros(2, 6, dtype=torch.float64)}, r"out_weight must have the shape \(1, 6\)"),
+        (
+            {"dense_weight": torch.zeros(6, 7, dtype=torch.float64)},
+            r"dense_weight must have the shape \(6, 8\)",
+        ),
+        (
+            {"dense_weight": torch.zeros(6, dtype=torch.float64)},
+            r"dense_weight must have the shape \('D', 8\)",
+        ),
+        (
+            {"dense_bias": torch.zeros(8, dtype=torch.float64)},
+            r"dense_bias must have the shape \(6,\), got \(8,\)",
+        ),
+        (
+            {"out_weight": torch.zeros(2, 6, dtype=torch.float64)},
+            r"out_weight must have the shape \(1, 6\)",
+        ),
         ({"out_bias": torch.zeros(2, dtype=torch.float64)}, r"out_bias must have the shape \(1,\)"),
-        ({"out_weight": torch.zeros(1, 6)}, "out_weight must have hidden's dtype and device, torch.float64 on cpu"),
-        ({"out_bias": torch.zeros(1, dtype=torch.float64, device="meta")}, "got torch.float64 on meta"),
+        (
+            {"out_weight": torch.zeros(1, 6)},
+            "out_weight must have hidden's dtype and device, torch.float64 on cpu",
+        ),
+        (
+            {"out_bias": torch.zeros(1, dtype=torch.float64, device="meta")},
+            "got torch.float64 on meta",
+        ),
         (
             {"index": torch.zeros(2, 1, dtype=torch.int64)},
             r"first_token_index must be int32 or int64 of shape \(N,\)",

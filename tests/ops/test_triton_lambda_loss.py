@@ -1,4 +1,6 @@
-"""LambdaLoss in Triton: natively on a GPU, else in its interpreter; what it compiles to; what only a GPU shows."""
+"""LambdaLoss in Triton: natively on a GPU, else in its interpreter; what it compiles to; what only
+a GPU shows.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def order(request, kernels, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_generated_lists(dtype, lists, damage, scheme, k, sigma):
     scores, labels, offsets = flat_lists(lists, damage)
-    assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, k=k, sigma=sigma)
+    assert_within_budget(
+        "triton", scores.to(dtype), labels, offsets, scheme=scheme, k=k, sigma=sigma
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -66,7 +70,9 @@ def test_order(order, scheme):
     """Empty and single-document lists, lists across block bounds, a cut, scores far apart."""
     sizes = [3, 0, 29, 13, 0, 1, 2, 0]
     assert_within_budget("triton", *ragged(sizes, grades=4), scheme=scheme)
-    assert_within_budget("triton", *ragged(sizes, grades=4, spread=1e4), scheme=scheme, k=3, reduction="none")
+    assert_within_budget(
+        "triton", *ragged(sizes, grades=4, spread=1e4), scheme=scheme, k=3, reduction="none"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -74,7 +80,9 @@ def test_order(order, scheme):
 def test_reductions_and_dtypes(dtype, reduction):
     scores, labels, offsets = ragged([5, 0, 17, 1], grades=4)
     for scheme in SCHEMES if dtype == torch.float32 else ["ndcg2pp"]:
-        assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, reduction=reduction)
+        assert_within_budget(
+            "triton", scores.to(dtype), labels, offsets, scheme=scheme, reduction=reduction
+        )
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 64, 65])
@@ -90,7 +98,9 @@ def test_long_lists(size, kernels, monkeypatch):
     # Large blocks: the interpreter's time goes by the number of tiles.
     monkeypatch.setattr(kernels, "PAIRS", kernels.PAIRS | {"BLOCK": 256, "TILE": 512})
     scores, labels, offsets = ragged([size, 2], grades=2)
-    assert_within_budget("triton", scores[:size], labels[:size] * (scores[:size] > 1), offsets[:2], k=10)
+    assert_within_budget(
+        "triton", scores[:size], labels[:size] * (scores[:size] > 1), offsets[:2], k=10
+    )
     if size == 1025:
         assert_within_budget("triton", scores, labels, offsets)
 
@@ -120,7 +130,9 @@ def test_lists_without_a_preference_pair(order, scheme, labels):
     scores, _, offsets = ragged([13, 1])
     assert_within_budget("triton", scores, torch.tensor(labels), offsets, scheme=scheme)
     if scheme != "ndcg1":
-        loss, grad, _ = forward("triton", scores, torch.tensor(labels), offsets, **OPTIONS | {"scheme": scheme})
+        loss, grad, _ = forward(
+            "triton", scores, torch.tensor(labels), offsets, **OPTIONS | {"scheme": scheme}
+        )
         assert loss.item() == 0
         assert not grad.any()
 
@@ -142,7 +154,9 @@ def test_every_output_is_written(kernels, monkeypatch):
     for reduction in REDUCTIONS:
         expected = forward("triton", *lists, **OPTIONS | {"reduction": reduction})
         try:
-            torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN, and the largest integers
+            torch.use_deterministic_algorithms(
+                True
+            )  # torch.empty then gives NaN, and the largest integers
             poisoned = forward("triton", *lists, **OPTIONS | {"reduction": reduction})
         finally:
             torch.use_deterministic_algorithms(before)
@@ -161,7 +175,9 @@ def test_backward_of_the_public_op(dtype, reduction):
         loss = lambda_loss(leaf, labels, offsets, reduction=reduction, backend=backend)
         # Not contiguous, as the gradient of an expanded sum is.
         loss.backward(
-            torch.linspace(-2, 3, 8, device=device)[::2] if loss.dim() else torch.tensor(1.5, device=device)
+            torch.linspace(-2, 3, 8, device=device)[::2]
+            if loss.dim()
+            else torch.tensor(1.5, device=device)
         )
         assert leaf.grad.dtype == dtype
         gradients.append(leaf.grad)
@@ -191,9 +207,17 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def launches(kernels, monkeypatch):
-    """The kernels' names as they are launched, with meta tensors: whoever reads one on the host gets an error."""
+    """The kernels' names as they are launched, with meta tensors: whoever reads one on the host
+    gets an error.
+    """
     names = []
-    for name in ("order_kernel", "pair_kernel", "mean_kernel", "list_sum_kernel", "backward_kernel"):
+    for name in (
+        "order_kernel",
+        "pair_kernel",
+        "mean_kernel",
+        "list_sum_kernel",
+        "backward_kernel",
+    ):
 
         class Stub:
             def __getitem__(self, grid, name=name):
@@ -208,15 +232,26 @@ def launches(kernels, monkeypatch):
 @pytest.mark.parametrize("num_docs", [160, 1024, 1025, 2**20])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_nothing_is_read_on_the_host_and_launches_are_few(kernels, launches, num_docs, reduction, dtype):
+def test_nothing_is_read_on_the_host_and_launches_are_few(
+    kernels, launches, num_docs, reduction, dtype
+):
     scores = torch.empty(num_docs, dtype=dtype, device="meta")
-    labels = torch.empty_like(scores, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    labels = torch.empty_like(
+        scores, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     offsets = torch.empty(17, dtype=torch.int64, device="meta")
-    for read in (lambda: offsets[-1].item(), offsets.tolist, offsets.cpu, lambda: bool(offsets[0] > 0)):
+    for read in (
+        lambda: offsets[-1].item(),
+        offsets.tolist,
+        offsets.cpu,
+        lambda: bool(offsets[0] > 0),
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):  # so that this test can fail
             read()
     with _Recorder() as torch_side:
-        loss, grad, _ = kernels.forward(scores, labels, offsets, **OPTIONS | {"reduction": reduction})
+        loss, grad, _ = kernels.forward(
+            scores, labels, offsets, **OPTIONS | {"reduction": reduction}
+        )
         last = "list_sum_kernel" if reduction == "none" else "mean_kernel"
         assert launches == ["order_kernel"] * (num_docs > 1024) + ["pair_kernel", last]
         launches.clear()
@@ -243,7 +278,9 @@ class TestOnAGpu:
     def test_agrees_with_the_fp64_reference(self, sizes, scheme, dtype):
         scores, labels, offsets = ragged(sizes, grades=5)
         assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme)
-        assert_within_budget("triton", scores.to(dtype), labels, offsets, scheme=scheme, k=10, reduction="none")
+        assert_within_budget(
+            "triton", scores.to(dtype), labels, offsets, scheme=scheme, k=10, reduction="none"
+        )
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @pytest.mark.parametrize("sizes", SHAPES)

@@ -1,4 +1,6 @@
-"""varlen_attention against the fp64 reference; Triton natively on a GPU, else in its interpreter."""
+"""varlen_attention against the fp64 reference; Triton natively on a GPU, else in its
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from rerank_fast.ops.varlen_attention import varlen_attention
 
 HAS_GPU = torch.cuda.is_available()
 BACKENDS = ["cpu", "triton"]
-# (queries, keys) of every sequence: odd ones, one token, none, queries of a last layer, more than one block.
+# (queries, keys) of every sequence: odd ones, one token, none, queries of a last layer, more than
+# one block.
 LENGTHS = {
     "same": ([5, 0, 67, 1], [5, 0, 67, 1]),
     "one query": ([1, 1, 1, 1], [7, 64, 65, 1]),
@@ -39,7 +42,9 @@ def make(lengths, *, heads=2, kv_heads=2, size=32, dtype=torch.float32, seed=0):
     def rows(count, number):
         return torch.randn(count, number, size, generator=generator).to(dtype)
 
-    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32) for part in lengths)
+    cu_q, cu_k = (
+        torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32) for part in lengths
+    )
     tensors = rows(sum(queries), heads), rows(sum(keys), kv_heads), rows(sum(keys), kv_heads)
     return tensors, rows(sum(queries), heads), (cu_q, cu_k)
 
@@ -67,7 +72,10 @@ def assert_close(backend, lengths, *, dtype=torch.float32, heads=1, kv_heads=1, 
             eager_error = (theirs.double() - true).abs().max()
             # Scores reach some tens, so that 2^score has lost bits that the sums then share.
             rounding = (64 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
-            assert error <= 1.5 * eager_error + rounding * true.abs().max() + 1e-12, (error, eager_error)
+            assert error <= 1.5 * eager_error + rounding * true.abs().max() + 1e-12, (
+                error,
+                eager_error,
+            )
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -101,7 +109,13 @@ def test_lengths_and_masks(backend, lengths, options):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_grouped_queries(backend, dropout_p):
     assert_close(
-        backend, ([5, 0, 21], [5, 0, 21]), heads=4, kv_heads=2, causal=True, dropout_p=dropout_p, seed=SEED
+        backend,
+        ([5, 0, 21], [5, 0, 21]),
+        heads=4,
+        kv_heads=2,
+        causal=True,
+        dropout_p=dropout_p,
+        seed=SEED,
     )
 
 
@@ -117,7 +131,12 @@ def test_dropout_drops_the_same_everywhere(backend, lengths, seed):
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("reference", torch.float64)],
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("triton", torch.float32),
+        ("reference", torch.float64),
+    ],
 )
 @pytest.mark.parametrize(
     ("lengths", "chosen"), [("same", [2, 3]), ("one query", [1, 3]), ("fewer queries", [0, 2])]
@@ -150,7 +169,9 @@ def test_half_precision(backend, dtype, options):
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 48, 64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_bf16_head_sizes(size, lengths):
-    """12 and 40 are computed in fp32 everywhere, the others in products of pairs where a processor has them."""
+    """12 and 40 are computed in fp32 everywhere, the others in products of pairs where a processor
+    has them.
+    """
     assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, size=size)
 
 
@@ -168,7 +189,9 @@ def test_bf16_head_sizes(size, lengths):
     ids=str,
 )
 def test_bf16_masks(lengths, options):
-    assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, heads=4, kv_heads=2, size=32, **options)
+    assert_close(
+        "cpu", LENGTHS[lengths], dtype=torch.bfloat16, heads=4, kv_heads=2, size=32, **options
+    )
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -185,7 +208,9 @@ def test_windows_that_leave_whole_blocks_out(dtype, window, lengths):
 def test_scales(dtype, scale):
     """The largest score is not that of the largest product where the scale is not above 0."""
     options = {"causal": True, "window": (7, -1)}
-    assert_close("cpu", LENGTHS["same"], dtype=dtype, heads=2, kv_heads=1, size=32, scale=scale, **options)
+    assert_close(
+        "cpu", LENGTHS["same"], dtype=dtype, heads=2, kv_heads=1, size=32, scale=scale, **options
+    )
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -251,7 +276,8 @@ def test_views_of_one_projection_and_strided_gradients(backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+    ("backend", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)],
 )
 def test_every_output_is_written(backend, dtype, monkeypatch):
     """Fresh buffers hold NaN: what a kernel leaves out shows."""
@@ -259,17 +285,22 @@ def test_every_output_is_written(backend, dtype, monkeypatch):
     tensors, grad, ends = make(LENGTHS["more queries"], size=16, dtype=dtype)
     empty = torch.empty
     monkeypatch.setattr(
-        torch, "empty", lambda *a, **o: empty(*a, **o).fill_(float("nan")) if "dtype" in o else empty(*a, **o)
+        torch,
+        "empty",
+        lambda *a, **o: empty(*a, **o).fill_(float("nan")) if "dtype" in o else empty(*a, **o),
     )
     actual = run(backend, tensors, grad, ends, causal=True)
     monkeypatch.undo()
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    for ours, theirs in zip(actual, run("reference", tensors, grad, ends, causal=True), strict=True):
+    for ours, theirs in zip(
+        actual, run("reference", tensors, grad, ends, causal=True), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+    ("backend", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)],
 )
 def test_what_lies_beyond_a_sequence_is_not_read(backend, dtype):
     require(backend)
@@ -284,7 +315,8 @@ def test_what_lies_beyond_a_sequence_is_not_read(backend, dtype):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)]
+    ("backend", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32)],
 )
 def test_the_same_bits_every_time(backend, dtype):
     require(backend)
@@ -323,8 +355,12 @@ def test_reference_equals_torch_on_each_sequence():
     out = varlen_attention(q, k, v, *ends, causal=True, backend="reference")
     for start, end in itertools.pairwise(ends[0].tolist()):
         parts = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]
-        expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-        torch.testing.assert_close(out[start:end], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *parts, is_causal=True, enable_gqa=True
+        )
+        torch.testing.assert_close(
+            out[start:end], expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_dropout_is_of_its_rate_and_without_pattern():
@@ -332,7 +368,8 @@ def test_dropout_is_of_its_rate_and_without_pattern():
     kept = factors > 0
     assert torch.equal(factors[kept], torch.full_like(factors[kept], 1 / 0.7))
     share = kept.double()
-    # Five standard deviations of a fair draw: over everything, over rows, over columns, and of neighbours.
+    # Five standard deviations of a fair draw: over everything, over rows, over columns, and of
+    # neighbours.
     assert abs(share.mean() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
     assert (share.mean(1) - 0.7).abs().max() < 5 * (0.21 / 500) ** 0.5
     assert (share.mean(0) - 0.7).abs().max() < 5 * (0.21 / 400) ** 0.5
@@ -344,9 +381,13 @@ def test_dropout_is_of_its_rate_and_without_pattern():
     "options", [{}, {"window": (2, 1)}, {"causal": True, "dropout_p": 0.3, "seed": 7}], ids=str
 )
 def test_gradcheck(options):
-    tensors, _, ends = make(([2, 0, 4], [2, 0, 4]), heads=2, kv_heads=1, size=2, dtype=torch.float64)
+    tensors, _, ends = make(
+        ([2, 0, 4], [2, 0, 4]), heads=2, kv_heads=1, size=2, dtype=torch.float64
+    )
     leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, *ends, backend="reference", **options), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *x: varlen_attention(*x, *ends, backend="reference", **options), leaves
+    )
 
 
 def test_differentiating_twice_raises():
@@ -363,7 +404,9 @@ def test_opcheck(backend):
     (q, k, v), grad, ends = make(([3, 5], [3, 5]), size=16)
     for rows in (None, torch.arange(8, 16, dtype=torch.int32)):
         options = (rows, 0.25, -1, 0, 0.1, 3, backend)
-        torch.library.opcheck(torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options))
+        torch.library.opcheck(
+            torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options)
+        )
         out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, *options)
         arguments = (q, k, v, out, lse, grad, *ends, *options)
         torch.library.opcheck(torch.ops.rerank_fast.varlen_attention_backward.default, arguments)
@@ -378,26 +421,45 @@ def test_compiles_as_one_graph():
 
     expected = torch.autograd.grad(twice(*leaves), leaves, grad)
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves, grad), expected, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, grad), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_errors_say_what_was_expected_and_what_came():
     (q, k, v), _, (cu_q, cu_k) = make(([3, 5], [3, 5]), size=16)
     wrong = [
-        (lambda: varlen_attention(q[0], k, v, cu_q, cu_k), r"q must be .*\(tokens, heads, head_size\), got"),
+        (
+            lambda: varlen_attention(q[0], k, v, cu_q, cu_k),
+            r"q must be .*\(tokens, heads, head_size\), got",
+        ),
         (lambda: varlen_attention(q, k.half(), v, cu_q, cu_k), "one dtype"),
-        (lambda: varlen_attention(q, k[:, :1].repeat(1, 3, 1), v, cu_q, cu_k), "multiple of their heads"),
+        (
+            lambda: varlen_attention(q, k[:, :1].repeat(1, 3, 1), v, cu_q, cu_k),
+            "multiple of their heads",
+        ),
         (lambda: varlen_attention(q, k, v, cu_q.long(), cu_k), "cu_seqlens_q must be int32"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k + 1), "rise from 0 to 8 tokens"),
         (lambda: varlen_attention(q, k, v, cu_q[[0, 2]], cu_k), "same sequences, got 1 and 2"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, window=(-2, 0)), "window"),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, dropout_p=1.0), "dropout_p"),
-        (lambda: varlen_attention(q, k, v, cu_q, cu_k, rows=cu_q), r"rows must be int32 of shape \(8,\)"),
+        (
+            lambda: varlen_attention(q, k, v, cu_q, cu_k, rows=cu_q),
+            r"rows must be int32 of shape \(8,\)",
+        ),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="cuda"), "backend must be one of"),
-        (lambda: varlen_attention(q.half(), k.half(), v.half(), cu_q, cu_k, backend="cpu"), "fp32 or bf16 CPU"),
+        (
+            lambda: varlen_attention(q.half(), k.half(), v.half(), cu_q, cu_k, backend="cpu"),
+            "fp32 or bf16 CPU",
+        ),
         (lambda: varlen_attention(q, k, v, cu_q, cu_k, backend="flash"), "flash.*NVIDIA GPU"),
-        (lambda: varlen_attention(*(t.double() for t in (q, k, v)), cu_q, cu_k, backend="triton"), "float64"),
+        (
+            lambda: varlen_attention(
+                *(t.double() for t in (q, k, v)), cu_q, cu_k, backend="triton"
+            ),
+            "float64",
+        ),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -25,7 +25,12 @@ def make_lists(count: int, *, seed: int = 0) -> Dataset:
         draw.shuffle(labels)
         words = ["weather", "rain", "sea", "museum", "city"]
         docs = [
-            " ".join(["panda" if label else draw.choice(_OTHERS), *draw.choices(words, k=draw.randrange(9))])
+            " ".join(
+                [
+                    "panda" if label else draw.choice(_OTHERS),
+                    *draw.choices(words, k=draw.randrange(9)),
+                ]
+            )
             for label in labels
         ]
         rows.append({"query": "what is the panda", "docs": docs, "labels": labels})

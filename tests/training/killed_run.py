@@ -1,4 +1,6 @@
-"""A run that kills itself: python -m tests.training.killed_run SETTINGS.json, in a process of its own."""
+"""A run that kills itself: python -m tests.training.killed_run SETTINGS.json, in a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def main(settings: dict) -> None:
             os.kill(os.getpid(), sent)
 
     def half_a_file(tensors, file) -> None:
-        if Path(file).parent.name.startswith(".checkpoint-") and progress["step"] == kill_at and inside_save:
+        if (
+            Path(file).parent.name.startswith(".checkpoint-")
+            and progress["step"] == kill_at
+            and inside_save
+        ):
             save_file(tensors, file)
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)

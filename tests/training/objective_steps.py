@@ -54,7 +54,8 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def fitting_lists(count: int = 32) -> Dataset:
-    """Ragged lists whose labels fit every objective: from 0 to 1, a positive first, negatives after it.
+    """Ragged lists whose labels fit every objective: from 0 to 1, a positive first, negatives after
+    it.
 
     No two documents of a list are alike: a tie would be broken by rounding.
     """
@@ -69,11 +70,21 @@ def fitting_lists(count: int = 32) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def trained(model: Path, directory: Path, objective: Objective, **settings: object) -> dict[str, Tensor]:
-    """The weights after two steps of gradient descent, which an error of the loss's scale shows in."""
+def trained(
+    model: Path, directory: Path, objective: Objective, **settings: object
+) -> dict[str, Tensor]:
+    """The weights after two steps of gradient descent, which an error of the loss's scale shows
+    in.
+    """
     config = config_for(
         directory,
-        **{"batch_size": 32, "max_steps": 2, "optimizer": "sgd", "warmup_ratio": 0.0, "max_grad_norm": 0.0},
+        **{
+            "batch_size": 32,
+            "max_steps": 2,
+            "optimizer": "sgd",
+            "warmup_ratio": 0.0,
+            "max_grad_norm": 0.0,
+        },
         **{"learning_rate": 0.1, "max_tokens_per_microbatch": 256, "trackers": [], **settings},
     )
     trainer = Trainer(model, fitting_lists(), objective=objective, config=config)

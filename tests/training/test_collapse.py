@@ -17,7 +17,9 @@ from tests.training.conftest import config_for, log_rows, make_lists
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_spread_of_lists(dtype: torch.dtype):
-    """Three lists that count, one of which is tied; a document alone and an empty list have no spread."""
+    """Three lists that count, one of which is tied; a document alone and an empty list have no
+    spread.
+    """
     scores = torch.tensor([1, 3, 2, 5, 7, 7, 7, -1, -2], dtype=dtype)
     offsets = torch.tensor([0, 3, 4, 4, 7, 9])
     spread = spread_of_lists(scores, offsets, torch.finfo(dtype).eps)
@@ -31,22 +33,39 @@ def test_what_is_rounding_depends_on_the_dtype(dtype: torch.dtype, tied: int):
 
 
 def test_no_list_has_no_spread():
-    assert spread_of_lists(torch.zeros(0), torch.zeros(1, dtype=torch.int64), 1e-7).tolist() == [0, 0, 0, 0]
+    assert spread_of_lists(torch.zeros(0), torch.zeros(1, dtype=torch.int64), 1e-7).tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def row(tied: float, **values: float) -> dict[str, float]:
-    return {"tied_lists": tied, "score_spread": 1e-9, "score_mean": 0.0, "lists_without_gradient": 0, **values}
+    return {
+        "tied_lists": tied,
+        "score_spread": 1e-9,
+        "score_mean": 0.0,
+        "lists_without_gradient": 0,
+        **values,
+    }
 
 
 @pytest.mark.parametrize(
     ("values", "activation", "cause"),
     [
         ({}, nn.Identity(), "learning rate, 0.001, is often too high"),
-        ({"lists_without_gradient": 90}, nn.Identity(), "90 of 100 lists train nothing (labels all equal)"),
+        (
+            {"lists_without_gradient": 90},
+            nn.Identity(),
+            "90 of 100 lists train nothing (labels all equal)",
+        ),
         ({"score_mean": -20.0}, nn.Sigmoid(), "the Sigmoid of predictions is saturated"),
     ],
 )
-def test_tied_lists_are_said_once_with_their_cause(values: dict[str, float], activation: nn.Module, cause: str):
+def test_tied_lists_are_said_once_with_their_cause(
+    values: dict[str, float], activation: nn.Module, cause: str
+):
     guard = CollapseGuard("ndcg@10", activation, 1e-3)
     tied, spread = row(0.9, **values), row(0.1)
     said = [guard.logged(one, 100) for one in (tied, tied, spread, tied, tied, tied, tied)]
@@ -84,12 +103,17 @@ def test_a_metric_that_stays_below(
 def test_a_metric_of_which_the_least_is_best():
     guard = CollapseGuard("error", nn.Identity(), 1e-5)
     values = [0.5, 0.4, 0.3, 0.6, 0.7]
-    said = [guard.evaluated({"error": one}, step, greater_is_better=False) for step, one in enumerate(values)]
+    said = [
+        guard.evaluated({"error": one}, step, greater_is_better=False)
+        for step, one in enumerate(values)
+    ]
     assert [one is not None for one in said] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("stops", [True, False])
-def test_a_run_that_collapses(stops: bool, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_run_that_collapses(
+    stops: bool, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     """A learning rate ten thousand times too high."""
     config = config_for(
         tmp_path / "run",
@@ -113,9 +137,13 @@ def test_a_run_that_collapses(stops: bool, tiny_bert: Path, tmp_path: Path, capl
     assert rows[-1]["tied_lists"] > 0.5 or "evaluations running" in said[0]
 
 
-def test_a_sound_run_says_nothing(tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_sound_run_says_nothing(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     lists = make_lists(32)
-    config = config_for(tmp_path / "run", max_steps=8, eval_steps=4, eval_on_start=True, stop_on_collapse=True)
+    config = config_for(
+        tmp_path / "run", max_steps=8, eval_steps=4, eval_on_start=True, stop_on_collapse=True
+    )
     with caplog.at_level(logging.WARNING):
         result = Trainer(str(tiny_bert), lists, eval=lists, config=config).train()
     assert result.steps == 8

@@ -11,7 +11,12 @@ from rerank_fast.training.config import TrainingConfig
 def test_the_defaults_are_the_published_recipe():
     config = TrainingConfig()
     assert (config.batch_size, config.num_epochs, config.learning_rate) == (16, 1, 2e-5)
-    assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (0.1, "linear", "auto", 12)
+    assert (config.warmup_ratio, config.schedule, config.precision, config.seed) == (
+        0.1,
+        "linear",
+        "auto",
+        12,
+    )
     assert (config.scheme, config.k, config.sigma, config.mu) == ("ndcg2pp", None, 1.0, 10.0)
     assert (config.weight_decay, config.max_grad_norm, config.mini_batch_size) == (0.0, 1.0, None)
 
@@ -84,8 +89,10 @@ def test_the_named_metric_sets_the_cut_of_the_evaluation(metric: str, k: int):
 
 def test_importing_the_config_and_the_command_line_loads_no_torch():
     code = (
-        "import sys, rerank_fast.cli; from rerank_fast.training import TrainingConfig; TrainingConfig();"
-        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'triton'} & set(sys.modules)) or 0)"
+        "import sys, rerank_fast.cli; from rerank_fast.training import TrainingConfig; "
+        "TrainingConfig();"
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'triton'} & set(sys.modules)) or "
+        "0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

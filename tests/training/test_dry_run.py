@@ -61,7 +61,8 @@ def test_everything_is_counted_and_nothing_written(
     lines = capsys.readouterr().out.splitlines()
     # 2 + 1 + 6 preference pairs of 3 + 2 + 4 documents; a list of 2 has none.
     assert lines[0] == (
-        "Training lists: 4 with 11 documents; 1 of the lists, without a preference pair (all labels "
+        "Training lists: 4 with 11 documents; 1 of the lists, without a preference pair (all "
+        "labels "
         "equal), train nothing"
     )
     assert lines[1] == (

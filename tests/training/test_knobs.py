@@ -30,17 +30,25 @@ def test_narrow_precision_follows_fp32(
     still_bert: Path, train_lists: Dataset, tmp_path: Path, precision: str, cache: str
 ):
     for name in ("fp32", precision):
-        config = config_for(tmp_path / name, precision=name, gradient_cache=cache, num_epochs=3, learning_rate=2e-3)
+        config = config_for(
+            tmp_path / name, precision=name, gradient_cache=cache, num_epochs=3, learning_rate=2e-3
+        )
         Trainer(still_bert, train_lists, config=config).train()
     wide, narrow = losses(tmp_path / "fp32"), losses(tmp_path / precision)
     assert np.mean(narrow[-3:]) < 0.8 * np.mean(narrow[:3])
     np.testing.assert_allclose(narrow[:6], wide[:6], rtol=0.1)
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-    assert {t.dtype for t in weights(tmp_path / precision).values() if t.is_floating_point()} == {dtype}
+    assert {t.dtype for t in weights(tmp_path / precision).values() if t.is_floating_point()} == {
+        dtype
+    }
 
 
-def test_pure_bf16_keeps_what_bf16_weights_would_lose(still_bert: Path, train_lists: Dataset, tmp_path: Path):
-    config = config_for(tmp_path, precision="bf16-pure", max_steps=6, learning_rate=1e-5, warmup_ratio=0.0)
+def test_pure_bf16_keeps_what_bf16_weights_would_lose(
+    still_bert: Path, train_lists: Dataset, tmp_path: Path
+):
+    config = config_for(
+        tmp_path, precision="bf16-pure", max_steps=6, learning_rate=1e-5, warmup_ratio=0.0
+    )
     trainer = Trainer(still_bert, train_lists, config=config)
     before = {name: weight.clone() for name, weight in trainer.weights.items()}
     trainer.train()
@@ -50,11 +58,17 @@ def test_pure_bf16_keeps_what_bf16_weights_would_lose(still_bert: Path, train_li
     assert (moved != 0).float().mean() > 0.9
     in_model = dict(trainer.model.model.named_parameters())[name]
     assert torch.equal(in_model, trainer.weights[name].to(torch.bfloat16))
-    assert (in_model != before[name].to(torch.bfloat16)).float().mean() < 0.2  # most are too small to be seen yet
+    assert (
+        in_model != before[name].to(torch.bfloat16)
+    ).float().mean() < 0.2  # most are too small to be seen yet
 
 
-def test_an_overflow_leaves_the_step_out_and_is_counted(still_bert: Path, train_lists: Dataset, tmp_path: Path):
-    trainer = Trainer(still_bert, train_lists, config=config_for(tmp_path, precision="fp16", max_steps=6))
+def test_an_overflow_leaves_the_step_out_and_is_counted(
+    still_bert: Path, train_lists: Dataset, tmp_path: Path
+):
+    trainer = Trainer(
+        still_bert, train_lists, config=config_for(tmp_path, precision="fp16", max_steps=6)
+    )
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     trainer.backward.scale = trainer.scaler.scale
     before = {name: weight.clone() for name, weight in trainer.weights.items()}
@@ -74,9 +88,13 @@ def test_an_overflow_leaves_the_step_out_and_is_counted(still_bert: Path, train_
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
-def test_frozen_layers_stay_and_the_rest_learns(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_frozen_layers_stay_and_the_rest_learns(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     before = weights(tiny_bert)
-    config = config_for(tmp_path, freeze_layers=1, freeze=["bert.pooler.*"], max_steps=3, weight_decay=0.1)
+    config = config_for(
+        tmp_path, freeze_layers=1, freeze=["bert.pooler.*"], max_steps=3, weight_decay=0.1
+    )
     Trainer(tiny_bert, train_lists, config=config).train()
     after = weights(tmp_path)
     for name in before:
@@ -84,7 +102,10 @@ def test_frozen_layers_stay_and_the_rest_learns(tiny_bert: Path, train_lists: Da
         assert torch.equal(before[name], after[name]) == frozen, name
     for settings, message in (
         ({"freeze_layers": 3}, "freeze_layers is 3, but the model has 2 layers"),
-        ({"freeze": ["bert.pooled.*"]}, r"no parameter's name matches 'bert.pooled.\*'; there are bert.embeddings"),
+        (
+            {"freeze": ["bert.pooled.*"]},
+            r"no parameter's name matches 'bert.pooled.\*'; there are bert.embeddings",
+        ),
         ({"freeze": ["*"]}, "leaves no parameter"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -92,9 +113,15 @@ def test_frozen_layers_stay_and_the_rest_learns(tiny_bert: Path, train_lists: Da
 
 
 def test_each_layer_down_learns_slower(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
-    config = config_for(tmp_path, layer_lr_decay=0.5, weight_decay=0.1, max_steps=2, warmup_ratio=0.0)
+    config = config_for(
+        tmp_path, layer_lr_decay=0.5, weight_decay=0.1, max_steps=2, warmup_ratio=0.0
+    )
     trainer = Trainer(tiny_bert, train_lists, config=config)
-    rates = {id(p): (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    rates = {
+        id(p): (g["lr"], g["weight_decay"])
+        for g in trainer.optimizer.param_groups
+        for p in g["params"]
+    }
     expected = {
         "classifier.weight": (1e-3, 0.1),
         "bert.pooler.dense.bias": (1e-3, 0.0),
@@ -110,7 +137,9 @@ def test_each_layer_down_learns_slower(tiny_bert: Path, train_lists: Dataset, tm
     assert [row["learning_rate"] for row in log_rows(tmp_path)] == pytest.approx([1e-3, 5e-4])
 
 
-def test_the_moving_average_is_evaluated_and_saved(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_the_moving_average_is_evaluated_and_saved(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     seen: list[dict[str, torch.Tensor]] = []
 
     def note(event) -> None:
@@ -118,7 +147,9 @@ def test_the_moving_average_is_evaluated_and_saved(tiny_bert: Path, train_lists:
             seen.append({name: weight.clone() for name, weight in event.trainer.weights.items()})
 
     config = config_for(tmp_path, ema_decay=0.7, max_steps=4, eval_steps=4)
-    Trainer(tiny_bert, train_lists, eval=make_lists(9, seed=4), config=config, callbacks=[note]).train()
+    Trainer(
+        tiny_bert, train_lists, eval=make_lists(9, seed=4), config=config, callbacks=[note]
+    ).train()
     name = "classifier.weight"
     average = seen[0][name]
     for step in seen[1:]:
@@ -134,16 +165,23 @@ def test_the_moving_average_is_evaluated_and_saved(tiny_bert: Path, train_lists:
 def test_lora_is_trained_saved_reloaded_and_merged(tiny_bert: Path, tmp_path: Path):
     peft = pytest.importorskip("peft")
     lists = make_lists(48)
-    settings = {"lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 5e-3, "save_steps": 8, "max_steps": 12}
+    settings = {
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "learning_rate": 5e-3,
+        "save_steps": 8,
+        "max_steps": 12,
+    }
     trainer = Trainer(tiny_bert, lists, config=config_for(tmp_path / "run", **settings))
-    step = trainer.model.step(trainer.model.tokenize(PAIRS))
+    step = trainer.model.prepare(trainer.model.tokenize(PAIRS))
     assert not step.padded  # adapters run packed
     trainer.train()
     assert np.mean(losses(tmp_path / "run")[-3:]) < np.mean(losses(tmp_path / "run")[:3])
     before, merged = weights(tiny_bert), weights(tmp_path / "run")
     assert merged.keys() == before.keys()
     assert torch.equal(
-        before["bert.embeddings.word_embeddings.weight"], merged["bert.embeddings.word_embeddings.weight"]
+        before["bert.embeddings.word_embeddings.weight"],
+        merged["bert.embeddings.word_embeddings.weight"],
     )
     assert not torch.allclose(
         before["bert.encoder.layer.0.attention.self.query.weight"],
@@ -151,7 +189,9 @@ def test_lora_is_trained_saved_reloaded_and_merged(tiny_bert: Path, tmp_path: Pa
     )
     with_adapters = trainer.model.predict(PAIRS, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(
-        CrossEncoder(tmp_path / "run", device="cpu").predict(PAIRS, activation_fn=torch.nn.Identity()),
+        CrossEncoder(tmp_path / "run", device="cpu").predict(
+            PAIRS, activation_fn=torch.nn.Identity()
+        ),
         with_adapters,
         atol=1e-5,
     )
@@ -182,7 +222,9 @@ def test_a_lora_head_with_the_names_of_the_encoders_layers_is_trained_whole(tmp_
     np.testing.assert_allclose(scores, with_adapters, atol=1e-5)
 
 
-def test_early_stopping_ends_after_evaluations_without_a_better_one(tiny_bert: Path, tmp_path: Path):
+def test_early_stopping_ends_after_evaluations_without_a_better_one(
+    tiny_bert: Path, tmp_path: Path
+):
     values = iter([0.1, 0.5, 0.4, 0.5, 0.9])
     config = config_for(tmp_path, early_stopping_patience=2, eval_steps=2, num_epochs=9)
     evaluator = lambda model: {"ndcg@10": next(values)}  # noqa: E731
@@ -205,10 +247,13 @@ def test_callbacks_are_told_what_happens_and_may_stop_the_run(tiny_bert: Path, t
             event.trainer.stop()
 
     config = config_for(tmp_path, save_steps=2, logging_steps=2, eval_steps=9)
-    result = Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[note]).train()
+    result = Trainer(
+        tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[note]
+    ).train()
     assert result.steps == 3
     assert told == [
-        ("train_begin", 0), ("step_end", 1), ("step_end", 2), ("log", 2), ("save", 2), ("step_end", 3), ("log", 3),
+        ("train_begin", 0), ("step_end", 1), ("step_end", 2), ("log", 2), ("save", 2), ("step_end",
+        3), ("log", 3),
         ("evaluate", 3), ("train_end", 3),
     ]  # fmt: skip
 
@@ -232,7 +277,9 @@ def test_stop_ends_the_run_after_the_current_step_whatever_event_it_is_called_in
             event.trainer.stop()
 
     config = config_for(tmp_path, save_steps=2, eval_steps=2, logging_steps=99, max_steps=9)
-    result = Trainer(tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[stop]).train()
+    result = Trainer(
+        tiny_bert, make_lists(48), eval=make_lists(9), config=config, callbacks=[stop]
+    ).train()
     assert (result.steps, result.best_step) == (2, 2)
     assert told == [("train_begin", 0), ("step_end", 1), *expected]
 
@@ -260,7 +307,9 @@ def test_tensorboard_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path):
         expected = [(row["step"], row[name]) for row in log_rows(tmp_path) if name in row]
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+        assert [value for _, value in found] == pytest.approx(
+            [value for _, value in expected], rel=1e-6
+        )
 
 
 def test_tensorboard_of_a_run_that_went_on_has_every_step_once(tiny_bert: Path, tmp_path: Path):
@@ -285,10 +334,14 @@ def test_tensorboard_of_a_run_that_went_on_has_every_step_once(tiny_bert: Path, 
         found = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(row["step"], row[name]) for row in log_rows(tmp_path) if name in row]
         assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+        assert [value for _, value in found] == pytest.approx(
+            [value for _, value in expected], rel=1e-6
+        )
 
 
-def test_wandb_offline_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_offline_holds_what_the_log_holds(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = config_for(tmp_path, trackers=["wandb"], max_steps=3, eval_steps=3)
@@ -298,13 +351,24 @@ def test_wandb_offline_holds_what_the_log_holds(tiny_bert: Path, tmp_path: Path,
     found: dict[int, dict] = {}
     for record in records:
         if record.HasField("history"):
-            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            found.setdefault(int(items["_step"]), {}).update({name: json.loads(items[name]) for name in items})
+            items = {
+                "/".join(item.nested_key) or item.key: item.value_json
+                for item in record.history.item
+            }
+            found.setdefault(int(items["_step"]), {}).update(
+                {name: json.loads(items[name]) for name in items}
+            )
     for row in log_rows(tmp_path):
         for name in row.keys() - {"step", "epoch"}:
             assert found[row["step"]][name] == pytest.approx(row[name], rel=1e-12), name
-    settings = {item.key or "/".join(item.nested_key): item.value_json for r in records for item in r.config.update}
-    settings |= {item.key: item.value_json for record in records for item in record.run.config.update}
+    settings = {
+        item.key or "/".join(item.nested_key): item.value_json
+        for r in records
+        for item in r.config.update
+    }
+    settings |= {
+        item.key: item.value_json for record in records for item in record.run.config.update
+    }
     assert settings["max_steps"] == "3"
 
 
@@ -328,9 +392,13 @@ def wandb_records(content: bytes) -> list:
 
 
 def test_a_tracker_that_is_not_there_is_said_before_training(tiny_bert: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord'; there are .*tensorboard, .*wandb"):
+    with pytest.raises(
+        ValueError, match=r"unknown tracker 'tensorbord'; there are .*tensorboard, .*wandb"
+    ):
         Trainer(tiny_bert, make_lists(4), config=config_for(tmp_path, trackers=["tensorbord"]))
-    with pytest.raises(ValueError, match="tracker 'swanlab' needs its package: pip install swanlab"):
+    with pytest.raises(
+        ValueError, match="tracker 'swanlab' needs its package: pip install swanlab"
+    ):
         Trainer(tiny_bert, make_lists(4), config=config_for(tmp_path, trackers=["swanlab"]))
 
 
@@ -339,10 +407,15 @@ def test_max_docs_and_a_warm_start(tiny_bert: Path, tmp_path: Path):
     trainer = Trainer(tiny_bert, make_lists(48), config=first)
     assert max(np.diff(next(trainer.batches()).lists.list_offsets)) == 3
     trainer.train()
-    second = Trainer(tmp_path / "first", make_lists(48), config=config_for(tmp_path / "second", max_steps=1))
+    second = Trainer(
+        tmp_path / "first", make_lists(48), config=config_for(tmp_path / "second", max_steps=1)
+    )
     saved = weights(tmp_path / "first")
     assert all(torch.equal(saved[name], weight) for name, weight in second.weights.items())
-    assert json.loads((tmp_path / "first" / "metrics.json").read_text())["config"]["max_docs_per_list"] == 3
+    assert (
+        json.loads((tmp_path / "first" / "metrics.json").read_text())["config"]["max_docs_per_list"]
+        == 3
+    )
 
 
 def test_a_compiled_run_is_the_eager_one(
@@ -350,14 +423,19 @@ def test_a_compiled_run_is_the_eager_one(
 ):
     """With dropout, and evaluations between the steps; inductor itself is tested in tests/model."""
     compile_layers = CrossEncoder.compile
-    monkeypatch.setattr(CrossEncoder, "compile", lambda self: compile_layers(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        CrossEncoder, "compile", lambda self: compile_layers(self, backend="aot_eager")
+    )
     for name in ("eager", "compiled"):
-        config = config_for(tmp_path / name, torch_compile=name == "compiled", max_steps=3, eval_steps=2)
+        config = config_for(
+            tmp_path / name, torch_compile=name == "compiled", max_steps=3, eval_steps=2
+        )
         Trainer(tiny_bert, train_lists, eval=make_lists(4), config=config).train()
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-5)
     eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     for name, weight in eager.items():
-        # What adds the same to all keys, or to all scores of a list, has rounding for a gradient: Adam steps by it.
+        # What adds the same to all keys, or to all scores of a list, has rounding for a gradient:
+        # Adam steps by it.
         atol = 3 * 1e-3 if name.endswith(("key.bias", "classifier.bias")) else 1e-5
         torch.testing.assert_close(compiled[name], weight, rtol=1e-4, atol=atol)
 

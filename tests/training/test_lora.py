@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rerank_fast import CrossEncoder, Trainer
-from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
 from rerank_fast.training.events import Event, TrainingInterrupted
 from tests.model_factory import make_tiny_qwen3, make_tiny_roberta
 from tests.training.conftest import config_for, make_lists, weights
@@ -29,7 +29,9 @@ def terminate(event: Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_model_in_memory_is_an_ordinary_one_of_the_trained_weights(tiny_bert: Path, tmp_path: Path):
+def test_the_model_in_memory_is_an_ordinary_one_of_the_trained_weights(
+    tiny_bert: Path, tmp_path: Path
+):
     model = CrossEncoder(tiny_bert, device="cpu")
     names = list(model.model.state_dict())
     model.model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
@@ -51,11 +53,15 @@ def test_the_model_in_memory_is_an_ordinary_one_of_the_trained_weights(tiny_bert
     ]
     model.requires_grad_(True)
     model.save_pretrained(tmp_path / "saved")
-    np.testing.assert_allclose(CrossEncoder(tmp_path / "saved", device="cpu").predict(PAIRS), scores, atol=1e-6)
+    np.testing.assert_allclose(
+        CrossEncoder(tmp_path / "saved", device="cpu").predict(PAIRS), scores, atol=1e-6
+    )
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     # It can be trained again, with adapters and without.
     for name, settings in (("second", SETTINGS), ("third", {"learning_rate": 1e-3})):
-        trainer = Trainer(model, make_lists(48), config=config_for(tmp_path / name, **settings, max_steps=2))
+        trainer = Trainer(
+            model, make_lists(48), config=config_for(tmp_path / name, **settings, max_steps=2)
+        )
         trainer.train()
         saved = CrossEncoder(tmp_path / name, device="cpu").predict(PAIRS)
         np.testing.assert_allclose(saved, model.predict(PAIRS), atol=1e-5)
@@ -63,15 +69,23 @@ def test_the_model_in_memory_is_an_ordinary_one_of_the_trained_weights(tiny_bert
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_causal_models_vocabulary_stays_and_its_adapter_gives_the_same_scores(tied: bool, tmp_path: Path):
-    directory = make_tiny_qwen3(tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE, tied=tied)
-    trainer = Trainer(directory, make_lists(24), config=config_for(tmp_path / "run", **SETTINGS, max_steps=4))
+def test_a_causal_models_vocabulary_stays_and_its_adapter_gives_the_same_scores(
+    tied: bool, tmp_path: Path
+):
+    directory = make_tiny_qwen3(
+        tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE, tied=tied
+    )
+    trainer = Trainer(
+        directory, make_lists(24), config=config_for(tmp_path / "run", **SETTINGS, max_steps=4)
+    )
     assert all(".lora_" in name for name in trainer.weights)
     trainer.train()
     base = CrossEncoder(directory, device="cpu", activation_fn=torch.nn.Identity())
     trained = trainer.model.predict(PAIRS, activation_fn=torch.nn.Identity())
     assert np.abs(trained - base.predict(PAIRS)).min() > 1e-3
-    again = CrossEncoder(tmp_path / "run", device="cpu").predict(PAIRS, activation_fn=torch.nn.Identity())
+    again = CrossEncoder(tmp_path / "run", device="cpu").predict(
+        PAIRS, activation_fn=torch.nn.Identity()
+    )
     np.testing.assert_allclose(again, trained, atol=1e-5)
 
     adapter = tmp_path / "run" / "adapter"
@@ -95,8 +109,15 @@ def test_a_causal_models_vocabulary_stays_and_its_adapter_gives_the_same_scores(
             ["query", "word_embeddings"],
             r"got 'word_embeddings', which is bert\.embeddings\.word_embeddings \(Embed",
         ),
-        (["LayerNorm"], r"nn.Linear modules, got 'LayerNorm', which is bert\.embeddings\.LayerNorm \(LayerNorm\)"),
-        (["quary"], "the encoder has no module 'quary'; its nn.Linear are dense, key, query, value"),
+        (
+            ["LayerNorm"],
+            r"nn.Linear modules, got 'LayerNorm', which is "
+            r"bert\.embeddings\.LayerNorm \(LayerNorm\)",
+        ),
+        (
+            ["quary"],
+            "the encoder has no module 'quary'; its nn.Linear are dense, key, query, value",
+        ),
         (["classifier"], "the encoder has no module 'classifier'"),  # the head is trained whole
     ],
 )
@@ -106,7 +127,11 @@ def test_targets_that_are_no_linear_modules_are_refused(
     model = CrossEncoder(tiny_bert, device="cpu")
     names = list(model.model.state_dict())
     with pytest.raises(ValueError, match=message):
-        Trainer(model, make_lists(4), config=config_for(tmp_path, **SETTINGS, lora_target_modules=targets))
+        Trainer(
+            model,
+            make_lists(4),
+            config=config_for(tmp_path, **SETTINGS, lora_target_modules=targets),
+        )
     assert list(model.model.state_dict()) == names
     assert all(one.requires_grad for one in model.parameters())
 
@@ -120,7 +145,9 @@ def test_a_model_that_has_adapters_is_refused(tiny_bert: Path, tmp_path: Path):
 
 def test_named_targets_alone_get_adapters(tmp_path: Path):
     roberta = make_tiny_roberta(tmp_path / "roberta")  # with a dense in its head too
-    config = config_for(tmp_path / "run", **SETTINGS, max_steps=1, lora_target_modules=["query", "output.dense"])
+    config = config_for(
+        tmp_path / "run", **SETTINGS, max_steps=1, lora_target_modules=["query", "output.dense"]
+    )
     trainer = Trainer(roberta, make_lists(16), config=config)
     with_adapters = {name.partition(".lora_")[0] for name in trainer.weights if ".lora_" in name}
     assert with_adapters == {
@@ -139,14 +166,20 @@ def test_an_interrupted_run_leaves_the_adapters_merged_and_goes_on_from_the_base
     with pytest.raises(TrainingInterrupted) as stop:
         Trainer(model, lists, config=config, callbacks=[terminate]).train()
     model.save_pretrained(tmp_path / "saved")
-    saved = CrossEncoder(tmp_path / "saved", device="cpu").predict(PAIRS, activation_fn=torch.nn.Identity())
-    checkpoint = CrossEncoder(stop.value.checkpoint, device="cpu", activation_fn=torch.nn.Identity())
+    saved = CrossEncoder(tmp_path / "saved", device="cpu").predict(
+        PAIRS, activation_fn=torch.nn.Identity()
+    )
+    checkpoint = CrossEncoder(
+        stop.value.checkpoint, device="cpu", activation_fn=torch.nn.Identity()
+    )
     np.testing.assert_allclose(saved, checkpoint.predict(PAIRS), atol=1e-5)
     # The merged model is another base: on it the checkpoint's adapters would count twice.
     again = config_for(tmp_path / "run", **SETTINGS, max_steps=6, resume="auto")
     with pytest.raises(ValueError, match="trained on another base model"):
         Trainer(model, lists, config=again).train()
     Trainer(tiny_bert, lists, config=again).train()
-    Trainer(tiny_bert, lists, config=config_for(tmp_path / "unbroken", **SETTINGS, max_steps=6)).train()
+    Trainer(
+        tiny_bert, lists, config=config_for(tmp_path / "unbroken", **SETTINGS, max_steps=6)
+    ).train()
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "unbroken")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -13,12 +13,18 @@ from rerank_fast.training.memory import activation_bytes, available_bytes
 from tests.model.test_gradient_cache import opened
 
 GIB = 2**30
-V1 = {"limit": "memory/memory.limit_in_bytes", "used": "memory/memory.usage_in_bytes", "stat": "memory/memory.stat"}
+V1 = {
+    "limit": "memory/memory.limit_in_bytes",
+    "used": "memory/memory.usage_in_bytes",
+    "stat": "memory/memory.stat",
+}
 V2 = {"limit": "memory.max", "used": "memory.current", "stat": "memory.stat"}
 
 
 def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path):
-    """What autograd saves for backward, each storage once, beside the estimate: within a factor of two."""
+    """What autograd saves for backward, each storage once, beside the estimate: within a factor of
+    two.
+    """
     model, lists = opened(tiny_bert)
     kept: dict[int, int] = {}
 
@@ -27,7 +33,7 @@ def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path)
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    step = model.step(lists.pairs)
+    step = model.prepare(lists.pairs)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         scores = step(np.arange(len(lists.pairs)))
     assert scores.requires_grad
@@ -35,7 +41,10 @@ def test_the_estimate_of_activations_is_near_what_a_graph_keeps(tiny_bert: Path)
     tokens = len(lists.pairs.input_ids)
     estimate = activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=False)
     assert 0.5 < found / estimate < 2
-    assert activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=True) < estimate / 8
+    assert (
+        activation_bytes(model.model, tokens, torch.float32, gradient_checkpointing=True)
+        < estimate / 8
+    )
 
 
 @pytest.mark.parametrize(("names", "key"), [(V1, "total_inactive_file"), (V2, "inactive_file")])

@@ -65,7 +65,9 @@ def test_a_resumed_run_keeps_what_was_found(
     half = replace(whole, output=str(tmp_path / "half"))
     Trainer(tiny_bert, train_lists, config=half, callbacks=[stop_at_3]).train()
     monkeypatch.setattr(trainer, "probe_max_tokens", lambda model, dtype: 512)
-    other = Trainer(tiny_bert, train_lists, config=replace(half, output=str(tmp_path / "other"), overwrite=True))
+    other = Trainer(
+        tiny_bert, train_lists, config=replace(half, output=str(tmp_path / "other"), overwrite=True)
+    )
     other.train()
     assert other.backward.max_tokens == 512
     resumed = Trainer(tiny_bert, train_lists, config=replace(half, resume="auto"))
@@ -75,7 +77,9 @@ def test_a_resumed_run_keeps_what_was_found(
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
     chosen = Trainer(
-        tiny_bert, train_lists, config=replace(half, resume="auto", overwrite=True, max_tokens_per_microbatch=32)
+        tiny_bert,
+        train_lists,
+        config=replace(half, resume="auto", overwrite=True, max_tokens_per_microbatch=32),
     )
     assert chosen.backward.max_tokens == 32
 

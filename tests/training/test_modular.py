@@ -1,4 +1,6 @@
-"""CrossEncoders of modules in the Trainer: every setting, and what it writes beside sentence-transformers."""
+"""CrossEncoders of modules in the Trainer: every setting, and what it writes beside
+sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def train(directory: Path, callbacks: Sequence[Any] = (), **settings: Any) -> CrossEncoder:
     model = CrossEncoder(directory / "model", device="cpu")
-    config = config_for(directory / "out", batch_size=2, learning_rate=1e-2, eval_steps=2, **settings)
+    config = config_for(
+        directory / "out", batch_size=2, learning_rate=1e-2, eval_steps=2, **settings
+    )
     Trainer(model, make_lists(8), eval=make_lists(4), config=config, callbacks=callbacks).train()
     return model
 
@@ -45,7 +49,11 @@ def test_what_is_trained_and_written(name: str, tmp_path: Path):
     model = train(tmp_path, **SETTINGS[name])
     after = model.model.state_dict()
     assert before.keys() == after.keys()
-    changed = {key.split(".")[0] for key in before if not torch.equal(before[key].float(), after[key].float())}
+    changed = {
+        key.split(".")[0]
+        for key in before
+        if not torch.equal(before[key].float(), after[key].float())
+    }
     assert changed == ({"encoder"} if name == "frozen head" else {"encoder", "head"})
     theirs = PeerCrossEncoder(str(tmp_path / "out"), device="cpu")
     assert [type(one) for one in theirs] == [type(one) for one in peer]
@@ -59,7 +67,9 @@ def test_what_is_trained_and_written(name: str, tmp_path: Path):
 
 def test_the_gradient_cache_gives_the_same_model_with_dropout(tmp_path: Path):
     make_peer(tmp_path, HEADS["dropout"]())
-    runs = [train(tmp_path, gradient_cache=cache, overwrite=cache == "on") for cache in ("off", "on")]
+    runs = [
+        train(tmp_path, gradient_cache=cache, overwrite=cache == "on") for cache in ("off", "on")
+    ]
     weights = [model.model.state_dict() for model in runs]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4, msg=name)
@@ -72,7 +82,9 @@ def test_an_adapter_is_written_for_the_encoder_alone(tmp_path: Path):
     make_peer(tmp_path, ettin("cls"))
     train(tmp_path, lora_rank=4)
     encoder = AutoModel.from_pretrained(tmp_path / "model").eval()
-    adapted = PeftModel.from_pretrained(encoder, str(tmp_path / "out" / "adapter")).merge_and_unload()
+    adapted = PeftModel.from_pretrained(
+        encoder, str(tmp_path / "out" / "adapter")
+    ).merge_and_unload()
     merged = AutoModel.from_pretrained(tmp_path / "out")
     for name, weight in merged.state_dict().items():
         torch.testing.assert_close(adapted.state_dict()[name], weight, rtol=1e-5, atol=1e-5)

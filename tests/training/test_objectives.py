@@ -39,7 +39,10 @@ def assert_equal(found: dict, expected: dict, before: dict, limit: float = 1e-5)
 def whole(still_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """The weights by each objective, a batch of 32 lists in one piece."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    return {name: trained(still_bert, output, one, gradient_cache="off") for name, one in OBJECTIVES.items()}
+    return {
+        name: trained(still_bert, output, one, gradient_cache="off")
+        for name, one in OBJECTIVES.items()
+    }
 
 
 @every
@@ -52,22 +55,36 @@ def test_accumulation_and_cache_give_the_weights_of_one_step(
 
 
 def test_two_processes_give_the_weights_of_one(whole: dict, still_bert: Path, tmp_path: Path):
-    command = [*TORCHRUN, "29691", "-m", "tests.training.objective_steps", str(still_bert), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=500)
+    command = [
+        *TORCHRUN,
+        "29691",
+        "-m",
+        "tests.training.objective_steps",
+        str(still_bert),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     for name, expected in whole.items():
         assert_equal(load_file(tmp_path / f"{name}.safetensors"), expected, weights(still_bert))
 
 
 @every
-def test_with_dropout_the_cache_gives_the_weights_of_direct(name: str, tiny_bert: Path, tmp_path: Path):
+def test_with_dropout_the_cache_gives_the_weights_of_direct(
+    name: str, tiny_bert: Path, tmp_path: Path
+):
     direct, cached = (
-        trained(tiny_bert, tmp_path / mode, OBJECTIVES[name], gradient_cache=mode) for mode in ("off", "on")
+        trained(tiny_bert, tmp_path / mode, OBJECTIVES[name], gradient_cache=mode)
+        for mode in ("off", "on")
     )
     assert_equal(cached, direct, weights(tiny_bert), 1e-6)
 
 
-@pytest.mark.parametrize("kind", [*NAMES, [{"name": "listnet"}, {"name": "lambda_loss", "weight": 0.5}]], ids=str)
+@pytest.mark.parametrize(
+    "kind", [*NAMES, [{"name": "listnet"}, {"name": "lambda_loss", "weight": 0.5}]], ids=str
+)
 def test_settings_name_it(kind: object, tiny_bert: Path, tmp_path: Path):
     config = config_for(tmp_path / "run", objective=kind, max_steps=2, batch_size=4)
     result = Trainer(tiny_bert, fitting_lists(8), eval=fitting_lists(3), config=config).train()
@@ -94,8 +111,12 @@ def test_the_settings_of_lambda_loss_are_its_options():
     options = {field.name: field.default for field in fields(LambdaLoss)}
     assert tuple(options) == LAMBDA_LOSS
     assert options == {name: getattr(TrainingConfig(), name) for name in LAMBDA_LOSS}
-    config = TrainingConfig(scheme="lambdarank", k=5, sigma=2.0, reduction="lists", reduction_log="natural")
-    assert choose_objective(config) == LambdaLoss("lambdarank", 5, 2.0, 10.0, 1e-10, "natural", "lists")
+    config = TrainingConfig(
+        scheme="lambdarank", k=5, sigma=2.0, reduction="lists", reduction_log="natural"
+    )
+    assert choose_objective(config) == LambdaLoss(
+        "lambdarank", 5, 2.0, 10.0, 1e-10, "natural", "lists"
+    )
 
 
 def test_an_objective_of_the_users_own_is_known_by_its_options(tiny_bert: Path, tmp_path: Path):
@@ -120,7 +141,9 @@ def test_an_objective_of_the_users_own_is_known_by_its_options(tiny_bert: Path, 
     assert '"margin": 0.5' in card
     assert "LambdaLoss" not in card
     for other in (Hinge(margin=2.0), LambdaLoss(), None):
-        with pytest.raises(ValueError, match=r"objective was \{'name': 'hinge', 'margin': 0.5\}, got"):
+        with pytest.raises(
+            ValueError, match=r"objective was \{'name': 'hinge', 'margin': 0.5\}, got"
+        ):
             run(other, resume="auto").train()
     assert run(Hinge(margin=0.5), resume="auto").train().steps == 4
 
@@ -136,20 +159,26 @@ def test_a_weighting_of_the_users_own_trains_on(tiny_bert: Path, tmp_path: Path)
 def test_labels_that_do_not_fit_name_the_list(streamed: bool, tiny_bert: Path, tmp_path: Path):
     rows = [dict(row) for row in fitting_lists(6)]
     rows[4]["labels"] = [3.0] * len(rows[4]["docs"])
-    config = config_for(tmp_path / "run", objective="binary_cross_entropy", max_steps=1, batch_size=6)
+    config = config_for(
+        tmp_path / "run", objective="binary_cross_entropy", max_steps=1, batch_size=6
+    )
     with pytest.raises(ValueError, match=r"list 4 of the training lists, labels: .*3"):
         Trainer(tiny_bert, ListStream(rows) if streamed else rows, config=config).train()
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_labels_that_hardly_suit_are_said_once(tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_labels_that_hardly_suit_are_said_once(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     Trainer(tiny_bert, make_lists(6), config=config_for(tmp_path / "run", objective="mse"))
     (said,) = [record.getMessage() for record in caplog.records if "teacher" in record.getMessage()]
     assert "labels are 0 or 1" in said
 
 
 def test_documents_of_other_lists_are_counted_in_the_log(tiny_bert: Path, tmp_path: Path):
-    config = config_for(tmp_path / "run", in_batch_negatives=3, max_steps=2, batch_size=4, objective="infonce")
+    config = config_for(
+        tmp_path / "run", in_batch_negatives=3, max_steps=2, batch_size=4, objective="infonce"
+    )
     Trainer(tiny_bert, fitting_lists(8), config=config).train()
     rows = log_rows(tmp_path / "run")
     assert [row["in_batch_negatives"] for row in rows] == [12, 12]
@@ -159,7 +188,9 @@ def test_documents_of_other_lists_are_counted_in_the_log(tiny_bert: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["mse", "margin_mse"])
-def test_a_document_without_a_teachers_score_is_no_negative(name: str, tiny_bert: Path, tmp_path: Path):
+def test_a_document_without_a_teachers_score_is_no_negative(
+    name: str, tiny_bert: Path, tmp_path: Path
+):
     config = config_for(tmp_path / "run", in_batch_negatives=3, objective=name)
     with pytest.raises(ValueError, match=f"in_batch_negatives must be 0 with objective {name}"):
         Trainer(tiny_bert, fitting_lists(8), config=config)
@@ -168,7 +199,10 @@ def test_a_document_without_a_teachers_score_is_no_negative(name: str, tiny_bert
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "lambdaloss"}, "unknown objective 'lambdaloss'; there are lambda_loss, ranknet"),
+        (
+            {"objective": "lambdaloss"},
+            "unknown objective 'lambdaloss'; there are lambda_loss, ranknet",
+        ),
         ({"objective": [{"name": "x"}]}, "unknown objective 'x'; there are"),
         ({"objective": []}, "objective must name at least one"),
         ({"objective": ["listnet"]}, "objective must be a name or a list of mappings with a name"),
@@ -182,7 +216,10 @@ def test_a_document_without_a_teachers_score_is_no_negative(name: str, tiny_bert
             {"objective": "listnet", "objective_options": {"k": 3}},
             "objective listnet has no option 'k'; it has temp",
         ),
-        ({"objective": "listnet", "objective_options": {"temperature": 0}}, "temperature must be a finite"),
+        (
+            {"objective": "listnet", "objective_options": {"temperature": 0}},
+            "temperature must be a finite",
+        ),
         ({"objective_options": "temperature=2"}, "objective_options must be a mapping"),
         ({"in_batch_negatives": -1}, "in_batch_negatives must be at least 0"),
     ],
@@ -196,7 +233,11 @@ def test_settings_that_name_none(settings: dict, message: str):
 @pytest.mark.parametrize("settings", [{"objective": "listnet"}, {"k": 3}, {"sigma": 2.0}])
 def test_two_objectives_are_one_too_many(settings: dict):
     name, value = next(iter(settings.items()))
-    with pytest.raises(ValueError, match=f"^{name} {value} would not be applied: an objective is given"):
+    with pytest.raises(
+        ValueError, match=f"^{name} {value} would not be applied: an objective is given"
+    ):
         choose_objective(TrainingConfig(**settings), Hinge())
-    with pytest.raises(ValueError, match=r"objective must be a rerank_fast\.objectives\.Objective, got 'hinge'"):
+    with pytest.raises(
+        ValueError, match=r"objective must be a rerank_fast\.objectives\.Objective, got 'hinge'"
+    ):
         choose_objective(TrainingConfig(), "hinge")  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Optimizers and schedules by name: torch's and transformers' own, with their options, stopped and resumed."""
+"""Optimizers and schedules by name: torch's and transformers' own, with their options, stopped and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from tests.training.conftest import config_for, log_rows, weights
 
 OPTIMIZERS = get_args(Optimizer)
 # What some of them keep in their state only when asked.
-FULL = {"sgd": {"momentum": 0.9}, "rmsprop": {"momentum": 0.9, "centered": True}, "adam": {"amsgrad": True}}
+FULL = {
+    "sgd": {"momentum": 0.9},
+    "rmsprop": {"momentum": 0.9, "centered": True},
+    "adam": {"amsgrad": True},
+}
 NEEDED: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr": 1e-4},
     "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
@@ -28,8 +34,13 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
-def optimizer_of(name: str, **settings: Any) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    weights = {"layer.0.weight": nn.Parameter(torch.randn(4, 3)), "layer.0.bias": nn.Parameter(torch.randn(4))}
+def optimizer_of(
+    name: str, **settings: Any
+) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    weights = {
+        "layer.0.weight": nn.Parameter(torch.randn(4, 3)),
+        "layer.0.bias": nn.Parameter(torch.randn(4)),
+    }
     config = TrainingConfig(optimizer=name, learning_rate=0.1, **settings)  # type: ignore[arg-type]
     return make_optimizer(weights, dict.fromkeys(weights, 1), config), weights
 
@@ -42,7 +53,11 @@ def test_what_an_optimizer_keeps_is_known_before_its_first_step(name: str, optio
         weight.grad = torch.randn_like(weight)
     optimizer.step()
     for weight in weights.values():
-        kept = {key: value for key, value in optimizer.state[weight].items() if isinstance(value, torch.Tensor)}
+        kept = {
+            key: value
+            for key, value in optimizer.state[weight].items()
+            if isinstance(value, torch.Tensor)
+        }
         expected = state_like(optimizer, weight)
         assert {key: (value.shape, value.dtype) for key, value in kept.items()} == {
             key: (value.shape, value.dtype) for key, value in expected.items()
@@ -53,8 +68,15 @@ def test_what_an_optimizer_keeps_is_known_before_its_first_step(name: str, optio
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     name: str, tiny_bert: Path, train_lists: Dataset, tmp_path: Path
 ):
-    settings = {"optimizer": name, "optimizer_options": FULL.get(name, {}), "max_steps": 4, "weight_decay": 0.1}
-    Trainer(tiny_bert, train_lists, config=config_for(tmp_path / "whole", save_steps=2, **settings)).train()
+    settings = {
+        "optimizer": name,
+        "optimizer_options": FULL.get(name, {}),
+        "max_steps": 4,
+        "weight_decay": 0.1,
+    }
+    Trainer(
+        tiny_bert, train_lists, config=config_for(tmp_path / "whole", save_steps=2, **settings)
+    ).train()
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     config = config_for(tmp_path / "again", resume="auto", **settings)
@@ -89,7 +111,9 @@ def test_settings_reach_the_optimizer():
         ("sgd", {"nesterov": True}, "Nesterov momentum requires a momentum"),
     ],
 )
-def test_an_option_that_the_optimizer_does_not_take(name: str, options: dict[str, Any], message: str):
+def test_an_option_that_the_optimizer_does_not_take(
+    name: str, options: dict[str, Any], message: str
+):
     with pytest.raises(ValueError, match=message):
         optimizer_of(name, optimizer_options=options)
 
@@ -97,19 +121,31 @@ def test_an_option_that_the_optimizer_does_not_take(name: str, options: dict[str
 def test_another_optimizer_is_another_run(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
     Trainer(tiny_bert, train_lists, config=config_for(tmp_path, save_steps=1, max_steps=2)).train()
     config = config_for(tmp_path, optimizer="adam", resume="auto", max_steps=3, resume_changed=True)
-    with pytest.raises(ValueError, match=r"optimizer must be the interrupted run's .*: adamw, got adam"):
+    with pytest.raises(
+        ValueError, match=r"optimizer must be the interrupted run's .*: adamw, got adam"
+    ):
         Trainer(tiny_bert, train_lists, config=config).train()
 
 
 def test_schedules_have_transformers_names():
     theirs = {one.value for one in SchedulerType}
-    assert set(get_args(Schedule)) == theirs - {"reduce_lr_on_plateau", "greedy"}  # these two need a metric
+    assert set(get_args(Schedule)) == theirs - {
+        "reduce_lr_on_plateau",
+        "greedy",
+    }  # these two need a metric
 
 
 @pytest.mark.parametrize("name", get_args(Schedule))
 def test_each_schedule_runs(name: str, tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
-    settings = {"schedule": name, "schedule_options": NEEDED.get(name, {}), "max_steps": 6, "warmup_ratio": 0.34}
-    Trainer(tiny_bert, train_lists, config=config_for(tmp_path / "a", save_steps=3, **settings)).train()
+    settings = {
+        "schedule": name,
+        "schedule_options": NEEDED.get(name, {}),
+        "max_steps": 6,
+        "warmup_ratio": 0.34,
+    }
+    Trainer(
+        tiny_bert, train_lists, config=config_for(tmp_path / "a", save_steps=3, **settings)
+    ).train()
     rates = [row["learning_rate"] for row in log_rows(tmp_path / "a")]
     if name == "constant":
         assert rates == [1e-3] * 6
@@ -118,7 +154,9 @@ def test_each_schedule_runs(name: str, tiny_bert: Path, train_lists: Dataset, tm
         assert max(rates) == pytest.approx(1e-3, rel=0.2)
     (tmp_path / "b").mkdir()
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
-    Trainer(tiny_bert, train_lists, config=config_for(tmp_path / "b", resume="auto", **settings)).train()
+    Trainer(
+        tiny_bert, train_lists, config=config_for(tmp_path / "b", resume="auto", **settings)
+    ).train()
     assert [row["learning_rate"] for row in log_rows(tmp_path / "b")] == rates[3:]
 
 
@@ -137,10 +175,22 @@ def test_warmup_steps_take_the_place_of_the_ratio():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "linear", "schedule_options": {"num_cycles": 2}}, "schedule linear with schedule_options"),
-        ({"schedule": "constant", "schedule_options": {"x": 2}}, "schedule constant with .*: it has none"),
-        ({"schedule": "warmup_stable_decay"}, "warmup_stable_decay .*num_decay_steps|warmup_stable_decay with"),
-        ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, "polynomial with .*lr_end"),
+        (
+            {"schedule": "linear", "schedule_options": {"num_cycles": 2}},
+            "schedule linear with schedule_options",
+        ),
+        (
+            {"schedule": "constant", "schedule_options": {"x": 2}},
+            "schedule constant with .*: it has none",
+        ),
+        (
+            {"schedule": "warmup_stable_decay"},
+            "warmup_stable_decay .*num_decay_steps|warmup_stable_decay with",
+        ),
+        (
+            {"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}},
+            "polynomial with .*lr_end",
+        ),
     ],
 )
 def test_a_schedule_that_can_not_be_made(settings: dict[str, Any], message: str):

@@ -40,7 +40,9 @@ def test_auto_on_gpus(native: bool, precision: str, monkeypatch: pytest.MonkeyPa
     assert settle(TrainingConfig(), torch.device("cuda"), None).precision == precision
 
 
-def test_a_gpu_without_bf16_refuses_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_gpu_without_bf16_refuses_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """Whichever GPU is the current one: it is the model's that is asked."""
     second = torch.device("cuda:1")
     known = {torch.device("cuda:0"): (9, 0), second: (7, 5)}
@@ -62,7 +64,9 @@ def test_a_named_one_that_is_emulated_is_kept_with_a_warning(
     set_speed(monkeypatch, 0.5)
     assert settle(TrainingConfig(precision="bf16"), CPU, None).precision == "bf16"
     assert not caplog.records
-    monkeypatch.setattr(hardware, "product_seconds", {torch.float32: 0.001, torch.bfloat16: 0.005}.get)
+    monkeypatch.setattr(
+        hardware, "product_seconds", {torch.float32: 0.001, torch.bfloat16: 0.005}.get
+    )
     assert settle(TrainingConfig(precision="bf16"), CPU, None).precision == "bf16"
     assert [record.message for record in caplog.records] == [
         "precision bf16 is emulated, slower than fp32, on this processor: "
@@ -97,7 +101,7 @@ def test_evaluations_are_scored_in_the_dtype_of_training(
     measure = RerankingEvaluator(eval_lists)
 
     def evaluator(model: object) -> dict[str, float]:
-        seen.add(model.step(model.tokenize([("a", "b")])).dtype)
+        seen.add(model.prepare(model.tokenize([("a", "b")])).dtype)
         return measure(model)
 
     config = config_for(tmp_path, precision=precision, max_steps=2, eval_steps=1)
@@ -134,4 +138,6 @@ def test_what_auto_came_to_is_said(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
         config = settle(TrainingConfig(), CPU, None)
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith(f"dtype auto: {'bfloat16' if config.precision == 'bf16' else 'float32'} on cpu: ")
+    assert line.startswith(
+        f"dtype auto: {'bfloat16' if config.precision == 'bf16' else 'float32'} on cpu: "
+    )

@@ -1,4 +1,6 @@
-"""Stop and go: killed anywhere and resumed, a run ends with the weights of one that was never stopped."""
+"""Stop and go: killed anywhere and resumed, a run ends with the weights of one that was never
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from rerank_fast.training.checksums import write_checksums
 from rerank_fast.training.events import TrainingInterrupted
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
-SETTINGS = {"max_steps": 17, "save_steps": 4, "eval_steps": 5, "logging_steps": 3, "ema_decay": 0.9, "seed": 3}
+SETTINGS = {
+    "max_steps": 17,
+    "save_steps": 4,
+    "eval_steps": 5,
+    "logging_steps": 3,
+    "ema_decay": 0.9,
+    "seed": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,9 @@ def unbroken(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run"
 
 
-def killed(tiny_bert: Path, directory: Path, *, at: int, inside_save: bool = False, **settings: object) -> int:
+def killed(
+    tiny_bert: Path, directory: Path, *, at: int, inside_save: bool = False, **settings: object
+) -> int:
     """The same run in a process that is killed at a step, or inside its save."""
     lists, held_out = directory / "lists.jsonl", directory / "eval.jsonl"
     for path, rows in ((lists, make_lists(48)), (held_out, make_lists(9, seed=2))):
@@ -49,7 +60,9 @@ def killed(tiny_bert: Path, directory: Path, *, at: int, inside_save: bool = Fal
         "lists": str(lists), "eval_lists": str(held_out),
     }  # fmt: skip
     (directory / "settings.json").write_text(json.dumps(sent))
-    threads = str(torch.get_num_threads())  # sums are cut by threads: bits agree with equal numbers of them
+    threads = str(
+        torch.get_num_threads()
+    )  # sums are cut by threads: bits agree with equal numbers of them
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.killed_run", str(directory / "settings.json")],
         env={**os.environ, "OMP_NUM_THREADS": threads},
@@ -77,7 +90,9 @@ def assert_the_same_run(a: Path, b: Path) -> None:
         assert ours[name] == theirs[name]
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-12)
     rows = [[row for row in log_rows(path) if "loss" in row or "map" in row] for path in (a, b)]
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]  # no line twice, none lost
+    assert [row["step"] for row in rows[0]] == [
+        row["step"] for row in rows[1]
+    ]  # no line twice, none lost
 
 
 @pytest.mark.parametrize(("at", "inside_save"), [(6, False), (11, False), (12, True)])
@@ -100,7 +115,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     assert killed(tiny_bert, tmp_path, at=6, save_steps=7, resume="auto") == -signal.SIGKILL
     assert storage.holds_model(tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    with pytest.raises(ValueError, match=r"already holds a model; .*resume='auto'.* begin its unfinished run anew"):
+    with pytest.raises(
+        ValueError, match=r"already holds a model; .*resume='auto'.* begin its unfinished run anew"
+    ):
         Trainer(tiny_bert, make_lists(48), config=config_for(tmp_path / "run", **SETTINGS))
     assert go_on(tiny_bert, tmp_path).resumed_from is None
     assert "has no checkpoint to go on from: it begins anew" in capfd.readouterr().err
@@ -125,14 +142,20 @@ def test_a_best_model_saved_just_before_the_first_checkpoint_does_not_block_the_
     assert [path.name for path in tmp_path.glob("run/*checkpoint-*")] == ["checkpoint-5"]
 
 
-def test_resume_auto_replaces_no_model_but_that_of_an_unfinished_run(tiny_bert: Path, tmp_path: Path):
+def test_resume_auto_replaces_no_model_but_that_of_an_unfinished_run(
+    tiny_bert: Path, tmp_path: Path
+):
     model = shutil.copytree(tiny_bert, tmp_path / "model")
     before = (model / "model.safetensors").read_bytes()
     finished = config_for(tmp_path / "finished", max_steps=1)
     Trainer(tiny_bert, make_lists(8), config=finished).train()
     for directory in (model, tmp_path / "finished"):
-        with pytest.raises(ValueError, match=r"already holds a model; pass overwrite=True .* to replace it$"):
-            Trainer(tiny_bert, make_lists(8), config=config_for(directory, max_steps=1, resume="auto"))
+        with pytest.raises(
+            ValueError, match=r"already holds a model; pass overwrite=True .* to replace it$"
+        ):
+            Trainer(
+                tiny_bert, make_lists(8), config=config_for(directory, max_steps=1, resume="auto")
+            )
     assert (model / "model.safetensors").read_bytes() == before
 
 
@@ -150,7 +173,9 @@ def test_the_saved_model_is_the_one_that_the_figures_describe_after_going_back(
 ):
     config = config_for(tmp_path / "run", max_steps=8, save_steps=3, eval_steps=2)
     lists, now = make_lists(48), [0]
-    Trainer(tiny_bert, lists, config=config, **scored({2: 0.5, 4: 0.5, 6: 0.9, 8: 0.6}, now)).train()
+    Trainer(
+        tiny_bert, lists, config=config, **scored({2: 0.5, 4: 0.5, 6: 0.9, 8: 0.6}, now)
+    ).train()
     abandoned = weights(tmp_path / "run")
     back = replace(config, resume=str(tmp_path / "run" / "checkpoint-3"))
     at_6: list[dict[str, torch.Tensor]] = []
@@ -201,7 +226,9 @@ def test_a_kill_inside_the_save_of_the_best_leaves_none_that_figures_describe(
         trainer.train()
     # The steps after the checkpoint come out otherwise, as on a GPU they may.
     again = replace(config, resume="auto", learning_rate=1e-5, resume_changed=True)
-    result = Trainer(tiny_bert, lists, config=again, **scored({4: 0.3, 6: 0.4, 8: 0.35}, now)).train()
+    result = Trainer(
+        tiny_bert, lists, config=again, **scored({4: 0.3, 6: 0.4, 8: 0.35}, now)
+    ).train()
     assert (result.best_step, result.metrics) == (6, {"ndcg@10": 0.4})
 
 
@@ -228,7 +255,10 @@ def test_sigterm_checkpoints_exits_0_and_says_how_to_go_on(
     go_on(tiny_bert, tmp_path)
     ours, theirs = weights(tmp_path / "run"), weights(unbroken)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    best = [json.loads((path / "metrics.json").read_text())["metrics"] for path in (tmp_path / "run", unbroken)]
+    best = [
+        json.loads((path / "metrics.json").read_text())["metrics"]
+        for path in (tmp_path / "run", unbroken)
+    ]
     assert best[0] == best[1]
     evaluations = [row["step"] for row in log_rows(tmp_path / "run") if "map" in row]
     assert evaluations == [5, 10, 15, 17]
@@ -250,7 +280,13 @@ def test_ctrl_c_checkpoints_and_a_second_one_ends_at_once(tiny_bert: Path, tmp_p
 
 
 def test_a_stream_goes_on_where_it_was(tiny_bert: Path, tmp_path: Path):
-    settings = {"streaming": True, "shuffle_buffer": 16, "max_docs_per_list": 3, "save_steps": 4, "max_steps": 14}
+    settings = {
+        "streaming": True,
+        "shuffle_buffer": 16,
+        "max_docs_per_list": 3,
+        "save_steps": 4,
+        "max_steps": 14,
+    }
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_lists(48)))
     source = str(tmp_path / "lists.jsonl")
     Trainer(tiny_bert, source, config=config_for(tmp_path / "a", **settings)).train()
@@ -266,25 +302,41 @@ def test_a_malformed_row_of_a_stream_costs_no_step(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(card_data, "_FIRST", 8)  # lists that are read before the run
-    settings = {"streaming": True, "shuffle_buffer": 4, "save_steps": 99, "max_steps": 9, "logging_steps": 99}
+    settings = {
+        "streaming": True,
+        "shuffle_buffer": 4,
+        "save_steps": 99,
+        "max_steps": 9,
+        "logging_steps": 99,
+    }
     rows = [json.dumps(row) + "\n" for row in make_lists(48)]
     (tmp_path / "sound.jsonl").write_text("".join(rows))
-    (tmp_path / "lists.jsonl").write_text("".join([*rows[:30], rows[30].replace("query", "asked"), *rows[31:]]))
+    (tmp_path / "lists.jsonl").write_text(
+        "".join([*rows[:30], rows[30].replace("query", "asked"), *rows[31:]])
+    )
     config = config_for(tmp_path / "run", **settings)
-    with pytest.raises(ValueError, match=r"lists.jsonl, line 31: .*checkpoint-\d holds the steps before: mend it"):
+    with pytest.raises(
+        ValueError, match=r"lists.jsonl, line 31: .*checkpoint-\d holds the steps before: mend it"
+    ):
         Trainer(tiny_bert, str(tmp_path / "lists.jsonl"), config=config).train()
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     assert int(saved.name.partition("-")[2]) == (30 - 4) // config.batch_size
     (tmp_path / "lists.jsonl").write_text("".join(rows))
     Trainer(tiny_bert, str(tmp_path / "lists.jsonl"), config=replace(config, resume="auto")).train()
-    whole = Trainer(tiny_bert, str(tmp_path / "sound.jsonl"), config=config_for(tmp_path / "whole", **settings))
+    whole = Trainer(
+        tiny_bert, str(tmp_path / "sound.jsonl"), config=config_for(tmp_path / "whole", **settings)
+    )
     loss = whole.train().train_loss
     a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_loss"] == pytest.approx(loss)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())[
+        "train_loss"
+    ] == pytest.approx(loss)
 
 
-def test_time_and_energy_are_those_of_all_parts(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_time_and_energy_are_those_of_all_parts(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     began = []
 
     def measured(meter: EnergyMeter) -> Energy:
@@ -310,7 +362,9 @@ def test_time_and_energy_are_those_of_all_parts(tiny_bert: Path, tmp_path: Path,
     assert "- **Training time:** 1.00 hours" in card
 
 
-def test_energy_of_a_part_is_not_that_of_the_run(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_energy_of_a_part_is_not_that_of_the_run(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = config_for(tmp_path / "run", max_steps=6, save_steps=2)
     with monkeypatch.context() as without:
         without.setattr(EnergyMeter, "so_far", lambda meter: None)
@@ -333,7 +387,9 @@ def small_disk(tmp_path: Path):
     directory = tmp_path / "disk"
     directory.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system is not allowed here")
@@ -341,18 +397,24 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(tiny_bert: Path, small_disk: Path, tmp_path: Path):
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
+    tiny_bert: Path, small_disk: Path, tmp_path: Path
+):
     def fill(event) -> None:
         if event.name == "save" and event.step == 2:
             free = os.statvfs(small_disk)
             (small_disk / "filler").write_bytes(b"\0" * (free.f_bavail * free.f_frsize - 60_000))
 
     config = config_for(small_disk / "run", max_steps=8, save_steps=2)
-    with pytest.raises(CheckpointError, match=r"can't write .*checkpoint-4: .*; checkpoint-2 is whole"):
+    with pytest.raises(
+        CheckpointError, match=r"can't write .*checkpoint-4: .*; checkpoint-2 is whole"
+    ):
         Trainer(tiny_bert, make_lists(48), config=config, callbacks=[fill]).train()
     assert [path.name for path in (small_disk / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     (small_disk / "filler").unlink()
-    Trainer(tiny_bert, make_lists(48), config=replace(config, resume="auto", save_total_limit=1)).train()
+    Trainer(
+        tiny_bert, make_lists(48), config=replace(config, resume="auto", save_total_limit=1)
+    ).train()
     config = config_for(tmp_path / "run", max_steps=8, save_steps=2)
     Trainer(tiny_bert, make_lists(48), config=config).train()
     a, b = weights(small_disk / "run"), weights(tmp_path / "run")
@@ -363,7 +425,9 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(tiny_bert: Path,
 def test_a_save_that_fails_leaves_nothing_behind(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ):
-    trainer = Trainer(tiny_bert, make_lists(48), config=config_for(tmp_path, max_steps=8, save_steps=2))
+    trainer = Trainer(
+        tiny_bert, make_lists(48), config=config_for(tmp_path, max_steps=8, save_steps=2)
+    )
     save_file, calls = checkpoints.save_file, []
 
     def failing(tensors, file) -> None:
@@ -380,24 +444,35 @@ def test_a_save_that_fails_leaves_nothing_behind(
     checkpoints.load_checkpoint(tmp_path / "checkpoint-2")
 
 
-def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_what_a_run_cannot_go_on_from_is_refused(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     config = config_for(tmp_path / "run", max_steps=5, save_steps=2)
     Trainer(tiny_bert, train_lists, config=config).train()
     with pytest.raises(ValueError, match=r"pass overwrite=True.*, or resume='auto'"):
         Trainer(tiny_bert, train_lists, config=config)
     with pytest.raises(ValueError, match=r"resume: .*nothing is no checkpoint"):
         Trainer(tiny_bert, train_lists, config=replace(config, resume=str(tmp_path / "nothing")))
-    with pytest.raises(ValueError, match="batch_size must be the interrupted run's to go on from it: 8, got 4"):
+    with pytest.raises(
+        ValueError, match="batch_size must be the interrupted run's to go on from it: 8, got 4"
+    ):
         Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", batch_size=4)).train()
     for name, settings in (
         ("freeze_layers", {"freeze_layers": 1}),
         ("freeze", {"freeze": ["*.LayerNorm.*"]}),
         ("lora_alpha", {"lora_alpha": 3.0}),
     ):
-        message = rf"{name} must be the interrupted run's .*: .*; to train on with another, begin .*checkpoint-4 as"
+        message = (
+            rf"{name} must be the interrupted run's .*: .*; to train on with another, "
+            "begin .*checkpoint-4 as"
+        )
         with pytest.raises(ValueError, match=message):
-            Trainer(tiny_bert, train_lists, config=replace(config, resume="auto", **settings)).train()
-    assert (tmp_path / "run" / "checkpoint-2").exists()  # nothing was removed for a run that did not start
+            Trainer(
+                tiny_bert, train_lists, config=replace(config, resume="auto", **settings)
+            ).train()
+    assert (
+        tmp_path / "run" / "checkpoint-2"
+    ).exists()  # nothing was removed for a run that did not start
     # Another checkpoint by its path, into another directory, and further than the first run went.
     other = replace(
         config, output=str(tmp_path / "other"), max_steps=7, resume_changed=True,
@@ -408,7 +483,9 @@ def test_what_a_run_cannot_go_on_from_is_refused(tiny_bert: Path, train_lists: D
     assert (tmp_path / "other" / "model.safetensors").exists()
 
 
-def test_an_average_that_is_new_on_resume_begins_with_the_checkpoints_weights(tiny_bert: Path, tmp_path: Path):
+def test_an_average_that_is_new_on_resume_begins_with_the_checkpoints_weights(
+    tiny_bert: Path, tmp_path: Path
+):
     seen: list[torch.Tensor] = []
 
     def note(event) -> None:
@@ -423,4 +500,6 @@ def test_an_average_that_is_new_on_resume_begins_with_the_checkpoints_weights(ti
     for weight in seen[1:]:
         average = 0.7 * average + 0.3 * weight
     assert len(seen) == 3
-    torch.testing.assert_close(weights(tmp_path / "run")["classifier.weight"], average, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        weights(tmp_path / "run")["classifier.weight"], average, rtol=1e-6, atol=1e-7
+    )

@@ -1,4 +1,6 @@
-"""What a run goes on from is what was written, of the same run, and nobody else writes beside it."""
+"""What a run goes on from is what was written, of the same run, and nobody else writes beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from rerank_fast.data.output_lock import locked
 from rerank_fast.training.checksums import CHECKSUMS_FILE, write_checksums
 from tests.training.conftest import config_for, make_lists, weights
 
-SETTINGS = {"max_steps": 7, "save_steps": 2, "eval_steps": 3, "ema_decay": 0.9, "save_total_limit": 3}
+SETTINGS = {
+    "max_steps": 7,
+    "save_steps": 2,
+    "eval_steps": 3,
+    "ema_decay": 0.9,
+    "save_total_limit": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +68,39 @@ def other(lists: Dataset, change: Callable[[list], object]) -> Dataset:
     ("settings", "message"),
     [
         ({"learning_rate": 2e-3}, "learning_rate was 0.001, got 0.002"),
-        ({"warmup_ratio": 0.5, "sigma": 2.0}, "warmup_ratio was 0.1, got 0.5; sigma was 1.0, got 2.0"),
+        (
+            {"warmup_ratio": 0.5, "sigma": 2.0},
+            "warmup_ratio was 0.1, got 0.5; sigma was 1.0, got 2.0",
+        ),
         ({"max_steps": 9}, "max_steps was 7, got 9"),
         ({"max_length": 9}, "max_length was 64, got 9"),
-        ({"lists": other(make_lists(48), lambda rows: rows[40]["docs"].reverse())}, "train_lists was 48 lists"),
+        (
+            {"lists": other(make_lists(48), lambda rows: rows[40]["docs"].reverse())},
+            "train_lists was 48 lists",
+        ),
         (
             {"lists": other(make_lists(48), lambda rows: rows.reverse())},
             "train_lists was 48 lists .*, got 48 lists",
         ),
-        ({"lists": other(make_lists(48), lambda rows: rows[47]["labels"].__setitem__(0, 3.0))}, "train_lists was"),
-        ({"lists": other(make_lists(48), lambda rows: rows[0].update(query="who"))}, "train_lists was 48 lists"),
+        (
+            {"lists": other(make_lists(48), lambda rows: rows[47]["labels"].__setitem__(0, 3.0))},
+            "train_lists was",
+        ),
+        (
+            {"lists": other(make_lists(48), lambda rows: rows[0].update(query="who"))},
+            "train_lists was 48 lists",
+        ),
         ({"lists": make_lists(7)}, "train_lists was 48 lists .*, got 7 lists"),
         ({"held_out": make_lists(9, seed=3)}, r"eval was \['9 lists .*, got \['9 lists"),
     ],
 )
-def test_another_run_is_refused_with_both_values(tiny_bert: Path, run: Path, settings: dict, message: str):
+def test_another_run_is_refused_with_both_values(
+    tiny_bert: Path, run: Path, settings: dict, message: str
+):
     before = sorted(run.rglob("*"))
-    with pytest.raises(ValueError, match=f"checkpoint-4 is of a run with .*: {message}.*--resume_changed"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-4 is of a run with .*: {message}.*--resume_changed"
+    ):
         again(tiny_bert, run, **settings).train()
     assert sorted(run.rglob("*")) == before
     again(tiny_bert, run, **settings, resume_changed=True)
@@ -95,8 +119,16 @@ def test_what_was_changed_stands_in_the_card_also_after_the_next_resume(tiny_ber
 def test_what_may_change_is_not_asked_for(
     tiny_bert: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    free = {"logging_steps": 5, "save_steps": 3, "save_total_limit": 1, "trackers": [], "overwrite": True}
-    trainer = again(tiny_bert, run, **free, gradient_accumulation_steps=2, resume=str(run / "checkpoint-4"))
+    free = {
+        "logging_steps": 5,
+        "save_steps": 3,
+        "save_total_limit": 1,
+        "trackers": [],
+        "overwrite": True,
+    }
+    trainer = again(
+        tiny_bert, run, **free, gradient_accumulation_steps=2, resume=str(run / "checkpoint-4")
+    )
     trainer.train()
     assert "gradient_accumulation_steps 2, the interrupted run had 1" in caplog.text
     assert "Changed where" not in (run / "README.md").read_text()
@@ -118,7 +150,9 @@ def test_of_a_stream_the_lists_read_before_the_run_are_compared(tiny_bert: Path,
     Trainer(tiny_bert, ListStream(make_lists(48)), config=config_for(tmp_path, **settings)).train()
     lists = other(make_lists(48), lambda rows: rows[9]["docs"].reverse())
     config = config_for(tmp_path, **settings, resume="auto")
-    with pytest.raises(ValueError, match=r"train_lists was a stream that begins with 48 lists .*, got a stream"):
+    with pytest.raises(
+        ValueError, match=r"train_lists was a stream that begins with 48 lists .*, got a stream"
+    ):
         Trainer(tiny_bert, ListStream(lists), config=config).train()
     Trainer(tiny_bert, ListStream(make_lists(48)), config=config).train()
 
@@ -154,7 +188,9 @@ def test_a_damaged_file_is_named_and_auto_takes_the_checkpoint_before(
     assert f"checkpoint-4/{name}" in said
     assert f"going on from {run / 'checkpoint-2'}, which is whole." in said
     flip(run / "checkpoint-2" / "trainer_state.safetensors", -1)
-    with pytest.raises(ValueError, match=f"no checkpoint in .* is whole: .*/{name}.*checkpoint-2/trainer_state"):
+    with pytest.raises(
+        ValueError, match=f"no checkpoint in .* is whole: .*/{name}.*checkpoint-2/trainer_state"
+    ):
         again(tiny_bert, run)
 
 
@@ -173,17 +209,25 @@ WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 def without(*kinds: str) -> Callable[[dict], dict]:
-    return lambda tensors: {name: one for name, one in tensors.items() if not name.startswith(kinds)}
+    return lambda tensors: {
+        name: one for name, one in tensors.items() if not name.startswith(kinds)
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (without("optimizer."), r"tensors are missing, as optimizer\."),
-        (without(f"optimizer.{WEIGHT}.exp_avg_sq"), rf"1 tensors are missing, as optimizer\.{WEIGHT}\.exp_avg_sq"),
+        (
+            without(f"optimizer.{WEIGHT}.exp_avg_sq"),
+            rf"1 tensors are missing, as optimizer\.{WEIGHT}\.exp_avg_sq",
+        ),
         (without("average."), r"tensors are missing, as average\."),
         (without(f"weights.{WEIGHT}"), rf"1 tensors are missing, as weights\.{WEIGHT}"),
-        (lambda tensors: tensors | {"weights.nope": torch.zeros(1)}, r"tensor weights\.nope: unknown"),
+        (
+            lambda tensors: tensors | {"weights.nope": torch.zeros(1)},
+            r"tensor weights\.nope: unknown",
+        ),
         (
             lambda tensors: tensors | {f"weights.{WEIGHT}": torch.zeros(1, 32)},
             r"expected torch.float32 of shape \(32, 32\), got torch.float32 of \(1, 32\)",
@@ -232,16 +276,28 @@ def put(value: object, *path: str | int) -> Callable[[dict], object]:
     [
         (lambda content: [], "expected dict, got list"),
         (lambda content: {}, "field step, progress, .* is missing"),
-        (lambda content: content | {"foreign": 1}, "unknown field foreign; expected step, progress"),
+        (
+            lambda content: content | {"foreign": 1},
+            "unknown field foreign; expected step, progress",
+        ),
         (lambda content: content | {"progress": []}, "field progress: expected dict, got list"),
-        (put("3", "progress", "step"), "field progress, field step: expected finite int, got str '3'"),
+        (
+            put("3", "progress", "step"),
+            "field progress, field step: expected finite int, got str '3'",
+        ),
         (put(True, "progress", "step"), "field step: expected finite int, got bool"),
         (put(-1, "progress", "step"), "progress, field step: expected from 1 to 7, got -1"),
         (put(99, "progress", "step"), "progress, field step: expected from 1 to 7, got 99"),
         (put(-1, "progress", "batch"), "progress, field batch: expected from 0 to 4, got -1"),
         (put(99, "progress", "epoch"), "progress, field epoch: expected from 0 to 4, got 99"),
-        (put(float("nan"), "progress", "loss_sum"), "field loss_sum: expected finite float, got float nan"),
-        (put({"ndcg@10": None}, "progress", "best"), "field best, ndcg@10: expected finite float, got NoneType"),
+        (
+            put(float("nan"), "progress", "loss_sum"),
+            "field loss_sum: expected finite float, got float nan",
+        ),
+        (
+            put({"ndcg@10": None}, "progress", "best"),
+            "field best, ndcg@10: expected finite float, got NoneType",
+        ),
         (
             put({"kwh": 1}, "progress", "energy"),
             "field energy: field kg_co2, country, cpu_model, ram_gib, on_cloud is missing",
@@ -249,18 +305,32 @@ def put(value: object, *path: str | int) -> Callable[[dict], object]:
         (put(3, "step"), "field step: expected from 4 to 4, got 3"),
         (put(6, "progress", "batch"), "progress, field batch: expected from 0 to 4, got 6"),
         (put({}, "scheduler"), "field scheduler: field last_epoch, _step_count is missing"),
-        (put(-1, "scheduler", "last_epoch"), "scheduler, field last_epoch: expected from 0 to 4, got -1"),
-        (put({"scale": 2.0}, "scaler"), "field scaler: expected {}, or other numbers, got {'scale'"),
+        (
+            put(-1, "scheduler", "last_epoch"),
+            "scheduler, field last_epoch: expected from 0 to 4, got -1",
+        ),
+        (
+            put({"scale": 2.0}, "scaler"),
+            "field scaler: expected {}, or other numbers, got {'scale'",
+        ),
         (put([], "random"), "field random: expected the state of each process, got none"),
         (put([{}], "random"), r"field random\[0\]: expected states of generators"),
         (put([1], "random", 0, "torch"), r"field random\[0\]: expected states of generators"),
-        (put([1] * 623, "random", 0, "numpy", 1), r"field random\[0\]: expected states of generators"),
+        (
+            put([1] * 623, "random", 0, "numpy", 1),
+            r"field random\[0\]: expected states of generators",
+        ),
         (put("many", "memory"), "field memory: expected finite int, got str"),
-        (put(0, "max_tokens_per_microbatch"), "max_tokens_per_microbatch: expected from 1 to inf, got 0"),
+        (
+            put(0, "max_tokens_per_microbatch"),
+            "max_tokens_per_microbatch: expected from 1 to inf, got 0",
+        ),
         (put([], "run"), "field run: expected dict, got list"),
     ],
 )
-def test_values_that_do_not_fit_are_named(tiny_bert: Path, run: Path, change: Callable, message: str):
+def test_values_that_do_not_fit_are_named(
+    tiny_bert: Path, run: Path, change: Callable, message: str
+):
     file = run / "checkpoint-4" / "trainer_state.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     write_checksums(file.parent)
@@ -268,7 +338,10 @@ def test_values_that_do_not_fit_are_named(tiny_bert: Path, run: Path, change: Ca
     with pytest.raises(ValueError, match=f"checkpoint-4, trainer_state.json.*{message}"):
         trainer.train()
     assert not trainer.optimizer.state
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
 
 
 def test_a_log_that_was_shortened_gets_no_gap(tiny_bert: Path, run: Path):
@@ -284,8 +357,13 @@ def test_one_run_at_a_time_writes_to_an_output(tiny_bert: Path, tmp_path: Path):
 
     def second(event) -> None:
         if event.name == "step_end" and event.step == 1:
-            for start in (made_before.train, lambda: Trainer(tiny_bert, make_lists(8), config=config)):
-                with pytest.raises(ValueError, match=rf"is being written by process {os.getpid()} on .* since 2"):
+            for start in (
+                made_before.train,
+                lambda: Trainer(tiny_bert, make_lists(8), config=config),
+            ):
+                with pytest.raises(
+                    ValueError, match=rf"is being written by process {os.getpid()} on .* since 2"
+                ):
                     start()
                 refused.append(event.step)
 
@@ -293,7 +371,11 @@ def test_one_run_at_a_time_writes_to_an_output(tiny_bert: Path, tmp_path: Path):
     assert refused == [1, 1]
     assert not list((tmp_path / "run").glob(".*"))
     # One that has come and gone is not overwritten by a run that was made before it.
-    late = Trainer(tiny_bert, make_lists(8), config=replace(config, output=str(tmp_path / "late"), overwrite=False))
+    late = Trainer(
+        tiny_bert,
+        make_lists(8),
+        config=replace(config, output=str(tmp_path / "late"), overwrite=False),
+    )
     shutil.copytree(tmp_path / "run", tmp_path / "late")
     with pytest.raises(ValueError, match="late already holds a model"):
         late.train()
@@ -301,10 +383,15 @@ def test_one_run_at_a_time_writes_to_an_output(tiny_bert: Path, tmp_path: Path):
 
 def test_what_a_killed_process_leaves_locks_nothing(tmp_path: Path):
     (tmp_path / ".lock").write_text("")
-    (tmp_path / ".lock.json").write_text('{"process": 1, "host": "here", "since": "2020-01-01 00:00:00"}')
+    (tmp_path / ".lock.json").write_text(
+        '{"process": 1, "host": "here", "since": "2020-01-01 00:00:00"}'
+    )
     with locked(tmp_path):
         (tmp_path / ".lock.json").unlink()
-        with pytest.raises(ValueError, match="is being written by another process"), locked(tmp_path):
+        with (
+            pytest.raises(ValueError, match="is being written by another process"),
+            locked(tmp_path),
+        ):
             pass
     assert not list(tmp_path.iterdir())
 
@@ -322,7 +409,9 @@ def test_checkpoints_alone_are_not_called_a_model(tiny_bert: Path, run: Path):
     for path in run.iterdir():
         if path.is_file():
             path.unlink()
-    with pytest.raises(ValueError, match=r"already holds the checkpoints of a run; pass .* to replace them, or"):
+    with pytest.raises(
+        ValueError, match=r"already holds the checkpoints of a run; pass .* to replace them, or"
+    ):
         again(tiny_bert, run, resume="never")
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints damaged at random: refused in one line that names the file, or the run that was interrupted."""
+"""Checkpoints damaged at random: refused in one line that names the file, or the run that was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
 
 
 def goes_on(tiny_bert: Path, checkpoint: Path, expected: Path, done: str) -> bool:
-    """Whether the run goes on, and then to the same bits; else it is refused in one line that names a file."""
+    """Whether the run goes on, and then to the same bits; else it is refused in one line that names
+    a file.
+    """
     output = checkpoint.parent / "again"
     config = config_for(output, resume=str(checkpoint), **SETTINGS)
     try:
@@ -97,7 +101,9 @@ def fuzz_state(tiny_bert: Path, stopped: Path, tmp_path: Path, seeds: range) -> 
         change = change_values if draw.random() < 0.6 else change_tensors
         done = f"seed {seed}: {change(draw, checkpoint)}"
         write_checksums(checkpoint)
-        config = config_for(tmp_path / "again", resume=str(checkpoint), resume_changed=True, **SETTINGS)
+        config = config_for(
+            tmp_path / "again", resume=str(checkpoint), resume_changed=True, **SETTINGS
+        )
         logging.disable(logging.WARNING)
         said = ""
         try:
@@ -131,7 +137,9 @@ def change_tensors(draw: random.Random, checkpoint: Path) -> str:
     if kind == "renamed":
         tensors[f"{name}x"] = tensor
     elif kind == "dtype":
-        tensors[name] = tensor.to(draw.choice([torch.float16, torch.bfloat16, torch.int64, torch.float64]))
+        tensors[name] = tensor.to(
+            draw.choice([torch.float16, torch.bfloat16, torch.int64, torch.float64])
+        )
     elif kind == "shape":
         tensors[name] = tensor.reshape(-1)[:0] if draw.random() < 0.5 else tensor[None].contiguous()
     elif kind == "more":

@@ -61,7 +61,9 @@ def test_it_learns_and_leaves_the_best_model_with_its_figures(
     assert len(losses) == 60
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert result.train_loss == pytest.approx(np.mean(losses))
-    assert {"step", "epoch", "loss", "learning_rate", "gradient_norm", "pairs_per_second"} <= rows[0].keys()
+    assert {"step", "epoch", "loss", "learning_rate", "gradient_norm", "pairs_per_second"} <= rows[
+        0
+    ].keys()
     assert {"wait_share", "padding_share", "skipped_share"} <= rows[0].keys()
     evaluations = [row for row in rows if "ndcg@10" in row]
     assert [row["step"] for row in evaluations] == [12, 24, 36, 48, 60]
@@ -70,7 +72,10 @@ def test_it_learns_and_leaves_the_best_model_with_its_figures(
     before = RerankingEvaluator(eval_lists)(CrossEncoder(tiny_bert, device="cpu"))
     assert best["ndcg@10"] > max(before["ndcg@10"], best["base_ndcg@10"])
 
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-36", "checkpoint-48"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-36",
+        "checkpoint-48",
+    ]
     assert json.loads((tmp_path / "checkpoint-48" / "trainer_state.json").read_text())["step"] == 48
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["metrics"] == result.metrics
@@ -81,7 +86,9 @@ def test_it_learns_and_leaves_the_best_model_with_its_figures(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_sentence_transformers_opens_the_trained_model(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_sentence_transformers_opens_the_trained_model(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path, max_steps=2)).train()
     theirs = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
@@ -92,9 +99,13 @@ def test_sentence_transformers_opens_the_trained_model(tiny_bert: Path, train_li
     np.testing.assert_allclose(ours.predict(pairs), theirs.predict(pairs), atol=1e-5)
 
 
-def test_equal_seeds_give_equal_weights_and_others_do_not(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_equal_seeds_give_equal_weights_and_others_do_not(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     for name, seed in {"a": 3, "b": 3, "c": 4}.items():
-        Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / name, max_steps=4, seed=seed)).train()
+        Trainer(
+            str(tiny_bert), train_lists, config=config_for(tmp_path / name, max_steps=4, seed=seed)
+        ).train()
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
@@ -113,15 +124,21 @@ def test_a_fresh_head_is_drawn_from_the_seed(train_lists: Dataset, tmp_path: Pat
 
 def test_bf16_trains_fp32_weights(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
     model = CrossEncoder(tiny_bert, device="cpu", dtype="bfloat16")
-    config = config_for(tmp_path, precision="bf16", num_epochs=4, learning_rate=5e-3, gradient_checkpointing=True)
+    config = config_for(
+        tmp_path, precision="bf16", num_epochs=4, learning_rate=5e-3, gradient_checkpointing=True
+    )
     Trainer(model, train_lists, config=config).train()
     losses = [row["loss"] for row in log_rows(tmp_path)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    assert {tensor.dtype for tensor in weights(tmp_path).values() if tensor.is_floating_point()} == {torch.float32}
+    assert {
+        tensor.dtype for tensor in weights(tmp_path).values() if tensor.is_floating_point()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_learning_rate_rises_then_falls(schedule: str, tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_the_learning_rate_rises_then_falls(
+    schedule: str, tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     config = config_for(tmp_path, schedule=schedule, max_steps=10, warmup_ratio=0.2)
     result = Trainer(str(tiny_bert), train_lists, config=config).train()
     assert result.steps == 10  # into the second epoch of 6 steps
@@ -137,7 +154,9 @@ def test_the_learning_rate_rises_then_falls(schedule: str, tiny_bert: Path, trai
 
 
 def test_decay_leaves_biases_and_norms_alone(tiny_bert: Path, tmp_path: Path):
-    tied = Dataset.from_list([{"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}] * 4)
+    tied = Dataset.from_list(
+        [{"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}] * 4
+    )
     config = config_for(tmp_path, batch_size=2, weight_decay=0.5, warmup_ratio=0.0, max_steps=2)
     assert (
         Trainer(str(tiny_bert), tied, config=config).train().train_loss == 0
@@ -148,7 +167,9 @@ def test_decay_leaves_biases_and_norms_alone(tiny_bert: Path, tmp_path: Path):
         assert shrunk == (before[name].dim() >= 2), name
 
 
-def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_bert: Path, tmp_path: Path):
+def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(
+    tiny_bert: Path, tmp_path: Path
+):
     def spoil(event) -> None:
         if event.name == "step_end" and event.step == 4:
             with torch.no_grad():
@@ -159,11 +180,17 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
     trainer = Trainer(tiny_bert, lists, config=config, callbacks=[spoil])
     fifth = list(islice(trainer.batches(), 5))[-1]
     with pytest.raises(
-        FloatingPointError, match=r"loss became nan in step 5; .*/non_finite_loss.json has.* checkpoint-3 is"
+        FloatingPointError,
+        match=r"loss became nan in step 5; .*/non_finite_loss.json has.* checkpoint-3 is",
     ):
         trainer.train()
     written = json.loads((tmp_path / "non_finite_loss.json").read_text())
-    assert written == {"step": 5, "loss": "nan", "gradient_norm": "nan", "lists": fifth.indices.tolist()}
+    assert written == {
+        "step": 5,
+        "loss": "nan",
+        "gradient_norm": "nan",
+        "lists": fifth.indices.tolist(),
+    }
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     scores = CrossEncoder(tmp_path / "checkpoint-3", device="cpu").predict([("panda", "bear")])
     assert np.isfinite(scores).all()
@@ -171,7 +198,9 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_names_its_lists(tiny_
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Path, tmp_path: Path, value: str):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(
+    tiny_bert: Path, tmp_path: Path, value: str
+):
     config = config_for(tmp_path, logging_steps=99, save_steps=2, eval_steps=4, save_total_limit=1)
     trainer = Trainer(tiny_bert, make_lists(48), eval=make_lists(4), config=config)
     fourth = list(islice(trainer.batches(), 4))[-1]
@@ -186,7 +215,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(tiny_bert: Pa
 
     trainer.backward = spoiled
     spoiled.max_tokens, spoiled.state_dict = backward.max_tokens, backward.state_dict
-    with pytest.raises(FloatingPointError, match=rf"the gradient's norm became {value} in step 4; .*its lists"):
+    with pytest.raises(
+        FloatingPointError, match=rf"the gradient's norm became {value} in step 4; .*its lists"
+    ):
         trainer.train()
     written = json.loads((tmp_path / "non_finite_loss.json").read_text())
     assert (written["step"], written["gradient_norm"]) == (4, value)
@@ -206,7 +237,11 @@ def test_lists_without_a_preference_pair_are_said_once_and_counted(
         Trainer(tiny_bert, Dataset.from_list(lists), config=config).train()
 
     def said() -> list[str]:
-        return [record.getMessage() for record in caplog.records if "preference pair" in record.getMessage()]
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if "preference pair" in record.getMessage()
+        ]
 
     tied = {"query": "panda", "docs": ["bear", "fish"], "labels": [0.0, 0.0]}
     single = {"query": "panda", "docs": ["bear"], "labels": [1.0]}
@@ -233,11 +268,14 @@ def test_an_output_that_holds_a_model_is_refused_before_the_data_is_read(
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="already holds a model; pass overwrite=True"):
         Trainer("no/such/model", "no/such/lists.jsonl", config=config)
-    with pytest.raises(ValueError):  # bad data costs the earlier run nothing, even with leave to replace it
+    with pytest.raises(
+        ValueError
+    ):  # bad data costs the earlier run nothing, even with leave to replace it
         Trainer(str(tiny_bert), "no/such/lists.jsonl", config=replace(config, overwrite=True))
     assert (tmp_path / "run" / "metrics.json").exists()
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-    # A run may start from the very directory it replaces; its checkpoints and log don't mix with the old ones.
+    # A run may start from the very directory it replaces; its checkpoints and log don't mix with
+    # the old ones.
     config = replace(config, overwrite=True, max_steps=3, save_steps=2)
     for name in ("adapter/adapter_config.json", "onnx/model.onnx"):  # of the model that is replaced
         (tmp_path / "run" / name).parent.mkdir()
@@ -250,7 +288,9 @@ def test_an_output_that_holds_a_model_is_refused_before_the_data_is_read(
     assert len(log_rows(tmp_path / "run")) == 3
 
 
-def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
+def test_what_no_run_can_use_is_refused_before_training(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
     with pytest.raises(ValueError, match="config must be a TrainingConfig, got a dict"):
         Trainer(str(tiny_bert), train_lists, config={"max_steps": 1})
     (tmp_path / "file").write_text("")
@@ -262,7 +302,15 @@ def test_what_no_run_can_use_is_refused_before_training(tiny_bert: Path, train_l
         Trainer(str(tiny_bert), tmp_path / "missing.jsonl", config=config_for(tmp_path / "run"))
     with pytest.raises(ValueError, match="has 64 positions"):
         Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", max_length=65))
-    with pytest.raises(ValueError, match=r"early_stopping_patience is 2, but nothing is evaluated: .*eval "):
-        Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", early_stopping_patience=2))
+    with pytest.raises(
+        ValueError, match=r"early_stopping_patience is 2, but nothing is evaluated: .*eval "
+    ):
+        Trainer(
+            str(tiny_bert),
+            train_lists,
+            config=config_for(tmp_path / "run", early_stopping_patience=2),
+        )
     with pytest.raises(ValueError, match="learning_rate"):
-        Trainer(str(tiny_bert), train_lists, config=config_for(tmp_path / "run", learning_rate=-1.0))
+        Trainer(
+            str(tiny_bert), train_lists, config=config_for(tmp_path / "run", learning_rate=-1.0)
+        )

@@ -1,4 +1,6 @@
-"""What a run measures: the loss of the evaluation lists, the model before training, the model that is left."""
+"""What a run measures: the loss of the evaluation lists, the model before training, the model that
+is left.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def loss_of(model: CrossEncoder, lists: Dataset, **options: Any) -> float:
     ("settings", "options", "factor"),
     [
         ({}, {}, 1),
-        ({"scheme": "lambdarank", "k": 2, "sigma": 2.0}, {"scheme": "lambdarank", "k": 2, "sigma": 2.0}, 1),
+        ({"scheme": "lambdarank", "k": 2, "sigma": 2.0}, {"scheme": "lambdarank", "k": 2,
+        "sigma": 2.0}, 1),
         ({"reduction": "lists", "eps": 0.5}, {"reduction": "sum", "eps": 0.5}, 1 / 24),
         ({"reduction": "sum"}, {"reduction": "sum"}, 8 / 24),  # of a batch of 8
     ],
@@ -54,7 +57,11 @@ def test_the_model_before_training_is_measured_and_never_the_best(
     seen = []
     config = config_for(tmp_path, max_steps=2, eval_steps=1, learning_rate=1e-9, eval_on_start=True)
     trainer = Trainer(
-        tiny_bert, train_lists, eval=eval_lists, config=config, callbacks=[lambda event: seen.append(event)]
+        tiny_bert,
+        train_lists,
+        eval=eval_lists,
+        config=config,
+        callbacks=[lambda event: seen.append(event)],
     )
     result = trainer.train()
     evaluations = [event for event in seen if event.name == "evaluate"]
@@ -67,7 +74,9 @@ def test_the_model_before_training_is_measured_and_never_the_best(
     assert [row["step"] for row in log_rows(tmp_path / "off") if "ndcg@10" in row] == [1]
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.5}, {"lora_rank": 2}, {"precision": "bf16-pure"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"ema_decay": 0.5}, {"lora_rank": 2}, {"precision": "bf16-pure"}]
+)
 @pytest.mark.parametrize("load_best", [True, False])
 def test_the_model_in_memory_is_the_best_or_the_last(
     load_best: bool, settings: dict[str, Any],
@@ -87,7 +96,13 @@ def test_the_model_in_memory_is_the_best_or_the_last(
 
     model = CrossEncoder(tiny_bert, device="cpu")
     config = config_for(
-        tmp_path, max_steps=4, eval_steps=2, save_steps=4, warmup_ratio=0.0, load_best=load_best, **settings
+        tmp_path,
+        max_steps=4,
+        eval_steps=2,
+        save_steps=4,
+        warmup_ratio=0.0,
+        load_best=load_best,
+        **settings,
     )
     result = Trainer(model, train_lists, evaluator=Falling(), config=config).train()
     assert (result.best_step, result.steps) == (2, 4)
@@ -102,8 +117,12 @@ def test_the_model_in_memory_is_the_best_or_the_last(
         assert model.predict(pairs) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_activation_is_kept_that_the_model_came_with(tiny_bert: Path, train_lists: Dataset, tmp_path: Path):
-    """Training is of raw scores, through either door: what predict applies to them is not its business."""
+def test_the_activation_is_kept_that_the_model_came_with(
+    tiny_bert: Path, train_lists: Dataset, tmp_path: Path
+):
+    """Training is of raw scores, through either door: what predict applies to them is not its
+    business.
+    """
     for name, activation in {"asked": nn.Tanh(), "left": None, "none": nn.Identity()}.items():
         model = CrossEncoder(tiny_bert, device="cpu", activation_fn=activation)
         Trainer(model, train_lists, config=config_for(tmp_path / name, max_steps=1)).train()
@@ -141,12 +160,16 @@ def test_any_metric_of_any_evaluator_chooses_the_model(
         assert name in trainer.train().metrics
 
 
-@pytest.mark.parametrize("name", ["ndcg@", "x_map", "R@", "eval_loss_", "NanoBEIR_R100_mean_ndcg@10"])
+@pytest.mark.parametrize(
+    "name", ["ndcg@", "x_map", "R@", "eval_loss_", "NanoBEIR_R100_mean_ndcg@10"]
+)
 def test_a_metric_that_no_evaluator_gives_is_refused(
     name: str, tiny_bert: Path, train_lists: Dataset, eval_lists: Dataset, tmp_path: Path
 ):
     config = config_for(tmp_path / "run", metric_for_best=name, max_steps=1, eval_on_start=True)
-    with pytest.raises(ValueError, match=rf"^metric_for_best is {name}, but there are map, mrr@10, ndcg@10"):
+    with pytest.raises(
+        ValueError, match=rf"^metric_for_best is {name}, but there are map, mrr@10, ndcg@10"
+    ):
         Trainer(tiny_bert, train_lists, eval=eval_lists, config=config)
     trainer = Trainer(tiny_bert, train_lists, evaluator=Errors(1.0), config=config)
     with pytest.raises(ValueError, match=rf"^metric_for_best is {name}, but there are errors"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rerank_fast import CrossEncoder, Trainer
-from rerank_fast.model.scoring import run
+from rerank_fast.model.scoring import score
 from rerank_fast.training.events import Event, TrainingInterrupted
 from tests.training.conftest import config_for, make_lists
 
@@ -29,7 +29,10 @@ def train(model: CrossEncoder, directory: Path, end: str = "done", **settings: o
                 raise ZeroDivisionError
 
     trainer = Trainer(
-        model, make_lists(24), config=config_for(directory, max_steps=3, **settings), callbacks=[note]
+        model,
+        make_lists(24),
+        config=config_for(directory, max_steps=3, **settings),
+        callbacks=[note],
     )
     if end == "done":
         trainer.train()
@@ -39,12 +42,14 @@ def train(model: CrossEncoder, directory: Path, end: str = "done", **settings: o
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_model_of_bf16_weights_can_be_trained_by_others_again(end: str, still_bert: Path, tmp_path: Path):
+def test_a_model_of_bf16_weights_can_be_trained_by_others_again(
+    end: str, still_bert: Path, tmp_path: Path
+):
     model = CrossEncoder(still_bert, device="cpu")
     train(model, tmp_path / "first", end, precision="bf16-pure")
     assert not model.training
     # By a loop of one's own.
-    run(model.step(model.tokenize(PAIRS))).sum().backward()
+    score(model.prepare(model.tokenize(PAIRS))).sum().backward()
     gradients = {name: one.grad for name, one in model.model.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     model.zero_grad()
@@ -58,7 +63,9 @@ def test_a_model_of_bf16_weights_can_be_trained_by_others_again(end: str, still_
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_frozen_parameters_are_put_back_as_they_were_found(end: str, tiny_bert: Path, tmp_path: Path):
+def test_frozen_parameters_are_put_back_as_they_were_found(
+    end: str, tiny_bert: Path, tmp_path: Path
+):
     model = CrossEncoder(tiny_bert, device="cpu")
     model.model.bert.pooler.requires_grad_(False)
     found = {name: one.requires_grad for name, one in model.model.named_parameters()}
@@ -74,7 +81,9 @@ def test_freezing_all_is_refused_before_anything_is_frozen(tiny_bert: Path, tmp_
     assert all(one.requires_grad for one in model.parameters())
 
 
-def test_a_step_that_fails_leaves_no_gradients(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_that_fails_leaves_no_gradients(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = CrossEncoder(tiny_bert, device="cpu")
     trainer = Trainer(model, make_lists(24), config=config_for(tmp_path, max_steps=3))
 
@@ -89,15 +98,23 @@ def test_a_step_that_fails_leaves_no_gradients(tiny_bert: Path, tmp_path: Path, 
 
 
 def test_a_trainer_runs_once(tiny_bert: Path, tmp_path: Path):
-    trainer = Trainer(tiny_bert, make_lists(24), config=config_for(tmp_path, max_steps=2, overwrite=True))
+    trainer = Trainer(
+        tiny_bert, make_lists(24), config=config_for(tmp_path, max_steps=2, overwrite=True)
+    )
     trainer.train()
     with pytest.raises(RuntimeError, match="make a new one"):
         trainer.train()
 
 
-def test_an_object_that_is_no_model_of_this_package_is_refused_by_its_type(tiny_bert: Path, tmp_path: Path):
+def test_an_object_that_is_no_model_of_this_package_is_refused_by_its_type(
+    tiny_bert: Path, tmp_path: Path
+):
     inner = CrossEncoder(tiny_bert, device="cpu").model
-    with pytest.raises(ValueError, match=r"a rerank_fast\.CrossEncoder, .*got a transformers.*\.BertForSequence"):
+    with pytest.raises(
+        ValueError, match=r"a rerank_fast\.CrossEncoder, .*got a transformers.*\.BertForSequence"
+    ):
         Trainer(inner, make_lists(4), config=config_for(tmp_path))
-    with pytest.raises(ValueError, match="expected a model's directory or a hub id, got a BertForSequence"):
+    with pytest.raises(
+        ValueError, match="expected a model's directory or a hub id, got a BertForSequence"
+    ):
         CrossEncoder(inner)

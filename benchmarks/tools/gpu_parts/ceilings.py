@@ -42,14 +42,17 @@ def _card() -> dict[str, Any]:
 def run(results: Results) -> None:
     device = results.device
     results.add("versions", **versions(), card={} if results.dry else _card())
-    for name, elements, dtype in (("copy", 2**30, torch.int8), ("copy, fp32", 2**26, torch.float32)):
+    for name, elements, dtype in (
+        ("copy", 2**30, torch.int8),
+        ("copy, fp32", 2**26, torch.float32),
+    ):
         source = torch.ones(2**10 if results.dry else elements, dtype=dtype, device=device)
         target = torch.empty_like(source)
         moved = 2 * source.numel() * source.element_size()
         seconds = kernel_seconds(lambda to=target, of=source: to.copy_(of), device)
         results.add(name, measured_seconds=seconds, measured_bytes_per_second=rate(moved, seconds))
-    # Rows, inputs and outputs: the best there is, then MiniLM-L12's widest product, and its weight's
-    # gradient.
+    # Rows, inputs and outputs: the best there is, then MiniLM-L12's widest product, and its
+    # weight's gradient.
     for rows, width, columns in ((8192, 8192, 8192), (10400, 384, 1536), (1536, 10400, 384)):
         if results.dry:
             rows, width, columns = 16, 16, 16

@@ -1,5 +1,5 @@
-"""Each kernel beside its library rival: time, and its share of the copy bandwidth and of the product's
-peak."""
+"""Each kernel beside its library rival: time, and its share of the copy bandwidth and of the
+product's peak."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.tools import gpu_workloads
 from benchmarks.tools.gpu_parts import ceilings
 from benchmarks.tools.gpu_parts.results import Results, rate
 from benchmarks.tools.gpu_parts.timing import kernel_seconds
-from rerank_fast.model.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
 from rerank_fast.ops import flash
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
@@ -29,8 +29,8 @@ from rerank_fast.ops.varlen_attention import varlen_attention
 class Case:
     """Calls that do the same work, ours first.
 
-    moved and flops: bytes that must be read or written, and operations of products, by a part of the
-    calls' names; the first that fits counts.
+    moved and flops: bytes that must be read or written, and operations of products, by a part of
+    the calls' names; the first that fits counts.
     """
 
     name: str
@@ -80,7 +80,9 @@ def attention(device: torch.device, dry: bool) -> Iterator[Case]:
     for name, (heads, kv_heads, size, window) in _ATTENTION.items():
         if dry:
             heads, kv_heads, size = 2, 2 * kv_heads // heads, 16
-        yield from _attention_of(f"attention {name}", lengths, (heads, kv_heads, size), window, device)
+        yield from _attention_of(
+            f"attention {name}", lengths, (heads, kv_heads, size), window, device
+        )
 
 
 def _attention_of(
@@ -104,22 +106,29 @@ def _attention_of(
         backend = "triton" if device.type == "cuda" else "reference"
         return varlen_attention(q, k, v, ends, ends, window=window, backend=backend, **options)
 
-    calls: dict[str, Callable[[], Tensor]] = {"ours": ours, "ours, dropout": lambda: ours(dropout_p=0.1, seed=1)}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "ours": ours,
+        "ours, dropout": lambda: ours(dropout_p=0.1, seed=1),
+    }
     refused = {}
     for library in flash.libraries():
-        if reason := library.lacks(q, k, scale, window) or ("" if q.is_cuda else "a kernel for the CPU"):
+        if reason := library.lacks(q, k, scale, window) or (
+            "" if q.is_cuda else "a kernel for the CPU"
+        ):
             refused[library.name] = f"has no {reason.removeprefix('a ')}"
             continue
         calls[library.name] = lambda one=library: one(
             q, k, v, ends, ends, longest, longest, scale=scale, window=window
         )
-    calls["SDPA of the padded batch"] = _padded(lengths, (heads, kv_heads, size), window, device, dtype)
+    calls["SDPA of the padded batch"] = _padded(
+        lengths, (heads, kv_heads, size), window, device, dtype
+    )
     keys = _keys_read(lengths, window)
     moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
     flops = 4 * heads * size * keys
     yield Case(f"{name}, forward", {**calls}, moved, flops, refused)
-    # Backward reads these, what forward wrote and its gradient, and writes three gradients; it makes
-    # the probabilities anew.
+    # Backward reads these, what forward wrote and its gradient, and writes three gradients; it
+    # makes the probabilities anew.
     both = {what: _with_gradient(call) for what, call in calls.items()}
     yield Case(f"{name}, forward and backward", both, 3 * moved, int(3.5 * flops))
 
@@ -183,7 +192,11 @@ def norms(device: torch.device, dry: bool) -> Iterator[Case]:
         calls = {"ours": ours, "F.layer_norm, F.dropout": eager}
         yield Case(f"residual norm of {width}, forward", dict(calls), moved)
         both = {what: _with_gradient(call) for what, call in calls.items()}
-        yield Case(f"residual norm of {width}, forward and backward", both, moved + rows * width * (3 * 4 + 2 * 2))
+        yield Case(
+            f"residual norm of {width}, forward and backward",
+            both,
+            moved + rows * width * (3 * 4 + 2 * 2),
+        )
 
 
 def feed_forward(device: torch.device, dry: bool) -> Iterator[Case]:
@@ -194,7 +207,9 @@ def feed_forward(device: torch.device, dry: bool) -> Iterator[Case]:
     copies = NarrowCopies()
     step = StepLinear([module], torch.bfloat16, rows, nn.GELU(), copies)
     copies.fill()
-    weight, bias = (one.detach().bfloat16().requires_grad_() for one in (module.weight, module.bias))
+    weight, bias = (
+        one.detach().bfloat16().requires_grad_() for one in (module.weight, module.bias)
+    )
     calls: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: step(x),
         "F.gelu(F.linear) in bf16": lambda: F.gelu(F.linear(x, weight, bias)),

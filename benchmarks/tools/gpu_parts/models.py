@@ -1,5 +1,5 @@
-"""Whole models: packed against padded in fp64, the gradient cache against direct, the same bits every
-time."""
+"""Whole models: packed against padded in fp64, the gradient cache against direct, the same bits
+every time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.tools.gpu_parts import workloads
 from benchmarks.tools.gpu_parts.results import Results
 from benchmarks.tools.gpu_parts.timing import Unobserved
 from benchmarks.tools.gpu_workloads import Observed, Training
-from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.scoring import run as score
+from rerank_fast.model.scoring import score
+from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.training.run_log import Rates
 
 _SHAPES = ("MiniLM-L12", "ModernBERT-base", "Qwen3-0.6B")
@@ -32,7 +32,9 @@ def run(results: Results) -> None:
 
 
 def against_fp64(results: Results, shape: str) -> None:
-    """Scores and the gradient of a weighted sum of them, dropout off; padded in the dtype beside it."""
+    """Scores and the gradient of a weighted sum of them, dropout off; padded in the dtype beside
+    it.
+    """
     reranker = workloads.reranker_on(results.device, shape, small=results.dry)
     pairs = workloads.training_lists(shape, small=results.dry).pairs
     tokens = pairs.select(np.arange(min(10, len(pairs))))
@@ -40,7 +42,9 @@ def against_fp64(results: Results, shape: str) -> None:
     exact._modules = {**reranker._modules, "model": copy.deepcopy(reranker.model).double()}
     true = _scores_and_gradient(exact, tokens, torch.float64, packed=False)
     for dtype in (torch.float32,) if results.dry else (torch.float32, torch.bfloat16):
-        packed, padded = (_scores_and_gradient(reranker, tokens, dtype, packed=packed) for packed in (True, False))
+        packed, padded = (
+            _scores_and_gradient(reranker, tokens, dtype, packed=packed) for packed in (True, False)
+        )
         for what, place in (("scores", 0), ("gradient", 1)):
             error, beside = (_distance(one[place], true[place]) for one in (packed, padded))
             # A few roundings: of the packed sums in another order than the padded ones.
@@ -52,7 +56,7 @@ def against_fp64(results: Results, shape: str) -> None:
 def _scores_and_gradient(
     reranker: Observed, tokens: TokenizedPairs, dtype: torch.dtype, *, packed: bool
 ) -> tuple[Tensor, Tensor]:
-    scores = score(reranker.step(tokens, dtype=dtype, packed=packed))
+    scores = score(reranker.prepare(tokens, dtype=dtype, packed=packed))
     weights = torch.linspace(-1, 1, len(scores), device=scores.device, dtype=scores.dtype)
     parameters = [one for one in reranker.model.parameters() if one.requires_grad]
     gradients = torch.autograd.grad((scores * weights).sum(), parameters, allow_unused=True)

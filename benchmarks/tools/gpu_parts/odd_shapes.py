@@ -24,7 +24,9 @@ def _ends(lengths: Sequence[int], device: str, dtype: torch.dtype) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
-def attention(device: str, dtype: torch.dtype, lengths: Sequence[int], sizes: Sequence[int]) -> None:
+def attention(
+    device: str, dtype: torch.dtype, lengths: Sequence[int], sizes: Sequence[int]
+) -> None:
     ends, total = _ends(lengths, device, torch.int32), sum(lengths)
     options = ({"dropout_p": 0.1, "seed": 3}, {"causal": True}, {"window": (7, 3)})
     for size, kv_heads, option in zip(sizes, (2, 1, 1), options, strict=False):
@@ -41,13 +43,24 @@ def norms_and_heads(device: str, dtype: torch.dtype, rows: int, widths: Sequence
         x = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
         stream = torch.randn(rows, width, device=device, requires_grad=True)
         weight, bias = (torch.randn(width, device=device, requires_grad=True) for _ in range(2))
-        wide, narrow = residual_norm(x, stream, weight, bias, eps=1e-12, dropout_p=0.1, seed=1, backend="triton")
+        wide, narrow = residual_norm(
+            x, stream, weight, bias, eps=1e-12, dropout_p=0.1, seed=1, backend="triton"
+        )
         (wide.sum() + narrow.float().sum()).backward()
         dense = torch.randn(width, width, device=device, requires_grad=True)
         out = torch.randn(1, width, device=device, requires_grad=True)
         first = torch.tensor([0, 3, rows - 1], dtype=torch.int32, device=device)
         score_head(
-            stream, first, dense, bias, out, None, dropout_p=0.1, training=True, seed=2, backend="triton"
+            stream,
+            first,
+            dense,
+            bias,
+            out,
+            None,
+            dropout_p=0.1,
+            training=True,
+            seed=2,
+            backend="triton",
         ).sum().backward()
 
 

@@ -47,8 +47,16 @@ def run(results: Results) -> None:
     os.chdir(_ROOT)
     # Each process of them builds the kernels that it meets.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not results.dry else []
-    natively = [_DRY, "-k", "test_nothing_to_attend and triton"] if results.dry else ["tests/ops", "-k", "triton"]
-    needy = ["tests/ops/test_flash.py"] if results.dry else [str(path) for path in _files_with("mark.gpu")]
+    natively = (
+        [_DRY, "-k", "test_nothing_to_attend and triton"]
+        if results.dry
+        else ["tests/ops", "-k", "triton"]
+    )
+    needy = (
+        ["tests/ops/test_flash.py"]
+        if results.dry
+        else [str(path) for path in _files_with("mark.gpu")]
+    )
     for what, chosen in (
         ("tests that need a GPU", [*needy, "-m", "gpu"]),
         ("tests of the kernels", [*natively, *workers]),

@@ -1,5 +1,5 @@
-"""What a part of the check has found, on disk after every row: a part that is stopped leaves what it
-had."""
+"""What a part of the check has found, on disk after every row: a part that is stopped leaves what
+it had."""
 
 from __future__ import annotations
 

@@ -13,7 +13,11 @@ from benchmarks.tools.gpu_parts import odd_shapes
 from benchmarks.tools.gpu_parts.results import Results
 
 _ROOT = Path(__file__).parents[3]
-_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
+_PLACES = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda/compute-sanitizer",
+    "/opt/nvidia/compute-sanitizer",
+)
 
 
 def run(results: Results) -> None:
@@ -21,7 +25,9 @@ def run(results: Results) -> None:
         odd_shapes.main()
         results.add("odd shapes", ran="in the interpreter, without the sanitizer")
         return
-    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *_PLACES]))
+    tool = shutil.which(
+        "compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
+    )
     if tool is None:
         results.add("compute-sanitizer", ran="not installed here")
         return
@@ -45,7 +51,9 @@ def run(results: Results) -> None:
         )
         said = done.stdout + done.stderr
         summaries = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY:.*)", said)
-        row.update(ran="ended", exit_code=done.returncode, summary=summaries, sound=_is_sound(summaries))
+        row.update(
+            ran="ended", exit_code=done.returncode, summary=summaries, sound=_is_sound(summaries)
+        )
         if not row["sound"]:
             row["said"] = said[-4000:]
         results.write()

@@ -1,5 +1,5 @@
-"""Steps, predict and evaluation: measured, beside the GPU model's figures and sentence-transformers'
-best setting."""
+"""Steps, predict and evaluation: measured, beside the GPU model's figures and
+sentence-transformers' best setting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.tools.gpu_parts import ceilings, workloads
 from benchmarks.tools.gpu_parts.results import Results
 from benchmarks.tools.gpu_parts.timing import EventClock, Profile, Unobserved, loop_seconds, profile
 from rerank_fast.data.tokenized import TokenizedLists
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.tokens.packing import TokenizedPairs
 
 _KERNELS = 30  # of a profile and of the model, the longest
 
@@ -104,7 +104,9 @@ def beside_peer(results: Results, shape: str) -> None:
     """The same texts and weights; their tokenizing is part of their step, as it is of their predict
     and of ours."""
     device, small = results.device, results.dry
-    lists, pairs = (make(shape, small=small) for make in (workloads.training_lists, workloads.inference_pairs))
+    lists, pairs = (
+        make(shape, small=small) for make in (workloads.training_lists, workloads.inference_pairs)
+    )
     with workloads.saved_model(shape, small=small) as directory:
         for what, cases in (
             ("training step", training_calls(directory, lists, device)),
@@ -121,7 +123,9 @@ def _compare(results: Results, what: str, cases: Iterable[tuple[str, Call]]) -> 
         for name, call in cases:
             seconds = times[name] = loop_seconds(call, results.device, calls=2)
             results.add(
-                f"{what}: {name}", measured_seconds=seconds, **_profiled(profile(call, results.device), seconds)
+                f"{what}: {name}",
+                measured_seconds=seconds,
+                **_profiled(profile(call, results.device), seconds),
             )
     except ImportError as error:
         results.add(what, left_out=str(error))
@@ -132,7 +136,9 @@ def _compare(results: Results, what: str, cases: Iterable[tuple[str, Call]]) -> 
     results.add(f"{what}: times as fast as their best", measured_ratio=ratio)
 
 
-def training_calls(directory: Path, lists: TokenizedLists, device: torch.device) -> Iterable[tuple[str, Call]]:
+def training_calls(
+    directory: Path, lists: TokenizedLists, device: torch.device
+) -> Iterable[tuple[str, Call]]:
     step = gpu_workloads.Training(gpu_workloads.Observed(directory, device=device), lists, "off")
     yield "rerank_fast", lambda: step(Unobserved())
     from sentence_transformers.cross_encoder.losses import LambdaLoss
@@ -164,7 +170,9 @@ def _peer(directory: Path, device: torch.device, **options: Any) -> Any:
     return peer
 
 
-def predict_calls(directory: Path, tokens: TokenizedPairs, device: torch.device) -> Iterable[tuple[str, Call]]:
+def predict_calls(
+    directory: Path, tokens: TokenizedPairs, device: torch.device
+) -> Iterable[tuple[str, Call]]:
     reranker = gpu_workloads.Observed(directory, device=device, dtype=torch.bfloat16)
     texts = workloads.texts_of(tokens)
     yield "rerank_fast", lambda: reranker.predict(texts)
@@ -176,7 +184,9 @@ def predict_calls(directory: Path, tokens: TokenizedPairs, device: torch.device)
         )
 
 
-def evaluation_calls(directory: Path, tokens: TokenizedPairs, device: torch.device) -> Iterable[tuple[str, Call]]:
+def evaluation_calls(
+    directory: Path, tokens: TokenizedPairs, device: torch.device
+) -> Iterable[tuple[str, Call]]:
     """Lists of 25 documents of which the first is relevant; after the first call ours keeps its
     tokens."""
     from rerank_fast.evaluation import RerankingEvaluator
@@ -185,7 +195,13 @@ def evaluation_calls(directory: Path, tokens: TokenizedPairs, device: torch.devi
     lists = []
     for start in range(0, len(texts), 25):
         documents = list(dict.fromkeys(document for _, document in texts[start : start + 25]))
-        lists.append({"query": texts[start][0], "docs": documents, "labels": [1, *[0] * (len(documents) - 1)]})
+        lists.append(
+            {
+                "query": texts[start][0],
+                "docs": documents,
+                "labels": [1, *[0] * (len(documents) - 1)],
+            }
+        )
     reranker = gpu_workloads.Observed(directory, device=device)
     evaluator = RerankingEvaluator(lists)
 
@@ -196,8 +212,13 @@ def evaluation_calls(directory: Path, tokens: TokenizedPairs, device: torch.devi
     yield "rerank_fast", evaluate
     from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 
-    samples = [{"query": row["query"], "positive": row["docs"][:1], "documents": row["docs"]} for row in lists]
+    samples = [
+        {"query": row["query"], "positive": row["docs"][:1], "documents": row["docs"]}
+        for row in lists
+    ]
     peer = _peer(directory, device)
     for pairs in (64, 512):
-        theirs = CrossEncoderRerankingEvaluator(samples, batch_size=pairs, always_rerank_positives=False)
+        theirs = CrossEncoderRerankingEvaluator(
+            samples, batch_size=pairs, always_rerank_positives=False
+        )
         yield f"sentence-transformers, {pairs} a forward", lambda theirs=theirs: theirs(peer)

@@ -1,4 +1,6 @@
-"""Times of a GPU by its own events, and what a profile of a call says. Without a GPU there are none."""
+"""Times of a GPU by its own events, and what a profile of a call says. Without a GPU there are
+none.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ Call = Callable[[], object]
 
 
 def device_seconds(function: Call, *, rounds: int = 30) -> float:
-    """Median device time of a call between two events, after a warm-up, each time with a flushed L2 cache."""
+    """Median device time of a call between two events, after a warm-up, each time with a flushed L2
+    cache.
+    """
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")  # larger than any L2 cache
     for _ in range(3):
         function()
     times = []
     for _ in range(rounds):
         flush.zero_()
-        # The GPU is kept busy while the host enqueues what is timed, or the host's time is measured.
+        # The GPU is kept busy while the host enqueues what is timed, or the host's time is
+        # measured.
         torch.cuda._sleep(2_000_000)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -89,7 +94,9 @@ def profile(function: Call, device: torch.device) -> Profile | None:
 
 def _profile_of(events: Any) -> Profile:
     on_device = [
-        one for one in events if one.device_type == torch.autograd.DeviceType.CUDA and not one.is_user_annotation
+        one
+        for one in events
+        if one.device_type == torch.autograd.DeviceType.CUDA and not one.is_user_annotation
     ]
     kernels = [one for one in on_device if not one.name.startswith(("Memcpy", "Memset"))]
     seconds: Counter[str] = Counter()
@@ -109,7 +116,9 @@ def _profile_of(events: Any) -> Profile:
 
 
 class EventClock:
-    """Device time by phase, for whoever says where one begins; from event to event, idle time included."""
+    """Device time by phase, for whoever says where one begins; from event to event, idle time
+    included.
+    """
 
     def __init__(self) -> None:
         self._marks: list[tuple[str, Any]] = []

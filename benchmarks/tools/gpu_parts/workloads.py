@@ -1,5 +1,5 @@
-"""What the check runs: the GPU model's own workloads with values on the device, and the same texts for
-sentence-transformers."""
+"""What the check runs: the GPU model's own workloads with values on the device, and the same texts
+for sentence-transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from benchmarks.tools import gpu_workloads
 from benchmarks.tools.gpu_workloads import Observed, Observer, Scoring, Training
 from rerank_fast.data.tokenized import TokenizedLists
-from rerank_fast.model.packing import TokenizedPairs
+from rerank_fast.model.tokens.packing import TokenizedPairs
 
 Run = Callable[[Observer], None]
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -106,6 +106,10 @@ def rows_of(lists: TokenizedLists) -> list[dict[str, Any]]:
     for start, end in zip(lists.list_offsets[:-1], lists.list_offsets[1:], strict=True):
         docs = [document for _, document in texts[start:end]]
         rows.append(
-            {"query": texts[start][0], "docs": docs, "labels": lists.labels[start:end].astype(int).tolist()}
+            {
+                "query": texts[start][0],
+                "docs": docs,
+                "labels": lists.labels[start:end].astype(int).tolist(),
+            }
         )
     return rows

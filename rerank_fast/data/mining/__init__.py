@@ -5,4 +5,11 @@ from rerank_fast.data.mining.dense import DenseRetriever
 from rerank_fast.data.mining.hard_negatives import MiningResult, mine_hard_negatives
 from rerank_fast.data.mining.retrieval import Found, Retriever
 
-__all__ = ["BM25Retriever", "DenseRetriever", "Found", "MiningResult", "Retriever", "mine_hard_negatives"]
+__all__ = [
+    "BM25Retriever",
+    "DenseRetriever",
+    "Found",
+    "MiningResult",
+    "Retriever",
+    "mine_hard_negatives",
+]

@@ -25,11 +25,15 @@ class BM25Retriever:
         ValueError: bm25s is not installed.
     """
 
-    def __init__(self, *, k1: float = 1.5, b: float = 0.75, stopwords: str | Sequence[str] | None = "en") -> None:
+    def __init__(
+        self, *, k1: float = 1.5, b: float = 0.75, stopwords: str | Sequence[str] | None = "en"
+    ) -> None:
         try:
             import bm25s
         except ImportError as error:
-            raise ValueError("mining with BM25 needs bm25s: pip install 'rerank-fast[mine]'") from error
+            raise ValueError(
+                "mining with BM25 needs bm25s: pip install 'rerank-fast[mine]'"
+            ) from error
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own logger to DEBUG
         self.k1, self.b = k1, b
         self.stopwords = list(stopwords) if not isinstance(stopwords, str | None) else stopwords
@@ -38,7 +42,9 @@ class BM25Retriever:
     def settings(self) -> dict[str, Any]:
         return {"retriever": "bm25", "k1": self.k1, "b": self.b, "stopwords": self.stopwords}
 
-    def index(self, corpus: Sequence[str], queries: Sequence[str], *, show_progress_bar: bool) -> None:
+    def index(
+        self, corpus: Sequence[str], queries: Sequence[str], *, show_progress_bar: bool
+    ) -> None:
         tokens = self._tokenize(corpus, show_progress_bar)
         if not tokens.vocab:
             raise ValueError(f"none of the {len(corpus)} documents has a term: BM25 can't find any")
@@ -51,13 +57,17 @@ class BM25Retriever:
     def _tokenize(self, texts: Sequence[str], show_progress_bar: bool) -> Any:
         import bm25s
 
-        return bm25s.tokenize(list(texts), stopwords=self.stopwords or [], show_progress=show_progress_bar)
+        return bm25s.tokenize(
+            list(texts), stopwords=self.stopwords or [], show_progress=show_progress_bar
+        )
 
     def search(self, start: int, stop: int, k: int, positives: Sequence[Sequence[int]]) -> Found:
         indices = np.full((stop - start, k), -1, np.int64)
         best = np.full((stop - start, k), -np.inf, np.float32)
         positive_scores = []
-        for row, (terms, relevant) in enumerate(zip(self._queries[start:stop], positives, strict=True)):
+        for row, (terms, relevant) in enumerate(
+            zip(self._queries[start:stop], positives, strict=True)
+        ):
             scores = self._bm25.get_scores_from_ids(terms)  # (N,) fp32
             found = _top_k(scores, k)
             indices[row, : len(found)] = found
@@ -71,12 +81,15 @@ def _top_k(
     k: int,
 ) -> np.ndarray:
     """(at most k,) indices of the highest scores above 0, descending, ties by index."""
-    # k blocks whose best is at least t hold k scores of at least t: nearly all documents go with one comparison.
+    # k blocks whose best is at least t hold k scores of at least t: nearly all documents go with
+    # one comparison.
     starts = np.arange(0, len(scores), _BLOCK)
     bests = np.maximum.reduceat(scores, starts)
     threshold = np.partition(bests, len(bests) - k)[len(bests) - k] if k < len(bests) else 0.0
     found = np.flatnonzero((scores >= threshold) & (scores > 0))
     if len(found) > k:
         best = scores[found]
-        found = found[best >= np.partition(best, len(best) - k)[len(best) - k]]  # those tied at the end too
+        found = found[
+            best >= np.partition(best, len(best) - k)[len(best) - k]
+        ]  # those tied at the end too
     return found[np.argsort(-scores[found], kind="stable")[:k]]

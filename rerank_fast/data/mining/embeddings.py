@@ -29,8 +29,9 @@ def embed(
 ) -> np.ndarray:
     """(N, d) embeddings of the texts in fp16 or fp32, of length 1 where normalize is set.
 
-    cache is the .npy file that holds them: read through a memory map where it is there, else written as the
-    blocks come. An interrupted run leaves what it has done beside it, and the next one goes on from there.
+    cache is the .npy file that holds them: read through a memory map where it is there, else
+    written as the blocks come. An interrupted run leaves what it has done beside it, and the next
+    one goes on from there.
 
     Raises:
         ValueError: the encoder's output is not (texts, d), or is not finite; the cache is damaged
@@ -44,7 +45,9 @@ def embed(
     done = 0
     if part is not None and state is not None and part.exists() and state.exists():
         array, done = _begun(part, state)
-    with tqdm(total=len(texts), initial=done, desc=description, disable=not show_progress_bar) as bar:
+    with tqdm(
+        total=len(texts), initial=done, desc=description, disable=not show_progress_bar
+    ) as bar:
         for start in range(done, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
             rows = _checked(encode(block), len(block), array)
@@ -72,7 +75,9 @@ def _mapped(cache: Path) -> np.ndarray:
     try:
         return np.load(cache, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"the embeddings in {cache} are damaged, remove the file: {error}") from error
+        raise ValueError(
+            f"the embeddings in {cache} are damaged, remove the file: {error}"
+        ) from error
 
 
 def _begun(part: Path, state: Path) -> tuple[np.ndarray, int]:
@@ -84,7 +89,8 @@ def _begun(part: Path, state: Path) -> tuple[np.ndarray, int]:
             raise ValueError(f"{done!r:.40} of {len(array)} texts are done")
     except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
         raise ValueError(
-            f"the embeddings of an interrupted run in {part} are damaged, remove it and {state}: {error}"
+            f"the embeddings of an interrupted run in {part} are damaged, remove it and {state}: "
+            f"{error}"
         ) from error
     return array, done
 
@@ -109,10 +115,20 @@ def _write(path: Path, text: str) -> None:
 def _checked(output: Any, count: int, array: np.ndarray | None) -> torch.Tensor:
     if isinstance(output, list | tuple) and output and isinstance(output[0], torch.Tensor):
         output = torch.stack(list(output))
-    rows = torch.as_tensor(output if isinstance(output, torch.Tensor) else np.asarray(output)).detach()
-    width = rows.shape[1] if array is None and rows.dim() == 2 else array.shape[1] if array is not None else "d"
+    rows = torch.as_tensor(
+        output if isinstance(output, torch.Tensor) else np.asarray(output)
+    ).detach()
+    width = (
+        rows.shape[1]
+        if array is None and rows.dim() == 2
+        else array.shape[1]
+        if array is not None
+        else "d"
+    )
     if tuple(rows.shape) != (count, width):
-        raise ValueError(f"the encoder gave {tuple(rows.shape)} for {count} texts, expected ({count}, {width})")
+        raise ValueError(
+            f"the encoder gave {tuple(rows.shape)} for {count} texts, expected ({count}, {width})"
+        )
     rows = rows.float().cpu()
     if not torch.isfinite(rows).all():
         raise ValueError("the encoder gave an embedding that is not finite")

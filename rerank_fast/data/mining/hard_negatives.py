@@ -68,53 +68,62 @@ def mine_hard_negatives(
 ) -> MiningResult:
     """Write one ranking list per query: its positives and hard negatives from the corpus.
 
-    A list is {"query", "docs", "labels"}, what `Trainer` reads. Its documents are in an order drawn by the seed:
-    with positives first an evaluator with stable ties would find them without a model. All positives of a query
-    are in its one list. Documents of one text are one document, and a text that is a positive of the query is
-    never its negative. Lists are written as they come; an interrupted run goes on where it stopped when it is
-    started again with the same arguments.
+    A list is {"query", "docs", "labels"}, what `Trainer` reads. Its documents are in an order drawn
+    by the seed: with positives first an evaluator with stable ties would find them without a model.
+    All positives of a query are in its one list. Documents of one text are one document, and a text
+    that is a positive of the query is never its negative. Lists are written as they come; an
+    interrupted run goes on where it stopped when it is started again with the same arguments.
 
-    Options have the meaning that they have in sentence-transformers' `mine_hard_negatives`, with these differences:
-    a cross-encoder always rescores; BM25 finds no document that shares no term with the query; several positives
-    give one list; random sampling never takes a candidate that a filter skipped.
+    Options have the meaning that they have in sentence-transformers' `mine_hard_negatives`, with
+    these differences: a cross-encoder always rescores; BM25 finds no document that shares no term
+    with the query; several positives give one list; random sampling never takes a candidate that a
+    filter skipped.
 
     Args:
-        queries: a .jsonl or .parquet file, a saved dataset's directory or hub id, a Dataset or a sequence of
-            mappings, with the columns query and either positives (one text or several), positive_ids (ids of the
-            corpus), or docs and labels (existing ranking lists: labels above 0 are positives, all docs join the
-            corpus). Rows of the same query are merged; one without a positive is left out and counted.
-        corpus: the same kinds of source with the columns text and id (or _id, doc_id), or a list of strings (their
-            ids are their positions), or a mapping of id to text. Positives join it. None: only the texts that the
-            queries bring along.
+        queries: a .jsonl or .parquet file, a saved dataset's directory or hub id, a Dataset or a
+            sequence of mappings, with the columns query and either positives (one text or several),
+            positive_ids (ids of the corpus), or docs and labels (existing ranking lists: labels
+            above 0 are positives, all docs join the corpus). Rows of the same query are merged; one
+            without a positive is left out and counted.
+        corpus: the same kinds of source with the columns text and id (or _id, doc_id), or a list of
+            strings (their ids are their positions), or a mapping of id to text. Positives join it.
+            None: only the texts that the queries bring along.
         output: .jsonl or .parquet file. OUTPUT.mining.json beside it keeps the settings.
-        retriever: "bm25"; an encoder (a sentence-transformers model, or a callable from texts to embeddings); or a
-            `BM25Retriever`, a `DenseRetriever` or another object with their methods.
+        retriever: "bm25"; an encoder (a sentence-transformers model, or a callable from texts to
+            embeddings); or a `BM25Retriever`, a `DenseRetriever` or another object with their
+            methods.
         cross_encoder: an object with `predict(pairs)`, whose scores replace the retriever's.
-        num_negatives: most negatives per list; with one positive 9 make the 10 documents of MS MARCO's lists.
+        num_negatives: most negatives per list; with one positive 9 make the 10 documents of MS
+            MARCO's lists.
         range_min: skip this many of the best candidates that pass the filters.
-        range_max: candidates up to this rank. None: range_min + num_negatives + the most positives of a query; 10
-            times num_negatives where a filter or a cross-encoder may skip or reorder candidates.
+        range_max: candidates up to this rank. None: range_min + num_negatives + the most positives
+            of a query; 10 times num_negatives where a filter or a cross-encoder may skip or reorder
+            candidates.
         max_score: a candidate with a higher score is skipped.
         min_score: a candidate with a lower score is skipped.
-        absolute_margin: skip candidates above the score of the query's lowest-scored positive minus this.
-        relative_margin: skip candidates above that score minus this fraction of its magnitude. The margins and
-            max_score are what keeps unlabelled positives (false negatives) out, best with a cross-encoder's scores.
+        absolute_margin: skip candidates above the score of the query's lowest-scored positive minus
+            this.
+        relative_margin: skip candidates above that score minus this fraction of its magnitude. The
+            margins and max_score are what keeps unlabelled positives (false negatives) out, best
+            with a cross-encoder's scores.
         sampling_strategy: "top", or "random" among the candidates up to range_max.
-        labels: "relevance": the positives' own labels (1 where there are none), 0 for negatives. "teacher": the
-            cross-encoder's scores scaled per list to 0-4, graded labels for distillation with LambdaLoss whatever
-            the range of the scores (all equal: positives 4, others 0). "scores": the scores as they are.
+        labels: "relevance": the positives' own labels (1 where there are none), 0 for negatives.
+            "teacher": the cross-encoder's scores scaled per list to 0-4, graded labels for
+            distillation with LambdaLoss whatever the range of the scores (all equal: positives 4,
+            others 0). "scores": the scores as they are.
         seed: of the documents' order and of random sampling.
-        columns: the sources' own names of query, positives, positive_ids, docs, labels, id and text.
+        columns: the sources' own names of query, positives, positive_ids, docs, labels, id and
+            text.
         batch_size: passed to the cross-encoder's predict.
         query_batch_size: queries searched together.
         overwrite: begin anew where output exists.
         show_progress_bar: of indexing, encoding and mining.
 
     Raises:
-        ValueError: an option is out of its range; a row is malformed (names file and line); positive_ids are not
-            in the corpus; output exists and is not the interrupted or complete result of this very
-            run, is being written by another process, or can't be written: what was written before
-            stays.
+        ValueError: an option is out of its range; a row is malformed (names file and line);
+            positive_ids are not in the corpus; output exists and is not the interrupted or complete
+            result of this very run, is being written by another process, or can't be written: what
+            was written before stays.
     """
     path = Path(output)
     check_output(path)
@@ -136,7 +145,9 @@ def mine_hard_negatives(
     first_stage = _retriever(retriever)
     with locked(path):
         collection = load_collection(queries, corpus, columns=columns)
-        selection = selection.with_range(max(map(len, collection.positives)), rescored=cross_encoder is not None)
+        selection = selection.with_range(
+            max(map(len, collection.positives)), rescored=cross_encoder is not None
+        )
         settings = {
             **first_stage.settings(),
             "cross_encoder": None if cross_encoder is None else model_fingerprint(cross_encoder),
@@ -164,12 +175,17 @@ def mine_hard_negatives(
             logger.info("%s: going on after %d lists", path, writer.lists)
         with writer:
             if writer.position < len(collection.queries):
-                first_stage.index(collection.corpus, collection.queries, show_progress_bar=show_progress_bar)
-                miner = _Miner(collection, first_stage, cross_encoder, selection, labels, batch_size)
+                first_stage.index(
+                    collection.corpus, collection.queries, show_progress_bar=show_progress_bar
+                )
+                miner = _Miner(
+                    collection, first_stage, cross_encoder, selection, labels, batch_size
+                )
                 miner.run(writer, result, query_batch_size, show_progress_bar)
             if not writer.lists:
                 raise ValueError(
-                    f"no candidate passed for any of the {len(collection.queries)} queries; skipped: "
+                    f"no candidate passed for any of the {len(collection.queries)} queries; "
+                    "skipped: "
                     f"{dict(selection.skipped) or 'none, the retriever found nothing'}"
                 )
             writer.finish()
@@ -181,7 +197,9 @@ def mine_hard_negatives(
 def _retriever(retriever: Any) -> Retriever:
     if isinstance(retriever, str):
         if retriever != "bm25":
-            raise ValueError(f"retriever must be 'bm25', an encoder or a retriever, got {retriever!r}")
+            raise ValueError(
+                f"retriever must be 'bm25', an encoder or a retriever, got {retriever!r}"
+            )
         return BM25Retriever()
     return retriever if isinstance(retriever, Retriever) else DenseRetriever(retriever)
 
@@ -195,17 +213,32 @@ class _Miner:
     labels: Literal["relevance", "teacher", "scores"]
     batch_size: int | None
 
-    def run(self, writer: ListWriter, result: MiningResult, query_batch_size: int, show_progress_bar: bool) -> None:
+    def run(
+        self,
+        writer: ListWriter,
+        result: MiningResult,
+        query_batch_size: int,
+        show_progress_bar: bool,
+    ) -> None:
         total = len(self.collection.queries)
         assert self.selection.range_max is not None
         # A query's own positives among the best take no candidate's place.
         most = self.selection.range_max + max(map(len, self.collection.positives))
         k = min(most, len(self.collection.corpus))
         position = writer.position
-        bar = tqdm(total=total, initial=position, desc="Mining", unit="query", disable=not show_progress_bar)
+        bar = tqdm(
+            total=total,
+            initial=position,
+            desc="Mining",
+            unit="query",
+            disable=not show_progress_bar,
+        )
         with bar:
-            # From a batch's start even where its first lists are there: the same batches give the same bits.
-            for start in range(position // query_batch_size * query_batch_size, total, query_batch_size):
+            # From a batch's start even where its first lists are there: the same batches give the
+            # same bits.
+            for start in range(
+                position // query_batch_size * query_batch_size, total, query_batch_size
+            ):
                 stop = min(start + query_batch_size, total)
                 positives = [list(found) for found in self.collection.positives[start:stop]]
                 found = self.retriever.search(start, stop, k, positives)
@@ -214,9 +247,12 @@ class _Miner:
                     if numbers.stop <= position:
                         continue
                     candidates = [
-                        self._candidates(i, found.indices[i - start], found.scores[i - start]) for i in numbers
+                        self._candidates(i, found.indices[i - start], found.scores[i - start])
+                        for i in numbers
                     ]
-                    positive_scores = found.positive_scores[numbers.start - start : numbers.stop - start]
+                    positive_scores = found.positive_scores[
+                        numbers.start - start : numbers.stop - start
+                    ]
                     scored = self._rescore(numbers, candidates, positive_scores)
                     for i, scores in zip(numbers, scored, strict=True):
                         if i >= position:
@@ -224,27 +260,42 @@ class _Miner:
                     writer.flush()
                     bar.update(numbers.stop - max(position, numbers.start))
 
-    def _candidates(self, query: int, indices: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _candidates(
+        self, query: int, indices: np.ndarray, scores: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What was found, without the query's positives."""
         keep = (indices >= 0) & ~np.isin(indices, list(self.collection.positives[query]))
         return indices[keep], scores[keep]
 
     def _rescore(
-        self, numbers: range, candidates: list[tuple[np.ndarray, np.ndarray]], positive_scores: list[np.ndarray]
+        self,
+        numbers: range,
+        candidates: list[tuple[np.ndarray, np.ndarray]],
+        positive_scores: list[np.ndarray],
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(indices, scores, positive scores) of each query, scored by the cross-encoder where there is one."""
+        """(indices, scores, positive scores) of each query, scored by the cross-encoder where there
+        is one.
+        """
         if self.cross_encoder is None:
-            return [(*found, scores) for found, scores in zip(candidates, positive_scores, strict=True)]
+            return [
+                (*found, scores) for found, scores in zip(candidates, positive_scores, strict=True)
+            ]
         corpus = self.collection.corpus
         pairs, ends = [], []
         for i, (indices, _) in zip(numbers, candidates, strict=True):
             query = self.collection.queries[i]
-            pairs += [(query, corpus[j]) for j in [*indices.tolist(), *self.collection.positives[i]]]
+            pairs += [
+                (query, corpus[j]) for j in [*indices.tolist(), *self.collection.positives[i]]
+            ]
             ends.append(len(pairs))
         options = {} if self.batch_size is None else {"batch_size": self.batch_size}
-        scores = np.asarray(self.cross_encoder.predict(pairs, show_progress_bar=False, **options), np.float32)
+        scores = np.asarray(
+            self.cross_encoder.predict(pairs, show_progress_bar=False, **options), np.float32
+        )
         if scores.shape != (len(pairs),):
-            raise ValueError(f"the cross-encoder gave {scores.shape} for {len(pairs)} pairs, not one for each")
+            raise ValueError(
+                f"the cross-encoder gave {scores.shape} for {len(pairs)} pairs, not one for each"
+            )
         if not np.isfinite(scores).all():
             bad = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise ValueError(f"the cross-encoder's score is not finite for the pair {bad!r:.200}")
@@ -272,12 +323,16 @@ class _Miner:
         relevance = [*positives.values(), *[0.0] * len(chosen)]
         values = grade(self.labels, relevance, np.concatenate([positive_scores, scores[chosen]]))
         # Another stream than sampling's.
-        order = np.random.default_rng([self.selection.seed, query, 1]).permutation(len(docs)).tolist()
+        order = (
+            np.random.default_rng([self.selection.seed, query, 1]).permutation(len(docs)).tolist()
+        )
         writer.write(
             {
                 "query": self.collection.queries[query],
                 "docs": [docs[i] for i in order],
-                "labels": [int(values[i]) if values[i] == int(values[i]) else values[i] for i in order],
+                "labels": [
+                    int(values[i]) if values[i] == int(values[i]) else values[i] for i in order
+                ],
             }
         )
         result.positives += len(positives)

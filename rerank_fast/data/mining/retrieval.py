@@ -26,13 +26,19 @@ class Retriever(Protocol):
     """First stage of mining."""
 
     def settings(self) -> dict[str, Any]:
-        """Whatever decides the results, as JSON values: a mining run continues only where it is the same."""
+        """Whatever decides the results, as JSON values: a mining run continues only where it is the
+        same.
+        """
 
-    def index(self, corpus: Sequence[str], queries: Sequence[str], *, show_progress_bar: bool) -> None:
+    def index(
+        self, corpus: Sequence[str], queries: Sequence[str], *, show_progress_bar: bool
+    ) -> None:
         """Make ready to search the corpus for any of the queries."""
 
     def search(self, start: int, stop: int, k: int, positives: Sequence[Sequence[int]]) -> Found:
-        """The k best documents of queries start to stop, and the scores of their positives in the corpus."""
+        """The k best documents of queries start to stop, and the scores of their positives in the
+        corpus.
+        """
 
 
 def text_fingerprint(texts: Iterable[str]) -> str:
@@ -56,13 +62,21 @@ def _weights(model: nn.Module) -> dict[str, Any]:
 
 
 def model_fingerprint(model: Any, name: str | None = None) -> str:
-    """A name for a model's outputs: of a torch module, a hash of its weights; of others, the given name or type."""
+    """A name for a model's outputs: of a torch module, a hash of its weights; of others, the given
+    name or type.
+    """
     title = name or str(getattr(model, "__qualname__", type(model).__qualname__))
     if not isinstance(model, nn.Module):
         return title
     digest = hashlib.blake2b(digest_size=16)
     # What else changes the scores of the same weights.
-    for attribute in ("max_seq_length", "max_length", "prompts", "default_prompt_name", "truncate_dim"):
+    for attribute in (
+        "max_seq_length",
+        "max_length",
+        "prompts",
+        "default_prompt_name",
+        "truncate_dim",
+    ):
         digest.update(repr(getattr(model, attribute, None)).encode())
     digest.update(type(getattr(model, "activation_fn", None)).__qualname__.encode())
     for key, value in sorted(_weights(model).items()):

@@ -28,7 +28,9 @@ class Selection:
     relative_margin: float | None = None
     sampling_strategy: Literal["top", "random"] = "top"
     seed: int = 12
-    skipped: Counter[str] = field(default_factory=Counter, compare=False)  # candidates, by the option that did it
+    skipped: Counter[str] = field(
+        default_factory=Counter, compare=False
+    )  # candidates, by the option that did it
 
     def __post_init__(self) -> None:
         if self.num_negatives < 1:
@@ -41,7 +43,9 @@ class Selection:
                 f"got range_min={self.range_min} and range_max={self.range_max}"
             )
         if self.sampling_strategy not in ("top", "random"):
-            raise ValueError(f"sampling_strategy must be top or random, got {self.sampling_strategy!r}")
+            raise ValueError(
+                f"sampling_strategy must be top or random, got {self.sampling_strategy!r}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         for name in ("max_score", "min_score", "absolute_margin", "relative_margin"):
@@ -53,7 +57,9 @@ class Selection:
         return {name: value for name, value in asdict(self).items() if name != "skipped"}
 
     def with_range(self, max_positives: int, *, rescored: bool) -> Selection:
-        """The same with a range_max: wide where candidates may be skipped or reordered, else just enough."""
+        """The same with a range_max: wide where candidates may be skipped or reordered, else just
+        enough.
+        """
         if self.range_max is not None:
             return self
         filters = (self.max_score, self.absolute_margin, self.relative_margin)
@@ -68,10 +74,11 @@ class Selection:
         scores: np.ndarray,  # (C,) fp32
         positive_scores: np.ndarray,  # (P,) fp32
     ) -> np.ndarray:
-        """(at most num_negatives,) places in indices, best first. The same for the same query number and seed.
+        """(at most num_negatives,) places in indices, best first. The same for the same query
+        number and seed.
 
-        As in sentence-transformers the margins are measured from the lowest-scored positive, and range_min and
-        range_max count the candidates that pass the filters.
+        As in sentence-transformers the margins are measured from the lowest-scored positive, and
+        range_min and range_max count the candidates that pass the filters.
         """
         keep = np.ones(len(indices), bool)
         lowest = positive_scores.min()
@@ -105,8 +112,12 @@ def grade(
     if labels == "relevance":
         return list(relevance)
     if labels == "scores":
-        return [float(str(score)) for score in scores.astype(np.float32)]  # shortest that reads back the same
+        return [
+            float(str(score)) for score in scores.astype(np.float32)
+        ]  # shortest that reads back the same
     spread = scores.max() - scores.min()
     if not spread > 0:  # the teacher tells nothing apart
         return [4.0 if label > 0 else 0.0 for label in relevance]
-    return [round(float(value), 4) for value in 4 * (scores.astype(np.float64) - scores.min()) / spread]
+    return [
+        round(float(value), 4) for value in 4 * (scores.astype(np.float64) - scores.min()) / spread
+    ]

@@ -41,22 +41,31 @@ class Collection:
 
     corpus: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
-    positives: list[dict[int, float]] = field(default_factory=list)  # per query: index in the corpus -> label
+    positives: list[dict[int, float]] = field(
+        default_factory=list
+    )  # per query: index in the corpus -> label
     duplicates: int = 0  # documents whose text was there already
     without_positive: int = 0  # queries left out
 
 
-def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, str] | None = None) -> Collection:
+def load_collection(
+    queries: Any, corpus: Any = None, *, columns: Mapping[str, str] | None = None
+) -> Collection:
     """See `mine_hard_negatives` for what queries and corpus may be.
 
     Raises:
-        ValueError: a source can't be read, or a row is malformed or names a document that is not in the corpus;
-            says the file and line.
+        ValueError: a source can't be read, or a row is malformed or names a document that is not in
+            the corpus; says the file and line.
     """
     for name in columns or {}:
         if name not in _ALIASES:
-            raise ValueError(f"columns maps {', '.join(_ALIASES)} to the source's names, got the key {name!r}")
-    names = {name: (columns[name],) if columns and name in columns else known for name, known in _ALIASES.items()}
+            raise ValueError(
+                f"columns maps {', '.join(_ALIASES)} to the source's names, got the key {name!r}"
+            )
+    names = {
+        name: (columns[name],) if columns and name in columns else known
+        for name, known in _ALIASES.items()
+    }
     parts = find_parts(queries)
     if parts is not None and corpus is None and {"corpus", "queries", "qrels"} <= set(parts):
         corpus, queries = judged_lists(parts)
@@ -83,7 +92,9 @@ def load_collection(queries: Any, corpus: Any = None, *, columns: Mapping[str, s
     for place, row in _queries(queries, names, columns):
         rows += 1
         if not isinstance(row, Mapping):
-            raise ValueError(f"{place}: expected an object with a query and its positives, got {shown(row)}")
+            raise ValueError(
+                f"{place}: expected an object with a query and its positives, got {shown(row)}"
+            )
         column = _column(row, names["query"], place)
         query = check_text(row[column], f"{place}, field {column}", allow_empty=False)
         found = relevant[known[query]] if query in known else {}
@@ -116,7 +127,9 @@ def _queries(
         rows, row = chain([first], rows), first[1]
         kinds = (names[kind] for kind in ("positives", "positive_ids", "docs"))
         known = isinstance(row, Mapping) and any(name in row for kind in kinds for name in kind)
-        if not isinstance(row, Mapping) or (known and not any("negative" in str(name) for name in row)):
+        if not isinstance(row, Mapping) or (
+            known and not any("negative" in str(name) for name in row)
+        ):
             yield from rows
             return
     named = {field: name for field, name in (columns or {}).items() if field in FIELDS}
@@ -127,11 +140,15 @@ def _queries(
 def _column(row: Mapping[str, Any], candidates: Sequence[str], place: str) -> str:
     found = next((name for name in candidates if name in row), None)
     if found is None:
-        raise ValueError(f"{place}: no column {' or '.join(candidates)}; there are {sorted(map(str, row))}")
+        raise ValueError(
+            f"{place}: no column {' or '.join(candidates)}; there are {sorted(map(str, row))}"
+        )
     return found
 
 
-def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str | None, str]]:
+def _documents(
+    corpus: Any, names: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str | None, str]]:
     """(place, id, text) of each document of the corpus; a list's ids are its positions."""
     if corpus is None:
         return
@@ -142,7 +159,12 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
         for key, text in corpus.items():
             yield f"corpus, id {key!r}", str(plain(key)), check_text(text, f"corpus, id {key!r}")
         return
-    if isinstance(corpus, Sequence) and not isinstance(corpus, str) and corpus and isinstance(corpus[0], str):
+    if (
+        isinstance(corpus, Sequence)
+        and not isinstance(corpus, str)
+        and corpus
+        and isinstance(corpus[0], str)
+    ):
         for i, text in enumerate(corpus):
             yield f"corpus, document {i}", str(i), check_text(text, f"corpus, document {i}")
         return
@@ -155,16 +177,28 @@ def _documents(corpus: Any, names: Mapping[str, Sequence[str]]) -> Iterator[tupl
         key = plain(next((row[name] for name in names["id"] if name in row), None))
         if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
             raise ValueError(f"{place}: expected a string or an integer as the id, got {key!r:.40}")
-        yield place, None if key is None else str(key), check_text(row[column], f"{place}, field {column}")
+        yield (
+            place,
+            None if key is None else str(key),
+            check_text(row[column], f"{place}, field {column}"),
+        )
     if not rows:
         raise ValueError("the corpus holds no document")
 
 
 def _positives(
-    row: Mapping[str, Any], place: str, names: Mapping[str, Sequence[str]], ids: Mapping[str, int], add: Any
+    row: Mapping[str, Any],
+    place: str,
+    names: Mapping[str, Sequence[str]],
+    ids: Mapping[str, int],
+    add: Any,
 ) -> Iterator[tuple[int, float]]:
     """(index in the corpus, label) of a row's positives; its texts join the corpus."""
-    kinds = [kind for kind in ("positives", "positive_ids", "docs") if any(name in row for name in names[kind])]
+    kinds = [
+        kind
+        for kind in ("positives", "positive_ids", "docs")
+        if any(name in row for name in names[kind])
+    ]
     if len(kinds) != 1:
         raise ValueError(
             f"{place}: expected positives (texts), positive_ids, or docs and labels; "
@@ -190,10 +224,14 @@ def _positives(
         return
     for value in values:
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise ValueError(f"{place}, field {column}: expected strings or integers, got {value!r:.40}")
+            raise ValueError(
+                f"{place}, field {column}: expected strings or integers, got {value!r:.40}"
+            )
     missing = [value for value in values if str(value) not in ids]
     if missing:
         why = "" if ids else ", which has no ids"
-        raise ValueError(f"{place}, field {column}: not in the corpus{why}: {', '.join(map(repr, missing[:10]))}")
+        raise ValueError(
+            f"{place}, field {column}: not in the corpus{why}: {', '.join(map(repr, missing[:10]))}"
+        )
     for value in values:
         yield ids[str(value)], 1.0

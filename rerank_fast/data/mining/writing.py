@@ -22,8 +22,8 @@ _ROWS = 1024  # of a Parquet row group
 class ListWriter:
     """Writes lists to a .jsonl or .parquet file, one query after the other.
 
-    A .jsonl file grows line by line; a .parquet file is made at the end from OUTPUT.partial.jsonl. Beside it
-    OUTPUT.mining.json holds the settings of the run and whether it is complete.
+    A .jsonl file grows line by line; a .parquet file is made at the end from OUTPUT.partial.jsonl.
+    Beside it OUTPUT.mining.json holds the settings of the run and whether it is complete.
 
     Args:
         output: the file.
@@ -32,16 +32,26 @@ class ListWriter:
         overwrite: begin anew where the file exists.
 
     Raises:
-        ValueError: another suffix, no such directory, a file that no mining run wrote, or one with other settings.
-            From every method: the output can't be written; what was flushed before stays.
+        ValueError: another suffix, no such directory, a file that no mining run wrote, or one with
+            other settings. From every method: the output can't be written; what was flushed before
+            stays.
     """
 
     def __init__(
-        self, output: Path, settings: Mapping[str, Any], queries: Sequence[str], *, overwrite: bool = False
+        self,
+        output: Path,
+        settings: Mapping[str, Any],
+        queries: Sequence[str],
+        *,
+        overwrite: bool = False,
     ) -> None:
         check_output(output)
         self.output = output
-        self._lines = output if output.suffix == ".jsonl" else output.with_name(f"{output.name}.partial.jsonl")
+        self._lines = (
+            output
+            if output.suffix == ".jsonl"
+            else output.with_name(f"{output.name}.partial.jsonl")
+        )
         self._state = output.with_name(f"{output.name}.mining.json")
         self.position = 0  # the first query that has not been written
         self.lists = 0  # written so far, by earlier runs too
@@ -56,17 +66,22 @@ class ListWriter:
                 self._resume(queries)
             elif output.exists() or self._lines.exists():
                 raise ValueError(
-                    f"{output} exists, and no mining run wrote it: choose another output or overwrite it"
+                    f"{output} exists, and no mining run wrote it: choose another output or "
+                    "overwrite it"
                 )
             else:
                 self._write_state()
 
     def __enter__(self) -> ListWriter:
         with writing(self._lines):
-            self._file = None if self.complete else open(self._lines, "a", encoding="utf-8", newline="\n")
+            self._file = (
+                None if self.complete else open(self._lines, "a", encoding="utf-8", newline="\n")
+            )
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             with writing(self._lines):
                 self._file.close()
@@ -103,14 +118,23 @@ class ListWriter:
             before, complete = dict(state["settings"]), bool(state["complete"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._state} is not the state of a mining run: {error}") from error
-        changed = [name for name in {**before, **self._settings} if before.get(name) != self._settings.get(name)]
-        written = [file for file in (self._lines, self.output) if file.exists() and file.stat().st_size]
+        changed = [
+            name
+            for name in {**before, **self._settings}
+            if before.get(name) != self._settings.get(name)
+        ]
+        written = [
+            file for file in (self._lines, self.output) if file.exists() and file.stat().st_size
+        ]
         if changed and not written:
             self._write_state()
         elif changed:
-            changes = ", ".join(f"{name} {before.get(name)!r} -> {self._settings.get(name)!r}" for name in changed)
+            changes = ", ".join(
+                f"{name} {before.get(name)!r} -> {self._settings.get(name)!r}" for name in changed
+            )
             raise ValueError(
-                f"{self.output} was mined with other settings ({changes}): choose another output or overwrite it"
+                f"{self.output} was mined with other settings ({changes}): choose another output "
+                "or overwrite it"
             )
         return complete and self.output.exists()
 
@@ -121,7 +145,9 @@ class ListWriter:
         os.replace(temporary, self._state)
 
     def _resume(self, queries: Sequence[str]) -> None:
-        """Find the position after the last whole line, and drop what follows it in an incomplete file."""
+        """Find the position after the last whole line, and drop what follows it in an incomplete
+        file.
+        """
         if self.complete and self.output.suffix == ".parquet":
             self.lists = open_parquet(self.output).metadata.num_rows
             return
@@ -137,7 +163,8 @@ class ListWriter:
                     self.position = queries.index(query, self.position) + 1
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
-                        f"{self._lines}, line {number}: not a list of this run; overwrite the file to begin anew"
+                        f"{self._lines}, line {number}: not a list of this run; overwrite the file "
+                        "to begin anew"
                     ) from error
                 end += len(line)
                 self.lists += 1

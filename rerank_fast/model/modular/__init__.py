@@ -1,1 +1,3 @@
-"""Cross-encoders of sentence-transformers' modules: an encoder, pooling, and layers that give one score."""
+"""Cross-encoders of sentence-transformers' modules: an encoder, pooling, and layers that give one
+score.
+"""

@@ -60,7 +60,9 @@ class Normalize(nn.Module):
     def forward(self, features: Features) -> Features:
         if self.module_input_name not in features:
             return features
-        return features | {self.module_output_name: F.normalize(features[self.module_input_name], dim=-1)}
+        return features | {
+            self.module_output_name: F.normalize(features[self.module_input_name], dim=-1)
+        }
 
 
 class Dropout(nn.Module):
@@ -89,8 +91,12 @@ _KINDS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 }
 
 
-def make_module(kind: str, config: dict[str, Any], make_activation: Callable[[Any], nn.Module]) -> nn.Module | None:
-    """A module of the name of a class of sentence-transformers; None of one that is theirs alone."""
+def make_module(
+    kind: str, config: dict[str, Any], make_activation: Callable[[Any], nn.Module]
+) -> nn.Module | None:
+    """A module of the name of a class of sentence-transformers; None of one that is theirs
+    alone.
+    """
     if kind == "Dense":
         return Dense(config, make_activation(config.get("activation_function", "torch.nn.Tanh")))
     make = _KINDS.get(kind)

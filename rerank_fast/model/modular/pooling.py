@@ -1,4 +1,6 @@
-"""Token embeddings to one embedding a text, in each of sentence-transformers' modes, without padding."""
+"""Token embeddings to one embedding a text, in each of sentence-transformers' modes, without
+padding.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,17 @@ def _mean(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
 
 
 def _mean_sqrt(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
-    return _summed(rows, ends, owner) / _lengths(ends).to(torch.promote_types(rows.dtype, torch.float32)).sqrt()
+    return (
+        _summed(rows, ends, owner)
+        / _lengths(ends).to(torch.promote_types(rows.dtype, torch.float32)).sqrt()
+    )
 
 
 def _weighted_mean(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
     """Weights rise with the place of a token: 1, 2, 3, ..."""
-    place = torch.arange(1, len(rows) + 1, device=rows.device) - ends[:-1].long().index_select(0, owner)
+    place = torch.arange(1, len(rows) + 1, device=rows.device) - ends[:-1].long().index_select(
+        0, owner
+    )
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     lengths = _lengths(ends)
     return _summed(wide * place[:, None], ends, owner) / (lengths * (lengths + 1) // 2)
@@ -93,12 +100,16 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
         modes = [mode for name, mode in _LEGACY.items() if config.get(name)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     if not modes or (unknown := [mode for mode in modes if mode not in _POOLS]):
-        raise ValueError(f"expected pooling modes of {', '.join(_POOLS)}, got {(unknown if modes else modes)!r}")
+        raise ValueError(
+            f"expected pooling modes of {', '.join(_POOLS)}, got {(unknown if modes else modes)!r}"
+        )
     return modes
 
 
 class Pooling(nn.Module):
-    """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes * H)."""
+    """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes *
+    H).
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

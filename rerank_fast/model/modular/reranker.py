@@ -1,4 +1,6 @@
-"""An encoder and the modules behind it as one model, which the rest takes for a sequence classifier."""
+"""An encoder and the modules behind it as one model, which the rest takes for a sequence
+classifier.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,14 @@ class Entry:
 
 
 class ModularReranker(nn.Module):
-    """Runs an encoder on a padded batch and its modules on what comes out; the last of them gives the scores.
+    """Runs an encoder on a padded batch and its modules on what comes out; the last of them gives
+    the scores.
 
     Args:
         encoder: a Hugging Face model.
         head: the modules behind it, this package's or sentence-transformers'.
-        entries: of the encoder and of each module, as they are saved; none for a view of somebody else's model.
+        entries: of the encoder and of each module, as they are saved; none for a view of somebody
+            else's model.
         output: of the encoder's outputs, and what its name is among the features.
     """
 
@@ -69,21 +73,35 @@ class ModularReranker(nn.Module):
         return self.encoder.device
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """(B, 1) logits of a padded batch of input_ids, attention_mask and, where there are any, token_type_ids."""
+        """(B, 1) logits of a padded batch of input_ids, attention_mask and, where there are any,
+        token_type_ids.
+        """
         output, name = self.output
-        encoded = self.encoder(**{key: value for key, value in inputs.items() if key in self._accepted})
+        encoded = self.encoder(
+            **{key: value for key, value in inputs.items() if key in self._accepted}
+        )
         features = {**inputs, name: encoded[output]}
         for module in self.head:
             features = module(features)
         return SequenceClassifierOutput(logits=features["scores"])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
         self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
-    def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write the encoder's files, and each module's weights in its folder; the configs are the caller's."""
+    def save_pretrained(
+        self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the encoder's files, and each module's weights in its folder; the configs are the
+        caller's.
+        """
         state = self.state_dict() if state_dict is None else state_dict
-        encoder = {name.removeprefix(_ENCODER): one for name, one in state.items() if name.startswith(_ENCODER)}
+        encoder = {
+            name.removeprefix(_ENCODER): one
+            for name, one in state.items()
+            if name.startswith(_ENCODER)
+        }
         self.encoder.save_pretrained(directory, state_dict=encoder)
         module: Any
         for index, (entry, module) in enumerate(zip(self.entries[1:], self.head, strict=True)):

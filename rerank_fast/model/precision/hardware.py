@@ -9,7 +9,7 @@ import time
 import torch
 from torch import nn
 
-from rerank_fast.model.linear import StepLinear
+from rerank_fast.model.packed.linear import StepLinear
 
 logger = logging.getLogger(__name__)
 

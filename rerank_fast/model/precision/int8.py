@@ -1,4 +1,6 @@
-"""A model's linear layers in int8, its score head and embeddings left as they are. Inference only."""
+"""A model's linear layers in int8, its score head and embeddings left as they are. Inference
+only.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,17 @@ class Int8Linear(nn.Module):
 
     @staticmethod
     def joined(modules: Sequence[Int8Linear]) -> Int8Linear:
-        """Modules that read the same rows as one. It is kept: the modules of a model are always joined the same."""
+        """Modules that read the same rows as one. It is kept: the modules of a model are always
+        joined the same.
+        """
         first = modules[0]
         if len(modules) == 1:
             return first
         if first._joined is None:
             one = Int8Linear(join([module.weight for module in modules]))
-            object.__setattr__(first, "_joined", one)  # past nn.Module, which would count it among the model's
+            object.__setattr__(
+                first, "_joined", one
+            )  # past nn.Module, which would count it among the model's
         assert first._joined is not None
         return first._joined
 

@@ -26,7 +26,9 @@ class Precision:
     int8: bool = False
 
 
-def choose_precision(dtype: str | torch.dtype | Precision | None, device: torch.device) -> Precision:
+def choose_precision(
+    dtype: str | torch.dtype | Precision | None, device: torch.device
+) -> Precision:
     """See CrossEncoder's dtype; a choice that was made elsewhere is taken.
 
     Raises:
@@ -39,10 +41,13 @@ def choose_precision(dtype: str | torch.dtype | Precision | None, device: torch.
     if dtype in ("int8", torch.int8):
         if device.type != "cpu":
             raise ValueError(
-                f"dtype int8 is for the CPU, got device {device}; expected float32, bfloat16 or float16"
+                f"dtype int8 is for the CPU, got device {device}; expected float32, bfloat16 or "
+                "float16"
             )
         return Precision(compute=fastest(device), int8=True)
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and kind not in _WEIGHTS:
-        raise ValueError(f'dtype must be float32, bfloat16, float16, "auto", "int8" or None, got {dtype!r}')
+        raise ValueError(
+            f'dtype must be float32, bfloat16, float16, "auto", "int8" or None, got {dtype!r}'
+        )
     return Precision(weights=kind)

@@ -1,1 +1,3 @@
-"""A CrossEncoder behind the interfaces that other libraries ask for; each file needs its library."""
+"""A CrossEncoder behind the interfaces that other libraries ask for; each file needs its
+library.
+"""

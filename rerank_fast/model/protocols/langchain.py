@@ -1,4 +1,6 @@
-"""LangChain's BaseCrossEncoder: `from rerank_fast.model.protocols.langchain import LangChainCrossEncoder`."""
+"""LangChain's BaseCrossEncoder: `from rerank_fast.model.protocols.langchain import
+LangChainCrossEncoder`.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,12 @@ class MTEBCrossEncoder:
         self.model = model
         name = hub_id(model.name_or_path) or f"local/{Path(model.name_or_path).resolve().name}"
         self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": name, "revision": revision, "loader": MTEBCrossEncoder, "model_type": ["cross-encoder"]}
+            {
+                "name": name,
+                "revision": revision,
+                "loader": MTEBCrossEncoder,
+                "model_type": ["cross-encoder"],
+            }
         )
 
     def predict(
@@ -52,9 +57,11 @@ class MTEBCrossEncoder:
         show_progress_bar: bool = False,
         **options: Any,
     ) -> np.ndarray:
-        """(N,) fp32 raw scores of the queries in inputs1 with the documents in inputs2, batches of texts.
+        """(N,) fp32 raw scores of the queries in inputs1 with the documents in inputs2, batches of
+        texts.
 
-        The batches are MTEB's; batch_size is the most pairs per forward pass. Nothing else of a task is read.
+        The batches are MTEB's; batch_size is the most pairs per forward pass. Nothing else of a
+        task is read.
         """
         queries, documents = (
             [text for batch in batches for text in batch["text"]] for batches in (inputs1, inputs2)

@@ -1,4 +1,6 @@
-"""Directories that hold a PEFT adapter and no model: opened on the model that they were trained on."""
+"""Directories that hold a PEFT adapter and no model: opened on the model that they were trained
+on.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
         ValueError: the adapter names no model, or has no safetensors weights.
     """
     try:
-        config = None if checkpoint.file("config.json") is not None else checkpoint.read_json(_CONFIG)
+        config = (
+            None if checkpoint.file("config.json") is not None else checkpoint.read_json(_CONFIG)
+        )
     except OSError:  # there is no such model: whoever reads its config says why
         return None
     if config is None:
@@ -26,18 +30,23 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{checkpoint.name} holds a PEFT adapter and no model, and its {_CONFIG} names none: expected "
+            f"{checkpoint.name} holds a PEFT adapter and no model, and its {_CONFIG} names none: "
+            "expected "
             f"base_model_name_or_path, got {shown(base)}"
         )
     if checkpoint.file(_WEIGHTS) is None:
         raise ValueError(
-            f"{checkpoint.name} holds a PEFT adapter of {base} without {_WEIGHTS}; pickled weights are not loaded"
+            f"{checkpoint.name} holds a PEFT adapter of {base} without {_WEIGHTS}; pickled weights "
+            "are not loaded"
         )
     return Checkpoint(base, None, checkpoint.token)
 
 
-def merged(checkpoint: Checkpoint, base: Checkpoint, model: Any, missing: set[str]) -> tuple[Any, set[str]]:
-    """The model with the adapter merged into its weights, and the weights that neither of the two has.
+def merged(
+    checkpoint: Checkpoint, base: Checkpoint, model: Any, missing: set[str]
+) -> tuple[Any, set[str]]:
+    """The model with the adapter merged into its weights, and the weights that neither of the two
+    has.
 
     Raises:
         ValueError: PEFT is not installed, or the adapter is none of this model.
@@ -50,7 +59,9 @@ def merged(checkpoint: Checkpoint, base: Checkpoint, model: Any, missing: set[st
     file = checkpoint.file(_WEIGHTS)
     assert file is not None
     brought = {name.removeprefix("base_model.model.") for name in header(file)}
-    unknown = sorted(name for name in brought if ".lora_" not in name and name not in model.state_dict())
+    unknown = sorted(
+        name for name in brought if ".lora_" not in name and name not in model.state_dict()
+    )
     with named(f"{what}; it does not fit there"):
         if unknown:
             raise ValueError(f"the model has no weight {unknown[0]}")

@@ -71,7 +71,9 @@ class Checkpoint:
             raise ValueError(f"{self.name}/{where}: expected a file's name, got {shown(name)}")
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{self.name}/{where} leads out of the model's directory: {shown(name)}")
+            raise ValueError(
+                f"{self.name}/{where} leads out of the model's directory: {shown(name)}"
+            )
         return name
 
 
@@ -93,7 +95,10 @@ def named(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and load report: what matters is said in own words."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

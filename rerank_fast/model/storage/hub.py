@@ -21,14 +21,18 @@ def create_repository(repo_id: str, *, private: bool, token: str | bool | None) 
         HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
 
 
-def push(save_to: Callable[[Path], None], repo_id: str, *, private: bool, token: str | bool | None) -> str:
+def push(
+    save_to: Callable[[Path], None], repo_id: str, *, private: bool, token: str | bool | None
+) -> str:
     """Save to a temporary directory and upload that; returns the commit's URL."""
     create_repository(repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory() as directory:
         save_to(Path(directory))
         with _hub_errors(repo_id):
             commit = HfApi(token=token).upload_folder(
-                repo_id=repo_id, folder_path=directory, commit_message="Upload a reranker with rerank_fast"
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message="Upload a reranker with rerank_fast",
             )
     return str(commit.commit_url)
 
@@ -40,5 +44,9 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OfflineModeIsEnabled):
-            raise ValueError(f"can't push to {repo_id}: the hub is offline (HF_HUB_OFFLINE)") from error
-        raise ValueError(f"can't push to {repo_id}: {' '.join(str(error).split())[:400]}") from error
+            raise ValueError(
+                f"can't push to {repo_id}: the hub is offline (HF_HUB_OFFLINE)"
+            ) from error
+        raise ValueError(
+            f"can't push to {repo_id}: {' '.join(str(error).split())[:400]}"
+        ) from error

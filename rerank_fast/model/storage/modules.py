@@ -1,4 +1,6 @@
-"""sentence-transformers' modules.json: what a CrossEncoder consists of, and the modules behind its encoder."""
+"""sentence-transformers' modules.json: what a CrossEncoder consists of, and the modules behind its
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def read_entries(checkpoint: Checkpoint) -> list[Entry]:
     entries = []
     for index, module in enumerate(modules):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise ValueError(f"{checkpoint.name}/modules.json: expected objects with a type, got {shown(module)}")
+            raise ValueError(
+                f"{checkpoint.name}/modules.json: expected objects with a type, got {shown(module)}"
+            )
         path, name = module.get("path") or "", str(module.get("name", index))
         file = TRANSFORMER_CONFIG
         if path:
@@ -57,7 +61,8 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
     first, where = entries[0], f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
     if first.kind != "Transformer" or first.path:
         raise ValueError(
-            f"{checkpoint.name}/modules.json: expected a Transformer in the model's own directory as the first "
+            f"{checkpoint.name}/modules.json: expected a Transformer in the model's own directory "
+            "as the first "
             f"module, got {first.type} in {first.path or 'it'}"
         )
     for name in _UNREAD:
@@ -68,22 +73,32 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
         return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
     if task == "sequence-classification":
         return AutoModelForSequenceClassification
-    raise ValueError(f"{where}: expected the transformer_task feature-extraction, got {shown(task)}")
+    raise ValueError(
+        f"{where}: expected the transformer_task feature-extraction, got {shown(task)}"
+    )
 
 
 def assemble(checkpoint: Checkpoint, entries: Sequence[Entry], encoder: Any) -> ModularReranker:
     """The encoder with the modules behind it, whose weights are read.
 
     Raises:
-        ValueError: a module is damaged or unknown, or they don't give one score together; says which.
+        ValueError: a module is damaged or unknown, or they don't give one score together; says
+            which.
     """
     text = dict(entries[0].config.get("modality_config") or {}).get("text") or {}
     classifies = entries[0].config.get("transformer_task") == "sequence-classification"
     outputs = ("logits", "scores") if classifies else ("last_hidden_state", "token_embeddings")
-    output = text.get("method_output_name", outputs[0]), entries[0].config.get("module_output_name", outputs[1])
-    if text.get("method", "forward") != "forward" or not all(isinstance(one, str) for one in output):
+    output = (
+        text.get("method_output_name", outputs[0]),
+        entries[0].config.get("module_output_name", outputs[1]),
+    )
+    if text.get("method", "forward") != "forward" or not all(
+        isinstance(one, str) for one in output
+    ):
         where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
-        raise ValueError(f"{where}: expected the output {outputs[0]} of the method forward, got {shown(text)}")
+        raise ValueError(
+            f"{where}: expected the output {outputs[0]} of the method forward, got {shown(text)}"
+        )
     modules = [_read_module(checkpoint, entry, encoder.dtype) for entry in entries[1:]]
     model = ModularReranker(encoder, modules, entries, output)
     _check_score(checkpoint, model)
@@ -93,10 +108,13 @@ def assemble(checkpoint: Checkpoint, entries: Sequence[Entry], encoder: Any) -> 
 def _read_module(checkpoint: Checkpoint, entry: Entry, dtype: torch.dtype) -> nn.Module:
     where = f"{checkpoint.name}/{entry.path}/config.json"
     if not entry.path:
-        raise ValueError(f"{checkpoint.name}/modules.json: expected a path for the module {entry.type}")
+        raise ValueError(
+            f"{checkpoint.name}/modules.json: expected a path for the module {entry.type}"
+        )
     if not entry.type.startswith("sentence_transformers."):
         raise ValueError(
-            f"{checkpoint.name}/modules.json has the module {entry.type}: expected sentence-transformers' own"
+            f"{checkpoint.name}/modules.json has the module {entry.type}: expected "
+            "sentence-transformers' own"
         )
 
     def activation(name: Any) -> nn.Module:
@@ -128,7 +146,8 @@ def _check_module(where: str, found: dict[str, Tensor], expected: dict[str, Tens
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{where}: {name} is {tuple(tensor.shape)} in the weights and {tuple(expected[name].shape)} by the "
+                f"{where}: {name} is {tuple(tensor.shape)} in the weights and "
+                f"{tuple(expected[name].shape)} by the "
                 "config"
             )
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -145,7 +164,8 @@ def _theirs(checkpoint: Checkpoint, entry: Entry) -> nn.Module:
         from sentence_transformers.base.modules import Module
     except ImportError as error:
         raise ValueError(
-            f"{checkpoint.name} has the module {entry.type}, which needs pip install sentence-transformers"
+            f"{checkpoint.name} has the module {entry.type}, which needs pip install "
+            "sentence-transformers"
         ) from error
     place, _, name = entry.type.rpartition(".")
     with named(f"the module {entry.type} of {checkpoint.name} can't be loaded"):
@@ -158,10 +178,16 @@ def _theirs(checkpoint: Checkpoint, entry: Entry) -> nn.Module:
 
 @torch.no_grad()
 def _check_score(checkpoint: Checkpoint, model: ModularReranker) -> None:
-    """Whether the modules give one score a text, tried with two texts of two tokens; theirs alone are not tried."""
+    """Whether the modules give one score a text, tried with two texts of two tokens; theirs alone
+    are not tried.
+    """
     if any(not type(module).__module__.startswith("rerank_fast.") for module in model.head):
         return
-    shape = (2, 2, model.config.hidden_size) if model.output[0] != "logits" else (2, model.config.num_labels)
+    shape = (
+        (2, 2, model.config.hidden_size)
+        if model.output[0] != "logits"
+        else (2, model.config.num_labels)
+    )
     features = {model.output[1]: torch.zeros(shape, dtype=model.encoder.dtype)}
     features["attention_mask"] = torch.ones(2, 2, dtype=torch.int64)
     with named(f"{checkpoint.name}/modules.json: the modules give no score"):
@@ -169,7 +195,9 @@ def _check_score(checkpoint: Checkpoint, model: ModularReranker) -> None:
             features = module(features)
         scores = features["scores"]
     if scores.shape not in ((2, 1), (2,)):
-        raise ValueError(f"{checkpoint.name} has {scores.shape[-1]} labels; expected modules that give 1 score")
+        raise ValueError(
+            f"{checkpoint.name} has {scores.shape[-1]} labels; expected modules that give 1 score"
+        )
 
 
 def keep_in_fp32(where: str, model: nn.Module, entries: Sequence[Entry], names: Any) -> list[str]:
@@ -185,7 +213,9 @@ def keep_in_fp32(where: str, model: nn.Module, entries: Sequence[Entry], names: 
         ValueError: a name is not that of an nn.Linear.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: expected keep_in_fp32_modules to be a list of names, got {shown(names)}")
+        raise ValueError(
+            f"{where}: expected keep_in_fp32_modules to be a list of names, got {shown(names)}"
+        )
     first = f"{entries[0].name if entries else 0}.model"
     places: dict[str, Any] = {first: model}
     if isinstance(model, ModularReranker):
@@ -197,6 +227,8 @@ def keep_in_fp32(where: str, model: nn.Module, entries: Sequence[Entry], names: 
             if name.startswith(f"{place}."):
                 found = dict(module.named_modules()).get(name.removeprefix(f"{place}."))
         if type(found) not in (nn.Linear, Float32Linear):
-            raise ValueError(f"{where}: keep_in_fp32_modules names {name}, which is no nn.Linear of the model")
+            raise ValueError(
+                f"{where}: keep_in_fp32_modules names {name}, which is no nn.Linear of the model"
+            )
         found.__class__ = Float32Linear
     return names

@@ -7,18 +7,21 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
-# torch.compile, FSDP, activation checkpointing and DeepSpeed: they wrap layers too, so anywhere in a name.
+# torch.compile, FSDP, activation checkpointing and DeepSpeed: they wrap layers too, so anywhere in
+# a name.
 _WRAPPERS = re.compile(
     r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_original_module)\."
 )
-_MAX_DEPTH = 4  # of wrappers around a whole model: DistributedDataParallel, a trainer's own module, ...
+_MAX_DEPTH = (
+    4  # of wrappers around a whole model: DistributedDataParallel, a trainer's own module, ...
+)
 
 
 def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> dict[str, str]:
     """Names in a file, each with what it is without the parts that wrappers have put into it.
 
-    What DistributedDataParallel ("module."), trainers ("model.", "0.auto_model.") and others put before all names
-    is found by what follows it: it need not be known.
+    What DistributedDataParallel ("module."), trainers ("model.", "0.auto_model.") and others put
+    before all names is found by what follows it: it need not be known.
 
     Args:
         names: of the tensors in a checkpoint's files.
@@ -30,7 +33,9 @@ def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> d
     prefixes: Counter[str] = Counter()
     for name in plain.values():
         parts = name.split(".")
-        ends = (depth for depth in range(min(_MAX_DEPTH, len(parts))) if ".".join(parts[depth:]) in own)
+        ends = (
+            depth for depth in range(min(_MAX_DEPTH, len(parts))) if ".".join(parts[depth:]) in own
+        )
         if (depth := next(ends, None)) is not None:
             prefixes[".".join([*parts[:depth], ""])] += 1
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
@@ -40,7 +45,9 @@ def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> d
 def _of_encoder(model: Any, names: Iterable[str]) -> list[str]:
     """Those of the names that are the encoder's: neither head nor pooler."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    return sorted(name for name in names if name.startswith(prefix) and "pooler" not in name.split("."))
+    return sorted(
+        name for name in names if name.startswith(prefix) and "pooler" not in name.split(".")
+    )
 
 
 def in_encoder(model: Any, missing: Iterable[str]) -> bool:
@@ -64,10 +71,13 @@ def check_encoder(name: str, model: Any, missing: Collection[str], names: Collec
         of = len(_of_encoder(model, model.state_dict()))
         there = f"; they hold {len(names)} tensors, as {sorted(names)[0]}" if names else ""
         raise ValueError(
-            f"{name}: {len(lacking)} of the encoder's {of} weights are not in its files, as {lacking[0]}{there}"
+            f"{name}: {len(lacking)} of the encoder's {of} weights are not in its files, as "
+            f"{lacking[0]}{there}"
         )
 
 
 def named_shortly(names: Collection[str]) -> str:
     """The first names, and how many others there are."""
-    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")
+    return ", ".join(sorted(names)[:4]) + (
+        f" and {len(names) - 4} others" if len(names) > 4 else ""
+    )

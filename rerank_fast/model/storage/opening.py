@@ -44,13 +44,19 @@ def open_model(
         hub: options of from_pretrained.
 
     Raises:
-        ValueError: a file is missing or damaged, the encoder lacks weights, or there is more than one label.
+        ValueError: a file is missing or damaged, the encoder lacks weights, or there is more than
+            one label.
     """
     name, modular = base.name, is_modular(entries)
     architectures = config.architectures or []
-    labelled = any(one.endswith("ForSequenceClassification") for one in architectures) and not modular
+    labelled = (
+        any(one.endswith("ForSequenceClassification") for one in architectures) and not modular
+    )
     if labelled and config.num_labels != 1:
-        raise ValueError(f"{name} has {config.num_labels} labels; expected a sequence-classification model with 1")
+        raise ValueError(
+            f"{name} has {config.num_labels} labels; expected a sequence-classification model with "
+            "1"
+        )
     loader: Any = AutoModelForSequenceClassification
     if modular:
         loader = encoder_loader(checkpoint, entries, config)
@@ -99,7 +105,9 @@ def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: boo
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(one, str) for one in architectures)
     ):
-        raise ValueError(f"{name}/config.json: expected architectures to be names, got {shown(architectures)}")
+        raise ValueError(
+            f"{name}/config.json: expected architectures to be names, got {shown(architectures)}"
+        )
     if check_dtype and config.dtype is not None and config.dtype not in _DTYPES:
         names = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
         raise ValueError(f"{name}/config.json: expected the dtype {names}, got {config.dtype}")
@@ -113,7 +121,9 @@ def _model(
     dtype: str | torch.dtype | None,
     options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """The model, of files or of a state_dict, and transformers' report: missing_keys, mismatched_keys."""
+    """The model, of files or of a state_dict, and transformers' report: missing_keys,
+    mismatched_keys.
+    """
     try:
         return loader.from_pretrained(
             None if "state_dict" in options else checkpoint.name,
@@ -136,7 +146,9 @@ def _check_labels(name: str, model: Any, mismatched: Iterable[tuple[str, Any, An
     for weight, shape, expected in sorted(mismatched, key=str):
         in_head = not weight.startswith(f"{model.base_model_prefix}.")
         if in_head and expected[0] == 1 and shape[1:] == expected[1:]:
-            raise ValueError(f"{name} has {shape[0]} labels; expected a sequence-classification model with 1")
+            raise ValueError(
+                f"{name} has {shape[0]} labels; expected a sequence-classification model with 1"
+            )
 
 
 def _explain(path_or_hub_id: str, error: Exception) -> str:
@@ -144,8 +156,10 @@ def _explain(path_or_hub_id: str, error: Exception) -> str:
     if Path(path_or_hub_id).exists():
         if "no file named model.safetensors" in str(error):
             return (
-                f"{path_or_hub_id} has no safetensors weights, and pickled weights are not loaded: rerank-fast "
-                f"convert --model {path_or_hub_id} --output DIR reads them as tensors alone, and writes safetensors"
+                f"{path_or_hub_id} has no safetensors weights, and pickled weights are not loaded: "
+                "rerank-fast "
+                f"convert --model {path_or_hub_id} --output DIR reads them as tensors alone, and "
+                "writes safetensors"
             )
         return (
             f"{path_or_hub_id} can't be opened as a sequence-classification model; config.json and "

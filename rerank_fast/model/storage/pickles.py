@@ -1,4 +1,6 @@
-"""Pickled weights to safetensors: read as tensors and nothing else, because the user asked for it."""
+"""Pickled weights to safetensors: read as tensors and nothing else, because the user asked for
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ from rerank_fast.model.texts import one_line, shown
 
 _WEIGHTS = ("pytorch_model", "adapter_model")
 _INDEX = "pytorch_model.bin.index.json"
-# Of a model and its tokenizer; what else lies beside them is left out, optimizers' states above all.
+# Of a model and its tokenizer; what else lies beside them is left out, optimizers' states above
+# all.
 _KEPT = (".json", ".txt", ".model", ".md", ".jinja", ".safetensors", ".png")
 
 
 def pickled_weights(directory: Path) -> list[Path]:
     """Weights of a model directory that are pickled, its modules' too."""
     return sorted(
-        path for path in directory.rglob("*.bin") if path.name.startswith(_WEIGHTS) and path.name != _INDEX
+        path
+        for path in directory.rglob("*.bin")
+        if path.name.startswith(_WEIGHTS) and path.name != _INDEX
     )
 
 
@@ -43,10 +48,13 @@ def convert_pickles(source: Path, target: Path, check: Callable[[Path], object])
         The files that were converted.
 
     Raises:
-        ValueError: source is no directory, has no pickled weights, or one of them holds more than tensors.
+        ValueError: source is no directory, has no pickled weights, or one of them holds more than
+            tensors.
     """
     if not source.is_dir():
-        raise ValueError(f"expected a local model directory, got {source}; hf download brings one of the hub")
+        raise ValueError(
+            f"expected a local model directory, got {source}; hf download brings one of the hub"
+        )
     found = pickled_weights(source)
     if not found:
         raise ValueError(f"{source} has no pickled weights (pytorch_model.bin) to convert")
@@ -61,7 +69,9 @@ def convert_pickles(source: Path, target: Path, check: Callable[[Path], object])
         for path in found:
             place = staging / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            save_file(read_pickle(path), place.with_name(_renamed(path.name)), metadata={"format": "pt"})
+            save_file(
+                read_pickle(path), place.with_name(_renamed(path.name)), metadata={"format": "pt"}
+            )
         for index in source.rglob(_INDEX):
             place = staging / index.relative_to(source).with_name("model.safetensors.index.json")
             place.write_text(json.dumps(_renamed_index(index), indent=2) + "\n", encoding="utf-8")
@@ -80,7 +90,10 @@ def _renamed(name: str) -> str:
 def _renamed_index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        return {**content, "weight_map": {key: _renamed(name) for key, name in content["weight_map"].items()}}
+        return {
+            **content,
+            "weight_map": {key: _renamed(name) for key, name in content["weight_map"].items()},
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights: {one_line(error)}") from error
 

@@ -18,9 +18,10 @@ _TABLES = ("position_embeddings", "embed_positions", "wpe")
 def max_positions(name: str, model: Any) -> int | None:
     """The longest text, in tokens, that a model has positions for; None where it has no such limit.
 
-    RoBERTa and its kin count positions from the padding token's number + 1, which is the table's padding_idx;
-    BART and OPT leave out the first rows, as the table's offset says. What code of somebody's own does
-    is not known: then what fits in either way is taken, with one line in the log.
+    RoBERTa and its kin count positions from the padding token's number + 1, which is the table's
+    padding_idx; BART and OPT leave out the first rows, as the table's offset says. What code of
+    somebody's own does is not known: then what fits in either way is taken, with one line in the
+    log.
 
     Args:
         name: of the checkpoint.
@@ -32,11 +33,15 @@ def max_positions(name: str, model: Any) -> int | None:
     config = model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and not isinstance(limit, int):
-        raise ValueError(f"{name}/config.json: expected max_position_embeddings to be a number, got {shown(limit)}")
+        raise ValueError(
+            f"{name}/config.json: expected max_position_embeddings to be a number, got "
+            f"{shown(limit)}"
+        )
     tables = [
         part
         for path, part in model.base_model.named_modules()
-        if path.rpartition(".")[2] in _TABLES and isinstance(getattr(part, "weight", None), nn.Parameter)
+        if path.rpartition(".")[2] in _TABLES
+        and isinstance(getattr(part, "weight", None), nn.Parameter)
     ]
     limits = [limit] if limit and limit > 0 else []
     for table in tables:
@@ -45,6 +50,11 @@ def max_positions(name: str, model: Any) -> int | None:
         fits = rows - (getattr(table, "offset", 0) if padding is None else padding + 1)
         if padding is None and not type(model).__module__.startswith("transformers.models."):
             fits = rows - (getattr(config, "pad_token_id", None) or 0) - 1
-            logger.warning("%s: of its %d positions %d are used, which surely fit its own code.", name, rows, fits)
+            logger.warning(
+                "%s: of its %d positions %d are used, which surely fit its own code.",
+                name,
+                rows,
+                fits,
+            )
         limits.append(fits)
     return min(limits, default=None)

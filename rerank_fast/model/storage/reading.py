@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.card import CARD_FILE, Card, read_card
-from rerank_fast.model.heads import Answers
 from rerank_fast.model.modular.reranker import Entry, ModularReranker
+from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.storage.activations import is_torchs, make_activation
 from rerank_fast.model.storage.adapters import adapter_base
-from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, Checkpoint, quiet_transformers
+from rerank_fast.model.storage.files import (
+    SENTENCE_TRANSFORMERS_CONFIG,
+    Checkpoint,
+    quiet_transformers,
+)
 from rerank_fast.model.storage.modules import keep_in_fp32, read_entries
 from rerank_fast.model.storage.names import named_shortly
 from rerank_fast.model.storage.opening import is_causal, open_model, read_config
@@ -88,7 +92,10 @@ def load(
     causal = not isinstance(model, ModularReranker) and is_causal(config)
     answers = _answers(checkpoint, tokenizer, entries) if causal else None
     fp32 = keep_in_fp32(
-        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}", model, entries, saved.get("keep_in_fp32_modules") or []
+        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
+        model,
+        entries,
+        saved.get("keep_in_fp32_modules") or [],
     )
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -135,7 +142,8 @@ def _answers(checkpoint: Checkpoint, tokenizer: Any, entries: Sequence[Entry]) -
             if not known[0] or not (known[1] or answers[1] is None):
                 raise ValueError(
                     f"{checkpoint.name}/{file}: expected true_token_id and false_token_id below "
-                    f"{len(tokenizer)}, the tokens of the vocabulary, got {answers[0]!r:.40} and {answers[1]!r:.40}"
+                    f"{len(tokenizer)}, the tokens of the vocabulary, got {answers[0]!r:.40} and "
+                    f"{answers[1]!r:.40}"
                 )
             return Answers(*answers)
     vocabulary = tokenizer.get_vocab()
@@ -154,11 +162,13 @@ def _saved_activation(
     older = getattr(config, "sentence_transformers", None) or {}
     if not isinstance(older, dict):
         raise ValueError(
-            f"{checkpoint.name}/config.json: expected sentence_transformers to be an object, got {shown(older)}"
+            f"{checkpoint.name}/config.json: expected sentence_transformers to be an object, got "
+            f"{shown(older)}"
         )
     places = {
         SENTENCE_TRANSFORMERS_CONFIG: saved.get("activation_fn"),
-        "config.json": older.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None),
+        "config.json": older.get("activation_fn")
+        or getattr(config, "sbert_ce_default_activation_function", None),
     }
     file, name = next(((file, name) for file, name in places.items() if name), ("", None))
     if name is None:
@@ -169,7 +179,9 @@ def _saved_activation(
     # A name in a config must not run code of its choosing: PyTorch's activations only.
     if not is_torchs(name):
         logger.warning(
-            "%s names the activation %s, which is not one of torch.nn; using Sigmoid.", checkpoint.name, name
+            "%s names the activation %s, which is not one of torch.nn; using Sigmoid.",
+            checkpoint.name,
+            name,
         )
         return None
     return make_activation(name, where)

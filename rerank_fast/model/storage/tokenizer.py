@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from rerank_fast.model.storage.files import Checkpoint, named
 from rerank_fast.model.texts import shown
-from rerank_fast.model.tokenization import PairTokenizer
+from rerank_fast.model.tokens.tokenization import PairTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ class TokenizerSettings:
     def of(tokenizer: Any) -> TokenizerSettings:
         if not tokenizer.is_fast:
             return TokenizerSettings(None, None)
-        return TokenizerSettings(tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding)
+        return TokenizerSettings(
+            tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+        )
 
     def save(self, tokenizer: Any, directory: Path, max_length: int | None) -> None:
         """Write a tokenizer's files with these settings and a model's limit, None for its own."""
@@ -78,16 +80,24 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
         checkpoint.inside(version, _CONFIG)
     # The first that is there: of a model on the hub each question is a request.
     found = next((name for name in (*_VOCABULARIES, *versions) if checkpoint.file(name)), None)
-    there = ", ".join([*([found] if found else []), *(name for name in others if contents[name] is not None)])
+    there = ", ".join(
+        [*([found] if found else []), *(name for name in others if contents[name] is not None)]
+    )
     what = f"the tokenizer of {checkpoint.name} can't be made of {there}"
     if found is None:
-        what = f"{checkpoint.name} has no tokenizer: expected the file tokenizer.json or a vocabulary"
+        what = (
+            f"{checkpoint.name} has no tokenizer: expected the file tokenizer.json or a vocabulary"
+        )
     with named(what):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **hub)
-    own = {file for kind, file in type(tokenizer).vocab_files_names.items() if kind != "merges_file"}
+    own = {
+        file for kind, file in type(tokenizer).vocab_files_names.items() if kind != "merges_file"
+    }
     # Of none transformers makes a tokenizer of special tokens: every word is unknown to it.
     if own and found is None and not any(checkpoint.file(name) for name in own):
-        raise ValueError(f"{checkpoint.name} has no tokenizer: expected the file {' or '.join(sorted(own))}")
+        raise ValueError(
+            f"{checkpoint.name} has no tokenizer: expected the file {' or '.join(sorted(own))}"
+        )
     vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     if all(token in special for token in vocabulary):
         raise ValueError(
@@ -102,12 +112,15 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
     limit = tokenizer.model_max_length  # two texts and their separators
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 4 <= limit < math.inf:
         raise ValueError(
-            f"{checkpoint.name}/{_CONFIG}: expected model_max_length to be at least 4, got {shown(limit)}"
+            f"{checkpoint.name}/{_CONFIG}: expected model_max_length to be at least 4, got "
+            f"{shown(limit)}"
         )
     return tokenizer
 
 
-def _check_numbers(checkpoint: Checkpoint, vocabulary: dict[str, int], special: set[str], rows: Any) -> None:
+def _check_numbers(
+    checkpoint: Checkpoint, vocabulary: dict[str, int], special: set[str], rows: Any
+) -> None:
     """Whether the model has an embedding for each token; a special one may never be met."""
     beyond = {token: n for token, n in vocabulary.items() if isinstance(rows, int) and n >= rows}
     for token, number in beyond.items():

@@ -47,7 +47,8 @@ def check_weight_files(checkpoint: Checkpoint, named: Any) -> WeightFiles:
         first = checkpoint.inside(named, "config.json")
         if not first.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(
-                f"{checkpoint.name}/config.json: expected safetensors weights, pickled ones are not "
+                f"{checkpoint.name}/config.json: expected safetensors weights, pickled ones are "
+                "not "
                 f"loaded: got {shown(named)}"
             )
     _check_adapter(checkpoint)
@@ -81,11 +82,13 @@ def _shards(checkpoint: Checkpoint, name: str) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{checkpoint.name}/{name}: expected a weight_map of names and files, got {shown(weight_map)}"
+            f"{checkpoint.name}/{name}: expected a weight_map of names and files, got "
+            f"{shown(weight_map)}"
         )
     if not isinstance(index.get("metadata"), dict):
         raise ValueError(
-            f"{checkpoint.name}/{name}: expected metadata, an object, got {shown(index.get('metadata'))}"
+            f"{checkpoint.name}/{name}: expected metadata, an object, got "
+            f"{shown(index.get('metadata'))}"
         )
     for shard in weight_map.values():
         if not checkpoint.inside(shard, name).endswith(".safetensors"):
@@ -135,15 +138,23 @@ def check_weights(
     parameters = dict(model.named_parameters())
     for weight, dtype in dtypes.items():
         # Buffers may be integers, as the numbers of positions that older checkpoints hold.
-        if not dtype.startswith(("F", "BF")) and any(_is_same(weight, other) for other in parameters):
-            raise ValueError(f"{name}: the weight {weight} is of the type {dtype}; expected a float type")
+        if not dtype.startswith(("F", "BF")) and any(
+            _is_same(weight, other) for other in parameters
+        ):
+            raise ValueError(
+                f"{name}: the weight {weight} is of the type {dtype}; expected a float type"
+            )
     for weight, values in parameters.items():
         if values.numel():
             low, high = torch.aminmax(values.detach())  # one pass, no copy; NaN is both of them
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 what = "NaN" if torch.isnan(low) else "infinite"
-                kind = str(values.dtype).removeprefix("torch.")  # which may be narrower than the file's
-                raise ValueError(f"{name}: the weight {weight} has a value that is {what} in {kind}")
+                kind = str(values.dtype).removeprefix(
+                    "torch."
+                )  # which may be narrower than the file's
+                raise ValueError(
+                    f"{name}: the weight {weight} has a value that is {what} in {kind}"
+                )
 
 
 def _is_same(weight: str, other: str) -> bool:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from rerank_fast.model.card import CARD_FILE, Card
-from rerank_fast.model.heads import Answers
 from rerank_fast.model.modular.reranker import Entry
+from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
 from rerank_fast.model.storage.modules import TRANSFORMER_CONFIG
 from rerank_fast.model.storage.tokenizer import TokenizerSettings
@@ -53,7 +53,8 @@ def save(
     """Write a model directory; files appear in it only once all of them are written."""
     if not overwrite and holds_model(directory):
         raise ValueError(
-            f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) to replace it"
+            f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) "
+            "to replace it"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,8 @@ def _settings(
     kind = type(activation_fn)
     if not kind.__module__.startswith("torch.nn.modules."):
         logger.warning(
-            "The activation %s is not one of torch.nn: the saved model opens with Sigmoid.", activation_fn
+            "The activation %s is not one of torch.nn: the saved model opens with Sigmoid.",
+            activation_fn,
         )
     settings = {
         "__version__": {"pytorch": torch.__version__, "transformers": transformers_version},
@@ -105,7 +107,9 @@ def _settings(
         "model_type": "CrossEncoder",
         "prompts": dict(prompts),
     }
-    return settings | ({"keep_in_fp32_modules": keep_in_fp32_modules} if keep_in_fp32_modules else {})
+    return settings | (
+        {"keep_in_fp32_modules": keep_in_fp32_modules} if keep_in_fp32_modules else {}
+    )
 
 
 def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -139,5 +143,7 @@ def _plain_entries(answers: Answers | None) -> list[Entry]:
     score = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
     return [
         Entry("0", transformer, "", config),
-        Entry("1", score, "1_LogitScore", {**asdict(answers), "module_input_name": "causal_logits"}),
+        Entry(
+            "1", score, "1_LogitScore", {**asdict(answers), "module_input_name": "causal_logits"}
+        ),
     ]

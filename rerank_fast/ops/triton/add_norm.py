@@ -1,7 +1,8 @@
-"""A norm before a sublayer in Triton: residual + x, and its LayerNorm or RMSNorm as products read it, in one pass.
+"""A norm before a sublayer in Triton: residual + x, and its LayerNorm or RMSNorm as products read
+it, in one pass.
 
-A row a program forward, a few rows a program backward, which leaves the sums of weight's and bias's gradients over
-its rows: no atomics.
+A row a program forward, a few rows a program backward, which leaves the sums of weight's and bias's
+gradients over its rows: no atomics.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def add_norm_grad_kernel(
     grad_total,  # (T, width) fp32, or None
     dx,  # out (T, width) in x's dtype, or None
     d_residual,  # out (T, width) fp32
-    sums,  # out (programs, width or 2 x width) fp32: of the gradients of weight and, behind a mean, bias
+    # out (programs, width or 2 x width) fp32: of the gradients of weight and, behind a mean, bias
+    sums,
     sums_stride,
     num_rows,
     width,
@@ -112,7 +114,8 @@ def add_norm(
     """residual + x and its norm, without a graph.
 
     Args:
-        residual: (T, H) fp32, contiguous as all tensors here; H of at most residual_norm's MAX_WIDTH.
+        residual: (T, H) fp32, contiguous as all tensors here; H of at most residual_norm's
+            MAX_WIDTH.
         x: (T, H) what is added; None where nothing is, and the first result is then empty.
         weight: (H,) fp32 of the norm.
         bias: (H,) fp32 or None.
@@ -148,11 +151,13 @@ def add_norm_grads(
     sums: Tensor,
     has_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x, in grad_normed's dtype and empty without one, and of the residual (T, H) fp32.
+    """The gradients of x, in grad_normed's dtype and empty without one, and of the residual (T, H)
+    fp32.
 
     Args:
         total: (T, H) fp32 what was normed.
-        sums: (programs, H) fp32, or twice as wide for a LayerNorm: rows of sums of weight's and bias's gradients.
+        sums: (programs, H) fp32, or twice as wide for a LayerNorm: rows of sums of weight's and
+            bias's gradients.
     """
     num_rows, width = total.shape
     dx = grad_normed.new_empty(total.shape if has_x else 0)
@@ -174,7 +179,9 @@ def shipped() -> Iterator[Variant]:
             for case in ("layer", "rms"):
                 for kernel in (add_norm_kernel, add_norm_grad_kernel):
                     types = {argument: _type(argument, name) for argument in kernel.arg_names}
-                    constants: dict[str, Any] = {"ROWS": ROWS} if kernel is add_norm_grad_kernel else {"bias": None}
+                    constants: dict[str, Any] = (
+                        {"ROWS": ROWS} if kernel is add_norm_grad_kernel else {"bias": None}
+                    )
                     if case == "rms":
                         constants["mean"] = None
                     yield Variant(
@@ -184,7 +191,11 @@ def shipped() -> Iterator[Variant]:
                         launch(width, hip=False),
                         constants,
                         launch(width, hip=True),
-                        multiples=[a for a in types if types[a].startswith("*") or a in ("width", "sums_stride")],
+                        multiples=[
+                            a
+                            for a in types
+                            if types[a].startswith("*") or a in ("width", "sums_stride")
+                        ],
                     )
 
 

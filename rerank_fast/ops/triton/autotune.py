@@ -1,8 +1,10 @@
-"""The shipped launch config of a case or, with RERANK_FAST_AUTOTUNE=1, the fastest of a few around it.
+"""The shipped launch config of a case or, with RERANK_FAST_AUTOTUNE=1, the fastest of a few around
+it.
 
-The variable is read when this file is imported. A kernel is then timed on the first batch of each case: that waits
-for the GPU and can't be captured in a graph. Triton keeps the choice on disk. With one config a kernel gives the
-same bits every time, with another it may give others: tuned results are repeatable where the choice is the same.
+The variable is read when this file is imported. A kernel is then timed on the first batch of each
+case: that waits for the GPU and can't be captured in a graph. Triton keeps the choice on disk. With
+one config a kernel gives the same bits every time, with another it may give others: tuned results
+are repeatable where the choice is the same.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ ENABLED = os.environ.get("RERANK_FAST_AUTOTUNE") == "1"
 def choose(
     kernel: Any, shipped: dict[str, Any], others: Iterable[dict[str, Any]], key: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """What to launch and the config to give it: kernel and shipped, or a tuner of its own and what is left.
+    """What to launch and the config to give it: kernel and shipped, or a tuner of its own and what
+    is left.
 
-    others: what each further candidate changes of the shipped config, which is the first. key: arguments whose
+    others: what each further candidate changes of the shipped config, which is the first. key:
+    arguments whose
     values make another case. The kernel must overwrite its outputs: it runs many times.
     """
     if not ENABLED:
@@ -39,19 +43,28 @@ def _is_tuned(name: str) -> bool:
 
 
 @functools.cache
-def _tuner(kernel: Any, candidates: tuple[tuple[tuple[str, Any], ...], ...], key: tuple[str, ...]) -> Any:
+def _tuner(
+    kernel: Any, candidates: tuple[tuple[tuple[str, Any], ...], ...], key: tuple[str, ...]
+) -> Any:
     configs = []
     for candidate in candidates:
         blocks = {name: value for name, value in candidate if name.isupper()}
-        options = {name: value for name, value in candidate if not name.isupper() and _is_tuned(name)}
+        options = {
+            name: value for name, value in candidate if not name.isupper() and _is_tuned(name)
+        }
         configs.append(triton.Config(blocks, **options))
     interpreted = guard.interpreted()
     return triton.autotune(
-        configs, key=list(key), do_bench=_run_once if interpreted else None, cache_results=not interpreted
+        configs,
+        key=list(key),
+        do_bench=_run_once if interpreted else None,
+        cache_results=not interpreted,
     )(kernel)
 
 
 def _run_once(call: Any, quantiles: tuple[float, ...]) -> list[float]:
-    """In the interpreter times say nothing: every candidate runs, and the shipped one, the first, stays."""
+    """In the interpreter times say nothing: every candidate runs, and the shipped one, the first,
+    stays.
+    """
     call()
     return [0.0] * len(quantiles)

@@ -1,4 +1,6 @@
-"""Sums over the rows of up to three matrices in one launch: what kernels left of vectors' gradients."""
+"""Sums over the rows of up to three matrices in one launch: what kernels left of vectors'
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def _sum_columns(matrix, num_rows, width, block, out, ROWS: tl.constexpr, COLUMN
     for first in range(0, num_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         there = (row < num_rows)[:, None] & (e < width)[None, :]
-        total += tl.load(matrix + row.to(tl.int64)[:, None] * width + e[None, :], mask=there, other=0.0)
+        total += tl.load(
+            matrix + row.to(tl.int64)[:, None] * width + e[None, :], mask=there, other=0.0
+        )
     tl.store(out + e, tl.sum(total, axis=0), mask=e < width)
 
 
@@ -73,4 +77,6 @@ def shipped() -> Iterator[Variant]:
     types = dict.fromkeys(["a", "b", "c", "out"], "*fp32")
     widths = ["a_width", "b_width", "c_width"]
     types |= dict.fromkeys(["a_rows", "b_rows", "c_rows", *widths], "i32")
-    yield Variant("column_sums", column_sums_kernel, types, LAUNCH, multiples=["a", "b", "c", "out", *widths])
+    yield Variant(
+        "column_sums", column_sums_kernel, types, LAUNCH, multiples=["a", "b", "c", "out", *widths]
+    )

@@ -16,7 +16,9 @@ def mix(x):
 
 @triton.jit
 def numbers(rows, place, there):
-    """What stands for the rows at some places: what `rows` holds there, or, where it is None, the place itself."""
+    """What stands for the rows at some places: what `rows` holds there, or, where it is None, the
+    place itself.
+    """
     if rows is not None:
         place = tl.load(rows + place, mask=there, other=0)
     return place
@@ -24,7 +26,9 @@ def numbers(rows, place, there):
 
 @triton.jit
 def row_streams(seed, stream, rows):
-    """What the rows of one stream draw from; seed is mixed_seed()'s, rows are counted over the whole tensor."""
+    """What the rows of one stream draw from; seed is mixed_seed()'s, rows are counted over the
+    whole tensor.
+    """
     start = mix(seed.to(tl.uint32) + stream.to(tl.uint32) * tl.full([], 0x9E3779B9, tl.uint32))
     return mix(start + rows.to(tl.uint32))
 
@@ -44,7 +48,9 @@ def tile_factors(seed, STREAM: tl.constexpr, rows, columns, threshold, rescale):
 
 
 def scalars(dropout_p: float, seed: int) -> tuple[int, int, float]:
-    """(seed, threshold, rescale) as the kernels take them; both numbers are 32 bits, passed as int32."""
+    """(seed, threshold, rescale) as the kernels take them; both numbers are 32 bits, passed as
+    int32.
+    """
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     threshold = int(min(dropout_p * 2**32, 2**32 - 1))
     return _signed(_mix(low ^ _mix(high))), _signed(threshold), 1 / (1 - dropout_p)

@@ -1,7 +1,9 @@
-"""BERT's embeddings in Triton: words, positions and types gathered, summed, normed and dropped out in one pass.
+"""BERT's embeddings in Triton: words, positions and types gathered, summed, normed and dropped out
+in one pass.
 
-Backward leaves the gradient of the sum and sums over a few rows of those of the norm's vectors and of the types;
-another launch adds up the rows of each word and position in the order that the host gives: no atomics.
+Backward leaves the gradient of the sum and sums over a few rows of those of the norm's vectors and
+of the types; another launch adds up the rows of each word and position in the order that the host
+gives: no atomics.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def _embedded(words, positions, types, ids, num_tokens, row, e, there, width):
 def _kept(rows, row, e, seed, threshold, rescale):
     """The factors of a row's dropout."""
     number = dropout.numbers(rows, row, True)
-    return dropout.factors(dropout.row_streams(seed, tl.full([], 0, tl.uint32), number), e, threshold, rescale)
+    return dropout.factors(
+        dropout.row_streams(seed, tl.full([], 0, tl.uint32), number), e, threshold, rescale
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens", "seed", "threshold"])
@@ -204,7 +208,17 @@ def embed_norm(
     if num_tokens and not words.is_meta:
         with torch.cuda.device_of(words):
             embed_norm_kernel[(num_tokens,)](
-                *(words, positions, types, ids, weight, bias, rows, y, narrow if len(narrow) else None),
+                *(
+                    words,
+                    positions,
+                    types,
+                    ids,
+                    weight,
+                    bias,
+                    rows,
+                    y,
+                    narrow if len(narrow) else None,
+                ),
                 *(mean, rstd, num_tokens, width, eps, *dropout.scalars(dropout_p, seed)),
                 HAS_DROPOUT=dropout_p > 0,
                 **launch(width),
@@ -227,7 +241,9 @@ def embed_norm_grads(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """(T, H) fp32 the gradient of the sum, and rows of sums of those of weight, bias and each of the types."""
+    """(T, H) fp32 the gradient of the sum, and rows of sums of those of weight, bias and each of
+    the types.
+    """
     num_tokens, width = grad_y.shape
     num_types = 0 if types is None else types.shape[0]
     d_total = torch.empty_like(grad_y)
@@ -235,7 +251,20 @@ def embed_norm_grads(
     if num_tokens and not words.is_meta:
         with torch.cuda.device_of(words):
             embed_norm_grad_kernel[(sums.shape[0],)](
-                *(words, positions, types, ids, weight, mean, rstd, rows, grad_y, grad_narrow, d_total, sums),
+                *(
+                    words,
+                    positions,
+                    types,
+                    ids,
+                    weight,
+                    mean,
+                    rstd,
+                    rows,
+                    grad_y,
+                    grad_narrow,
+                    d_total,
+                    sums,
+                ),
                 *(num_tokens, width, *dropout.scalars(dropout_p, seed)),
                 NUM_TYPES=num_types,
                 HAS_DROPOUT=dropout_p > 0,
@@ -247,7 +276,9 @@ def embed_norm_grads(
 
 @launcher()
 def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """(S, H) sums of rows of x (T, H) fp32: of segment s those at order[starts[s]:starts[s + 1]], all int32."""
+    """(S, H) sums of rows of x (T, H) fp32: of segment s those at order[starts[s]:starts[s + 1]],
+    all int32.
+    """
     num_segments, width = starts.shape[0] - 1, x.shape[1]
     out = x.new_empty(num_segments, width)
     if out.numel() and not x.is_meta:

@@ -1,4 +1,6 @@
-"""A gated feed-forward's activation(gate) * up in Triton, and its gradient: one pass over memory each."""
+"""A gated feed-forward's activation(gate) * up in Triton, and its gradient: one pass over memory
+each.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def gated_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def gated_grad_kernel(gate_up, grad, d_gate_up, width, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr):
+def gated_grad_kernel(
+    gate_up, grad, d_gate_up, width, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = e < width
@@ -53,12 +57,16 @@ def gated_grad_kernel(gate_up, grad, d_gate_up, width, ACTIVATION: tl.constexpr,
     upstream = tl.load(grad + row * width + e, mask=there, other=0.0).to(tl.float32)
     active, slope = _activate(gate, ACTIVATION)
     tl.store(d_gate_up + first, (upstream * up * slope).to(d_gate_up.dtype.element_ty), mask=there)
-    tl.store(d_gate_up + first + width, (upstream * active).to(d_gate_up.dtype.element_ty), mask=there)
+    tl.store(
+        d_gate_up + first + width, (upstream * active).to(d_gate_up.dtype.element_ty), mask=there
+    )
 
 
 @launcher()
 def gated(gate_up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up of (T, 2 I) gates and what they are multiplied with, contiguous: (T, I)."""
+    """activation(gate) * up of (T, 2 I) gates and what they are multiplied with, contiguous: (T,
+    I).
+    """
     width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
@@ -88,4 +96,6 @@ def shipped() -> Iterator[Variant]:
             for kernel in (gated_kernel, gated_grad_kernel):
                 types = {one: "i32" if one == "width" else f"*{name}" for one in kernel.arg_names}
                 constants = {"ACTIVATION": code}
-                yield Variant(f"{kernel.__name__}-{name}_{activation}", kernel, types, LAUNCH, constants)
+                yield Variant(
+                    f"{kernel.__name__}-{name}_{activation}", kernel, types, LAUNCH, constants
+                )

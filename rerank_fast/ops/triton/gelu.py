@@ -1,4 +1,6 @@
-"""The gradient of GELU in Triton, with the sums of some rows that a bias before it has for its gradient."""
+"""The gradient of GELU in Triton, with the sums of some rows that a bias before it has for its
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def gelu_grad_kernel(
 
 @launcher(mutates=("sums",))
 def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
-    """The gradient of x (T, H), all contiguous; sums (programs, H) fp32 get those of ROWS rows each."""
+    """The gradient of x (T, H), all contiguous; sums (programs, H) fp32 get those of ROWS rows
+    each.
+    """
     dx = torch.empty_like(x)
     if x.numel() and not x.is_meta:
         with torch.cuda.device_of(x):

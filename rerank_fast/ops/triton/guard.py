@@ -22,7 +22,9 @@ def interpreted() -> bool:
 
 
 def refusal(device: torch.device) -> str:
-    """Why kernels don't take tensors of a device, to follow the backend's name; empty where they do."""
+    """Why kernels don't take tensors of a device, to follow the backend's name; empty where they
+    do.
+    """
     if device.type == "cuda" or interpreted():
         return ""
     return (

@@ -1,11 +1,13 @@
-"""LambdaLoss in Triton: the long lists' order, pairs, and the mean; at most three launches, whatever the lists.
+"""LambdaLoss in Triton: the long lists' order, pairs, and the mean; at most three launches,
+whatever the lists.
 
-A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses and gradients,
-and one for the mean. A larger batch takes three: the first puts the lists of more than SHORT_LIST documents in
-order, and is launched whether there are any or not, for only the device knows the lists. Backward is one launch.
+A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses
+and gradients, and one for the mean. A larger batch takes three: the first puts the lists of more
+than SHORT_LIST documents in order, and is launched whether there are any or not, for only the
+device knows the lists. Backward is one launch.
 
-The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the mean's, the
-backward's, and the launchers.
+The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the
+mean's, the backward's, and the launchers.
 """
 
 from __future__ import annotations
@@ -25,17 +27,23 @@ from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 from rerank_fast.ops.triton.variant import Variant
 
 _SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
-# In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger one those of at
-# most SHORT_LIST documents. Longer ones are ordered by a launch before: that costs less than once in each of their
-# blocks. Which lists are long is decided on the device: the host knows N alone.
+# In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger
+# one those of at most SHORT_LIST documents. Longer ones are ordered by a launch before: that costs
+# less than once in each of their blocks. Which lists are long is decided on the device: the host
+# knows N alone.
 SMALL_BATCH, SHORT_LIST = 1024, 256
-# 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers, half the occupancy.
+# 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers,
+# half the occupancy.
 PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
 # 1 pair a thread: what fp64 holds then fits 64 registers.
 PAIRS_FP64 = {"BLOCK": 8, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
 PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
 # What tuning tries beside them. BLOCK stays: buffers are of its size.
-PAIRS_AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 8}, {"TILE": 64}, {"TILE": 64, "num_warps": 8})
+PAIRS_AROUND: tuple[dict[str, Any], ...] = (
+    {"num_warps": 8},
+    {"TILE": 64},
+    {"TILE": 64, "num_warps": 8},
+)
 # What the loss's specification takes for divergence.
 LARGEST_SCORE = 2.0**64
 FINISH = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
@@ -54,7 +62,8 @@ def mean_kernel(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of the batch; with OVER_PAIRS it and the gradient are divided by the number of pairs.
+    """The loss of the batch; with OVER_PAIRS it and the gradient are divided by the number of
+    pairs.
 
     All NaN where the offsets are at fault.
     """
@@ -102,7 +111,9 @@ def list_sum_kernel(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each list's sum of its slots' terms; NaN, with all gradients, where the offsets are at fault."""
+    """Each list's sum of its slots' terms; NaN, with all gradients, where the offsets are at
+    fault.
+    """
     pair_sum = tl.zeros([BLOCK], tl.int64)
     fewest = tl.zeros([BLOCK], tl.int64)
     for first in range(0, num_blocks, BLOCK):
@@ -168,7 +179,8 @@ def forward(
     reduction_log: str,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the loss, () or (Q,), dL/dscores (N,), and the number of pairs, () int64.
+    """The backend contract: the loss, () or (Q,), dL/dscores (N,), and the number of pairs, ()
+    int64.
 
     Loss and gradient are in fp32 or, for fp64 scores, fp64. Nothing is read on the host: grids and
     kernels follow from the shapes alone. Raises ValueError for CPU tensors outside Triton's
@@ -200,14 +212,23 @@ def forward(
     finish = (total, num_pairs, num_blocks, n)
     list_steps = (num_lists - 1).bit_length()
     largest_score = LARGEST_SCORE / max(sigma, 1.0)
-    scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (num_lists if reduction == "lists" else 1)
+    scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (
+        num_lists if reduction == "lists" else 1
+    )
     pairs_kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
     documents = (scores, labels, offsets, slots, stride, ranks, places)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(scores):
         if ordered:
             order_kernel[(num_blocks,)](
-                *documents, longest + 1, num_lists, list_steps, n, largest_score, dtype=dtype, **launch
+                *documents,
+                longest + 1,
+                num_lists,
+                list_steps,
+                n,
+                largest_score,
+                dtype=dtype,
+                **launch,
             )
         pairs_kernel[(num_blocks,)](
             *documents,
@@ -233,11 +254,15 @@ def forward(
             **pairs_launch,
         )
         if per_list:
-            list_sum_kernel[(num_lists,)](loss, pairs, offsets, grad, *finish, dtype=dtype, **FINISH)
+            list_sum_kernel[(num_lists,)](
+                loss, pairs, offsets, grad, *finish, dtype=dtype, **FINISH
+            )
         else:
             over_pairs = reduction == "pairs"
             grid = (triton.cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
-            mean_kernel[grid](loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH)
+            mean_kernel[grid](
+                loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH
+            )
     return total, grad, num_pairs
 
 
@@ -268,14 +293,33 @@ def backward(
 
 
 def shipped() -> Iterator[Variant]:
-    scalars = ["k", "num_lists", "num_steps", "list_steps", "slot_steps", "num_blocks", "n", "stride"]
+    scalars = [
+        "k",
+        "num_lists",
+        "num_steps",
+        "list_steps",
+        "slot_steps",
+        "num_blocks",
+        "n",
+        "stride",
+    ]
     fixed = dict.fromkeys([*scalars, "shortest", "longest"], "i32")
-    fixed |= dict.fromkeys(["slope", "mu", "eps", "loss_scale", "pull_scale", "largest_score"], "fp64")
-    fixed |= {"offsets": "*i64", "pairs": "*i64", "num_pairs": "*i64", "ranks": "*i32", "places": "*i64"}
+    fixed |= dict.fromkeys(
+        ["slope", "mu", "eps", "loss_scale", "pull_scale", "largest_score"], "fp64"
+    )
+    fixed |= {
+        "offsets": "*i64",
+        "pairs": "*i64",
+        "num_pairs": "*i64",
+        "ranks": "*i32",
+        "places": "*i64",
+    }
 
     def variant(kernel: Any, scores: str, config: dict[str, Any], **constants: Any) -> Variant:
         wide = scores == "fp64"
-        name = "-".join([kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())])
+        name = "-".join(
+            [kernel.__name__, scores, *(f"{key}={value}" for key, value in constants.items())]
+        )
         types = dict.fromkeys(kernel.arg_names, "*fp64" if wide else "*fp32") | fixed
         types |= {"scores": f"*{scores}", "grad_scores": f"*{scores}"}
         if "dtype" in kernel.arg_names:
@@ -284,7 +328,11 @@ def shipped() -> Iterator[Variant]:
         if (
             kernel is pair_kernel and not wide
         ):  # an exponential a pair, which ptxas may take twice, and a reciprocal
-            visits = {"items": config["BLOCK"] * config["TILE"], "anchor": "MUFU.EX2", "unit": "MUFU.RCP"}
+            visits = {
+                "items": config["BLOCK"] * config["TILE"],
+                "anchor": "MUFU.EX2",
+                "unit": "MUFU.RCP",
+            }
         return Variant(name, kernel, types, config, constants, **visits)
 
     for scores in ("fp32", "fp64", "bf16", "fp16"):
@@ -292,7 +340,9 @@ def shipped() -> Iterator[Variant]:
         yield variant(order_kernel, scores, config)
         # The half precisions differ in one load: one scheme shows it.
         for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
-            for per_slot, ordered in [(False, True), (True, True), (False, False)][: 3 if scheme == 4 else 1]:
+            for per_slot, ordered in [(False, True), (True, True), (False, False)][
+                : 3 if scheme == 4 else 1
+            ]:
                 options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
                 yield variant(pair_kernel, scores, config, **options)
         yield variant(backward_kernel, scores, FINISH, PER_LIST=True)

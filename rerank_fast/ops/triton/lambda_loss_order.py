@@ -1,8 +1,10 @@
-"""Documents of each list in the order the pairs of LambdaLoss are visited in: by label, within a label by score.
+"""Documents of each list in the order the pairs of LambdaLoss are visited in: by label, within a
+label by score.
 
-In that order the documents of higher label than one's own are a run of slots, and so are those of lower label.
-Short lists are put in order inside each program that needs them; for long ones that would be done over and over, so
-a launch of its own does it once. Several programs may store a slot: all the same bits, by the same instructions.
+In that order the documents of higher label than one's own are a run of slots, and so are those of
+lower label. Short lists are put in order inside each program that needs them; for long ones that
+would be done over and over, so a launch of its own does it once. Several programs may store a slot:
+all the same bits, by the same instructions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def reciprocal(x, dtype: tl.constexpr):
 
 @triton.jit
 def log2_1p(t, dtype: tl.constexpr):
-    """log2(1 + t) for t in [0, 1]: t or, in fp64, t / (2 + t) times a polynomial, without a special function."""
+    """log2(1 + t) for t in [0, 1]: t or, in fp64, t / (2 + t) times a polynomial, without a special
+    function.
+    """
     if dtype == tl.float64:
         z = t * reciprocal(2.0 + t, dtype)
         w = z * z
@@ -56,11 +60,15 @@ def log2_1p(t, dtype: tl.constexpr):
 
 @triton.jit
 def store_deltas(delta, d, in_d, dtype: tl.constexpr):
-    """delta(d) = 1/D(d) - 1/D(d + 1) = log2(1 + x) / (D(d) D(d + 1)), x = 1 / (1 + d): no cancellation."""
+    """delta(d) = 1/D(d) - 1/D(d + 1) = log2(1 + x) / (D(d) D(d + 1)), x = 1 / (1 + d): no
+    cancellation.
+    """
     distance = 1.0 + tl.maximum(d, 1).to(dtype)
     log = tl.log2(distance)
     step = log2_1p(reciprocal(distance, dtype), dtype)
-    tl.store(delta + d, tl.where(d > 0, step * reciprocal(log * (log + step), dtype), 0.0), mask=in_d)
+    tl.store(
+        delta + d, tl.where(d > 0, step * reciprocal(log * (log + step), dtype), 0.0), mask=in_d
+    )
 
 
 @triton.jit
@@ -77,7 +85,8 @@ def lists_of(offsets, i, in_i, num_lists, num_steps, n):
     # offsets, and finds the same list.
     before = low
     after = low + n
-    # The last list that begins at or before i: the lists that share its beginning with it are empty.
+    # The last list that begins at or before i: the lists that share its beginning with it are
+    # empty.
     for _ in range(num_steps):
         middle = (low + high + 1) // 2
         offset = tl.load(offsets + middle)
@@ -114,12 +123,16 @@ def order_rows(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Stores documents at their slots, by counting how many documents of the list go before each."""
+    """Stores documents at their slots, by counting how many documents of the list go before
+    each.
+    """
     _, start_i, end_i = lists_of(offsets, i, i < n, num_lists, num_steps, n)
     size_i = end_i - start_i
     in_i = (i < n) & (size_i >= shortest) & (size_i <= longest)
     first = tl.min(tl.where(in_i, start_i, n), axis=0)
-    width = (tl.max(tl.where(in_i, end_i, first), axis=0) - first).to(tl.int32)  # 0 if there is no such list
+    width = (tl.max(tl.where(in_i, end_i, first), axis=0) - first).to(
+        tl.int32
+    )  # 0 if there is no such list
     # From here on documents are counted from `first`: 32 bits suffice.
     from_i = (start_i - first).to(tl.int32)[:, None]
     to_i = (end_i - first).to(tl.int32)[:, None]
@@ -168,7 +181,9 @@ def order_kernel(
     scores,  # (N,)
     labels,  # (N,) compute dtype
     offsets,  # (Q + 1,) int64
-    slots,  # out (5, stride) compute dtype, by slot: score, label, gain / 2^max label, 1 / D(rank); then delta(d)
+    # out (5, stride) compute dtype, by slot: score, label, gain / 2^max label, 1 / D(rank); then
+    # delta(d)
+    slots,
     stride,
     ranks,  # out (N,) int32, by slot: 1-based rank
     places,  # out (N,) int64, by slot: which document is there
@@ -186,7 +201,8 @@ def order_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     store_deltas(slots + 4 * stride, i, i < n, dtype)
     order_rows(
-        scores, labels, offsets, slots, stride, ranks, places, i, shortest, n, num_lists, num_steps, n,
+        scores, labels, offsets, slots, stride, ranks, places, i, shortest, n, num_lists,
+        num_steps, n,
         tl.full([], largest_score, dtype), dtype, BLOCK, TILE,
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
-"""Preference pairs of LambdaLoss: a block of slots (lambda_loss_order.py) against the rest of their lists.
+"""Preference pairs of LambdaLoss: a block of slots (lambda_loss_order.py) against the rest of their
+lists.
 
-A program owns a block of consecutive slots, so that many short lists share a program and a long list is spread over
-many. It visits only the runs of slots that hold its documents' preference pairs, in tiles; nothing of size D x D is
-stored and a list may have any length. Every document's gradient is summed by the one program that owns its slot, in
-a fixed order: no atomics, the same bits every time.
+A program owns a block of consecutive slots, so that many short lists share a program and a long
+list is spread over many. It visits only the runs of slots that hold its documents' preference
+pairs, in tiles; nothing of size D x D is stored and a list may have any length. Every document's
+gradient is summed by the one program that owns its slot, in a fixed order: no atomics, the same
+bits every time.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ def _visit(
     k,
     slope,  # sigma / ln 2
     mu,
-    COLUMNS: tl.constexpr,  # which documents: "better" or "worse" than the row's, or "all" for NDCGLoss1
+    # Which documents: "better" or "worse" than the row's, or "all" for NDCGLoss1.
+    COLUMNS: tl.constexpr,
     SCHEME: tl.constexpr,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Rows against columns: what each row adds to the loss (over ln 2), its pull, and the pairs it is better in.
+    """Rows against columns: what each row adds to the loss (over ln 2), its pull, and the pairs it
+    is better in.
 
     The loss of a pair is summed in the row of its better document alone.
     """
@@ -121,7 +125,9 @@ def _label_run(labels, own, from_i, to_i, y_i, num_steps):
 
 
 @triton.jit
-def _ideal_dcg(gains, from_i, to_i, k, dtype: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _ideal_dcg(
+    gains, from_i, to_i, k, dtype: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
     """The ideal DCG@k of each row's list over 2^max label; columns are in the ideal order."""
     low = tl.min(from_i, axis=0)
     high = tl.max(to_i, axis=0)
@@ -146,7 +152,9 @@ def _ideal_dcg(gains, from_i, to_i, k, dtype: tl.constexpr, BLOCK: tl.constexpr,
     return ideal
 
 
-@triton.jit(do_not_specialize=["stride", "k", "longest", "num_lists", "list_steps", "slot_steps", "n"])
+@triton.jit(
+    do_not_specialize=["stride", "k", "longest", "num_lists", "list_steps", "slot_steps", "n"]
+)
 def pair_kernel(
     scores,  # (N,)
     labels,  # (N,) compute dtype
@@ -177,7 +185,9 @@ def pair_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A block of slots against the rest of their lists: each document the better or the worse one of its pairs."""
+    """A block of slots against the rest of their lists: each document the better or the worse one
+    of its pairs.
+    """
     # Scalars arrive in fp64, or fp64 scores would be computed with fp32 settings.
     slope = tl.full([], slope, dtype)
     mu = tl.full([], mu, dtype)
@@ -197,7 +207,8 @@ def pair_kernel(
     to_i = tl.where(in_i, end_i - first, 0).to(tl.int32)
     while row < short_end:
         order_rows(
-            scores, labels, offsets, slots, stride, ranks, places, row + tl.arange(0, BLOCK), 0, longest,
+            scores, labels, offsets, slots, stride, ranks, places, row + tl.arange(0, BLOCK), 0,
+            longest,
             num_lists, list_steps, n, tl.full([], largest_score, dtype), dtype, BLOCK, TILE,
         )  # fmt: skip
         row += BLOCK
@@ -217,7 +228,8 @@ def pair_kernel(
     last = tl.max(to_i, axis=0)
     if SCHEME == 1:
         loss_i, pull_i, count_i = _visit(
-            slots, stride, ranks, deltas, 0, last, from_i[:, None], to_i[:, None], s_i, g_i, inverse_i, r_i,
+            slots, stride, ranks, deltas, 0, last, from_i[:, None], to_i[:, None], s_i, g_i,
+            inverse_i, r_i,
             k, slope, mu, "all", SCHEME, dtype, BLOCK, TILE,
         )  # fmt: skip
     else:

@@ -11,11 +11,14 @@ import torch
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 
 
-def launcher(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function that allocates results and launches kernels, which it leaves out for meta tensors.
+def launcher(
+    *, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a function that allocates results and launches kernels, which it leaves out for
+    meta tensors.
 
-    Those, of which the first argument must be one, reach it as an op of its name; others at once. Its annotations
-    are the op's schema.
+    Those, of which the first argument must be one, reach it as an op of its name; others at once.
+    Its annotations are the op's schema.
 
     Args:
         mutates: names of arguments that are written.

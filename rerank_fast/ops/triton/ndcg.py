@@ -1,4 +1,6 @@
-"""NDCG in Triton: one launch, a program a list, ranks by counting; nothing of size D x D is stored."""
+"""NDCG in Triton: one launch, a program a list, ranks by counting; nothing of size D x D is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from rerank_fast.ops.triton.variant import Variant
 LAUNCH = {"BLOCK": 32, "num_warps": 4, "enable_fp_fusion": True}
 LAUNCH_FP64 = LAUNCH | {"num_warps": 8}
 # What tuning tries beside them.
-AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 1}, {"num_warps": 2}, {"num_warps": 8}, {"BLOCK": 64})
+AROUND: tuple[dict[str, Any], ...] = (
+    {"num_warps": 1},
+    {"num_warps": 2},
+    {"num_warps": 8},
+    {"BLOCK": 64},
+)
 
 
 @triton.jit(do_not_specialize=["k", "n"])
@@ -62,7 +69,8 @@ def ndcg_kernel(
         before = tl.zeros([BLOCK], tl.int32)
         tied = tl.zeros([BLOCK], tl.int32)
         gains = tl.zeros([BLOCK], dtype)
-        # One order after the other: both at once would take more registers than half of the warps have.
+        # One order after the other: both at once would take more registers than half of the warps
+        # have.
         for tile in range(0, size, BLOCK):
             j = tile + tl.arange(0, BLOCK)
             in_j = (j < size)[None, :]
@@ -105,12 +113,19 @@ def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(scores):
             n = scores.shape[0]
-            kernel[(num_lists,)](scores, labels, offsets, result, min(k, n), n, dtype=dtype, **config)
+            kernel[(num_lists,)](
+                scores, labels, offsets, result, min(k, n), n, dtype=dtype, **config
+            )
     return result
 
 
 def shipped() -> Iterator[Variant]:
     for dtype, launch in ((tl.float32, LAUNCH), (tl.float64, LAUNCH_FP64)):
-        types = {"scores": f"*{dtype}", "labels": f"*{dtype}", "offsets": "*i64", "ndcg": f"*{dtype}"}
+        types = {
+            "scores": f"*{dtype}",
+            "labels": f"*{dtype}",
+            "offsets": "*i64",
+            "ndcg": f"*{dtype}",
+        }
         types |= {"k": "i32", "n": "i32"}
         yield Variant(f"ndcg-ndcg_{dtype}", ndcg_kernel, types, launch, {"dtype": dtype})

@@ -1,8 +1,9 @@
-"""LayerNorm(residual + dropout(x)) in Triton: a row a program forward, a few rows a program backward.
+"""LayerNorm(residual + dropout(x)) in Triton: a row a program forward, a few rows a program
+backward.
 
-Backward computes the sum and the normalised row again. The gradients of weight and bias, and of a bias
-that was added to x before, are partial sums of a fixed number of rows, added up in a fixed order: no
-atomics.
+Backward computes the sum and the normalised row again. The gradients of weight and bias, and of a
+bias that was added to x before, are partial sums of a fixed number of rows, added up in a fixed
+order: no atomics.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_
 
 
 def launch(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
-    """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the widest."""
+    """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the
+    widest.
+    """
     block = triton.next_power_of_2(width)
     most = 16 if hip else 32  # of 64 or of 32 threads
     return {"WIDTH": block, "num_warps": min(most, max(4, block // 128)), "enable_fp_fusion": True}
 
 
 @triton.jit
-def _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT: tl.constexpr):
+def _total(
+    x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT: tl.constexpr
+):
     """residual + dropout(x) of one row, and the factors of the dropout."""
     kept = tl.full(e.shape, 1.0, tl.float32)
     row = tl.full([], 0, tl.int64) + row
@@ -69,7 +74,9 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, WIDTH)
     there = e < width
-    total, _ = _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+    total, _ = _total(
+        x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT
+    )
     middle = tl.sum(total, axis=0) / width
     centered = tl.where(there, total - middle, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
@@ -94,7 +101,9 @@ def backward_kernel(
     rows,
     dx,  # out (T, width) in x's dtype
     d_residual,  # out (T, width) fp32
-    sums,  # out (programs, 2 or 3 x width) fp32: each program's of the gradients of weight, bias and a bias of x
+    # out (programs, 2 or 3 x width) fp32: each program's of the gradients of weight, bias and a
+    # bias of x
+    sums,
     sums_stride,
     num_rows,
     width,
@@ -116,7 +125,9 @@ def backward_kernel(
     bias_sum = tl.zeros([WIDTH], tl.float32)
     x_sum = tl.zeros([WIDTH], tl.float32)
     for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, num_rows)):
-        total, kept = _total(x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT)
+        total, kept = _total(
+            x, residual, rows, row, e, there, width, seed, threshold, rescale, HAS_DROPOUT
+        )
         scale = tl.load(rstd + row)
         unit = tl.where(there, (total - tl.load(mean + row)) * scale, 0.0)
         grad = tl.zeros([WIDTH], tl.float32)
@@ -151,7 +162,9 @@ def forward(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for backward."""
+    """The backend contract: y (T, H) fp32, y in x's dtype, mean (T,) and rstd (T,) fp32 for
+    backward.
+    """
     guard.require_gpu(x)
     y = torch.empty_like(residual)
     has_narrow = x.dtype != torch.float32
@@ -159,9 +172,23 @@ def forward(
     mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
     if x.numel():
         kernel, config = autotune.choose(forward_kernel, launch(x.shape[1]), AROUND, CASE)
-        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(
+            x
+        ):  # Triton launches on the current device, which need not be the tensors'
             kernel[(x.shape[0],)](
-                *(x, residual, weight, bias, rows, y, narrow if has_narrow else None, mean, rstd, x.shape[1], eps),
+                *(
+                    x,
+                    residual,
+                    weight,
+                    bias,
+                    rows,
+                    y,
+                    narrow if has_narrow else None,
+                    mean,
+                    rstd,
+                    x.shape[1],
+                    eps,
+                ),
                 *dropout.scalars(dropout_p, seed),
                 HAS_NARROW=has_narrow,
                 HAS_DROPOUT=dropout_p > 0,
@@ -215,8 +242,8 @@ def residual_norm_grads(
     """The gradients of x and residual; those of the vectors are left in sums, to be added up.
 
     Args:
-        sums: (programs, 2 H or 3 H) fp32, each row contiguous: of weight, bias and, in the last third, of what was
-            added to all rows of x.
+        sums: (programs, 2 H or 3 H) fp32, each row contiguous: of weight, bias and, in the last
+            third, of what was added to all rows of x.
     """
     dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
     if x.numel() and not x.is_meta:
@@ -241,7 +268,10 @@ def shipped() -> Iterator[Variant]:
         for width in (384, 1024, 4096):
             for case in ("", "_dropout", "_dropout_rows"):
                 for kernel in (forward_kernel, backward_kernel):
-                    constants: dict[str, Any] = {"HAS_NARROW": name != "fp32", "HAS_DROPOUT": case != ""}
+                    constants: dict[str, Any] = {
+                        "HAS_NARROW": name != "fp32",
+                        "HAS_DROPOUT": case != "",
+                    }
                     if not case.endswith("rows"):
                         constants["rows"] = None
                     if kernel is backward_kernel:
@@ -256,7 +286,11 @@ def shipped() -> Iterator[Variant]:
                         launch(width, hip=False),
                         constants,
                         launch(width, hip=True),
-                        multiples=[a for a in types if types[a].startswith("*") or a in ("width", "sums_stride")],
+                        multiples=[
+                            a
+                            for a in types
+                            if types[a].startswith("*") or a in ("width", "sums_stride")
+                        ],
                     )
 
 
@@ -267,4 +301,6 @@ def _type(argument: str, dtype: str) -> str:
         return "fp32"
     if argument == "rows":
         return "*i32"
-    return "i32" if argument in ("width", "sums_stride", "num_rows", "seed", "threshold") else "*fp32"
+    return (
+        "i32" if argument in ("width", "sums_stride", "num_rows", "seed", "threshold") else "*fp32"
+    )

@@ -1,6 +1,8 @@
-"""Rotary position embedding of queries and keys in Triton, where they lie, after the norm of each head if any.
+"""Rotary position embedding of queries and keys in Triton, where they lie, after the norm of each
+head if any.
 
-A program takes all heads of a few tokens; backward leaves the sums of the norms' gradients over them.
+A program takes all heads of a few tokens; backward leaves the sums of the norms' gradients over
+them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,15 @@ def _halves(tensor, token, stride, first, in_tokens, HEAD_SIZE: tl.constexpr, HA
 
 @triton.jit
 def _store_halves(
-    tensor, left, right, token, stride, first, in_tokens, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr
+    tensor,
+    left,
+    right,
+    token,
+    stride,
+    first,
+    in_tokens,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     e = tl.arange(0, HALF)
     there = in_tokens[:, None] & (e < HEAD_SIZE // 2)[None, :]
@@ -91,7 +101,9 @@ def rotary_kernel(
         turned_left = left * cos_left - right * sin_left
         turned_right = right * cos_right + left * sin_right
         first = head * HEAD_SIZE
-        _store_halves(out, turned_left, turned_right, token, out_stride, first, in_tokens, HEAD_SIZE, HALF)
+        _store_halves(
+            out, turned_left, turned_right, token, out_stride, first, in_tokens, HEAD_SIZE, HALF
+        )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -121,7 +133,9 @@ def rotary_grad_kernel(
     left_sum = tl.zeros([HALF], tl.float32)
     right_sum = tl.zeros([HALF], tl.float32)
     for head in range(num_heads):
-        left, right = _halves(grad, token, grad_stride, head * HEAD_SIZE, in_tokens, HEAD_SIZE, HALF)
+        left, right = _halves(
+            grad, token, grad_stride, head * HEAD_SIZE, in_tokens, HEAD_SIZE, HALF
+        )
         d_left = left * cos_left + right * sin_right
         d_right = right * cos_right - left * sin_left
         if weights is not None:
@@ -129,7 +143,9 @@ def rotary_grad_kernel(
                 _store_sums(sums, left_sum, right_sum, 0, there, HEAD_SIZE, HALF)
                 left_sum = tl.zeros([HALF], tl.float32)
                 right_sum = tl.zeros([HALF], tl.float32)
-            x_left, x_right = _halves(x, token, x_stride, head * HEAD_SIZE, in_tokens, HEAD_SIZE, HALF)
+            x_left, x_right = _halves(
+                x, token, x_stride, head * HEAD_SIZE, in_tokens, HEAD_SIZE, HALF
+            )
             squares = tl.sum(x_left * x_left, axis=1) + tl.sum(x_right * x_right, axis=1)
             scale = (1.0 / tl.sqrt(squares / HEAD_SIZE + eps))[:, None]
             unit_left, unit_right = x_left * scale, x_right * scale
@@ -139,7 +155,10 @@ def rotary_grad_kernel(
             d_left, d_right = d_left * w_left, d_right * w_right
             along = tl.sum(d_left * unit_left, axis=1) + tl.sum(d_right * unit_right, axis=1)
             along = (along / HEAD_SIZE)[:, None]
-            d_left, d_right = scale * (d_left - unit_left * along), scale * (d_right - unit_right * along)
+            d_left, d_right = (
+                scale * (d_left - unit_left * along),
+                scale * (d_right - unit_right * along),
+            )
         first = head * HEAD_SIZE
         _store_halves(grad, d_left, d_right, token, grad_stride, first, in_tokens, HEAD_SIZE, HALF)
     if weights is not None:
@@ -164,7 +183,8 @@ def rotary(
     num_queries: int,
     eps: float,
 ) -> None:
-    """Norm and rotation of the heads of x, to where out lies: it may be x itself, where there are no norms.
+    """Norm and rotation of the heads of x, to where out lies: it may be x itself, where there are
+    no norms.
 
     Args:
         x: (T, heads, head size) queries and then keys, heads contiguous.
@@ -222,14 +242,20 @@ def shipped() -> Iterator[Variant]:
         for size, norms in ((64, False), (128, False), (128, True), (256, True)):
             for kernel in (rotary_kernel, rotary_grad_kernel):
                 types = {argument: _type(argument, name) for argument in kernel.arg_names}
-                left_out = () if norms else ("weights", "sums", "x" if kernel is rotary_grad_kernel else "")
+                left_out = (
+                    ()
+                    if norms
+                    else ("weights", "sums", "x" if kernel is rotary_grad_kernel else "")
+                )
                 yield Variant(
                     f"{kernel.__name__}-{name}_{size}{'_norms' * norms}",
                     kernel,
                     types,
                     launch(size),
                     {argument: None for argument in left_out if argument in types},
-                    multiples=[a for a in types if types[a].startswith("*") or a.endswith("_stride")],
+                    multiples=[
+                        a for a in types if types[a].startswith("*") or a.endswith("_stride")
+                    ],
                 )
 
 

@@ -1,6 +1,8 @@
-"""The score head in Triton: one launch, whatever the shape; its gradients are in score_head_backward.py.
+"""The score head in Triton: one launch, whatever the shape; its gradients are in
+score_head_backward.py.
 
-A program owns a block of rows and takes the dense product column block by column block: no product is stored.
+A program owns a block of rows and takes the dense product column block by column block: no product
+is stored.
 """
 
 from __future__ import annotations
@@ -20,13 +22,32 @@ from rerank_fast.ops.triton.variant import Variant
 STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
 ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go to tensor cores;
-# fp32 ones are fused multiply-adds in registers.
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-LAUNCH_FP32 = {"ROWS": 16, "COLUMNS": 64, "INNER": 16, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+# Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go
+# to tensor cores; fp32 ones are fused multiply-adds in registers.
+LAUNCH = {
+    "ROWS": 16,
+    "COLUMNS": 64,
+    "INNER": 32,
+    "num_warps": 8,
+    "num_stages": 3,
+    "enable_fp_fusion": True,
+}
+LAUNCH_FP32 = {
+    "ROWS": 16,
+    "COLUMNS": 64,
+    "INNER": 16,
+    "num_warps": 8,
+    "num_stages": 2,
+    "enable_fp_fusion": True,
+}
 CASE = ("D", "H", "ACTIVATION", "DROP", "DROP_IN")
 # What tuning tries beside them. ROWS stay: backward's buffers are of their size.
-AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 128}, {"INNER": 64}, {"num_stages": 4})
+AROUND: tuple[dict[str, Any], ...] = (
+    {"num_warps": 4},
+    {"COLUMNS": 128},
+    {"INNER": 64},
+    {"num_stages": 4},
+)
 
 
 @triton.jit
@@ -78,7 +99,9 @@ def load_tile(matrix, stride, row, in_rows, column, in_columns):
 
 @triton.jit
 def places(source, row, in_rows):
-    """Which rows of hidden are read, and which there are: an index that names none reads nothing."""
+    """Which rows of hidden are read, and which there are: an index that names none reads
+    nothing.
+    """
     _, _, num_hidden, index, _, _, _ = source
     place = row.to(tl.int64)
     if index is not None:
@@ -122,7 +145,9 @@ def dense_tile(
     for first in range(0, H, INNER):
         e, in_e = span(first, H, INNER)
         x = load_x(source, row, in_rows, e, in_e, DROP_IN)
-        place = out.to(tl.int64)[None, :] * H + e[:, None]  # a transposed tile would cost 16 registers
+        place = (
+            out.to(tl.int64)[None, :] * H + e[:, None]
+        )  # a transposed tile would cost 16 registers
         w = tl.load(weight + place, mask=in_e[:, None] & in_out[None, :], other=0.0)
         total = tl.dot(x.to(dot_dtype), w.to(dot_dtype), total, input_precision="ieee")
     if bias is not None:
@@ -167,7 +192,17 @@ def forward_kernel(
     for first in range(0, D, COLUMNS):
         out, in_out = span(first, D, COLUMNS)
         dense = dense_tile(
-            source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER
+            source,
+            dense_weight,
+            dense_bias,
+            row,
+            in_rows,
+            out,
+            in_out,
+            H,
+            dot_dtype,
+            DROP_IN,
+            INNER,
         )
         active, _ = activate(dense, ACTIVATION)
         if DROP:
@@ -183,8 +218,12 @@ def forward_kernel(
     tl.store(scores + row, score, mask=in_rows)
 
 
-def split(hidden: Tensor, options: tuple[Any, ...]) -> tuple[int, list[Any], list[Any], dict[str, Any]]:
-    """The mixed seed, (threshold, rescale) of both dropouts, and the constexprs that follow from the options."""
+def split(
+    hidden: Tensor, options: tuple[Any, ...]
+) -> tuple[int, list[Any], list[Any], dict[str, Any]]:
+    """The mixed seed, (threshold, rescale) of both dropouts, and the constexprs that follow from
+    the options.
+    """
     activation, dropout_p, dropout_in_p, seed = options
     # The interpreter would multiply bf16 as integers; products of bf16 are exact in fp32.
     widened = hidden.dtype == torch.bfloat16 and guard.interpreted()
@@ -208,7 +247,9 @@ def forward(
     out_bias: Tensor | None,  # (1,)
     *options: Any,
 ) -> Tensor:
-    """The backend contract: the scores (N,) fp32. Raises ValueError for CPU tensors outside the interpreter."""
+    """The backend contract: the scores (N,) fp32. Raises ValueError for CPU tensors outside the
+    interpreter.
+    """
     guard.require_gpu(hidden)
     index = None if index is None else index.contiguous()
     n = hidden.shape[0] if index is None else index.shape[0]
@@ -247,24 +288,46 @@ def variants(
     launch_fp32: dict[str, Any],
     launch_fp32_dropout: dict[str, Any] | None = None,  # None: launch_fp32
 ) -> Iterator[Variant]:
-    """Every dtype and activation, with neither gather nor dropout, with both, and, as packed execution trains,
-    with dropout alone."""
-    numbers = ["stride", "num_hidden", "n", "D", "H", "num_parts", "seed", "threshold", "threshold_in"]
+    """Every dtype and activation, with neither gather nor dropout, with both, and, as packed
+    execution trains, with dropout alone."""
+    numbers = [
+        "stride",
+        "num_hidden",
+        "n",
+        "D",
+        "H",
+        "num_parts",
+        "seed",
+        "threshold",
+        "threshold_in",
+    ]
     types = dict.fromkeys(numbers, "i32")
     types |= {"rescale": "fp32", "rescale_in": "fp32"}
-    types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {"index": "*i64"}
+    types |= dict.fromkeys(["scores", "grad_scores", "bias_parts", "out_parts"], "*fp32") | {
+        "index": "*i64"
+    }
     for dtype in DTYPES.values():
         for activation, code in ACTIVATIONS.items():
             for gathers, drops in ((False, False), (True, True), (False, True)):
                 if activation != "tanh" and (drops or name == "grads"):
                     continue  # the activation shows in one of them
-                constants = {"dot_dtype": dtype, "ACTIVATION": code, "DROP": drops, "DROP_IN": drops}
-                constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+                constants = {
+                    "dot_dtype": dtype,
+                    "ACTIVATION": code,
+                    "DROP": drops,
+                    "DROP_IN": drops,
+                }
+                constants = {
+                    key: value for key, value in constants.items() if key in kernel.arg_names
+                }
                 yield Variant(
-                    f"score_head-{name}_{dtype}_{activation}{'_gather' * gathers}{'_dropout' * drops}",
+                    f"score_head-{name}_{dtype}_{activation}"
+                    f"{'_gather' * gathers}{'_dropout' * drops}",
                     kernel,
                     {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names},
-                    launch if dtype != tl.float32 else (drops and launch_fp32_dropout) or launch_fp32,
+                    launch
+                    if dtype != tl.float32
+                    else (drops and launch_fp32_dropout) or launch_fp32,
                     constants if gathers else constants | {"index": None},
                 )
 

@@ -1,8 +1,8 @@
 """The score head's gradients in Triton: two launches, whatever the shape.
 
-The first computes the dense product again and gives the gradient of the dense layer's result, the second one that
-of its inputs and of the weights. Each tile is summed by one program in a fixed order: no atomics, and the same bits
-every time.
+The first computes the dense product again and gives the gradient of the dense layer's result, the
+second one that of its inputs and of the weights. Each tile is summed by one program in a fixed
+order: no atomics, and the same bits every time.
 """
 
 from __future__ import annotations
@@ -29,12 +29,24 @@ from rerank_fast.ops.triton.score_head import (
 from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+LAUNCH = {
+    "ROWS": 32,
+    "COLUMNS": 32,
+    "INNER": 32,
+    "num_warps": 8,
+    "num_stages": 2,
+    "enable_fp_fusion": True,
+}
 LAUNCH_FP32 = LAUNCH | {"INNER": 16}
 LAUNCH_FP32_DROPOUT = LAUNCH_FP32 | {"maxnreg": 64}  # else some more, and half the warps
 CASE = ("D", "H", "DROP_IN")
 # What tuning tries beside them.
-AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 4}, {"COLUMNS": 64}, {"ROWS": 64}, {"INNER": 64})
+AROUND: tuple[dict[str, Any], ...] = (
+    {"num_warps": 4},
+    {"COLUMNS": 64},
+    {"ROWS": 64},
+    {"INNER": 64},
+)
 
 
 @triton.jit
@@ -72,11 +84,15 @@ def dense_grad_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile of d_dense, the product computed again, and its rows' share of the vectors' gradients."""
+    """A tile of d_dense, the product computed again, and its rows' share of the vectors'
+    gradients.
+    """
     source = (hidden, stride, num_hidden, index, seed, threshold_in, rescale_in)
     row, in_rows = span(tl.program_id(0) * ROWS, n, ROWS)
     out, in_out = span(tl.program_id(1) * COLUMNS, D, COLUMNS)
-    dense = dense_tile(source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER)
+    dense = dense_tile(
+        source, dense_weight, dense_bias, row, in_rows, out, in_out, H, dot_dtype, DROP_IN, INNER
+    )
     active, slope = activate(dense, ACTIVATION)
     upstream = tl.load(grad_scores + row, mask=in_rows, other=0.0)
     if index is not None:  # where it names no row the score was NaN, and so are the gradients
@@ -193,7 +209,9 @@ def grads_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """First the tiles of d_hidden, then those of d_dense_weight, then blocks of the vectors: a program each."""
+    """First the tiles of d_hidden, then those of d_dense_weight, then blocks of the vectors: a
+    program each.
+    """
     source = (hidden, stride, num_hidden, index, seed, threshold_in, rescale_in)
     tile = tl.program_id(0)
     across = tl.cdiv(H, COLUMNS)
@@ -202,14 +220,39 @@ def grads_kernel(
         hidden_tiles = tl.cdiv(n, ROWS) * across
         if tile < hidden_tiles:
             _hidden_tile(
-                tile, source, dense_weight, d_dense, d_hidden, n, D, H, dot_dtype, DROP_IN, ROWS, COLUMNS, INNER
+                tile,
+                source,
+                dense_weight,
+                d_dense,
+                d_hidden,
+                n,
+                D,
+                H,
+                dot_dtype,
+                DROP_IN,
+                ROWS,
+                COLUMNS,
+                INNER,
             )
     tile -= hidden_tiles
     weight_tiles = 0
     if d_dense_weight is not None:
         weight_tiles = tl.cdiv(D, ROWS) * across
         if (tile >= 0) & (tile < weight_tiles):
-            _weight_tile(tile, source, d_dense, d_dense_weight, n, D, H, dot_dtype, DROP_IN, ROWS, COLUMNS, INNER)
+            _weight_tile(
+                tile,
+                source,
+                d_dense,
+                d_dense_weight,
+                n,
+                D,
+                H,
+                dot_dtype,
+                DROP_IN,
+                ROWS,
+                COLUMNS,
+                INNER,
+            )
     tile -= weight_tiles
     if tile >= 0:
         out, in_out = span(tile * COLUMNS, D, COLUMNS)
@@ -235,7 +278,8 @@ def backward(
     wants: list[bool],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and out_bias.
+    """The backend contract: the gradients of hidden, dense_weight, dense_bias, out_weight and
+    out_bias.
 
     One that is not wanted is empty.
     """
@@ -260,7 +304,9 @@ def backward(
         num_parts = triton.cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
-        dense_grad, launch = autotune.choose(dense_grad_kernel, launch, score_head.AROUND, score_head.CASE)
+        dense_grad, launch = autotune.choose(
+            dense_grad_kernel, launch, score_head.AROUND, score_head.CASE
+        )
         all_grads, second = autotune.choose(grads_kernel, second, AROUND, CASE)
 
         def programs(blocks: dict[str, Any]) -> tuple[int]:
@@ -316,5 +362,7 @@ def backward(
 
 
 def shipped() -> Iterator[Variant]:
-    yield from score_head.variants("dense_grad", dense_grad_kernel, score_head.LAUNCH, score_head.LAUNCH_FP32)
+    yield from score_head.variants(
+        "dense_grad", dense_grad_kernel, score_head.LAUNCH, score_head.LAUNCH_FP32
+    )
     yield from score_head.variants("grads", grads_kernel, LAUNCH, LAUNCH_FP32, LAUNCH_FP32_DROPOUT)

@@ -2,10 +2,11 @@
 
 The gradients are in varlen_attention_backward.py.
 
-Scores live in tiles; the softmax runs along with them and backward computes them again from each query's logarithm
-of its sum (FlashAttention, Dao et al. 2022). A block of queries, or of keys, belongs to one program, which sums
-what it owns in a fixed order: no atomics, the same bits every time. Nothing is read on the host: sequence n takes
-its blocks from place cu_seqlens[n] // BLOCK + n on, so that tokens // BLOCK + N programs suffice for any lengths.
+Scores live in tiles; the softmax runs along with them and backward computes them again from each
+query's logarithm of its sum (FlashAttention, Dao et al. 2022). A block of queries, or of keys,
+belongs to one program, which sums what it owns in a fixed order: no atomics, the same bits every
+time. Nothing is read on the host: sequence n takes its blocks from place cu_seqlens[n] // BLOCK + n
+on, so that tokens // BLOCK + N programs suffice for any lengths.
 """
 
 from __future__ import annotations
@@ -24,22 +25,30 @@ from rerank_fast.ops.triton.variant import Variant
 MAX_HEAD_SIZE = 256
 # The results, and the gradients of queries, and of keys and values.
 Part = Literal["forward", "queries", "keys"]
-# Of fp32 parts and widths for which ptxas would, on sm_80, 86 or 120, rather spill than take what there is.
+# Of fp32 parts and widths for which ptxas would, on sm_80, 86 or 120, rather spill than take what
+# there is.
 _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 128}
 
 
 def launch(
     head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
 ) -> dict[str, Any]:
-    """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80 to gfx942.
+    """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80
+    to gfx942.
 
-    A program holds its tiles in registers, which is what bounds the occupancy: 12 to 50 %, as flash attention's
-    kernels run. More of it takes smaller tiles, and those more instructions: with 16 keys for 32, 1.6 times as many
-    a score. More warps on the same rows, 8 on 64, compute every score twice.
+    A program holds its tiles in registers, which is what bounds the occupancy: 12 to 50 %, as flash
+    attention's
+    kernels run. More of it takes smaller tiles, and those more instructions: with 16 keys for 32,
+    1.6 times as many a score. More warps on the same rows, 8 on 64, compute every score twice.
     """
     width = max(16, triton.next_power_of_2(head_size))
-    warps, stages = 8 if width > {"forward": MAX_HEAD_SIZE, "queries": 64, "keys": 32}[part] else 4, 2
-    if dtype == torch.float32:  # exact products go through the FMA units: a thread holds all of its tile
+    warps, stages = (
+        8 if width > {"forward": MAX_HEAD_SIZE, "queries": 64, "keys": 32}[part] else 4,
+        2,
+    )
+    if (
+        dtype == torch.float32
+    ):  # exact products go through the FMA units: a thread holds all of its tile
         own = 32 if width <= 32 else 16
         rows, keys = (16, own) if part == "keys" else (own, 16)
         warps = 16 if part == "queries" and width > 128 else 8
@@ -62,13 +71,17 @@ def launch(
 
 
 def around(config: dict[str, Any], part: Part) -> tuple[dict[str, Any], ...]:
-    """What tuning tries beside a config. Queries' programs keep their rows: sums of their gradients lie by them."""
+    """What tuning tries beside a config. Queries' programs keep their rows: sums of their gradients
+    lie by them.
+    """
     tried: tuple[dict[str, Any], ...] = (
         {"num_stages": 1},
         {"num_stages": 3},
         {"num_warps": 4 if config["num_warps"] == 8 else 8},
     )
-    return tried if part == "queries" else (*tried, {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8})
+    return (
+        tried if part == "queries" else (*tried, {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8})
+    )
 
 
 @triton.jit
@@ -85,7 +98,8 @@ def block_of(
     HAS_AFTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The block of program 0's axis: its first row in its sequence, and of either side length and first token.
+    """The block of program 0's axis: its first row in its sequence, and of either side length and
+    first token.
 
     Then the range of the other side's rows that the block's may meet; places are counted from the
     sequences' ends. Last whether the sequence lies in the tokens of either side. Where it does not,
@@ -105,7 +119,12 @@ def block_of(
     other_token = tl.load(other + low)
     other_end_token = tl.load(other + low + 1)
     fits = (token >= 0) & (token <= end_token) & (end_token <= num_own)
-    fits = fits & (other_token >= 0) & (other_token <= other_end_token) & (other_end_token <= num_other)
+    fits = (
+        fits
+        & (other_token >= 0)
+        & (other_token <= other_end_token)
+        & (other_end_token <= num_other)
+    )
     is_first = low == 0
     is_last = low == num_sequences - 1
     fits = fits & ((is_first == 0) | ((token == 0) & (other_token == 0)))
@@ -127,8 +146,12 @@ def block_of(
 
 
 @triton.jit
-def _places(token_stride, head_stride, head, token, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a (BLOCK, WIDTH) tile of one head begins, its elements from there, and which of them there are."""
+def _places(
+    token_stride, head_stride, head, token, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Where a (BLOCK, WIDTH) tile of one head begins, its elements from there, and which of them
+    there are.
+    """
     start = token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     # A tile's own places fit 32 bits.
     places = tl.arange(0, in_rows.shape[0])[:, None] * token_stride + tl.arange(0, WIDTH)[None, :]
@@ -150,15 +173,27 @@ def load_tile(
     WIDTH: tl.constexpr,
 ):
     """A (BLOCK, WIDTH) tile of one head; 0 where nothing is."""
-    start, places, there = _places(token_stride, head_stride, head, token, in_rows, HEAD_SIZE, WIDTH)
+    start, places, there = _places(
+        token_stride, head_stride, head, token, in_rows, HEAD_SIZE, WIDTH
+    )
     return tl.load(tensor + start + places, mask=there, other=0.0)
 
 
 @triton.jit
 def store_tile(
-    tensor, tile, token_stride, head_stride, head, token, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr
+    tensor,
+    tile,
+    token_stride,
+    head_stride,
+    head,
+    token,
+    in_rows,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    start, places, there = _places(token_stride, head_stride, head, token, in_rows, HEAD_SIZE, WIDTH)
+    start, places, there = _places(
+        token_stride, head_stride, head, token, in_rows, HEAD_SIZE, WIDTH
+    )
     tl.store(tensor + start + places, tile.to(tensor.dtype.element_ty), mask=there)
 
 
@@ -235,7 +270,8 @@ def forward_kernel(
     """A block of queries of one head against the keys that any of them may read."""
     head = tl.program_id(1)
     first, num_q, first_q, num_k, first_k, begin, end, fits = block_of(
-        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps,
+        num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
     if first >= num_q:
@@ -256,7 +292,9 @@ def forward_kernel(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         in_k = j < num_k
-        k_tile = load_tile(k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        k_tile = load_tile(
+            k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
+        )
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         allowed = reads(place, j[None, :], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         scores = tl.where(allowed, scores, float("-inf"))
@@ -268,7 +306,9 @@ def forward_kernel(
         total = total * fade + tl.sum(weights, axis=1)
         if HAS_DROPOUT:
             weights = weights * dropout.factors(streams, j[None, :], threshold, rescale)
-        v_tile = load_tile(v, v_token, v_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        v_tile = load_tile(
+            v, v_token, v_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
+        )
         result = result * fade[:, None]
         result += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
         highest = higher
@@ -286,7 +326,9 @@ def forward_kernel(
     tl.store(lse + head.to(tl.int64) * num_tokens + first_q + i, log_sum, mask=in_q)
 
 
-def constants_of(q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float) -> dict[str, Any]:
+def constants_of(
+    q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float
+) -> dict[str, Any]:
     return {
         "GROUP": q.shape[1] // k.shape[1],
         "HEAD_SIZE": q.shape[2],
@@ -327,7 +369,9 @@ def forward(
         return out, lse
     config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
     kernel, config = autotune.choose(forward_kernel, config, around(config, "forward"), CASE)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(
+        q
+    ):  # Triton launches on the current device, which need not be the tensors'
         kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
             *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
             *strides(q, k, v, out),
@@ -345,15 +389,20 @@ def forward(
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
-    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone, for a
-    single query a sequence, and with dropout and sums, as BERT trains."""
+    """Every head size class and dtype: plain, with dropout and a window, also of some rows alone,
+    for a single query a sequence, and with dropout and sums, as BERT trains."""
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for case in ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"):
             few, windowed = case == "one_query", "window" in case
-            constants: dict[str, Any] = {"GROUP": 1, "HEAD_SIZE": size, "HAS_LEFT": windowed, "HAS_RIGHT": windowed}
+            constants: dict[str, Any] = {
+                "GROUP": 1,
+                "HEAD_SIZE": size,
+                "HAS_LEFT": windowed,
+                "HAS_RIGHT": windowed,
+            }
             if not case.endswith("rows"):
                 constants["rows"] = None
             for part, kernel in kernels.items():
@@ -369,8 +418,13 @@ def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
                     config=launch(size, dtype, part, few_queries=few, hip=False),
                     hip_config=launch(size, dtype, part, few_queries=few, hip=True),
                     constants=constants | {"HAS_DROPOUT": "dropout" in case},
-                    # What Triton finds at a launch: aligned tensors, and strides of multiples of 16.
-                    multiples=[a for a in types if types[a].startswith("*") or a.endswith(("_token", "_head"))],
+                    # What Triton finds at a launch: aligned tensors, and strides of multiples of
+                    # 16.
+                    multiples=[
+                        a
+                        for a in types
+                        if types[a].startswith("*") or a.endswith(("_token", "_head"))
+                    ],
                 )
 
 

@@ -1,8 +1,9 @@
-"""The gradients of varlen_attention in Triton: two launches, the queries' and that of keys and values.
+"""The gradients of varlen_attention in Triton: two launches, the queries' and that of keys and
+values.
 
-Either computes the weights again from each query's logarithm of its sum. A program sums what it owns in a fixed
-order: no atomics, the same bits every time. The sums over its rows, of which biases of q, k and v have their
-gradients, it leaves in a row of a matrix.
+Either computes the weights again from each query's logarithm of its sum. A program sums what it
+owns in a fixed order: no atomics, the same bits every time. The sums over its rows, of which biases
+of q, k and v have their gradients, it leaves in a row of a matrix.
 """
 
 from __future__ import annotations
@@ -53,11 +54,17 @@ def _tile_grads(
 
 
 @triton.jit
-def _store_sums(sums, width, first, head, tile, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def _store_sums(
+    sums, width, first, head, tile, in_rows, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr
+):
     """A program's sum over the rows of its tile, from column first on of a row of this width."""
     e = tl.arange(0, WIDTH)
     total = tl.sum(tl.where(in_rows[:, None], tile, 0.0), axis=0)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * width + first + head * HEAD_SIZE + e, total, mask=e < HEAD_SIZE)
+    tl.store(
+        sums + tl.program_id(0).to(tl.int64) * width + first + head * HEAD_SIZE + e,
+        total,
+        mask=e < HEAD_SIZE,
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -109,10 +116,13 @@ def query_grad_kernel(
     """The gradient of a block of queries of one head."""
     head = tl.program_id(1)
     first, num_q, first_q, num_k, first_k, begin, end, fits = block_of(
-        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps, num_tokens, num_keys,
+        cu_seqlens_q, cu_seqlens_k, window_left, window_right, num_sequences, num_steps,
+        num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
-    width = tl.num_programs(1) * HEAD_SIZE  # of a row of sums: one more argument costs the compiler registers
+    width = (
+        tl.num_programs(1) * HEAD_SIZE
+    )  # of a row of sums: one more argument costs the compiler registers
     if first >= num_q:
         if sums is not None:
             none, of_none = tl.zeros([BLOCK_M, WIDTH], tl.float32), tl.zeros([BLOCK_M], tl.int1)
@@ -128,7 +138,9 @@ def query_grad_kernel(
         return
     place = i[:, None] + num_k - num_q
     q_tile = load_tile(q, q_token, q_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
-    grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
+    grad_tile = load_tile(
+        grad_out, grad_token, grad_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH
+    )
     out_tile = load_tile(out, out_token, out_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
     along_i = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), axis=1)
     flat = head.to(tl.int64) * num_tokens + first_q + i
@@ -140,14 +152,26 @@ def query_grad_kernel(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         in_k = j < num_k
-        k_tile = load_tile(k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
-        v_tile = load_tile(v, v_token, v_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        k_tile = load_tile(
+            k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
+        )
+        v_tile = load_tile(
+            v, v_token, v_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
+        )
         kept = 1.0
         if HAS_DROPOUT:
             kept = dropout.factors(streams, j[None, :], threshold, rescale)
         allowed = reads(place, j[None, :], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         _, d_scores = _tile_grads(
-            q_tile, k_tile, grad_tile, v_tile, lse_i[:, None], along_i[:, None], allowed, kept, log2_scale
+            q_tile,
+            k_tile,
+            grad_tile,
+            v_tile,
+            lse_i[:, None],
+            along_i[:, None],
+            allowed,
+            kept,
+            log2_scale,
         )
         result += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
     result *= scale
@@ -166,7 +190,8 @@ def key_value_grad_kernel(
     grad_out,
     dk,  # out (Tk, kv_heads, HEAD_SIZE)
     dv,
-    sums,  # out (programs, 2 * kv_heads * HEAD_SIZE) fp32: of dk and dv over each program's rows; or None
+    # out (programs, 2 * kv_heads * HEAD_SIZE) fp32: of dk and dv over each program's rows; or None
+    sums,
     cu_seqlens_q,
     cu_seqlens_k,
     rows,
@@ -202,10 +227,13 @@ def key_value_grad_kernel(
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of a block of keys and values, from all heads that share them. Tiles are (keys, queries)."""
+    """The gradients of a block of keys and values, from all heads that share them. Tiles are (keys,
+    queries).
+    """
     kv_head = tl.program_id(1)
     first, num_k, first_k, num_q, first_q, begin, end, fits = block_of(
-        cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps, num_keys, num_tokens,
+        cu_seqlens_k, cu_seqlens_q, window_right, window_left, num_sequences, num_steps, num_keys,
+        num_tokens,
         HAS_RIGHT, HAS_LEFT, BLOCK_N,
     )  # fmt: skip
     values = tl.num_programs(1) * HEAD_SIZE  # where their sums begin in a row
@@ -236,9 +264,13 @@ def key_value_grad_kernel(
             i = start + tl.arange(0, BLOCK_M)
             in_q = i < num_q
             if HAS_DROPOUT:
-                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[None, :]
+                streams = dropout.row_streams(seed, head, dropout.numbers(rows, first_q + i, in_q))[
+                    None, :
+                ]
             q_tile = load_tile(q, q_token, q_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
-            grad_tile = load_tile(grad_out, grad_token, grad_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH)
+            grad_tile = load_tile(
+                grad_out, grad_token, grad_head, head, first_q + start, in_q, HEAD_SIZE, WIDTH
+            )
             flat = head.to(tl.int64) * num_tokens + first_q + i
             lse_i = tl.load(lse + flat, mask=in_q, other=float("inf"))[None, :]
             along_i = tl.load(along + flat, mask=in_q, other=0.0)[None, :]
@@ -246,7 +278,9 @@ def key_value_grad_kernel(
             if HAS_DROPOUT:
                 kept = dropout.factors(streams, j[:, None], threshold, rescale)
             place = i[None, :] + num_k - num_q
-            allowed = reads(place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            allowed = reads(
+                place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
             weights, d_scores = _tile_grads(
                 k_tile, q_tile, v_tile, grad_tile, lse_i, along_i, allowed, kept, log2_scale
             )
@@ -290,11 +324,16 @@ def _few(q: Tensor, num_sequences: int) -> bool:
 
 
 def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    """Room for the sums that attention_grads leaves: of the queries' gradients, and of keys' and values'."""
+    """Room for the sums that attention_grads leaves: of the queries' gradients, and of keys' and
+    values'.
+    """
     made = []
     for tensor, part, block, count in ((q, "queries", "BLOCK_M", 1), (k, "keys", "BLOCK_N", 2)):
         rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]  # type: ignore[arg-type]
-        programs, width = tensor.shape[0] // rows + num_sequences, count * tensor.shape[1] * tensor.shape[2]
+        programs, width = (
+            tensor.shape[0] // rows + num_sequences,
+            count * tensor.shape[1] * tensor.shape[2],
+        )
         made.append(torch.empty(programs, width, dtype=torch.float32, device=q.device))
     return made[0], made[1]
 
@@ -321,7 +360,9 @@ def attention_grads(
     dropout_p: float,
     seed: int,
 ) -> None:
-    """The gradients of q, k and v to where dq, dk and dv lie, each head's row contiguous; see sums_for."""
+    """The gradients of q, k and v to where dq, dk and dv lie, each head's row contiguous; see
+    sums_for.
+    """
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0 or q.is_meta:
         return
@@ -341,7 +382,9 @@ def attention_grads(
     with torch.cuda.device_of(q):
         if dq.numel():
             config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
-            kernel, rest = autotune.choose(query_grad_kernel, config, around(config, "queries"), CASE)
+            kernel, rest = autotune.choose(
+                query_grad_kernel, config, around(config, "queries"), CASE
+            )
             kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
                 *(q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
                 *strides(q, k, v, out, grad_out, dq),
@@ -351,7 +394,9 @@ def attention_grads(
             )
         if dk.numel():
             config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
-            kernel, rest = autotune.choose(key_value_grad_kernel, config, around(config, "keys"), CASE)
+            kernel, rest = autotune.choose(
+                key_value_grad_kernel, config, around(config, "keys"), CASE
+            )
             kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
                 *(q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
                 *strides(q, k, v, grad_out, dk, dv),

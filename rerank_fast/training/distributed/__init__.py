@@ -1,1 +1,3 @@
-"""One run in several processes: how they are launched, what they sum and gather, weights in shards."""
+"""One run in several processes: how they are launched, what they sum and gather, weights in
+shards.
+"""

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from rerank_fast.model.cross_encoder import CrossEncoder
-from rerank_fast.model.packing import TokenizedPairs, upload
+from rerank_fast.model.tokens.packing import TokenizedPairs, upload
 
 _MESSAGE = 32 * 2**20  # elements
 
@@ -22,14 +22,14 @@ _MESSAGE = 32 * 2**20  # elements
 def join_processes(timeout: float) -> PartialState:
     """This process among those of `accelerate launch` or torchrun; alone without them.
 
-    A peer that dies closes its connections: the next collective fails at once, and the launcher ends the rest. The
-    timeout, in seconds, is for one that hangs.
+    A peer that dies closes its connections: the next collective fails at once, and the launcher
+    ends the rest. The timeout, in seconds, is for one that hangs.
 
     Raises:
         ValueError: launched in several processes that do not find each other.
     """
-    # Not Accelerator: its precision is one per process, and a second run may want another. Without an accelerator
-    # it must be told so: it would run each process alone.
+    # Not Accelerator: its precision is one per process, and a second run may want another. Without
+    # an accelerator it must be told so: it would run each process alone.
     on_cpu = (
         os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
         or not torch.accelerator.is_available()
@@ -38,7 +38,8 @@ def join_processes(timeout: float) -> PartialState:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise ValueError(
-            f"launched in {launched} processes, but Accelerate was set up before for {state.num_processes}"
+            f"launched in {launched} processes, but Accelerate was set up before for "
+            f"{state.num_processes}"
         )
     return state
 
@@ -46,9 +47,9 @@ def join_processes(timeout: float) -> PartialState:
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in few large messages.
 
-    In place of DistributedDataParallel: its hooks sit on a module's forward, which packed execution does not call,
-    and it takes the mean over processes, where the loss of a global batch needs the sum (each process's share is
-    divided by the pairs of all).
+    In place of DistributedDataParallel: its hooks sit on a module's forward, which packed execution
+    does not call, and it takes the mean over processes, where the loss of a global batch needs the
+    sum (each process's share is divided by the pairs of all).
     """
     if not several():
         return
@@ -76,13 +77,17 @@ def messages(tensors: Sequence[Tensor]) -> list[slice]:
 
 
 class _Message:
-    """Tensors of one dtype on their way to be summed; in and out by a copy of all of them at once."""
+    """Tensors of one dtype on their way to be summed; in and out by a copy of all of them at
+    once.
+    """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         sizes = [tensor.numel() for tensor in tensors]
         flat = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
         self._tensors = tensors
-        self._parts = [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+        self._parts = [
+            part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)
+        ]
         torch._foreach_copy_(self._parts, tensors)
         self._work: Any = dist.all_reduce(flat, async_op=True)
 
@@ -92,8 +97,8 @@ class _Message:
 
 
 class LateFlag:
-    """A number of the device as a flag of the host that is read a step later: nothing waits for the step
-    in between.
+    """A number of the device as a flag of the host that is read a step later: nothing waits for the
+    step in between.
     """
 
     def __init__(self) -> None:
@@ -154,19 +159,27 @@ class ShardedScorer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def score_tokens(self, tokens: TokenizedPairs, *, activation_fn: Any = None, **options: Any) -> Tensor:
+    def score_tokens(
+        self, tokens: TokenizedPairs, *, activation_fn: Any = None, **options: Any
+    ) -> Tensor:
         """As CrossEncoder.score_tokens; every process must call it with the same tokens."""
         # Each takes every n-th pair by length: equal loads, and equal ones next to each other.
-        mine = np.argsort(-tokens.lengths, kind="stable")[self._state.process_index :: self._state.num_processes]
+        mine = np.argsort(-tokens.lengths, kind="stable")[
+            self._state.process_index :: self._state.num_processes
+        ]
         scores = torch.zeros(len(tokens), dtype=torch.float32, device=self._model.device)
         if len(mine):
-            raw = self._model.score_tokens(tokens.select(mine), activation_fn=torch.nn.Identity(), **options)
+            raw = self._model.score_tokens(
+                tokens.select(mine), activation_fn=torch.nn.Identity(), **options
+            )
             scores.index_copy_(0, upload(mine, scores.device), raw)
         sum_over_processes([scores])  # the others' are 0: nothing is rounded
         activation: Any = activation_fn or self._model.activation_fn
         return activation(scores)
 
-    def predict(self, pairs: Sequence[Any], *, convert_to_tensor: bool = False, **options: Any) -> Any:
+    def predict(
+        self, pairs: Sequence[Any], *, convert_to_tensor: bool = False, **options: Any
+    ) -> Any:
         """As CrossEncoder.predict for a sequence of pairs."""
         options.pop("convert_to_numpy", None)
         scores = self.score_tokens(self._model.tokenize(pairs), **options)

@@ -1,4 +1,6 @@
-"""Weights, gradients and optimizer state in parts over the processes: PyTorch's FSDP2, one step at a time."""
+"""Weights, gradients and optimizer state in parts over the processes: PyTorch's FSDP2, one step at
+a time.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,14 @@ from rerank_fast.training.distributed.collectives import messages
 class ShardedWeights:
     """A model whose parameters are shards (DTensors) between steps, and whole inside `whole()`.
 
-    Each of N processes keeps a part of the fp32 weights, of their gradient and of the optimizer's moments: 16 / N
-    bytes a parameter. From the beginning of a step to the sum of its gradients it also holds the whole weights in
-    dtype, and the whole gradient in fp32.
+    Each of N processes keeps a part of the fp32 weights, of their gradient and of the optimizer's
+    moments: 16 / N bytes a parameter. From the beginning of a step to the sum of its gradients it
+    also holds the whole weights in dtype, and the whole gradient in fp32.
 
-    FSDP2's own hooks gather and reduce in every forward and backward of a module. Packed execution does not call
-    the modules, and the processes run different numbers of micro-batches, whose messages would not meet: here the
-    weights are gathered once a step, layer by layer, and the gradients summed once a step.
+    FSDP2's own hooks gather and reduce in every forward and backward of a module. Packed execution
+    does not call the modules, and the processes run different numbers of micro-batches, whose
+    messages would not meet: here the weights are gathered once a step, layer by layer, and the
+    gradients summed once a step.
 
     Args:
         model: a Hugging Face model, whole and alike in every process.
@@ -46,10 +49,13 @@ class ShardedWeights:
         self._before = {module: _Before(module) for module in model.modules()}
         self._groups: list[FSDPModule] = [fully_shard(layer, **options) for layer in _layers(model)]
         self._groups.append(fully_shard(model, **options))
-        # The hooks of a padded model's forward find the weights whole, and leave weights and gradients alone.
+        # The hooks of a padded model's forward find the weights whole, and leave weights and
+        # gradients alone.
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False)
-        self.weights: dict[str, Tensor] = {name: one for name, one in self._parameters() if one.requires_grad}
+        self.weights: dict[str, Tensor] = {
+            name: one for name, one in self._parameters() if one.requires_grad
+        }
         self._gradients: dict[str, Tensor] = {}  # of narrow weights, in fp32
         self._is_whole = self._dissolved = False
         for before in self._before.values():
@@ -81,7 +87,9 @@ class ShardedWeights:
         hooks = []
         if self._narrow:
             trained = [(name, one) for name, one in self._parameters() if one.requires_grad]
-            hooks = [one.register_post_accumulate_grad_hook(self._widen(name)) for name, one in trained]
+            hooks = [
+                one.register_post_accumulate_grad_hook(self._widen(name)) for name, one in trained
+            ]
         try:
             yield
         finally:
@@ -97,13 +105,17 @@ class ShardedWeights:
         if self._dissolved:
             return
         self.unshard()
-        owned: dict[Tensor, nn.Parameter] = {}  # by what is gathered, which FSDP2 lets go of; tied weights are one
+        owned: dict[
+            Tensor, nn.Parameter
+        ] = {}  # by what is gathered, which FSDP2 lets go of; tied weights are one
         places = []
         for module in self._model.modules():
             for name, one in module._parameters.items():
                 if one is not None:
                     if one not in owned:
-                        owned[one] = nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad)
+                        owned[one] = nn.Parameter(
+                            one.detach().clone(), requires_grad=one.requires_grad
+                        )
                     places.append((module, name, owned[one]))
         self.reshard()
         for before in self._before.values():
@@ -141,19 +153,27 @@ class ShardedWeights:
             for name in names[cut]:
                 gradient, whole[name].grad = whole[name].grad, None
                 gradient = self._gradients.pop(name, gradient)
-                # Every process must take part, whether or not its share of the batch reached the weight.
+                # Every process must take part, whether or not its share of the batch reached the
+                # weight.
                 if gradient is None:
                     gradient = torch.zeros_like(whole[name], dtype=torch.float32)
                 gradients.append(gradient)
             parts += _reduce_scatter(gradients, self._mesh)
         for weight, part in zip(self.weights.values(), parts, strict=True):
             weight.grad = DTensor.from_local(
-                part, self._mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
+                part,
+                self._mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
             )
         return parts
 
     def state(self) -> dict[str, Tensor]:
-        """What model.state_dict() would be without sharding; inside `whole`. The method itself would end that."""
+        """What model.state_dict() would be without sharding; inside `whole`. The method itself
+        would end that.
+        """
         tensors = {
             **dict(self._model.named_parameters(remove_duplicate=False)),
             **dict(self._model.named_buffers(remove_duplicate=False)),
@@ -173,12 +193,16 @@ class ShardedWeights:
 
 
 class _Before:
-    """A module's class, attributes and hooks before fully_shard, which has no way back of its own."""
+    """A module's class, attributes and hooks before fully_shard, which has no way back of its
+    own.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._kind, self._names = module, type(module), set(vars(module))
         self._added: set[str] = set()
-        self._hooks = {name: set(value) for name, value in vars(module).items() if _holds_hooks(name, value)}
+        self._hooks = {
+            name: set(value) for name, value in vars(module).items() if _holds_hooks(name, value)
+        }
 
     def note_added(self) -> None:
         """Which attributes fully_shard has set, before others set more."""
@@ -200,17 +224,23 @@ def _holds_hooks(name: str, value: object) -> bool:
 
 
 def _reduce_scatter(tensors: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
-    """This process's rows of each tensor's sum over all processes, in one message; Shard(0) cuts rows so."""
+    """This process's rows of each tensor's sum over all processes, in one message; Shard(0) cuts
+    rows so.
+    """
     size, rank = mesh.size(), mesh.get_local_rank()
     rows = [-(-len(tensor) // size) for tensor in tensors]
     sent = torch.cat(
         [
-            F.pad(tensor.reshape(len(tensor), -1), (0, 0, 0, count * size - len(tensor))).view(size, -1)
+            F.pad(tensor.reshape(len(tensor), -1), (0, 0, 0, count * size - len(tensor))).view(
+                size, -1
+            )
             for tensor, count in zip(tensors, rows, strict=True)
         ],
         dim=1,
     )
-    summed = DTensor.from_local(sent, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)])
+    summed = DTensor.from_local(sent, mesh, [Partial()], run_check=False).redistribute(
+        placements=[Shard(0)]
+    )
     sizes = [count * tensor[0].numel() for tensor, count in zip(tensors, rows, strict=True)]
     parts = summed.to_local()[0].split(sizes)
     mine = []
@@ -223,5 +253,9 @@ def _reduce_scatter(tensors: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The elements of the outermost lists of modules."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    outermost = [part for name, part in lists.items() if not any(name.startswith(f"{one}.") for one in lists)]
-    return [layer for part in outermost for layer in part if next(layer.parameters(), None) is not None]
+    outermost = [
+        part for name, part in lists.items() if not any(name.startswith(f"{one}.") for one in lists)
+    ]
+    return [
+        layer for part in outermost for layer in part if next(layer.parameters(), None) is not None
+    ]

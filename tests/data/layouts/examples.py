@@ -31,12 +31,18 @@ def lists_of(*lists: tuple[str, Sequence[str], Sequence[float]]) -> Rows:
     return [{"query": q, "docs": list(docs), "labels": list(values)} for q, docs, values in lists]
 
 
-TWO = lists_of(("panda ü", ["bear", "fish, sea"], [1.0, 0.0]), ("rain", ["sun", "wind"], [0.0, 2.5]))
-POSITIVE = lists_of(("panda ü", ["bear", "fish", "sea"], [1, 0, 0]), ("rain", ["wet", "sun", ""], [1, 0, 0]))
+TWO = lists_of(
+    ("panda ü", ["bear", "fish, sea"], [1.0, 0.0]), ("rain", ["sun", "wind"], [0.0, 2.5])
+)
+POSITIVE = lists_of(
+    ("panda ü", ["bear", "fish", "sea"], [1, 0, 0]), ("rain", ["wet", "sun", ""], [1, 0, 0])
+)
 SCORES = [[9.5, 2.5, -1.0], [7.0, 0.25, -3.0]]
 
 EXAMPLES = {
-    "lists": Example([row | {"scores": [4.0, -2.5]} for row in TWO], TWO, [[4.0, -2.5], [4.0, -2.5]]),
+    "lists": Example(
+        [row | {"scores": [4.0, -2.5]} for row in TWO], TWO, [[4.0, -2.5], [4.0, -2.5]]
+    ),
     "triplets": Example(
         [
             {
@@ -84,7 +90,12 @@ EXAMPLES = {
     "pairs": Example(
         # The rows of a query do not stand together.
         [
-            {"query": row["query"], "passage": row["docs"][i], "label": row["labels"][i], "score": i - 0.5}
+            {
+                "query": row["query"],
+                "passage": row["docs"][i],
+                "label": row["labels"][i],
+                "score": i - 0.5,
+            }
             for i in range(2)
             for row in TWO
         ],
@@ -132,14 +143,29 @@ MORE = {
     ),
     "lists of negatives": (
         "triplets",
-        [{"query": r["query"], "positive": r["docs"][0], "negatives": r["docs"][1:]} for r in POSITIVE],
+        [
+            {"query": r["query"], "positive": r["docs"][0], "negatives": r["docs"][1:]}
+            for r in POSITIVE
+        ],
         POSITIVE,
     ),
     "fewer negatives": (
         "triplets",
         [
-            {"query": "q", "positive": "a", "negative_1": "b", "negative_2": "c", "negative_10": "d"},
-            {"query": "r", "positive": "a", "negative_1": "b", "negative_2": None, "negative_10": "d"},
+            {
+                "query": "q",
+                "positive": "a",
+                "negative_1": "b",
+                "negative_2": "c",
+                "negative_10": "d",
+            },
+            {
+                "query": "r",
+                "positive": "a",
+                "negative_1": "b",
+                "negative_2": None,
+                "negative_10": "d",
+            },
         ],
         lists_of(("q", "abcd", [1, 0, 0, 0]), ("r", "abd", [1, 0, 0])),
     ),
@@ -157,7 +183,12 @@ def write_table(path: Path, rows: Rows, delimiter: str = ",") -> Path:
         writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: v if isinstance(v, str | float | int) else json.dumps(v) for k, v in row.items()})
+            writer.writerow(
+                {
+                    k: v if isinstance(v, str | float | int) else json.dumps(v)
+                    for k, v in row.items()
+                }
+            )
     return path
 
 

@@ -40,7 +40,14 @@ BAD = {
     TEXTS: [None, 3, "text", ["a", None], ["a", 7]],
     NUMBER: [None, "1", [1], math.nan, math.inf, 1e39],
     NUMBERS: [None, 1.5, "1", ["1", 0], [1, None], [1, [0]], [1, math.nan], [10**400]],
-    PASSAGES: [None, "text", ["text"], [{"docid": "1"}], [{"text": 3}], [{"text": "a", "title": 3}]],
+    PASSAGES: [
+        None,
+        "text",
+        ["text"],
+        [{"docid": "1"}],
+        [{"text": 3}],
+        [{"text": "a", "title": 3}],
+    ],
 }
 CASES = [
     (name, field, value, labels)
@@ -73,7 +80,9 @@ def test_a_field_that_a_later_row_lacks(tmp_path: Path, name: str):
         rows = [*example.rows, {**example.rows[0]}]
         del rows[-1][field]
         path = write_lines(tmp_path / "bad.jsonl", rows)
-        with pytest.raises(ValueError, match=rf"bad\.jsonl, line {len(rows)}: not of the layout {name},"):
+        with pytest.raises(
+            ValueError, match=rf"bad\.jsonl, line {len(rows)}: not of the layout {name},"
+        ):
             load_lists(path)
 
 
@@ -88,7 +97,9 @@ def test_a_field_that_a_later_row_lacks(tmp_path: Path, name: str):
         ("lists", {"query": ""}, "field query: the string is empty"),
     ],
 )
-def test_a_row_that_does_not_add_up(tmp_path: Path, name: str, change: dict[str, Any], message: str):
+def test_a_row_that_does_not_add_up(
+    tmp_path: Path, name: str, change: dict[str, Any], message: str
+):
     rows = [EXAMPLES[name].rows[0], EXAMPLES[name].rows[0] | change]
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2\b.*{message}"):
         load_lists(write_lines(tmp_path / "bad.jsonl", rows))
@@ -117,13 +128,22 @@ def test_scores_that_do_not_add_up(tmp_path: Path, name: str, change: dict[str, 
     ("content", "message"),
     [
         ('query,document,label\nq,"a\nb",1\nq,c\n', "line 4: 2 cells, but 3 columns"),
-        ("query,document,label\nq,a,1\n\nq,c,one\n", "line 4, field label: expected a finite float32, got 'one'"),
+        (
+            "query,document,label\nq,a,1\n\nq,c,one\n",
+            "line 4, field label: expected a finite float32, got 'one'",
+        ),
         ("query,document,label\nq,a,\n", "line 2, field label: expected a finite float32, got ''"),
         ("query,document,query\nq,a,1\n", "line 1: two columns have one name"),
         ('query,document,label\nq,"a,1\n', "line 2: not a row of a table"),
         ('query,document,label\nq,"a"b,1\n', "line 2: not a row of a table"),
-        ("query,docs,labels\nq,a,1\n", r"line 2, field docs: expected a list as JSON writes it, got str 'a'"),
-        ("query,docs,labels\nq,\"['a']\",[1]\n", "line 2, field docs: expected a list as JSON writes it"),
+        (
+            "query,docs,labels\nq,a,1\n",
+            r"line 2, field docs: expected a list as JSON writes it, got str 'a'",
+        ),
+        (
+            "query,docs,labels\nq,\"['a']\",[1]\n",
+            "line 2, field docs: expected a list as JSON writes it",
+        ),
         ("query,document,label\n", "holds no list"),
         ("", "holds no list"),
     ],
@@ -136,9 +156,20 @@ def test_a_table_of_text_that_is_damaged(tmp_path: Path, content: str, message: 
 
 
 def test_cells_may_hold_anything(tmp_path: Path):
-    texts = ["a, b", 'say "no"', "two\nlines", "two\r\nlines", "[1] a reference", "x" * 200_000, "é\U0001f43c"]
+    texts = [
+        "a, b",
+        'say "no"',
+        "two\nlines",
+        "two\r\nlines",
+        "[1] a reference",
+        "x" * 200_000,
+        "é\U0001f43c",
+    ]
     rows = [{"query": "q", "document": text, "label": i} for i, text in enumerate(texts)]
-    for path in (write_table(tmp_path / "a.csv", rows), write_table(tmp_path / "a.tsv", rows, "\t")):
+    for path in (
+        write_table(tmp_path / "a.csv", rows),
+        write_table(tmp_path / "a.tsv", rows, "\t"),
+    ):
         assert load_lists(path)["docs"] == [texts]
     rows = [{"sentence1": "q", "sentence2": text, "label": i} for i, text in enumerate(texts)]
     assert load_lists(write_table(tmp_path / "b.csv", rows))["docs"] == [texts]
@@ -165,7 +196,10 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, name: str, content: bytes)
 
 
 def test_a_compressed_file_that_is_cut_off(tmp_path: Path):
-    rows = [{"query": f"q{np.random.default_rng(i).random(9)}", "docs": ["a"], "labels": [1]} for i in range(500)]
+    rows = [
+        {"query": f"q{np.random.default_rng(i).random(9)}", "docs": ["a"], "labels": [1]}
+        for i in range(500)
+    ]
     for kind in ("jsonl.gz", "jsonl.zst"):
         path = CONTAINERS[kind](tmp_path, rows)
         path.write_bytes(path.read_bytes()[:-400])
@@ -192,50 +226,98 @@ REALS = [
 @pytest.mark.parametrize("number", REALS, ids=lambda value: f"{type(value).__name__} {value}")
 def test_any_real_number_is_a_label(number: Any):
     expected = float(np.float32(float(number)))
-    assert load_lists([{"query": "q", "docs": ["a", "b"], "labels": [number, 0]}])["labels"] == [[expected, 0]]
-    for row in ({"query": "q", "document": "a", "label": number}, {"x": "q", "y": "a", "score": number}):
+    assert load_lists([{"query": "q", "docs": ["a", "b"], "labels": [number, 0]}])["labels"] == [
+        [expected, 0]
+    ]
+    for row in (
+        {"query": "q", "document": "a", "label": number},
+        {"x": "q", "y": "a", "score": number},
+    ):
         assert load_lists([row])["labels"] == [[expected]]
     if not isinstance(number, torch.Tensor):
-        frame = pandas.DataFrame({"query": ["q"], "text": ["a"], "label": pandas.Series([number], dtype=object)})
+        frame = pandas.DataFrame(
+            {"query": ["q"], "text": ["a"], "label": pandas.Series([number], dtype=object)}
+        )
         assert load_lists(frame)["labels"] == [[expected]]
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1.5, 0]), np.array([1.5, 0]), (decimal.Decimal("1.5"), 0)])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1.5, 0]), np.array([1.5, 0]), (decimal.Decimal("1.5"), 0)]
+)
 def test_arrays_of_numbers_are_labels(labels: Any):
-    assert load_lists([{"query": "q", "docs": ["a", "b"], "labels": labels}])["labels"] == [[1.5, 0.0]]
+    assert load_lists([{"query": "q", "docs": ["a", "b"], "labels": labels}])["labels"] == [
+        [1.5, 0.0]
+    ]
 
 
 @pytest.mark.parametrize(
-    "number", [None, "1", b"1", 1j, math.nan, decimal.Decimal("sNaN"), decimal.Decimal("1e99"), torch.tensor([1])]
+    "number",
+    [
+        None,
+        "1",
+        b"1",
+        1j,
+        math.nan,
+        decimal.Decimal("sNaN"),
+        decimal.Decimal("1e99"),
+        torch.tensor([1]),
+    ],
 )
 def test_what_is_no_finite_number(number: Any):
-    with pytest.raises(ValueError, match=r"list, row 0, field labels\[0\]: expected a finite float32, got"):
+    with pytest.raises(
+        ValueError, match=r"list, row 0, field labels\[0\]: expected a finite float32, got"
+    ):
         load_lists([{"query": "q", "docs": ["a"], "labels": [number]}])
 
 
 def test_a_decimal_column():
-    table = pyarrow.table({"query": ["q"], "text": ["a"], "label": pyarrow.array([decimal.Decimal("1.50")])})
+    table = pyarrow.table(
+        {"query": ["q"], "text": ["a"], "label": pyarrow.array([decimal.Decimal("1.50")])}
+    )
     assert load_lists(table)["labels"] == [[1.5]]
 
 
 def test_a_column_of_pandas_with_gaps():
     frame = pandas.DataFrame(
-        {"query": ["q", "r"], "positive": ["a", "b"], "negative_1": ["c", "d"], "negative_2": ["e", None]}
+        {
+            "query": ["q", "r"],
+            "positive": ["a", "b"],
+            "negative_1": ["c", "d"],
+            "negative_2": ["e", None],
+        }
     )
     assert load_lists(frame)["docs"] == [["a", "c", "e"], ["b", "d"]]
-    with pytest.raises(ValueError, match="DataFrame, row 1, field label: expected a finite float32, got None"):
+    with pytest.raises(
+        ValueError, match="DataFrame, row 1, field label: expected a finite float32, got None"
+    ):
         load_lists(pandas.DataFrame({"query": ["q", "r"], "text": ["a", "b"], "label": [1, None]}))
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda one: st.lists(one, max_size=3) | st.dictionaries(st.sampled_from(["text", "pid", "a"]), one, max_size=2),
+    lambda one: (
+        st.lists(one, max_size=3)
+        | st.dictionaries(st.sampled_from(["text", "pid", "a"]), one, max_size=2)
+    ),
     max_leaves=4,
 )
-COLUMNS = ["query", "docs", "labels", "positive", "negative", "pos", "neg", "score", "text", "passages"]
+COLUMNS = [
+    "query",
+    "docs",
+    "labels",
+    "positive",
+    "negative",
+    "pos",
+    "neg",
+    "score",
+    "text",
+    "passages",
+]
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), JSON, max_size=4) | JSON, max_size=4),
     labels=st.sampled_from(["relevance", "scores"]),
@@ -251,7 +333,9 @@ def test_nothing_but_a_value_error_comes_of_any_rows(tmp_path: Path, rows: list[
         assert all(len(row["docs"]) == len(row["labels"]) > 0 for row in found)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     name=st.sampled_from(["a.csv", "a.tsv", "a.json", "a.jsonl", "a.csv.gz", "a.jsonl.zst"]),
     content=st.binary(max_size=60)

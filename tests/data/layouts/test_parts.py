@@ -24,7 +24,13 @@ CORPUS = {"d1": "bear of bamboo", "d2": "fish of seas", "d3": "sun and bear", "d
 TITLES = {"d1": "Panda", "d4": ""}
 QUERIES = {"q1": "panda bear", "q2": "fish seas", "q3": "nothing here"}
 QRELS = [("q1", "d1", 2), ("q1", "d4", 0), ("q2", "d2", 1), ("q3", "d4", 0)]
-RUN = [("q1", "d3", 9.5), ("q1", "d1", 7.25), ("q2", "d2", -1.0), ("q2", "d1", -2.0), ("q3", "d1", 0.0)]
+RUN = [
+    ("q1", "d3", 9.5),
+    ("q1", "d1", 7.25),
+    ("q2", "d2", -1.0),
+    ("q2", "d1", -2.0),
+    ("q3", "d1", 0.0),
+]
 TEXTS = {key: f"{TITLES[key]} {text}" if TITLES.get(key) else text for key, text in CORPUS.items()}
 
 JUDGED = [("q1", {"d3": 0, "d1": 2, "d4": 0}), ("q2", {"d2": 1, "d1": 0})]
@@ -32,14 +38,18 @@ SCORED = [("q1", {"d3": 9.5, "d1": 7.25}), ("q2", {"d2": -1, "d1": -2}), ("q3", 
 
 
 def expected(lists: list[tuple[str, dict[str, float]]]) -> Rows:
-    return lists_of(*((QUERIES[q], [TEXTS[d] for d in docs], list(docs.values())) for q, docs in lists))
+    return lists_of(
+        *((QUERIES[q], [TEXTS[d] for d in docs], list(docs.values())) for q, docs in lists)
+    )
 
 
 def beir(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     rows = [{"_id": key, "title": TITLES.get(key), "text": text} for key, text in CORPUS.items()]
     write_lines(folder / "corpus.jsonl", rows)
-    write_lines(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in QUERIES.items()])
+    write_lines(
+        folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in QUERIES.items()]
+    )
     (folder / "qrels").mkdir()
     lines = ["query-id\tcorpus-id\tscore", *(f"{q}\t{d}\t{grade}" for q, d, grade in QRELS)]
     (folder / "qrels" / "train.tsv").write_text("\n".join(lines) + "\n")
@@ -48,7 +58,9 @@ def beir(folder: Path) -> Path:
 
 
 def trec_run(path: Path) -> Path:
-    path.write_text("".join(f"{q} Q0 {d} {i} {score} bm25\n" for i, (q, d, score) in enumerate(RUN, 1)))
+    path.write_text(
+        "".join(f"{q} Q0 {d} {i} {score} bm25\n" for i, (q, d, score) in enumerate(RUN, 1))
+    )
     return path
 
 
@@ -72,7 +84,9 @@ def test_a_beir_folder_with_a_run(folder: Path, caplog: pytest.LogCaptureFixture
     trec_run(folder / "run.trec")
     with caplog.at_level(logging.INFO, "rerank_fast.data"):
         assert load_lists(folder).to_list() == expected(JUDGED)
-    assert "read as judgements (corpus, queries, qrels, run); labels: the qrels' grades" in caplog.text
+    assert (
+        "read as judgements (corpus, queries, qrels, run); labels: the qrels' grades" in caplog.text
+    )
     assert "1 of 3 judged queries have no relevant document: left out" in caplog.text
     assert load_lists(str(folder), labels="scores").to_list() == expected(SCORED)
     assert list(ListStream(folder)) == expected(JUDGED)
@@ -95,7 +109,9 @@ def test_the_split_of_a_folder(folder: Path):
     expected_test = expected([("q2", {"d2": 1, "d1": 0})])
     assert load_lists(f"{folder}[test]").to_list() == expected_test
     assert load_lists(folder, split="test").to_list() == expected_test
-    with pytest.raises(ValueError, match=r"qrels has test\.tsv, train\.tsv, and nothing of the split 'dev'"):
+    with pytest.raises(
+        ValueError, match=r"qrels has test\.tsv, train\.tsv, and nothing of the split 'dev'"
+    ):
         load_lists(folder, split="dev")
     (folder / "qrels" / "train.tsv").unlink()
     with pytest.raises(ValueError, match=r"qrels has test\.tsv, and nothing of the split 'train'"):
@@ -105,7 +121,9 @@ def test_the_split_of_a_folder(folder: Path):
 
 def parts_of(kind: str, folder: Path) -> dict[str, Any]:
     """The same parts in other containers."""
-    corpus = [{"docid": key, "title": TITLES.get(key), "text": text} for key, text in CORPUS.items()]
+    corpus = [
+        {"docid": key, "title": TITLES.get(key), "text": text} for key, text in CORPUS.items()
+    ]
     if kind == "trec":
         return {
             "corpus": tsv(folder / "collection.tsv.gz", TEXTS),
@@ -123,7 +141,9 @@ def parts_of(kind: str, folder: Path) -> dict[str, Any]:
     else:
         names = ("c.jsonl", "q.jsonl", "r.jsonl", "s.jsonl")
         rows = (corpus, queries, qrels, run)
-        tables = (str(write_lines(folder / name, part)) for name, part in zip(names, rows, strict=True))
+        tables = (
+            str(write_lines(folder / name, part)) for name, part in zip(names, rows, strict=True)
+        )
     return dict(zip(("corpus", "queries", "qrels", "run"), tables, strict=True))
 
 
@@ -141,7 +161,10 @@ def test_a_mapping_of_parts(kind: str, tmp_path: Path):
 
 def test_rankings_as_a_run(tmp_path: Path):
     parts = parts_of("jsonl", tmp_path)
-    parts["run"] = [{"query-id": "q1", "corpus-ids": ["d3", "d1"]}, {"query-id": "q2", "corpus-ids": ["d2", "d1"]}]
+    parts["run"] = [
+        {"query-id": "q1", "corpus-ids": ["d3", "d1"]},
+        {"query-id": "q2", "corpus-ids": ["d2", "d1"]},
+    ]
     assert load_lists(parts).to_list() == expected(JUDGED)
     (tmp_path / "run.tsv").write_text("q1\td3\t1\nq1\td1\t2\nq2\td2\t1\nq2\td1\t2\n")
     parts["run"] = tmp_path / "run.tsv"
@@ -157,7 +180,15 @@ LISTS: dict[str, tuple[Any, Rows, list[list[float]] | None]] = {
         None,
     ),
     "numbered": (
-        [{"qid": "q1", "pos_pid": "d1", "negative_id_1": "d2", "negative_id_2": "d4", "scores": [3, 2, 1]}],
+        [
+            {
+                "qid": "q1",
+                "pos_pid": "d1",
+                "negative_id_1": "d2",
+                "negative_id_2": "d4",
+                "scores": [3, 2, 1],
+            }
+        ],
         lists_of(("panda bear", [TEXTS["d1"], TEXTS["d2"], TEXTS["d4"]], [1, 0, 0])),
         [[3, 2, 1]],
     ),
@@ -167,7 +198,10 @@ LISTS: dict[str, tuple[Any, Rows, list[list[float]] | None]] = {
         [[0.5, -2]],
     ),
     "a row a document": (
-        [{"query-id": "q1", "corpus-id": key, "score": value} for key, value in (("d3", 1), ("d1", 7))],
+        [
+            {"query-id": "q1", "corpus-id": key, "score": value}
+            for key, value in (("d3", 1), ("d1", 7))
+        ],
         lists_of(("panda bear", [TEXTS["d3"], TEXTS["d1"]], [1, 7])),
         [[1, 7]],
     ),
@@ -221,7 +255,9 @@ def test_tables_of_ids(name: str, kind: str, tmp_path: Path):
 def test_ms_marcos_triples(tmp_path: Path):
     """As they are published: tabs, quotes that stand alone, no header."""
     text = tmp_path / "triples.train.small.tsv"
-    text.write_text('what is "it"\t"Quoted passage one\ta passage two\nanother\tpassage one\tpassage "two\n')
+    text.write_text(
+        'what is "it"\t"Quoted passage one\ta passage two\nanother\tpassage one\tpassage "two\n'
+    )
     assert load_lists(text).to_list() == lists_of(
         ('what is "it"', ['"Quoted passage one', "a passage two"], [1, 0]),
         ("another", ["passage one", 'passage "two'], [1, 0]),
@@ -237,7 +273,9 @@ def test_ms_marcos_triples(tmp_path: Path):
     tsv(folder / "queries.dev.tsv", {"7": "another"})
     (folder / "qidpidtriples.train.full.tsv").write_text("7\t10\t11\n")
     assert load_lists(folder).to_list() == lists_of(("seven", ['the "first', "second"], [1, 0]))
-    with pytest.raises(ValueError, match="no layout has the columns negative_id, positive_id, query_id"):
+    with pytest.raises(
+        ValueError, match="no layout has the columns negative_id, positive_id, query_id"
+    ):
         load_lists(folder / "qidpidtriples.train.full.tsv")
     headed = tmp_path / "words.tsv"
     headed.write_text("one\ttwo\tthree\na b\tc d\te f\n")
@@ -263,29 +301,50 @@ def change(part: str, rows: Any) -> Callable[[dict[str, Any], Path], None]:
 BAD: dict[str, tuple[Callable[[dict[str, Any], Path], None], str]] = {
     "run": (bad_run, r"bm25\.run, line 2: expected query_id iteration corpus_id rank score tag"),
     "grade": (bad_qrels, r"qrels\.txt, line 2, field score: expected a finite float32, got 'one'"),
-    "text": (change("corpus", [{"_id": "d1", "text": 3}]), r"bad\.jsonl, line 1, text: expected a string"),
-    "title": (change("corpus", [{"_id": "d1", "text": "a", "title": 3}]), r"bad\.jsonl, line 1, title: expected"),
+    "text": (
+        change("corpus", [{"_id": "d1", "text": 3}]),
+        r"bad\.jsonl, line 1, text: expected a string",
+    ),
+    "title": (
+        change("corpus", [{"_id": "d1", "text": "a", "title": 3}]),
+        r"bad\.jsonl, line 1, title: expected",
+    ),
     "id": (
         change("corpus", [{"_id": 1.5, "text": "a"}]),
         r"bad\.jsonl, line 1, field _id: expected a string or an",
     ),
     "no id": (change("corpus", [{"text": "a"}]), r"bad\.jsonl, line 1: no column for an id"),
     "no text": (change("queries", [{"_id": "a"}]), r"bad\.jsonl, line 1: no column for a text"),
-    "no row": (change("queries", [3]), r"bad\.jsonl, line 1: expected an object with an id and a text"),
+    "no row": (
+        change("queries", [3]),
+        r"bad\.jsonl, line 1: expected an object with an id and a text",
+    ),
     "no rows": (change("queries", []), r"bad\.jsonl holds no text"),
     "twice": (
         change("corpus", [{"_id": "a", "text": "a"}, {"_id": "a", "text": "b"}]),
         r"bad\.jsonl, line 2: the id 'a' stands for two texts",
     ),
     "query": (change("queries", [{"_id": "q1", "text": "a"}]), "queries has no 'q2'"),
-    "empty": (change("queries", [{"_id": key, "text": " "} for key in QUERIES]), "query 'q1': the string is empty"),
-    "document": (change("corpus", [{"_id": "d1", "text": "a"}]), "query 'q1': the corpus has no 'd3'"),
+    "empty": (
+        change("queries", [{"_id": key, "text": " "} for key in QUERIES]),
+        "query 'q1': the string is empty",
+    ),
+    "document": (
+        change("corpus", [{"_id": "d1", "text": "a"}]),
+        "query 'q1': the corpus has no 'd3'",
+    ),
     "score": (
         change("run", [{"query_id": "q1", "corpus_ids": ["d1"], "scores": [1, 2]}]),
         r"bad\.jsonl, line 1, field scores: 2 numbers for 1 documents",
     ),
-    "no query": (change("run", [{"corpus_id": "d1"}]), r"bad\.jsonl, line 1: no column for the query's id"),
-    "no document": (change("qrels", [{"query_id": "q1"}]), r"bad\.jsonl, line 1: no column for the document's"),
+    "no query": (
+        change("run", [{"corpus_id": "d1"}]),
+        r"bad\.jsonl, line 1: no column for the query's id",
+    ),
+    "no document": (
+        change("qrels", [{"query_id": "q1"}]),
+        r"bad\.jsonl, line 1: no column for the document's",
+    ),
     "missing id": (
         change("lists", [{"query_id": "q1", "positive_id": "d1", "negative_id": "d9"}]),
         r"bad\.jsonl, line 1, field negative_id: corpus has no 'd9'",
@@ -323,7 +382,10 @@ def test_what_is_wrong_with_a_part_is_named(name: str, tmp_path: Path):
     ("parts", "message"),
     [
         ({"corpus": CORPUS}, "no layout has the parts corpus alone; known are lists"),
-        ({"queries": "a", "texts": "b"}, "expected a path, a dataset, a table, a sequence of rows or a mapping"),
+        (
+            {"queries": "a", "texts": "b"},
+            "expected a path, a dataset, a table, a sequence of rows or a mapping",
+        ),
         ({}, "expected a path"),
     ],
 )
@@ -340,7 +402,10 @@ def test_a_beir_folder_is_mined(folder: Path):
 
 
 def test_lists_of_any_layout_are_mined():
-    rows = [{"query": "q", "positive": "a", "negative_1": "b"}, {"query": "r", "positive": "c", "negative_1": "b"}]
+    rows = [
+        {"query": "q", "positive": "a", "negative_1": "b"},
+        {"query": "r", "positive": "c", "negative_1": "b"},
+    ]
     found = load_collection(rows)
     assert (found.corpus, found.positives) == (["a", "b", "c"], [{0: 1.0}, {2: 1.0}])
     rows = [{"q": "q", "doc": text, "label": value} for text, value in (("a", 1), ("b", 0))]

@@ -1,4 +1,6 @@
-"""Rows of every layout in every container are the same lists; the log says what they were taken for."""
+"""Rows of every layout in every container are the same lists; the log says what they were taken
+for.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_the_same_lists_from_every_container(
 
 @pytest.mark.parametrize("container", ["jsonl", "csv", "dataset", "pandas"])
 @pytest.mark.parametrize("name", MORE)
-def test_other_spellings(name: str, container: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_other_spellings(
+    name: str, container: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     layout, rows, expected = MORE[name]
     if (name, container) == ("lists of negatives", "csv"):
         pytest.skip("a cell is one text")
@@ -102,7 +106,9 @@ def test_a_stream_keeps_nothing_back(tmp_path: Path, caplog: pytest.LogCaptureFi
     path = write_lines(tmp_path / "a.jsonl", example.rows)
     with caplog.at_level(logging.INFO, "rerank_fast.data"):
         stream = ListStream(path)
-        assert [len(row["docs"]) for row in stream] == [1] * 4  # no two rows of a query stand together
+        assert [len(row["docs"]) for row in stream] == [
+            1
+        ] * 4  # no two rows of a query stand together
         assert list(stream) == list(stream)
     assert len(caplog.messages) == 1
     path = write_lines(tmp_path / "b.jsonl", sorted(example.rows, key=lambda row: row["query"]))
@@ -132,7 +138,9 @@ def test_files_of_several_layouts(tmp_path: Path):
 
 
 def test_columns_by_order_of_several_files(tmp_path: Path):
-    one = write_lines(tmp_path / "a.jsonl", [{"a": "q", "b": "x", "label": 1}, {"label": 0, "b": "y", "a": "q"}])
+    one = write_lines(
+        tmp_path / "a.jsonl", [{"a": "q", "b": "x", "label": 1}, {"label": 0, "b": "y", "a": "q"}]
+    )
     two = write_lines(tmp_path / "b.jsonl", [{"c": "q", "d": ["x", "y"], "labels": [1, 0]}])
     assert load_lists([one, two]).to_list() == lists_of(*[("q", "xy", [1, 0])] * 2)
 
@@ -156,15 +164,22 @@ def test_passages_as_lists_of_their_fields():
     passages = {"docid": ["1", "2"], "title": ["On it", None], "text": ["a", "b"]}
     row = {"query": "q", "positive_passages": passages, "negative_passages": []}
     assert load_lists([row])["docs"] == [["On it a", "b"]]
-    with pytest.raises(ValueError, match=r"field positive_passages: lists of several lengths: \[2, 2, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"field positive_passages: lists of several lengths: \[2, 2, 1\]"
+    ):
         load_lists([row | {"positive_passages": passages | {"text": ["a"]}}])
-    with pytest.raises(ValueError, match=r"field positive_passages\.text: expected a list, got str 'a'"):
+    with pytest.raises(
+        ValueError, match=r"field positive_passages\.text: expected a list, got str 'a'"
+    ):
         load_lists([row | {"positive_passages": passages | {"text": "a"}}])
 
 
 @pytest.mark.parametrize("kind", ["rows", "dataset", "pandas", "jsonl"])
 def test_triplets_are_evaluated(kind: str, tmp_path: Path):
-    rows = [{"query": "q", "positive": "a", "negative": "b"}, {"query": "r", "positive": "c", "negative": "d"}]
+    rows = [
+        {"query": "q", "positive": "a", "negative": "b"},
+        {"query": "r", "positive": "c", "negative": "d"},
+    ]
     found = load_candidates(CONTAINERS[kind](tmp_path, rows))
     assert [list(one.docs) for one in found] == [["a", "b"], ["c", "d"]]
     assert [one.labels.tolist() for one in found] == [[1, 0]] * 2
@@ -183,7 +198,10 @@ def test_columns_under_other_names(name: str, tmp_path: Path):
     rows = EXAMPLES[name].rows
     own = {"pairs": {"document": "passage", "label": "label"}, "triplets": {"positive": "positive"}}
     columns = {field: f"my_{column}" for field, column in own[name].items()}
-    renamed = [{(f"my_{k}" if f"my_{k}" in columns.values() else k): v for k, v in row.items()} for row in rows]
+    renamed = [
+        {(f"my_{k}" if f"my_{k}" in columns.values() else k): v for k, v in row.items()}
+        for row in rows
+    ]
     path = write_lines(tmp_path / "a.jsonl", renamed)
     assert load_lists(path, columns=columns).to_list() == EXAMPLES[name].lists
     broken = [*renamed, renamed[0] | {next(iter(columns.values())): None}]

@@ -1,4 +1,6 @@
-"""Encoders and cross-encoders with fixed outputs, in sentence-transformers' interface and as plain callables."""
+"""Encoders and cross-encoders with fixed outputs, in sentence-transformers' interface and as plain
+callables.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ class FixedEncoder:
 
     def __init__(self, texts: Sequence[str], *, seed: int = 0, width: int = 8) -> None:
         draw = np.random.default_rng(seed)
-        self.table = {text: draw.normal(size=width).astype(np.float32) for text in dict.fromkeys(texts)}
+        self.table = {
+            text: draw.normal(size=width).astype(np.float32) for text in dict.fromkeys(texts)
+        }
         self.model_card_data = SimpleNamespace(base_model="fixed")
         self.encoded: list[str] = []
 
-    def encode(self, texts: Sequence[str], *, normalize_embeddings: bool = False, **_: Any) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, normalize_embeddings: bool = False, **_: Any
+    ) -> np.ndarray:
         self.encoded += texts
         rows = np.stack([self.table[text] for text in texts])
         return rows / np.linalg.norm(rows, axis=1, keepdims=True) if normalize_embeddings else rows
@@ -46,14 +52,18 @@ class FixedCrossEncoder:
         self.table: dict[tuple[str, str], float] = {}
         self.batches: list[int] = []
 
-    def predict(self, pairs: Sequence[Sequence[str]], *, convert_to_tensor: bool = False, **_: Any) -> Any:
+    def predict(
+        self, pairs: Sequence[Sequence[str]], *, convert_to_tensor: bool = False, **_: Any
+    ) -> Any:
         self.batches.append(len(pairs))
         scores = [self._score(pair[0], pair[1]) for pair in pairs]
         return torch.tensor(scores) if convert_to_tensor else np.array(scores, np.float32)
 
     def _score(self, query: str, document: str) -> float:
         key = sum((i + 1) * code for i, code in enumerate(f"{query}|{document}".encode()))
-        return self.table.setdefault((query, document), float(np.random.default_rng([self.seed, key]).normal()))
+        return self.table.setdefault(
+            (query, document), float(np.random.default_rng([self.seed, key]).normal())
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -49,9 +49,13 @@ def test_any_encoder(similarity: Any, kind: str) -> None:
         "model": FixedEncoder([*CORPUS, *QUERIES]),
     }
     found = search(DenseRetriever(encoders[kind], similarity=similarity))
-    documents, queries = (np.stack([table[text] for text in texts]) for texts in (CORPUS, QUERIES[2:]))
+    documents, queries = (
+        np.stack([table[text] for text in texts]) for texts in (CORPUS, QUERIES[2:])
+    )
     if similarity == "cosine":
-        documents, queries = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (documents, queries))
+        documents, queries = (
+            rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (documents, queries)
+        )
     scores = queries @ documents.T
     np.testing.assert_array_equal(found.indices, np.argsort(-scores, axis=1)[:, :5])
     np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :5], rtol=1e-5, atol=1e-6)
@@ -62,7 +66,9 @@ def test_any_encoder(similarity: Any, kind: str) -> None:
 def test_prompts_go_before_the_texts() -> None:
     encoder = Hashed()
     search(DenseRetriever(encoder, query_prompt="query: ", corpus_prompt="passage: "))
-    assert encoder.seen == ["passage: " + text for text in CORPUS] + ["query: " + text for text in QUERIES]
+    assert encoder.seen == ["passage: " + text for text in CORPUS] + [
+        "query: " + text for text in QUERIES
+    ]
 
 
 def test_prompts_of_a_model_are_passed_to_it() -> None:
@@ -93,7 +99,9 @@ def test_embeddings_are_kept_and_read_back(tmp_path: Path, dtype: Any) -> None:
     assert encoder.seen == []
     assert isinstance(retriever._corpus, np.memmap)
     np.testing.assert_array_equal(first.scores, again.scores)
-    np.testing.assert_allclose(first.scores, expected.scores, atol=1e-7 if dtype == "float32" else 5e-4)
+    np.testing.assert_allclose(
+        first.scores, expected.scores, atol=1e-7 if dtype == "float32" else 5e-4
+    )
     assert files == {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
@@ -176,7 +184,9 @@ def test_a_damaged_cache_is_named(tmp_path: Path, content: bytes) -> None:
         search(DenseRetriever(Hashed(), cache_folder=tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"done": "3"}', '{"done": -1}', '{"done": 51}', "[3]"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"done": "3"}', '{"done": -1}', '{"done": 51}', "[3]"]
+)
 def test_a_damaged_note_of_an_interrupted_run_is_named(tmp_path: Path, content: str) -> None:
     search(DenseRetriever(Hashed(), cache_folder=tmp_path))
     file = next(tmp_path.glob("document_embeddings_*.npy"))
@@ -188,7 +198,10 @@ def test_a_damaged_note_of_an_interrupted_run_is_named(tmp_path: Path, content: 
 
 def test_a_full_disk_is_said_before_anything_is_written_to_a_map(tmp_path: Path) -> None:
     """A write to a map of blocks that the disk does not have would end the process."""
-    with files_up_to(200), pytest.raises(ValueError, match=r"can't write \S*document_embeddings_\w+\.npy\.part: "):
+    with (
+        files_up_to(200),
+        pytest.raises(ValueError, match=r"can't write \S*document_embeddings_\w+\.npy\.part: "),
+    ):
         search(DenseRetriever(Hashed(), cache_folder=tmp_path))
     found = search(DenseRetriever(Hashed(), cache_folder=tmp_path))
     np.testing.assert_array_equal(found.indices, search(DenseRetriever(Hashed())).indices)

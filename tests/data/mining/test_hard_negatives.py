@@ -1,4 +1,6 @@
-"""Which documents become negatives: hand-computed, and beside sentence-transformers' mine_hard_negatives."""
+"""Which documents become negatives: hand-computed, and beside sentence-transformers'
+mine_hard_negatives.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,18 @@ from tests.data.mining.stubs import FixedCrossEncoder, FixedEncoder, by_query, r
 DOCUMENTS = [f"document {i}" for i in range(60)]
 QUERIES = [f"query {i}" for i in range(20)]
 # One to three positives a query, some shared; two of them are not in the corpus.
-PAIRS = [(query, DOCUMENTS[(7 * i + 3 * j) % 60]) for i, query in enumerate(QUERIES) for j in range(1 + i % 3)]
+PAIRS = [
+    (query, DOCUMENTS[(7 * i + 3 * j) % 60])
+    for i, query in enumerate(QUERIES)
+    for j in range(1 + i % 3)
+]
 PAIRS += [("query 0", "outside the corpus"), ("query 5", "also outside")]
 TEXTS = [*DOCUMENTS, *QUERIES, *(positive for _, positive in PAIRS)]
 
 
-def mine(tmp_path: Path, encoder: FixedEncoder | None = None, **options: Any) -> dict[str, dict[str, float]]:
+def mine(
+    tmp_path: Path, encoder: FixedEncoder | None = None, **options: Any
+) -> dict[str, dict[str, float]]:
     rows = [{"query": query, "positive": positive} for query, positive in PAIRS]
     output = tmp_path / "ours.jsonl"
     mine_hard_negatives(
@@ -36,7 +44,9 @@ def mine(tmp_path: Path, encoder: FixedEncoder | None = None, **options: Any) ->
 
 def peer(cross_encoder: Any = None, **options: Any) -> dict[str, dict[str, float]]:
     """Their rows, one per positive, as query -> document -> score."""
-    dataset = Dataset.from_dict({"query": [pair[0] for pair in PAIRS], "positive": [pair[1] for pair in PAIRS]})
+    dataset = Dataset.from_dict(
+        {"query": [pair[0] for pair in PAIRS], "positive": [pair[1] for pair in PAIRS]}
+    )
     rows = peer_mine(
         dataset, FixedEncoder(TEXTS), corpus=DOCUMENTS, cross_encoder=cross_encoder, verbose=False,
         output_format="labeled-list", output_scores=True, **options,
@@ -62,11 +72,15 @@ FILTERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", FILTERS)
-def test_negatives_and_scores_are_sentence_transformers_own(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_negatives_and_scores_are_sentence_transformers_own(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     options = {"num_negatives": 3, **options}
     expected = peer(**options)
     got = mine(tmp_path, labels="scores", query_batch_size=7, **options)
-    assert {query: set(docs) for query, docs in got.items()} == {q: set(docs) for q, docs in expected.items()}
+    assert {query: set(docs) for query, docs in got.items()} == {
+        q: set(docs) for q, docs in expected.items()
+    }
     assert list(got) == list(expected)
     for query, docs in expected.items():
         assert got[query] == pytest.approx(docs, abs=1e-6)
@@ -75,19 +89,25 @@ def test_negatives_and_scores_are_sentence_transformers_own(tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("options", FILTERS)
-def test_rescored_negatives_are_sentence_transformers_own(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_rescored_negatives_are_sentence_transformers_own(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     options = {"num_negatives": 3, **options}
     if not {"max_score", "min_score", "absolute_margin", "relative_margin"} & options.keys():
         options["max_score"] = 100.0  # without a filter theirs does not rescore
     expected = peer(FixedCrossEncoder(), **options)
     got = mine(tmp_path, labels="scores", cross_encoder=FixedCrossEncoder(), **options)
-    assert {query: set(docs) for query, docs in got.items()} == {q: set(docs) for q, docs in expected.items()}
+    assert {query: set(docs) for query, docs in got.items()} == {
+        q: set(docs) for q, docs in expected.items()
+    }
     for query, docs in expected.items():
         assert got[query] == pytest.approx(docs, abs=1e-6)
 
 
 @pytest.mark.parametrize("block", [1 << 8, 1 << 25])
-def test_faiss_and_blocks_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_faiss_and_blocks_find_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     monkeypatch.setattr("rerank_fast.data.mining.dense._SIMILARITIES", block)
     expected = mine(tmp_path, range_min=2, relative_margin=0.1)
     pytest.importorskip("faiss")
@@ -115,13 +135,18 @@ def test_random_sampling_is_seeded_and_within_the_range(tmp_path: Path) -> None:
 def test_documents_are_in_an_order_that_tells_nothing(tmp_path: Path) -> None:
     mine(tmp_path, num_negatives=9)
     rows = read(tmp_path / "ours.jsonl")
-    places = [i / (len(row["labels"]) - 1) for row in rows for i, label in enumerate(row["labels"]) if label]
+    places = [
+        i / (len(row["labels"]) - 1)
+        for row in rows
+        for i, label in enumerate(row["labels"])
+        if label
+    ]
     assert 0.35 < float(np.mean(places)) < 0.65
     again = mine(tmp_path, num_negatives=9)
     assert [row["docs"] for row in rows] == [list(docs) for docs in again.values()]
 
 
-# -- BM25 ---------------------------------------------------------------------------------------------------
+# -- BM25 -----------------------------------------------------------------------------------------
 
 CORPUS = {
     "a": "berlin has a wall",
@@ -134,9 +159,14 @@ CORPUS = {
 
 
 def bm25_score(query: str, document: str) -> float:
-    """Lucene's BM25, written from its formula, over CORPUS's five distinct texts without stop words."""
+    """Lucene's BM25, written from its formula, over CORPUS's five distinct texts without stop
+    words.
+    """
     stop = {"a", "is", "for", "has"}
-    texts = [[word for word in text.split() if word not in stop] for text in dict.fromkeys(CORPUS.values())]
+    texts = [
+        [word for word in text.split() if word not in stop]
+        for text in dict.fromkeys(CORPUS.values())
+    ]
     words = [word for word in document.split() if word not in stop]
     average = sum(map(len, texts)) / len(texts)
     total = 0.0
@@ -150,18 +180,32 @@ def bm25_score(query: str, document: str) -> float:
 
 @pytest.mark.parametrize("output", ["lists.jsonl", "lists.parquet"])
 def test_bm25_by_hand(tmp_path: Path, output: str) -> None:
-    rows = [{"query": "berlin wall", "positive_ids": ["a"]}, {"query": "bamboo", "positive_ids": "f"}]
+    rows = [
+        {"query": "berlin wall", "positive_ids": ["a"]},
+        {"query": "bamboo", "positive_ids": "f"},
+    ]
     retriever = BM25Retriever(stopwords=["a", "is", "for", "has"])
     result = mine_hard_negatives(
-        rows, CORPUS, output=tmp_path / output, retriever=retriever, labels="scores", show_progress_bar=False
+        rows,
+        CORPUS,
+        output=tmp_path / output,
+        retriever=retriever,
+        labels="scores",
+        show_progress_bar=False,
     )
     lists = load_lists(tmp_path / output)
-    # The text of a is never a negative; paris and pandas share no term; bamboo has no other document.
+    # The text of a is never a negative; paris and pandas share no term; bamboo has no other
+    # document.
     assert len(lists) == 1
     got = dict(zip(lists[0]["docs"], lists[0]["labels"], strict=True))
     expected = {CORPUS[key]: bm25_score("berlin wall", CORPUS[key]) for key in "abe"}
     assert got == pytest.approx(expected, rel=1e-5)
-    counts = (result.lists, result.documents, result.duplicate_documents, result.queries_without_negative)
+    counts = (
+        result.lists,
+        result.documents,
+        result.duplicate_documents,
+        result.queries_without_negative,
+    )
     assert counts == (1, 5, 1, 1)
     assert (result.positives, result.negatives, result.lists_with_fewer_negatives) == (1, 2, 1)
 
@@ -169,7 +213,9 @@ def test_bm25_by_hand(tmp_path: Path, output: str) -> None:
 def test_bm25_finds_what_all_scores_sorted_give(tmp_path: Path) -> None:
     draw = np.random.default_rng(3)
     words = [f"w{i}" for i in range(80)]
-    texts = list(dict.fromkeys(" ".join(draw.choice(words, draw.integers(2, 9))) for _ in range(700)))
+    texts = list(
+        dict.fromkeys(" ".join(draw.choice(words, draw.integers(2, 9))) for _ in range(700))
+    )
     queries = [" ".join(draw.choice(words, 3)) for _ in range(30)] + ["unknown terms"]
     retriever = BM25Retriever(stopwords=None)
     retriever.index(texts, queries, show_progress_bar=False)
@@ -187,13 +233,15 @@ def test_bm25_finds_what_all_scores_sorted_give(tmp_path: Path) -> None:
 def test_top_k_with_ties_of_any_shape() -> None:
     draw = np.random.default_rng(0)
     for _ in range(500):
-        scores = np.maximum(draw.integers(-5, draw.integers(1, 60), draw.integers(1, 400)), 0).astype(np.float32)
+        scores = np.maximum(
+            draw.integers(-5, draw.integers(1, 60), draw.integers(1, 400)), 0
+        ).astype(np.float32)
         k = int(draw.integers(1, len(scores) + 1))
         expected = [i for i in np.argsort(-scores, kind="stable")[:k] if scores[i] > 0]
         assert _top_k(scores, k).tolist() == expected
 
 
-# -- labels -------------------------------------------------------------------------------------------------
+# -- labels ---------------------------------------------------------------------------------------
 
 
 def test_teacher_labels_are_the_scores_scaled_to_4(tmp_path: Path) -> None:
@@ -204,7 +252,9 @@ def test_teacher_labels_are_the_scores_scaled_to_4(tmp_path: Path) -> None:
     for query, docs in graded.items():
         raw = scores[query]
         low, high = min(raw.values()), max(raw.values())
-        assert docs == pytest.approx({doc: 4 * (raw[doc] - low) / (high - low) for doc in raw}, abs=1e-4)
+        assert docs == pytest.approx(
+            {doc: 4 * (raw[doc] - low) / (high - low) for doc in raw}, abs=1e-4
+        )
         assert raw == pytest.approx({doc: teacher.table[query, doc] for doc in raw}, abs=1e-6)
 
 
@@ -214,7 +264,9 @@ def test_a_teacher_without_an_opinion_leaves_the_relevance(tmp_path: Path) -> No
             return 0.25
 
     for query, docs in mine(tmp_path, labels="teacher", cross_encoder=Flat()).items():
-        assert {doc for doc, label in docs.items() if label == 4} == {doc for q, doc in PAIRS if q == query}
+        assert {doc for doc, label in docs.items() if label == 4} == {
+            doc for q, doc in PAIRS if q == query
+        }
         assert set(docs.values()) == {0, 4}
 
 
@@ -244,7 +296,7 @@ def test_labels_of_existing_lists_are_kept(tmp_path: Path) -> None:
     assert result.queries_without_positive == 1
 
 
-# -- options ------------------------------------------------------------------------------------------------
+# -- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -252,7 +304,10 @@ def test_labels_of_existing_lists_are_kept(tmp_path: Path) -> None:
     [
         ({"num_negatives": 0}, "num_negatives must be at least 1, got 0"),
         ({"range_min": -1}, "range_min must be at least 0"),
-        ({"num_negatives": 5, "range_min": 3, "range_max": 7}, "range_max - range_min .*num_negatives=5"),
+        (
+            {"num_negatives": 5, "range_min": 3, "range_max": 7},
+            "range_max - range_min .*num_negatives=5",
+        ),
         ({"max_score": float("nan")}, "max_score must be finite"),
         ({"sampling_strategy": "best"}, "sampling_strategy must be top or random, got 'best'"),
         ({"labels": "graded"}, "labels must be relevance, teacher or scores"),
@@ -283,8 +338,14 @@ def test_nothing_found_says_what_skipped_it_and_can_be_tried_again(tmp_path: Pat
 
 
 def test_skipped_candidates_are_counted_once(tmp_path: Path) -> None:
-    rows = [{"query": "berlin", "positive": "paris"}]  # scores 0: both margins would skip both candidates
-    options: dict[str, Any] = {"absolute_margin": 5.0, "relative_margin": 0.1, "show_progress_bar": False}
+    rows = [
+        {"query": "berlin", "positive": "paris"}
+    ]  # scores 0: both margins would skip both candidates
+    options: dict[str, Any] = {
+        "absolute_margin": 5.0,
+        "relative_margin": 0.1,
+        "show_progress_bar": False,
+    }
     with pytest.raises(ValueError, match=r"\{'absolute_margin': 2, 'relative_margin': 0\}"):
         mine_hard_negatives(rows, CORPUS, output=tmp_path / "o.jsonl", **options)
 
@@ -301,7 +362,9 @@ def test_a_cross_encoder_that_gives_no_scores(tmp_path: Path, scores: Any, messa
         mine(tmp_path, cross_encoder=Broken())
 
 
-def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [{"query": "berlin", "positive": "berlin wall"}, {"query": "x", "positives": []}]
     with caplog.at_level(logging.WARNING):
         mine_hard_negatives(rows, CORPUS, output=tmp_path / "o.jsonl")
@@ -315,5 +378,7 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     source = tmp_path / "queries.jsonl"
     source.write_text('{"query": "query 0", "positives": ["document 0"]}\n')
     with pytest.raises(ValueError, match="is one of the inputs: expected another file"):
-        mine_hard_negatives(source, DOCUMENTS, output=source, retriever=FixedEncoder(TEXTS), overwrite=True)
+        mine_hard_negatives(
+            source, DOCUMENTS, output=source, retriever=FixedEncoder(TEXTS), overwrite=True
+        )
     assert source.read_text()

@@ -1,4 +1,6 @@
-"""Corpora and queries from every kind of source; what is wrong with a row is said with its place."""
+"""Corpora and queries from every kind of source; what is wrong with a row is said with its
+place.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from datasets import Dataset
 
 from rerank_fast.data.mining.sources import load_collection
 
-CORPUS = [{"_id": "x", "text": "first"}, {"_id": 7, "text": "second"}, {"_id": "z", "text": "first"}]
+CORPUS = [
+    {"_id": "x", "text": "first"},
+    {"_id": 7, "text": "second"},
+    {"_id": "z", "text": "first"},
+]
 QUERIES = [{"query": "q1", "positive_ids": ["z", 7]}, {"query": "q2", "positive_ids": "x"}]
 
 
@@ -59,7 +65,10 @@ def test_kinds_of_corpus(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
 def test_kinds_of_queries(tmp_path: Path, kind: str) -> None:
-    rows = [{"query": "q1", "positives": ["first", "second"]}, {"query": "q2", "positives": ["first"]}]
+    rows = [
+        {"query": "q1", "positives": ["first", "second"]},
+        {"query": "q2", "positives": ["first"]},
+    ]
     queries: Any = Dataset.from_list(rows)
     if kind == "jsonl":
         queries = str(write(tmp_path / "q.jsonl", rows))
@@ -73,7 +82,10 @@ def test_kinds_of_queries(tmp_path: Path, kind: str) -> None:
 def test_rows_of_one_query_are_merged_and_positives_join_the_corpus() -> None:
     rows = [{"anchor": "q1", "positive": "second"}, {"anchor": "q2", "positive": "first"}]
     rows += [{"anchor": "q1", "positive": "first"}, {"anchor": "q1", "positive": "second"}]
-    assert texts(["other", "first"], rows) == {"q1": {"second": 1.0, "first": 1.0}, "q2": {"first": 1.0}}
+    assert texts(["other", "first"], rows) == {
+        "q1": {"second": 1.0, "first": 1.0},
+        "q2": {"first": 1.0},
+    }
     assert load_collection(rows, ["other", "first"]).corpus == ["other", "first", "second"]
 
 
@@ -91,7 +103,8 @@ def test_lists_keep_their_grades_and_bring_all_documents() -> None:
 
 def test_mapped_columns(tmp_path: Path) -> None:
     corpus = write(
-        tmp_path / "c.jsonl", [{"pid": 1, "passage_text": "first"}, {"pid": 2, "passage_text": "second"}]
+        tmp_path / "c.jsonl",
+        [{"pid": 1, "passage_text": "first"}, {"pid": 2, "passage_text": "second"}],
     )
     queries = write(tmp_path / "q.jsonl", [{"q": "q1", "rel": [1, 2]}, {"q": "q2", "rel": [1]}])
     columns = {"id": "pid", "text": "passage_text", "query": "q", "positive_ids": "rel"}
@@ -110,16 +123,35 @@ def test_queries_without_a_positive_are_counted(positives: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "q", "positive_ids": ["x", "no", 8]}, "field positive_ids: not in the corpus: 'no', 8$"),
-        ({"query": "q", "positive_ids": [1.5]}, "field positive_ids: expected strings or integers, got 1.5"),
-        ({"query": "q", "positives": ["a", 3]}, r"field positives\[1\]: expected a string, got int"),
+        (
+            {"query": "q", "positive_ids": ["x", "no", 8]},
+            "field positive_ids: not in the corpus: 'no', 8$",
+        ),
+        (
+            {"query": "q", "positive_ids": [1.5]},
+            "field positive_ids: expected strings or integers, got 1.5",
+        ),
+        (
+            {"query": "q", "positives": ["a", 3]},
+            r"field positives\[1\]: expected a string, got int",
+        ),
         ({"query": "q", "positives": [" "]}, r"field positives\[0\]: the string is empty"),
         ({"query": " ", "positives": ["a"]}, "field query: the string is empty"),
         ({"query": None, "positives": ["a"]}, "field query: expected a string"),
         ({"positives": ["a"]}, "no column query or anchor or question; there are"),
-        ({"query": "q"}, r"expected positives \(texts\), positive_ids, or docs and labels; there are \['query'\]"),
-        ({"query": "q", "positives": ["a"], "docs": ["a"], "labels": [1]}, "there are .*docs.*positives"),
-        ({"query": "q", "docs": ["a"], "labels": [1, 0]}, "1 documents in docs but 2 labels in labels"),
+        (
+            {"query": "q"},
+            r"expected positives \(texts\), positive_ids, or docs and labels; "
+            r"there are \['query'\]",
+        ),
+        (
+            {"query": "q", "positives": ["a"], "docs": ["a"], "labels": [1]},
+            "there are .*docs.*positives",
+        ),
+        (
+            {"query": "q", "docs": ["a"], "labels": [1, 0]},
+            "1 documents in docs but 2 labels in labels",
+        ),
         ({"query": "q", "docs": ["a"]}, "no column labels"),
         ("a string", "expected an object with a query and its positives"),
     ],

@@ -59,12 +59,15 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, whole: bytes, calls: int, su
     assert output.exists() == (suffix == ".jsonl")  # a Parquet file is there whole or not at all
     teacher = FixedCrossEncoder()
     result = mine_hard_negatives(ROWS, CORPUS, output=output, cross_encoder=teacher, **OPTIONS)
-    # Of five groups of 64 queries, those written are not scored again; the first's last query has no list, which
-    # looks as if it had not been reached.
+    # Of five groups of 64 queries, those written are not scored again; the first's last query has
+    # no list, which looks as if it had not been reached.
     assert len(teacher.batches) == {0: 5, 1: 5, 3: 2}[calls]
     assert result.lists == 200
     assert result.resumed_lists == {0: 0, 1: 42, 3: 128}[calls]
-    assert load_lists(output).to_list() == load_lists([json.loads(line) for line in whole.splitlines()]).to_list()
+    assert (
+        load_lists(output).to_list()
+        == load_lists([json.loads(line) for line in whole.splitlines()]).to_list()
+    )
     if suffix == ".jsonl":
         assert output.read_bytes() == whole
     assert {file.name for file in tmp_path.iterdir()} == {output.name, f"{output.name}.mining.json"}
@@ -91,13 +94,17 @@ class FixedCrossEncoder(stubs.FixedCrossEncoder):
             time.sleep(60)
         return super().predict(pairs, **options)
 
-mine_hard_negatives(case.ROWS, case.CORPUS, output=sys.argv[1], cross_encoder=FixedCrossEncoder(), **case.OPTIONS)
+mine_hard_negatives(
+    case.ROWS, case.CORPUS, output=sys.argv[1], cross_encoder=FixedCrossEncoder(), **case.OPTIONS
+)
 """
 
 
 def test_a_killed_process_loses_nothing_that_it_wrote(tmp_path: Path, whole: bytes) -> None:
     output = tmp_path / "lists.jsonl"
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(output)], cwd=Path(__file__).parents[3])
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(output)], cwd=Path(__file__).parents[3]
+    )
     try:
         deadline = time.monotonic() + 60
         while not (output.exists() and output.read_bytes().count(b"\n") >= 85):
@@ -133,7 +140,10 @@ def test_a_complete_run_is_left_as_it_is(tmp_path: Path, suffix: str) -> None:
         ({"cross_encoder": FixedCrossEncoder()}, "cross_encoder None -> 'FixedCrossEncoder'"),
         ({"corpus": CORPUS[::-1]}, "corpus '"),
         ({"queries": ROWS[:-1]}, "queries '"),
-        ({"queries": [ROWS[0], {**ROWS[1], "positive": CORPUS[0]}, *ROWS[2:]]}, "corpus '.*queries '"),
+        (
+            {"queries": [ROWS[0], {**ROWS[1], "positive": CORPUS[0]}, *ROWS[2:]]},
+            "corpus '.*queries '",
+        ),
     ],
 )
 def test_other_settings_are_refused_and_nothing_is_lost(
@@ -192,7 +202,9 @@ def test_a_broken_state_is_named(tmp_path: Path) -> None:
     output = tmp_path / "lists.jsonl"
     mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS)
     Path(f"{output}.mining.json").write_text("{")
-    with pytest.raises(ValueError, match=r"lists\.jsonl\.mining\.json is not the state of a mining run"):
+    with pytest.raises(
+        ValueError, match=r"lists\.jsonl\.mining\.json is not the state of a mining run"
+    ):
         mine_hard_negatives(ROWS, CORPUS, output=output, **OPTIONS)
 
 
@@ -205,14 +217,18 @@ def test_a_bad_score_late_in_the_run_keeps_what_came_before(tmp_path: Path, whol
     FixedCrossEncoder_.__qualname__ = FixedCrossEncoder.__qualname__
     output = tmp_path / "lists.jsonl"
     with pytest.raises(ValueError, match="not finite"):
-        mine_hard_negatives(ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder_(), **OPTIONS)
+        mine_hard_negatives(
+            ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder_(), **OPTIONS
+        )
     assert len(by_query(output)) == 128
     assert whole.startswith(output.read_bytes())
 
 
 def test_one_run_at_a_time_writes_an_output(tmp_path: Path, whole: bytes) -> None:
     output = tmp_path / "lists.jsonl"
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(output)], cwd=Path(__file__).parents[3])
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(output)], cwd=Path(__file__).parents[3]
+    )
     try:
         deadline = time.monotonic() + 60
         while not (output.exists() and output.read_bytes().count(b"\n") >= 85):
@@ -221,9 +237,16 @@ def test_one_run_at_a_time_writes_an_output(tmp_path: Path, whole: bytes) -> Non
             time.sleep(0.05)
         before = output.read_bytes()
         for options in ({}, {"overwrite": True}):
-            with pytest.raises(ValueError, match=rf"lists\.jsonl is being written by process {child.pid} on "):
+            with pytest.raises(
+                ValueError, match=rf"lists\.jsonl is being written by process {child.pid} on "
+            ):
                 mine_hard_negatives(
-                    ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder(), **OPTIONS, **options
+                    ROWS,
+                    CORPUS,
+                    output=output,
+                    cross_encoder=FixedCrossEncoder(),
+                    **OPTIONS,
+                    **options,
                 )
         assert output.read_bytes() == before
     finally:
@@ -231,7 +254,10 @@ def test_one_run_at_a_time_writes_an_output(tmp_path: Path, whole: bytes) -> Non
         child.wait()
     mine_hard_negatives(ROWS, CORPUS, output=output, cross_encoder=FixedCrossEncoder(), **OPTIONS)
     assert output.read_bytes() == whole
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lists.jsonl", "lists.jsonl.mining.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "lists.jsonl",
+        "lists.jsonl.mining.json",
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -243,7 +269,10 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(
     output = tmp_path / f"lists{suffix}"
     lines = output if suffix == ".jsonl" else tmp_path / "lists.parquet.partial.jsonl"
     options = {"output": output, "cross_encoder": FixedCrossEncoder(), **OPTIONS}
-    with files_up_to(size), pytest.raises(ValueError, match=rf"can't write {tmp_path}/lists\S*: \w+") as error:
+    with (
+        files_up_to(size),
+        pytest.raises(ValueError, match=rf"can't write {tmp_path}/lists\S*: \w+") as error,
+    ):
         mine_hard_negatives(ROWS, CORPUS, **options)
     assert "\n" not in str(error.value)
     written = lines.read_bytes() if lines.exists() else b""
@@ -251,10 +280,15 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(
     assert written.count(b"\n") > 20 or size < 20_000
     result = mine_hard_negatives(ROWS, CORPUS, **options)
     assert (result.lists, result.resumed_lists) == (200, written.count(b"\n"))
-    assert load_lists(output).to_list() == load_lists([json.loads(line) for line in whole.splitlines()]).to_list()
+    assert (
+        load_lists(output).to_list()
+        == load_lists([json.loads(line) for line in whole.splitlines()]).to_list()
+    )
 
 
-def test_a_full_disk_for_the_table_keeps_the_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_the_table_keeps_the_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "lists.parquet"
     to_parquet = ListWriter._to_parquet
 

@@ -19,7 +19,11 @@ def test_it_is_a_base_cross_encoder(tmp_path: Path):
 
     path = make_tiny_bert(tmp_path / "model")
     model = CrossEncoder(path)
-    for adapter in (LangChainCrossEncoder(model), LangChainCrossEncoder(path), LangChainCrossEncoder(str(path))):
+    for adapter in (
+        LangChainCrossEncoder(model),
+        LangChainCrossEncoder(path),
+        LangChainCrossEncoder(str(path)),
+    ):
         assert isinstance(adapter, cross_encoders.BaseCrossEncoder)
         scores = adapter.score(PAIRS)
         assert all(type(score) is float for score in scores)

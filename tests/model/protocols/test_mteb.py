@@ -15,7 +15,12 @@ from tests.model_factory import make_tiny_bert
 mteb = pytest.importorskip("mteb")
 
 QUERIES = {"q1": "what is a panda", "q2": "rain in paris"}
-DOCUMENTS = {"d1": "a bear", "d2": "the sea", "d3": "a panda is a kind of bear", "d4": "the wind and the rain"}
+DOCUMENTS = {
+    "d1": "a bear",
+    "d2": "the sea",
+    "d3": "a panda is a kind of bear",
+    "d4": "the wind and the rain",
+}
 RANKED = {"q1": ["d3", "d1", "d2"], "q2": ["d2", "d4"]}
 
 
@@ -34,11 +39,15 @@ def test_their_search_scores_each_pair(batch_size: int, tmp_path: Path):
     search = SearchCrossEncoderWrapper(adapter)
     options = {"task_metadata": task, "hf_split": "test", "hf_subset": "default"}
     options["encode_kwargs"] = {"batch_size": batch_size}
-    corpus = Dataset.from_dict({"id": list(DOCUMENTS), "text": list(DOCUMENTS.values()), "title": [""] * 4})
+    corpus = Dataset.from_dict(
+        {"id": list(DOCUMENTS), "text": list(DOCUMENTS.values()), "title": [""] * 4}
+    )
     search.index(corpus, **options)
     queries = Dataset.from_dict({"id": list(QUERIES), "text": list(QUERIES.values())})
     found = search.search(queries, top_k=3, top_ranked=RANKED, **options)
     for query, documents in RANKED.items():
         pairs = [(QUERIES[query], DOCUMENTS[document]) for document in documents]
         expected = model.predict(pairs, activation_fn=nn.Identity())
-        np.testing.assert_allclose([found[query][one] for one in documents], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            [found[query][one] for one in documents], expected, rtol=1e-5, atol=1e-6
+        )

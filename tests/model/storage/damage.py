@@ -35,7 +35,9 @@ def refused(directory: Path, message: str) -> None:
 
 
 def shard(directory: Path, names: dict[str, str], **index: Any) -> None:
-    """Two shards of the weights, and an index that gives a shard's tensors another file's name where asked."""
+    """Two shards of the weights, and an index that gives a shard's tensors another file's name
+    where asked.
+    """
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     weight_map = {}

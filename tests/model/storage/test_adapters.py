@@ -34,7 +34,9 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.nd
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    inputs = tokenizer([q for q, _ in PAIRS], [d for _, d in PAIRS], padding=True, return_tensors="pt")
+    inputs = tokenizer(
+        [q for q, _ in PAIRS], [d for _, d in PAIRS], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         scores = adapted.merge_and_unload().eval()(**inputs).logits[:, 0].sigmoid().numpy()
     return tmp_path / "adapter", scores
@@ -42,7 +44,10 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, np.nd
 
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_it_opens_on_its_base(
-    adapter: tuple[Path, np.ndarray], tokenizer: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    adapter: tuple[Path, np.ndarray],
+    tokenizer: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ):
     directory, expected = adapter
     if tokenizer:
@@ -57,7 +62,9 @@ def test_it_opens_on_its_base(
     np.testing.assert_allclose(again.predict(PAIRS), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["no base", "base is missing", "pickled", "no peft", "another model's"])
+@pytest.mark.parametrize(
+    "fault", ["no base", "base is missing", "pickled", "no peft", "another model's"]
+)
 def test_why_it_does_not_open(
     adapter: tuple[Path, np.ndarray], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

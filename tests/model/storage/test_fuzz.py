@@ -1,4 +1,6 @@
-"""Model directories with one file damaged at random: one line that names it, or a model that scores."""
+"""Model directories with one file damaged at random: one line that names it, or a model that
+scores.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,24 @@ from tests.model_factory import make_tiny_bert, make_tiny_qwen3
 
 PAIRS = [("what is a panda", "a panda is a kind of bear"), ("rain", "")]
 # Values of other types than a file's own, and extreme ones of its own.
-VALUES: list[Any] = [None, True, False, 0, -1, 1, 7, 2.5, float("nan"), "", "text", "../x", [], [3], {}, {"a": 1}]
+VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    7,
+    2.5,
+    float("nan"),
+    "",
+    "text",
+    "../x",
+    [],
+    [3],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +52,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where there is a value in JSON; of a long list or object the first entries."""
     yield path
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in list(entries)[:20]:
         yield from paths(inner, (*path, key))
 
@@ -58,7 +83,9 @@ def without(value: Any, path: tuple[Any, ...]) -> Any:
 def damage(draw: random.Random, file: Path) -> str:
     """Damages the file; returns what was done."""
     content = file.read_bytes()
-    kind = draw.choice(["flip", "flip", "truncate", "remove", "value", "value", "value", "without", "foreign"])
+    kind = draw.choice(
+        ["flip", "flip", "truncate", "remove", "value", "value", "value", "without", "foreign"]
+    )
     if kind in ("value", "without") and file.suffix == ".json":
         value = json.loads(content)
         path = draw.choice(list(paths(value)))
@@ -76,8 +103,8 @@ def damage(draw: random.Random, file: Path) -> str:
         flipped = bytearray(content)
         # The beginning of a safetensors file is its header.
         for _ in range(draw.randrange(1, 4)):
-            flipped[draw.randrange(min(len(content), draw.choice([8, 2000, len(content)])))] ^= 1 << draw.randrange(
-                8
+            flipped[draw.randrange(min(len(content), draw.choice([8, 2000, len(content)])))] ^= (
+                1 << draw.randrange(8)
             )
         file.write_bytes(flipped)
     return kind

@@ -1,4 +1,6 @@
-"""Pushing to a local fake of the hub: what is uploaded, to whom it shows, and where the token goes."""
+"""Pushing to a local fake of the hub: what is uploaded, to whom it shows, and where the token
+goes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_a_pushed_model_is_private_whole_and_loads_again(
         (tmp_path / "pulled" / name).write_bytes(content)
         assert TOKEN.encode() not in content
     pairs = [("what is the panda", "panda eats bamboo"), ("sea", "rain over the sea")]
-    np.testing.assert_array_equal(CrossEncoder(tmp_path / "pulled").predict(pairs), model.predict(pairs))
+    np.testing.assert_array_equal(
+        CrossEncoder(tmp_path / "pulled").predict(pairs), model.predict(pairs)
+    )
     card = ModelCard.load(tmp_path / "pulled" / "README.md")
     assert card.data.license == "mit"
     assert card.text.count(f'CrossEncoder("{REPO}")') == 2  # the code loads it from where it is
@@ -69,7 +73,9 @@ def test_public_only_when_asked(hub: FakeHub, tiny_bert: Path):
     assert hub.visibility == {REPO: "public"}
 
 
-def test_refusals_are_one_line_and_hold_no_token(hub: FakeHub, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+def test_refusals_are_one_line_and_hold_no_token(
+    hub: FakeHub, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = CrossEncoder(tiny_bert, device="cpu")
     wrong = TOKEN[::-1]
     with pytest.raises(ValueError, match=f"can't push to {REPO}: .*401") as refused:
@@ -79,7 +85,9 @@ def test_refusals_are_one_line_and_hold_no_token(hub: FakeHub, tiny_bert: Path, 
     with pytest.raises(ValueError, match="can't push to not a repo"):
         model.push_to_hub("not a repo", token=TOKEN)
     model.card_metadata["license"] = "no-such-license"
-    with pytest.raises(ValueError, match=r'Invalid metadata in README\.md\. - "license" must be one of'):
+    with pytest.raises(
+        ValueError, match=r'Invalid metadata in README\.md\. - "license" must be one of'
+    ):
         model.push_to_hub(REPO, token=TOKEN)
     assert not hub.files[REPO]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -94,22 +102,32 @@ def test_train_pushes_the_best_model_with_its_card_only_when_asked(tiny_bert: Pa
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from rerank_fast.cli import main
-common = ["train", "--model", {str(tiny_bert)!r}, "--train", {str(lists)!r}, "--eval", {str(lists)!r},
-          "--precision", "fp32", "--show_progress_bar", "false", "--batch_size", "6"]
+common = ["train", "--model", {str(tiny_bert)!r}, "--train", {str(lists)!r},
+          "--eval", {str(lists)!r}, "--precision", "fp32",
+          "--show_progress_bar", "false", "--batch_size", "6"]
 assert main([*common, "--output", {str(tmp_path / "quiet")!r}]) == 0
 print("nothing asked for", flush=True)
 sys.exit(main([*common, "--output", {str(tmp_path / "pushed")!r}, "--push", {REPO!r}]))
 """
     with serve_hub(TOKEN) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+        }
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run([sys.executable, "-c", train], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", train], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         before, _, after = done.stdout.partition("nothing asked for")
         assert REPO not in before
         assert f"{hub.endpoint}/{REPO}/commit/" in after
         # The local model and data were read without the hub; it was asked first for the repository.
-        assert next(path for method, path in hub.requests if method == "POST") == "/api/repos/create"
+        assert (
+            next(path for method, path in hub.requests if method == "POST") == "/api/repos/create"
+        )
         assert hub.unauthorized == 0
         assert hub.visibility == {REPO: "private"}
         uploaded = hub.files[REPO]

@@ -44,18 +44,38 @@ def edit_module(directory: Path, number: int, **changes: Any) -> None:
         ("2_Dense", {"in_features": "wide"}, "2_Dense"),
         ("2_Dense", {"in_features": 48}, "weight is .* in the weights and .* by the config"),
         ("2_Dense", {"in_features": None}, "2_Dense"),
-        ("2_Dense", {"bias": False}, "expected the weights linear.weight, got linear.bias, linear.weight"),
-        ("2_Dense", {"use_residual": True, "in_features": 16}, "expected the weights .*residual.weight"),
+        (
+            "2_Dense",
+            {"bias": False},
+            "expected the weights linear.weight, got linear.bias, linear.weight",
+        ),
+        (
+            "2_Dense",
+            {"use_residual": True, "in_features": 16},
+            "expected the weights .*residual.weight",
+        ),
         (
             "2_Dense",
             {"activation_function": "os.system"},
             "expected an activation of torch.nn, got str 'os.system'",
         ),
-        ("2_Dense", {"activation_function": "torch.nn.modules.activation.None"}, "which torch can't give"),
+        (
+            "2_Dense",
+            {"activation_function": "torch.nn.modules.activation.None"},
+            "which torch can't give",
+        ),
         ("2_Dense", {"activation_function": 3}, "expected an activation of torch.nn, got int 3"),
-        ("2_Dense", {"module_input_name": "nothing"}, "the modules give no score: KeyError: 'nothing'"),
+        (
+            "2_Dense",
+            {"module_input_name": "nothing"},
+            "the modules give no score: KeyError: 'nothing'",
+        ),
         ("3_LayerNorm", {"dimension": 31}, "by the config"),
-        ("4_Dense", {"module_output_name": "other"}, "the modules give no score: KeyError: 'scores'"),
+        (
+            "4_Dense",
+            {"module_output_name": "other"},
+            "the modules give no score: KeyError: 'scores'",
+        ),
     ],
     ids=str,
 )
@@ -70,7 +90,10 @@ def test_configs_of_modules(modular: Path, folder: str, changes: dict[str, Any],
         ({"path": "../outside"}, "leads out of the model's directory"),
         ({"path": ""}, "expected a path for the module"),
         ({"path": "9_Missing"}, r"expected pooling modes|9_Missing"),
-        ({"type": "somebodys.modules.Dense"}, "has the module somebodys.modules.Dense: expected sentence-tran"),
+        (
+            {"type": "somebodys.modules.Dense"},
+            "has the module somebodys.modules.Dense: expected sentence-tran",
+        ),
         ({"type": "sentence_transformers.no_such.Module"}, "no_such.Module of .* can't be loaded"),
         ({"type": "sentence_transformers.util.fullname"}, "can't be loaded: it is no module"),
     ],
@@ -94,7 +117,10 @@ def test_entries_of_modules(modular: Path, changes: dict[str, Any], message: str
             {"modality_config": {"text": {"method": "encode"}}},
             "expected the output last_hidden_state of the method",
         ),
-        ({"module_output_name": "embeddings"}, "the modules give no score: KeyError: 'token_embeddings'"),
+        (
+            {"module_output_name": "embeddings"},
+            "the modules give no score: KeyError: 'token_embeddings'",
+        ),
     ],
     ids=str,
 )
@@ -103,7 +129,9 @@ def test_settings_of_the_transformer(modular: Path, changes: dict[str, Any], mes
     refused(modular, message)
 
 
-@pytest.mark.parametrize("names", [3, ["nothing"], ["1.linear"], ["2"], ["0.model.embeddings"], [3]], ids=str)
+@pytest.mark.parametrize(
+    "names", [3, ["nothing"], ["1.linear"], ["2"], ["0.model.embeddings"], [3]], ids=str
+)
 def test_layers_in_fp32_that_are_none(modular: Path, names: Any):
     edit(modular, "config_sentence_transformers.json", keep_in_fp32_modules=names)
     refused(modular, "keep_in_fp32_modules")
@@ -113,7 +141,10 @@ def test_layers_in_fp32_that_are_none(modular: Path, names: Any):
     ("values", "message"),
     [
         (torch.full((32, 32), torch.nan), "linear.weight has values that are no finite floats"),
-        (torch.ones(32, 32, dtype=torch.int32), "linear.weight has values that are no finite floats"),
+        (
+            torch.ones(32, 32, dtype=torch.int32),
+            "linear.weight has values that are no finite floats",
+        ),
         (torch.ones(31, 32), r"linear.weight is \(31, 32\) in the weights"),
     ],
 )

@@ -52,11 +52,18 @@ def test_prefixes_of_wrappers(
     np.testing.assert_array_equal(model.predict(PAIRS), expected)
     assert not caplog.records
     model.save_pretrained(directory / "again")  # under the model's own names
-    assert "bert.encoder.layer.0.output.dense.weight" in load_file(directory / "again" / "model.safetensors")
+    assert "bert.encoder.layer.0.output.dense.weight" in load_file(
+        directory / "again" / "model.safetensors"
+    )
 
 
-def test_a_wrapped_bare_encoder_lacks_its_head_alone(directory: Path, caplog: pytest.LogCaptureFixture):
-    edit_weights(directory, lambda tensors: [tensors.pop(name) for name in list(tensors) if "classifier" in name])
+def test_a_wrapped_bare_encoder_lacks_its_head_alone(
+    directory: Path, caplog: pytest.LogCaptureFixture
+):
+    edit_weights(
+        directory,
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if "classifier" in name],
+    )
     rename(directory, "^bert", "module")
     CrossEncoder(directory, device="cpu")
     assert [record.message.split(": ", 1)[1] for record in caplog.records] == [
@@ -75,7 +82,9 @@ def test_a_wrapped_bare_encoder_lacks_its_head_alone(directory: Path, caplog: py
     ],
 )
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "unknown-names"])
-def test_missing_weights_of_the_encoder_are_counted(directory: Path, missing: str, count: int, others: bool):
+def test_missing_weights_of_the_encoder_are_counted(
+    directory: Path, missing: str, count: int, others: bool
+):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if re.search(missing, name)]:
             value = tensors.pop(name)
@@ -91,7 +100,9 @@ def test_a_missing_head_is_said_in_a_short_line(directory: Path, caplog: pytest.
     edit_weights(
         directory,
         lambda tensors: [
-            tensors.pop(name) for name in list(tensors) if "encoder" not in name and "embeddings" not in name
+            tensors.pop(name)
+            for name in list(tensors)
+            if "encoder" not in name and "embeddings" not in name
         ],
     )
     CrossEncoder(directory, device="cpu")

@@ -1,4 +1,6 @@
-"""Pickled weights: closed, and converted where the user asks for it, as tensors and nothing else."""
+"""Pickled weights: closed, and converted where the user asks for it, as tensors and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +40,34 @@ def to_pickles(directory: Path, parts: int = 1) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_they_are_closed_until_they_are_converted(directory: Path, tmp_path: Path, parts: int, capsys: Any):
+def test_they_are_closed_until_they_are_converted(
+    directory: Path, tmp_path: Path, parts: int, capsys: Any
+):
     expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
     to_pickles(directory, parts)
     (directory / "optimizer.pt").write_bytes(b"of no use")
-    refused(directory, "pickled weights are not loaded: rerank-fast convert --model .* --output DIR")
+    refused(
+        directory, "pickled weights are not loaded: rerank-fast convert --model .* --output DIR"
+    )
     assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("converted") == parts
-    np.testing.assert_array_equal(CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS), expected)
+    np.testing.assert_array_equal(
+        CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS), expected
+    )
     assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".bin", ".pt")]
 
 
 def test_an_encoder_gets_no_head_by_it(directory: Path, tmp_path: Path):
     file = directory / "model.safetensors"
-    tensors = {name.removeprefix("bert."): one for name, one in load_file(file).items() if name.startswith("bert.")}
+    tensors = {
+        name.removeprefix("bert."): one
+        for name, one in load_file(file).items()
+        if name.startswith("bert.")
+    }
     file.unlink()
-    tensors["embeddings.tied"] = tensors["embeddings.word_embeddings.weight"]  # memory that is shared
+    tensors["embeddings.tied"] = tensors[
+        "embeddings.word_embeddings.weight"
+    ]  # memory that is shared
     torch.save(tensors, directory / "pytorch_model.bin")
     assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 0
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
@@ -62,7 +76,10 @@ def test_an_encoder_gets_no_head_by_it(directory: Path, tmp_path: Path):
 def test_modules_are_converted_too(tmp_path: Path):
     peer = make_peer(tmp_path, ettin())
     to_pickles(tmp_path / "model")
-    assert main(["convert", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(["convert", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
+        == 0
+    )
     scores = CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS)
     np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
@@ -93,7 +110,9 @@ def test_what_is_more_than_tensors_is_refused_and_not_run(
 
 
 @pytest.mark.parametrize("fault", ["no pickles", "no directory", "output holds a model"])
-def test_nothing_to_convert(directory: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture):
+def test_nothing_to_convert(
+    directory: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture
+):
     source, output = directory, tmp_path / "out"
     if fault == "no directory":
         source = Path("somebody/model")

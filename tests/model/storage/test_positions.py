@@ -34,7 +34,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], int | None]] = {
     "OPT": ({"max_position_embeddings": 64, "word_embed_proj_dim": 32, "ffn_dim": 64}, 64),
     "Bloom": ({}, None),
     "T5": (
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
         None,
     ),
     "XLNet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, None),
@@ -53,7 +60,13 @@ def make(name: str, directory: Path) -> CrossEncoder:
     # As one whose files give no limit, with a padding token of the model's.
     tokenizer = make_tokenizer(model_max_length=int(1e30))
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    sizes = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2}
+    sizes = {
+        **SIZES,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": 0,
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+    }
     config = getattr(transformers, f"{name}Config")(**{**sizes, **options})
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     torch.manual_seed(0)
@@ -77,11 +90,16 @@ def test_a_pair_is_as_long_as_the_positions_go(name: str, tmp_path: Path):
         return
     assert lengths[0] == longest
     assert model.truncated_pairs == {longest: 2}
-    with pytest.raises(ValueError, match=f"max_length is {longest + 1}, but .* has {longest} positions"):
+    with pytest.raises(
+        ValueError, match=f"max_length is {longest + 1}, but .* has {longest} positions"
+    ):
         model.max_length = longest + 1
     beyond = torch.full((1, longest + 1), 5)
     if name != "Longformer":  # pads by itself, to whole windows
-        with pytest.raises((IndexError, RuntimeError)), torch.no_grad():  # one more is too much: none is given away
+        with (
+            pytest.raises((IndexError, RuntimeError)),
+            torch.no_grad(),
+        ):  # one more is too much: none is given away
             model.model(input_ids=beyond, attention_mask=torch.ones_like(beyond))
 
 
@@ -103,6 +121,8 @@ def test_positions_of_somebodys_own_code_are_those_that_surely_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     make("Bert", tmp_path / "model")
-    monkeypatch.setattr(transformers.BertForSequenceClassification, "__module__", "somebodys.modeling")
+    monkeypatch.setattr(
+        transformers.BertForSequenceClassification, "__module__", "somebodys.modeling"
+    )
     assert CrossEncoder(tmp_path / "model", device="cpu").max_length == 63
     assert "of its 64 positions 63 are used" in caplog.text

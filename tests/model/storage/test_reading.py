@@ -1,4 +1,6 @@
-"""Configs and sentence-transformers' files that are damaged or hold something else than is expected."""
+"""Configs and sentence-transformers' files that are damaged or hold something else than is
+expected.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,12 @@ from tests.model.storage.damage import edit, refused
 _OLD_NAME = "sbert_ce_default_activation_function"
 
 
-@pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "modules.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"3", b'"text"', b"null", b"\xff\xfe{", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "name", ["config.json", "config_sentence_transformers.json", "modules.json"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"3", b'"text"', b"null", b"\xff\xfe{", b"[" * 100_000]
+)
 def test_files_that_are_no_json_or_of_another_kind(directory: Path, name: str, content: bytes):
     (directory / name).write_bytes(content)
     refused(directory, name.replace(".", r"\."))
@@ -82,10 +88,19 @@ def test_modules_that_are_none(directory: Path, modules: Any):
         ({"default_prompt_name": "none"}, "names the default prompt none, but has"),
         ({"default_prompt_name": ["a"]}, "names the default prompt"),
         ({"activation_fn": 3}, "expected the name of an activation, got int 3"),
-        ({"activation_fn": "torch.nn.modules.activation.Sigmoidal"}, "Sigmoidal, which torch can't give"),
-        ({"activation_fn": "torch.nn.modules.no_such.Sigmoid"}, "no_such.Sigmoid, which torch can't give"),
+        (
+            {"activation_fn": "torch.nn.modules.activation.Sigmoidal"},
+            "Sigmoidal, which torch can't give",
+        ),
+        (
+            {"activation_fn": "torch.nn.modules.no_such.Sigmoid"},
+            "no_such.Sigmoid, which torch can't give",
+        ),
         ({"activation_fn": "torch.nn.modules.linear.Linear"}, "Linear, which torch can't give"),
-        ({"activation_fn": "torch.nn.modules.container.ModuleList"}, "ModuleList, which torch can't give"),
+        (
+            {"activation_fn": "torch.nn.modules.container.ModuleList"},
+            "ModuleList, which torch can't give",
+        ),
         ({"activation_fn": "torch.nn.modules.activation.Tensor"}, "Tensor, which torch can't give"),
     ],
 )

@@ -25,7 +25,9 @@ def test_a_directory_without_its_tokenizer(directory: Path, others: bool):
 def test_a_vocabulary_of_special_tokens_alone(directory: Path):
     file = directory / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
-    tokenizer["model"]["vocab"] = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < 5}
+    tokenizer["model"]["vocab"] = {
+        token: i for token, i in tokenizer["model"]["vocab"].items() if i < 5
+    }
     file.write_text(json.dumps(tokenizer))
     refused(directory, r"made of tokenizer\.json.*has no words: only 5 special tokens")
 
@@ -38,7 +40,9 @@ def test_another_models_tokenizer(directory: Path):
     refused(directory, r"its token 'zebra' has the number 5000, and config\.json a vocab_size of")
 
 
-def test_a_special_token_without_an_embedding_is_said(directory: Path, caplog: pytest.LogCaptureFixture):
+def test_a_special_token_without_an_embedding_is_said(
+    directory: Path, caplog: pytest.LogCaptureFixture
+):
     """Many a model works with a padding token that was added and is never met."""
     model = CrossEncoder(directory, device="cpu")
     expected = model.predict(PAIRS)
@@ -50,7 +54,9 @@ def test_a_special_token_without_an_embedding_is_said(directory: Path, caplog: p
     number = len(model.tokenizer) - 1
     assert f"its token '<extra>' has the number {number}" in record.message
     for method in (model.predict, model.tokenize):
-        with pytest.raises(ValueError, match=f"a text has the token '<extra>' with the number {number}"):
+        with pytest.raises(
+            ValueError, match=f"a text has the token '<extra>' with the number {number}"
+        ):
             method([*PAIRS, ("rain", "a <extra> bear")])
 
 
@@ -58,7 +64,9 @@ def test_a_post_processor_that_drops_the_document(directory: Path):
     file = directory / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     pair = tokenizer["post_processor"]["pair"]
-    tokenizer["post_processor"]["pair"] = [one for one in pair if one.get("Sequence", {}).get("id") != "B"]
+    tokenizer["post_processor"]["pair"] = [
+        one for one in pair if one.get("Sequence", {}).get("id") != "B"
+    ]
     file.write_text(json.dumps(tokenizer))
     refused(directory, "can't tokenise a pair")
 
@@ -102,7 +110,11 @@ PADDING = {
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["none", "pads"])
 @pytest.mark.parametrize("used", ["predict", "preprocess", "its own call"])
 def test_a_tokenizer_is_saved_as_it_came(
-    directory: Path, tmp_path: Path, truncation: dict[str, Any] | None, padding: dict[str, Any] | None, used: str
+    directory: Path,
+    tmp_path: Path,
+    truncation: dict[str, Any] | None,
+    padding: dict[str, Any] | None,
+    used: str,
 ):
     edit(directory, "tokenizer.json", truncation=truncation, padding=padding)
     model = CrossEncoder(directory, device="cpu")

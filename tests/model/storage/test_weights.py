@@ -1,4 +1,6 @@
-"""Weights that are damaged, of no numbers, pickled or outside: one line, and nothing else is read."""
+"""Weights that are damaged, of no numbers, pickled or outside: one line, and nothing else is
+read.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_truncated_weights_are_named(directory: Path, keep: int):
     refused(directory, r"model\.safetensors is damaged or no safetensors file")
 
 
-@pytest.mark.parametrize("header", [b"\xff" * 8, b"\x08" + b"\0" * 7 + b"no json!", b"\x02" + b"\0" * 7 + b"{}"])
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, b"\x08" + b"\0" * 7 + b"no json!", b"\x02" + b"\0" * 7 + b"{}"]
+)
 def test_weights_with_another_header(directory: Path, header: bytes):
     file = directory / "model.safetensors"
     file.write_bytes(header + file.read_bytes()[len(header) :])
@@ -48,14 +52,18 @@ def test_weights_that_are_not_finite(directory: Path, value: float, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
-@pytest.mark.parametrize("name", ["classifier.weight", "bert.encoder.layer.0.attention.self.query.weight"])
+@pytest.mark.parametrize(
+    "name", ["classifier.weight", "bert.encoder.layer.0.attention.self.query.weight"]
+)
 def test_weights_of_integers(directory: Path, name: str, dtype: torch.dtype):
     edit_weights(directory, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     refused(directory, rf"the weight {name} is of the type \w+; expected a float type")
 
 
 def test_all_weights_of_integers(directory: Path):
-    edit_weights(directory, lambda all: all.update({name: one.to(torch.int32) for name, one in all.items()}))
+    edit_weights(
+        directory, lambda all: all.update({name: one.to(torch.int32) for name, one in all.items()})
+    )
     edit(directory, "config.json", dtype=None)
     refused(directory, r"weight")
 
@@ -68,7 +76,9 @@ def test_position_ids_of_older_checkpoints_are_integers(directory: Path):
 
 
 def test_a_weight_of_another_shape_is_named(directory: Path):
-    edit_weights(directory, lambda tensors: tensors.update({"classifier.weight": torch.zeros(1, 31)}))
+    edit_weights(
+        directory, lambda tensors: tensors.update({"classifier.weight": torch.zeros(1, 31)})
+    )
     refused(directory, r"classifier\.weight is \(1, 31\) in the weights and \(1, 32\) in the model")
 
 
@@ -80,7 +90,10 @@ def test_sharded_weights(directory: Path):
     file.write_bytes(file.read_bytes()[:100])
     refused(directory, r"model-2-of-2\.safetensors is damaged")
     file.unlink()
-    refused(directory, r"has no model-2-of-2\.safetensors, which its model\.safetensors\.index\.json names")
+    refused(
+        directory,
+        r"has no model-2-of-2\.safetensors, which its model\.safetensors\.index\.json names",
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,13 @@ def test_an_index_that_is_none(directory: Path, index: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "{outside}", "inner/../../outside.safetensors", "..\\outside.safetensors"]
+    "name",
+    [
+        "../outside.safetensors",
+        "{outside}",
+        "inner/../../outside.safetensors",
+        "..\\outside.safetensors",
+    ],
 )
 def test_an_index_that_leads_out_of_the_directory(directory: Path, name: str):
     outside = directory.parent / "outside.safetensors"
@@ -140,7 +159,9 @@ def test_pickled_weights_are_never_touched(directory: Path, tmp_path: Path, plac
 
 
 @pytest.mark.parametrize("file", ["config.json", "modules.json", "tokenizer_config.json"])
-def test_other_names_that_lead_out_of_the_directory(directory: Path, whole_causal: Path, tmp_path: Path, file: str):
+def test_other_names_that_lead_out_of_the_directory(
+    directory: Path, whole_causal: Path, tmp_path: Path, file: str
+):
     if file == "config.json":
         shutil.copy(directory / "model.safetensors", tmp_path / "outside.safetensors")
         edit(directory, file, transformers_weights="../outside.safetensors")
@@ -168,36 +189,54 @@ def cached(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_model_of_the_hub_is_checked_like_a_directory(cached: Path, directory: Path):
     expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
-    np.testing.assert_array_equal(CrossEncoder("somebody/model", device="cpu").predict(PAIRS), expected)
+    np.testing.assert_array_equal(
+        CrossEncoder("somebody/model", device="cpu").predict(PAIRS), expected
+    )
     shard(cached, {})
-    np.testing.assert_array_equal(CrossEncoder("somebody/model", device="cpu").predict(PAIRS), expected)
+    np.testing.assert_array_equal(
+        CrossEncoder("somebody/model", device="cpu").predict(PAIRS), expected
+    )
     index = cached / "model.safetensors.index.json"
     content = index.read_text()
     shutil.copy(cached / "model-2-of-2.safetensors", cached.parent / "outside.safetensors")
     index.write_text(content.replace("model-2-of-2.safetensors", "../outside.safetensors"))
-    with pytest.raises(ValueError, match=r"somebody/model/model\.safetensors\.index\.json leads out of"):
+    with pytest.raises(
+        ValueError, match=r"somebody/model/model\.safetensors\.index\.json leads out of"
+    ):
         CrossEncoder("somebody/model", device="cpu")
     index.write_text(content)
     (cached / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="somebody/model has no tokenizer"):
         CrossEncoder("somebody/model", device="cpu")
     edit(cached, "config.json", hidden_size="32")
-    with pytest.raises(ValueError, match=r"somebody/model/config\.json can't be read as a model's: .*hidden_size"):
+    with pytest.raises(
+        ValueError, match=r"somebody/model/config\.json can't be read as a model's: .*hidden_size"
+    ):
         CrossEncoder("somebody/model", device="cpu")
 
 
 def test_a_weight_that_a_narrower_dtype_does_not_hold(directory: Path):
     edit_weights(directory, lambda tensors: tensors["classifier.weight"].fill_(1e5))
     assert np.isfinite(CrossEncoder(directory, device="cpu").predict(PAIRS)).all()
-    with pytest.raises(ValueError, match=r"classifier\.weight has a value that is infinite in float16"):
+    with pytest.raises(
+        ValueError, match=r"classifier\.weight has a value that is infinite in float16"
+    ):
         CrossEncoder(directory, device="cpu", dtype="float16")
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("others", [r"LayerNorm", r"classifier", r"word_embeddings|layer\.1", r"^$"])
+@pytest.mark.parametrize(
+    "stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    "others", [r"LayerNorm", r"classifier", r"word_embeddings|layer\.1", r"^$"]
+)
 @pytest.mark.parametrize("said", [None, "float32", "bfloat16", "float16"])
-def test_files_of_any_and_of_several_dtypes(directory: Path, stored: torch.dtype, others: str, said: str | None):
-    """Weights are those of the file, in the one dtype of the config or of the file's first weights."""
+def test_files_of_any_and_of_several_dtypes(
+    directory: Path, stored: torch.dtype, others: str, said: str | None
+):
+    """Weights are those of the file, in the one dtype of the config or of the file's first
+    weights.
+    """
     expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
     edit_weights(
         directory,

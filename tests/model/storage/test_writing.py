@@ -16,7 +16,10 @@ def test_a_full_disk_leaves_what_was_there(directory: Path, size: int):
     """The config, the tokenizer or the weights do not fit."""
     model = CrossEncoder(directory, device="cpu", activation_fn=nn.Tanh())
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    with files_up_to(size), pytest.raises(ValueError, match=f"can't write a model to {directory}") as error:
+    with (
+        files_up_to(size),
+        pytest.raises(ValueError, match=f"can't write a model to {directory}") as error,
+    ):
         model.save_pretrained(directory, overwrite=True)
     assert "\n" not in str(error.value)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

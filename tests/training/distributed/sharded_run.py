@@ -21,16 +21,22 @@ PAIR = [("what is the panda", "panda rain")]
 def main(runs: list[dict]) -> None:
     for run in runs:
         one_run(**run)
-    torch.distributed.destroy_process_group()  # its threads would abort a process that exits before they are done
+    # its threads would abort a process that exits before they are done
+    torch.distributed.destroy_process_group()
 
 
 def one_run(
-    model: str, lists: str, eval_lists: str | None, config: dict, kill_at: int = 0, terminate_at: int = 0
+    model: str,
+    lists: str,
+    eval_lists: str | None,
+    config: dict,
+    kill_at: int = 0,
+    terminate_at: int = 0,
 ) -> None:
     """Each process kills itself after the step kill_at.
 
-    At terminate_at the first one sends SIGTERM to the launcher; from there on steps are slow, and few follow until
-    it comes back.
+    At terminate_at the first one sends SIGTERM to the launcher; from there on steps are slow, and
+    few follow until it comes back.
     """
     seen: dict = {}
 
@@ -46,9 +52,13 @@ def one_run(
             seen["whole"] = sum(one.numel() for one in trainer.model.model.parameters())
             seen["weights"] = sum(local(one).numel() for one in trainer.model.model.parameters())
             state = trainer.optimizer.state.values()
-            seen["moments"] = sum(local(one[key]).numel() for one in state for key in ("exp_avg", "exp_avg_sq"))
+            seen["moments"] = sum(
+                local(one[key]).numel() for one in state for key in ("exp_avg", "exp_avg_sq")
+            )
 
-    trainer = Trainer(model, lists, eval=eval_lists, config=TrainingConfig(**config), callbacks=[note])
+    trainer = Trainer(
+        model, lists, eval=eval_lists, config=TrainingConfig(**config), callbacks=[note]
+    )
 
     def before_step(optimizer, *arguments) -> None:
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
@@ -65,7 +75,12 @@ def one_run(
     # It can be trained again, also in parts, and is one too when that is interrupted.
     again = {"output": str(output / "again"), "resume": "never", "ema_decay": 0.0, "max_steps": 4}
     try:
-        Trainer(trainer.model, lists, config=TrainingConfig(**{**config, **again}), callbacks=[interrupt]).train()
+        Trainer(
+            trainer.model,
+            lists,
+            config=TrainingConfig(**{**config, **again}),
+            callbacks=[interrupt],
+        ).train()
     except TrainingInterrupted:
         seen["interrupted_score"] = float(trainer.model.predict(PAIR)[0])
     (output / f"rank-{rank}.json").write_text(json.dumps(seen))

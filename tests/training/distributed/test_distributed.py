@@ -1,4 +1,6 @@
-"""The loss of a global batch does not depend on how it is cut: accumulation steps, processes, evaluation."""
+"""The loss of a global batch does not depend on how it is cut: accumulation steps, processes,
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,38 @@ from rerank_fast.training.distributed.collectives import ShardedScorer
 from tests.training.conftest import config_for, log_rows, make_lists, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
-SETTINGS = {"batch_size": 32, "max_steps": 20, "eval_steps": 10, "learning_rate": 2e-5, "max_grad_norm": 0.5}
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+]
+ACCELERATE += [
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+]
+SETTINGS = {
+    "batch_size": 32,
+    "max_steps": 20,
+    "eval_steps": 10,
+    "learning_rate": 2e-5,
+    "max_grad_norm": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
 def uneven_lists() -> Dataset:
     """Ragged lists, some without a preference pair, some with many: shares of unequal pair counts.
 
-    No two documents of a list are alike: a tie would be broken by rounding, and the loss jumps with the ranks.
+    No two documents of a list are alike: a tie would be broken by rounding, and the loss jumps with
+    the ranks.
     """
     draw = np.random.default_rng(3)
     words = ["weather", "rain", "sea", "museum", "city", "panda", "bear", "fish", "sun", "wind"]
@@ -40,7 +64,11 @@ def uneven_lists() -> Dataset:
     for i in range(70):
         size = 24 if i % 9 == 0 else int(draw.integers(2, 7))
         docs = {" ".join(draw.choice(words, int(draw.integers(1, 12)))) for _ in range(size)}
-        labels = [1.0] * len(docs) if i % 7 == 0 else draw.integers(0, 3, len(docs)).astype(float).tolist()
+        labels = (
+            [1.0] * len(docs)
+            if i % 7 == 0
+            else draw.integers(0, 3, len(docs)).astype(float).tolist()
+        )
         rows.append({"query": "what is the panda", "docs": sorted(docs), "labels": labels})
     return Dataset.from_list(rows)
 
@@ -63,25 +91,43 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
 
 def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
     (directory / "runs.json").write_text(json.dumps(runs))
-    command = [*TORCHRUN, str(port), "-m", "tests.training.distributed.sharded_run", str(directory / "runs.json")]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=180)
+    command = [
+        *TORCHRUN,
+        str(port),
+        "-m",
+        "tests.training.distributed.sharded_run",
+        str(directory / "runs.json"),
+    ]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=180
+    )
 
 
 def flags(model: Path, lists: Path, output: Path, **settings: object) -> list[str]:
-    chosen = {"model": model, "train": lists, "output": output, "precision": "fp32", "show_progress_bar": "false"}
-    return [part for name, value in {**chosen, **settings}.items() for part in (f"--{name}", str(value))]
+    chosen = {
+        "model": model,
+        "train": lists,
+        "output": output,
+        "precision": "fp32",
+        "show_progress_bar": "false",
+    }
+    return [
+        part for name, value in {**chosen, **settings}.items() for part in (f"--{name}", str(value))
+    ]
 
 
 def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     for name in a:
-        # Neither a loss of differences nor a softmax depends on these biases: their gradient is rounding, and Adam
-        # makes steps of it.
+        # Neither a loss of differences nor a softmax depends on these biases: their gradient is
+        # rounding, and Adam makes steps of it.
         no_gradient = name.endswith(("classifier.bias", "key.bias"))
         limit = SETTINGS["max_steps"] * SETTINGS["learning_rate"] if no_gradient else 1e-5
         assert (a[name] - b[name]).abs().max() <= limit, name
 
 
-@pytest.mark.parametrize("cut", [{"scheme": "ndcg2pp"}, {"k": 2}, {"reduction": "lists"}, {"scheme": "ndcg1"}])
+@pytest.mark.parametrize(
+    "cut", [{"scheme": "ndcg2pp"}, {"k": 2}, {"reduction": "lists"}, {"scheme": "ndcg1"}]
+)
 def test_accumulation_gives_the_weights_of_one_step(
     cut: dict, still_bert: Path, uneven_lists: Dataset, tmp_path: Path
 ):
@@ -96,13 +142,17 @@ def test_accumulation_gives_the_weights_of_one_step(
     np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, uneven_lists: Dataset, tmp_path: Path):
+def test_two_processes_give_the_weights_and_metrics_of_one(
+    still_bert: Path, uneven_lists: Dataset, tmp_path: Path
+):
     lists, held_out = tmp_path / "lists.parquet", tmp_path / "eval.parquet"
     uneven_lists.to_parquet(lists)
     make_lists(11, seed=5).to_parquet(held_out)
     config = config_for(tmp_path / "one", eval_on_start=True, **SETTINGS)
     Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
-    arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **SETTINGS)
+    arguments = flags(
+        still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **SETTINGS
+    )
     done = launch(TORCHRUN, 29611, arguments)
     printed, _ = done.communicate(timeout=180)
     assert done.returncode == 0, printed
@@ -118,7 +168,9 @@ def test_two_processes_give_the_weights_and_metrics_of_one(still_bert: Path, une
 def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Dataset, tmp_path: Path):
     lists = tmp_path / "lists.parquet"
     uneven_lists.to_parquet(lists)
-    arguments = flags(still_bert, lists, tmp_path / "run", max_steps=10**6, logging_steps=1, save_steps=20)
+    arguments = flags(
+        still_bert, lists, tmp_path / "run", max_steps=10**6, logging_steps=1, save_steps=20
+    )
     run = launch(ACCELERATE, 29613, arguments)
     try:
         deadline = time.monotonic() + 120
@@ -126,13 +178,20 @@ def test_a_process_that_dies_ends_the_run(still_bert: Path, uneven_lists: Datase
             assert run.poll() is None, run.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        victim = next(pid for pid in descendants(run.pid) if b"LOCAL_RANK=1\0" in environment_of(pid))
+        victim = next(
+            pid for pid in descendants(run.pid) if b"LOCAL_RANK=1\0" in environment_of(pid)
+        )
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         run.communicate(timeout=60)
         assert time.monotonic() - killed < 60
         assert run.returncode != 0
-        assert json.loads((tmp_path / "run" / "checkpoint-20" / "trainer_state.json").read_text())["step"] == 20
+        assert (
+            json.loads((tmp_path / "run" / "checkpoint-20" / "trainer_state.json").read_text())[
+                "step"
+            ]
+            == 20
+        )
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
@@ -146,12 +205,24 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_it_goes_on_to_the_same_
     make_lists(7, seed=4).to_parquet(held_out)
 
     def run(name: str, **settings: object) -> dict:
-        chosen = {"max_steps": 16, "save_steps": 99, "eval_steps": 12, "gradient_accumulation_steps": 2}
+        chosen = {
+            "max_steps": 16,
+            "save_steps": 99,
+            "eval_steps": 12,
+            "gradient_accumulation_steps": 2,
+        }
         config = asdict(config_for(tmp_path / name, ema_decay=0.9, **chosen, **settings))
-        return {"model": str(tiny_bert), "lists": str(lists), "eval_lists": str(held_out), "config": config}
+        return {
+            "model": str(tiny_bert),
+            "lists": str(lists),
+            "eval_lists": str(held_out),
+            "config": config,
+        }
 
     done = in_two_processes([{**run("stopped"), "terminate_at": 3}], tmp_path, 29623)
-    assert done.returncode == 1, done.stderr  # torchrun's own; what has not ended in 30 seconds it kills
+    assert done.returncode == 1, (
+        done.stderr
+    )  # torchrun's own; what has not ended in 30 seconds it kills
     (checkpoint,) = checkpoints(tmp_path / "stopped")
     step = int(checkpoint.name.partition("-")[2])
     assert 3 <= step < 16, done.stderr
@@ -183,7 +254,9 @@ def environment_of(pid: int) -> bytes:
         return b""
 
 
-def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_scores_of_several_processes_are_those_of_one(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = CrossEncoder(tiny_bert, device="cpu")
     pairs = [("what is the panda", doc) for row in make_lists(5) for doc in row["docs"]]
     expected = model.predict(pairs)
@@ -193,7 +266,8 @@ def test_the_scores_of_several_processes_are_those_of_one(tiny_bert: Path, monke
         num_processes = 3
 
     monkeypatch.setattr(
-        "rerank_fast.training.distributed.collectives.sum_over_processes", lambda t: shares.append(t[0].clone())
+        "rerank_fast.training.distributed.collectives.sum_over_processes",
+        lambda t: shares.append(t[0].clone()),
     )
     for rank in range(3):
         state = State()

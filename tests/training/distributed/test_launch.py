@@ -24,13 +24,18 @@ def test_without_a_launcher_the_device_decides_and_there_are_no_shards():
     assert (config.precision, config.sharding, said) == ("auto", "none", [])
 
 
-@pytest.mark.parametrize(("told", "precision"), [("no", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
+@pytest.mark.parametrize(
+    ("told", "precision"), [("no", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
 def test_accelerates_mixed_precision_is_taken_unless_one_is_set(
     told: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     config, said = settle(TrainingConfig())
-    assert (config.precision, said) == (precision, [f"precision {precision} (mixed_precision {told})"])
+    assert (config.precision, said) == (
+        precision,
+        [f"precision {precision} (mixed_precision {told})"],
+    )
     config, said = settle(TrainingConfig(precision="bf16-pure"))
     assert (config.precision, said) == ("bf16-pure", [])
 

@@ -41,7 +41,12 @@ FSDP2 = {
     },
 }
 # All that acts on weights beside the loss.
-MIXED = {"ema_decay": 0.5, "layer_lr_decay": 0.8, "freeze": ["*.layer.0.output.*"], "weight_decay": 0.1}
+MIXED = {
+    "ema_decay": 0.5,
+    "layer_lr_decay": 0.8,
+    "freeze": ["*.layer.0.output.*"],
+    "weight_decay": 0.1,
+}
 
 
 def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
@@ -50,7 +55,9 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     tmp_path: Path,
 ):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    lists, held_out, file = (tmp_path / name for name in ("lists.parquet", "eval.parquet", "accelerate.yaml"))
+    lists, held_out, file = (
+        tmp_path / name for name in ("lists.parquet", "eval.parquet", "accelerate.yaml")
+    )
     uneven_lists.to_parquet(lists)
     make_lists(11, seed=5).to_parquet(held_out)
     file.write_text(yaml.safe_dump(FSDP2))
@@ -58,14 +65,21 @@ def test_accelerates_fsdp2_gives_the_weights_and_metrics_of_one_process(
     config = config_for(tmp_path / "one", eval_on_start=True, **settings)
     Trainer(still_bert, str(lists), eval=str(held_out), config=config).train()
 
-    arguments = flags(still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **settings)
+    arguments = flags(
+        still_bert, lists, tmp_path / "two", eval=held_out, logging_steps=1, **settings
+    )
     arguments.remove("--precision")  # what Accelerate says is what it is
     arguments.remove("fp32")
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     done = launch([*accelerate, "--main_process_port"], 29617, arguments)
     printed, _ = done.communicate(timeout=180)
     assert done.returncode == 0, printed
-    assert printed.count("As accelerate launch was told: precision fp32 (mixed_precision no), sharding fsdp2.") == 1
+    assert (
+        printed.count(
+            "As accelerate launch was told: precision fp32 (mixed_precision no), sharding fsdp2."
+        )
+        == 1
+    )
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"))
     for a, b in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
         for name in a.keys() & {"step", "loss", "gradient_norm", "map", "ndcg@10", "eval_loss"}:
@@ -117,14 +131,22 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     def run(name: str, model: Path, **settings: object) -> dict:
         chosen = {"sharding": "fsdp2", "max_steps": 8, "save_steps": 3, "eval_steps": 4, **settings}
         config = asdict(config_for(tmp_path / name, **chosen))
-        return {"model": str(model), "lists": str(lists), "eval_lists": str(held_out), "config": config}
+        return {
+            "model": str(model),
+            "lists": str(lists),
+            "eval_lists": str(held_out),
+            "config": config,
+        }
 
     stopped = run("stopped", tiny_bert, ema_decay=0.9)
     done = in_two_processes([{**stopped, "kill_at": 5}], tmp_path, 29619)
     assert done.returncode != 0
     assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     others = {
-        "padded": (deberta, {"gradient_cache": "on", "gradient_accumulation_steps": 2, "mini_batch_size": 5}),
+        "padded": (
+            deberta,
+            {"gradient_cache": "on", "gradient_accumulation_steps": 2, "mini_batch_size": 5},
+        ),
         "pure": (still_bert, {"precision": "bf16-pure"}),
         "fp16": (deberta, {"precision": "fp16"}),
         "lora": (still_bert, {"lora_rank": 4}),
@@ -138,11 +160,18 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     for place in (".", "checkpoint-6"):
         a, b = weights(tmp_path / "unbroken" / place), weights(tmp_path / "stopped" / place)
         assert all(torch.equal(a[name], b[name]) for name in a), place
-    _, tensors = load_checkpoint(tmp_path / "unbroken" / "checkpoint-6")  # whole: another number of them may go on
+    _, tensors = load_checkpoint(
+        tmp_path / "unbroken" / "checkpoint-6"
+    )  # whole: another number of them may go on
     model = CrossEncoder(tiny_bert, device="cpu").model
-    assert all(tensors[f"optimizer.{name}.exp_avg"].shape == one.shape for name, one in model.named_parameters())
+    assert all(
+        tensors[f"optimizer.{name}.exp_avg"].shape == one.shape
+        for name, one in model.named_parameters()
+    )
 
-    parts = [json.loads((tmp_path / "unbroken" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    parts = [
+        json.loads((tmp_path / "unbroken" / f"rank-{rank}.json").read_text()) for rank in range(2)
+    ]
     for kind, times in (("weights", 1), ("gradients", 1), ("moments", 2)):
         shares = [part[kind] / (times * part["whole"]) for part in parts]
         assert sum(shares) == 1
@@ -163,10 +192,13 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
             assert part["interrupted_score"] == pytest.approx(score, rel=1e-4), name
 
     for name, (model_path, settings) in others.items():
-        config = config_for(tmp_path / f"{name}-alone", max_steps=8, save_steps=3, eval_steps=4, **settings)
+        config = config_for(
+            tmp_path / f"{name}-alone", max_steps=8, save_steps=3, eval_steps=4, **settings
+        )
         Trainer(model_path, str(lists), eval=str(held_out), config=config).train()
         a, b = (log_rows(tmp_path / run) for run in (name, f"{name}-alone"))
-        # Narrow sums round with their cut, and where that changes a rank the loss jumps: the first steps are alike.
+        # Narrow sums round with their cut, and where that changes a rank the loss jumps: the first
+        # steps are alike.
         exact = name in ("padded", "lora")
         for ours, alone in zip(a, b, strict=True):
             tolerance = 1e-4 if exact else 1e-2 if ours["step"] <= 2 else 0.15
@@ -174,7 +206,9 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
                 assert ours[key] == pytest.approx(alone[key], rel=tolerance), (name, key)
     # One process goes on from two processes' checkpoint.
     settings = {**others["padded"][1], "max_steps": 8, "save_steps": 3, "eval_steps": 4}
-    config = config_for(tmp_path / "alone", **settings, resume=str(tmp_path / "padded" / "checkpoint-6"))
+    config = config_for(
+        tmp_path / "alone", **settings, resume=str(tmp_path / "padded" / "checkpoint-6")
+    )
     Trainer(deberta, str(lists), eval=str(held_out), config=config).train()
     a, b = (log_rows(tmp_path / name)[-1] for name in ("alone", "padded"))
     assert (a["step"], a["map"]) == (b["step"], pytest.approx(b["map"], abs=1e-6))

@@ -1,7 +1,8 @@
-"""A post-norm layer that is trained, as one function of autograd: kernels called in a row, forward and backward.
+"""A post-norm layer that is trained, as one function of autograd: kernels called in a row, forward
+and backward.
 
-As a dozen functions its parts would each make a node and check its tensors, and the gradients of queries, keys and
-values would be stacked that here lie where the next product reads them.
+As a dozen functions its parts would each make a node and check its tensors, and the gradients of
+queries, keys and values would be stacked that here lie where the next product reads them.
 """
 
 from __future__ import annotations
@@ -12,27 +13,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.linear import in_own_dtypes
-from rerank_fast.model.vector_gradients import vector_gradients
+from rerank_fast.model.packed.linear import in_own_dtypes
+from rerank_fast.model.packed.vector_gradients import vector_gradients
 from rerank_fast.ops import residual_norm, varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
 
 if TYPE_CHECKING:
-    from rerank_fast.model.layers import LayerBatch, NormWeights, PostNormStep
+    from rerank_fast.model.packed.layers import LayerBatch, NormWeights, PostNormStep
 
 
 class TrainedPostNorm(torch.autograd.Function):
-    """What PostNormStep computes. x is None where products read the residual stream itself; so is then the second
-    result. The parameters are the step's trained ones."""
+    """What PostNormStep computes. x is None where products read the residual stream itself; so is
+    then the second result. The parameters are the step's trained ones."""
 
     @staticmethod
     def forward(
-        ctx: Any, wide: Tensor, x: Tensor | None, step: PostNormStep, batch: LayerBatch, *parameters: Tensor
+        ctx: Any,
+        wide: Tensor,
+        x: Tensor | None,
+        step: PostNormStep,
+        batch: LayerBatch,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         keys_of = queries_of = wide if x is None else x
         if batch.read is not None:
             queries_of, wide = keys_of.index_select(0, batch.read), wide.index_select(0, batch.read)
-        projected = [F.linear(rows, *linear.ready) for linear, rows in step.projections_of(queries_of, keys_of)]
+        projected = [
+            F.linear(rows, *linear.ready)
+            for linear, rows in step.projections_of(queries_of, keys_of)
+        ]
         attention, first_norm, second_norm = step.options(batch, keys_of, wide)
         attended, lse = varlen_attention.unchecked_forward(*step.heads_of(projected), *attention)
         added = F.linear(attended.flatten(1), *step.attention_out.ready)
@@ -47,7 +56,20 @@ class TrainedPostNorm(torch.autograd.Function):
         )
         ctx.step, ctx.read, ctx.options = step, batch.read, (attention, first_norm, second_norm)
         ctx.is_wide = x is None
-        saved = (keys_of, queries_of, wide, attended, lse, added, *stats, y, narrow, hidden, active, down)
+        saved = (
+            keys_of,
+            queries_of,
+            wide,
+            attended,
+            lse,
+            added,
+            *stats,
+            y,
+            narrow,
+            hidden,
+            active,
+            down,
+        )
         # With the weights: their change would be noticed.
         ctx.save_for_backward(*saved, *last_stats, *step.weights, *projected)
         ctx.set_materialize_grads(False)
@@ -55,11 +77,17 @@ class TrainedPostNorm(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, d_result: Tensor | None, d_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_result: Tensor | None, d_narrow: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         step: PostNormStep = ctx.step
         attention, first_norm, second_norm = ctx.options
-        keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = ctx.saved_tensors
-        hidden, active, down, last_mean, last_rstd, down_weight, up_weight, out_weight, *saved = saved
+        keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = (
+            ctx.saved_tensors
+        )
+        hidden, active, down, last_mean, last_rstd, down_weight, up_weight, out_weight, *saved = (
+            saved
+        )
         in_weights, projected = saved[: len(step.projections)], saved[len(step.projections) :]
         d_projected = [torch.empty_like(one) for one in projected]
         vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
@@ -78,9 +106,13 @@ class TrainedPostNorm(torch.autograd.Function):
             (step.up, d_hidden, y if ctx.is_wide else narrow),
             (step.attention_out, d_added, attended.flatten(1)),
         ]
-        for (linear, rows), grad in zip(step.projections_of(queries_of, keys_of), d_projected, strict=True):
+        for (linear, rows), grad in zip(
+            step.projections_of(queries_of, keys_of), d_projected, strict=True
+        ):
             products.append((linear, grad, rows))
-        weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
+        weights = [
+            one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
+        ]
         found = in_own_dtypes([*weights, *vectors.all()], step.trained)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, None, *found
@@ -101,13 +133,18 @@ def _through_product(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of the residual stream and of the rows beside it that a product reads.
 
-    Where it reads the stream itself, both are one: the product adds to d_wide, which is nobody else's.
+    Where it reads the stream itself, both are one: the product adds to d_wide, which is nobody
+    else's.
     """
     return (d_wide.addmm_(grad, weight), None) if into_wide else (d_wide, grad @ weight)
 
 
-def _scattered(d_wide: Tensor, d_rows: Tensor | None, d_keys: Tensor, read: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients of all tokens from those of the ones that are read, and from the keys' and values' of all."""
+def _scattered(
+    d_wide: Tensor, d_rows: Tensor | None, d_keys: Tensor, read: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of all tokens from those of the ones that are read, and from the keys' and
+    values' of all.
+    """
     if d_rows is None:
         return d_keys.index_add_(0, read, d_wide), None
     whole = d_wide.new_zeros(d_keys.shape[0], d_wide.shape[1]).index_copy_(0, read, d_wide)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures.views import Body, PreNormLayer, Reading
-from rerank_fast.model.heads import AnswerHead, Answers, own_class
+from rerank_fast.model.packed.architectures.views import Body, PreNormLayer, Reading
+from rerank_fast.model.packed.heads import AnswerHead, Answers, own_class
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
 CAUSAL_FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -69,13 +69,20 @@ def decoder_reading(model: Any) -> Reading | None:
 
 
 def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
-    """The head of a causal model whose score is the last hidden state times the vocabulary; None for another."""
+    """The head of a causal model whose score is the last hidden state times the vocabulary; None
+    for another.
+    """
     vocabulary = model.get_output_embeddings()
     if own_class(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
         return None
-    if not own_class(model).__module__.startswith("transformers.models.") or vocabulary._forward_hooks:
+    if (
+        not own_class(model).__module__.startswith("transformers.models.")
+        or vocabulary._forward_hooks
+    ):
         return None
-    ids = [answers.true_token_id] + ([] if answers.false_token_id is None else [answers.false_token_id])
+    ids = [answers.true_token_id] + (
+        [] if answers.false_token_id is None else [answers.false_token_id]
+    )
     rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
     bias = None if vocabulary.bias is None else vocabulary.bias[ids]
     return AnswerHead(rows, bias)

@@ -1,4 +1,6 @@
-"""Which models run packed, and where their parts are; what a family is stands here and nowhere else."""
+"""Which models run packed, and where their parts are; what a family is stands here and nowhere
+else.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,23 @@ from typing import Any, TypeVar
 import transformers
 from torch import nn
 
-from rerank_fast.model.architectures.bert import (
+from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.architectures.bert import (
     bert_body,
     bert_reading,
     distilbert_body,
     distilbert_reading,
     roberta_reading,
 )
-from rerank_fast.model.architectures.decoders import (
+from rerank_fast.model.packed.architectures.decoders import (
     CAUSAL_FAMILIES,
     decoder_body,
     decoder_reading,
     find_answer_head,
 )
-from rerank_fast.model.architectures.modernbert import modernbert_body, modernbert_reading
-from rerank_fast.model.architectures.modular import modular_reading
-from rerank_fast.model.architectures.views import (
+from rerank_fast.model.packed.architectures.modernbert import modernbert_body, modernbert_reading
+from rerank_fast.model.packed.architectures.modular import modular_reading
+from rerank_fast.model.packed.architectures.views import (
     Architecture,
     Body,
     HeadParts,
@@ -31,9 +34,8 @@ from rerank_fast.model.architectures.views import (
     PreNormLayer,
     Reading,
 )
-from rerank_fast.model.heads import Answers, own_class
-from rerank_fast.model.linear import must_be_called
-from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.heads import Answers, own_class
+from rerank_fast.model.packed.linear import must_be_called
 
 __all__ = [
     "Architecture",
@@ -106,7 +108,8 @@ def _find(model: Any, answers: Answers | None) -> Architecture | str:
         reading = _reading(model, answers)
         body = None if isinstance(reading, str) else _of_transformers(model.base_model, _BODIES)
     except AttributeError as error:  # another transformers, or a module that was replaced
-        return f"this {name} of transformers {transformers.__version__} lacks what packed execution reads: {error}"
+        version = f"transformers {transformers.__version__}"
+        return f"this {name} of {version} lacks what packed execution reads: {error}"
     if isinstance(reading, str):
         return reading
     if isinstance(body, str):
@@ -129,10 +132,16 @@ def _reading(model: Any, answers: Answers | None) -> Reading | str | None:
     return None if head is None else Reading(head=head, reads="last")
 
 
-def _of_transformers(model: Any, finders: Mapping[str, Callable[[Any], T | None]]) -> T | str | None:
-    """What the finder for the model's class finds; remote code may look like BERT and do something else."""
+def _of_transformers(
+    model: Any, finders: Mapping[str, Callable[[Any], T | None]]
+) -> T | str | None:
+    """What the finder for the model's class finds; remote code may look like BERT and do something
+    else.
+    """
     kind = own_class(model)
-    find = finders.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
+    find = (
+        finders.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
+    )
     return _unknown(model) if find is None else find(model)
 
 
@@ -144,15 +153,28 @@ def _unknown(model: Any) -> str:
 
 
 def _unknown_part(model: Any, found: Architecture) -> str:
-    """What a call of the model would do and packed execution would not; empty where there is nothing.
+    """What a call of the model would do and packed execution would not; empty where there is
+    nothing.
 
-    It calls linear layers, activations, the embeddings around the words, and the head. The other modules it passes
-    over, or reads their weights: they must be what their library made them, without hooks.
+    It calls linear layers, activations, the embeddings around the words, and the head. The other
+    modules it passes over, or reads their weights: they must be what their library made them,
+    without hooks.
     """
     base = model.base_model
-    heads = [part for part in (*model.children(), getattr(base, "pooler", None)) if part not in (None, base)]
-    others = (getattr(base, name, None) for name in ("embeddings", "embeddings_project", "rotary_emb"))
-    called = {part for one in (*heads, *others, *_called(found)) if one is not None for part in one.modules()}
+    heads = [
+        part
+        for part in (*model.children(), getattr(base, "pooler", None))
+        if part not in (None, base)
+    ]
+    others = (
+        getattr(base, name, None) for name in ("embeddings", "embeddings_project", "rotary_emb")
+    )
+    called = {
+        part
+        for one in (*heads, *others, *_called(found))
+        if one is not None
+        for part in one.modules()
+    }
     called -= set(found.word_embeddings.modules())
     for name, module in model.named_modules():
         if module in called:
@@ -163,9 +185,13 @@ def _unknown_part(model: Any, found: Architecture) -> str:
         sharded = kind is not type(module)  # by hooks
         if not sharded and must_be_called(module) and not _asks_for_gradients(module):
             return f"{place} has hooks or a forward of its own, which must run"
-    dtypes = {found.word_embeddings.weight.dtype, *(weight.dtype for one in heads for weight in one.parameters())}
+    dtypes = {
+        found.word_embeddings.weight.dtype,
+        *(weight.dtype for one in heads for weight in one.parameters()),
+    }
     if len(dtypes) > 1:
-        return f"the word embeddings and the score head have weights of {' and '.join(sorted(map(str, dtypes)))}"
+        kinds = " and ".join(sorted(map(str, dtypes)))
+        return f"the word embeddings and the score head have weights of {kinds}"
     return ""
 
 
@@ -189,7 +215,11 @@ def _called(found: Architecture) -> Iterator[nn.Module]:
         else:
             parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
             parts += [layer.attention_out_dropout, layer.mlp_dropout]
-            parts += [one for one in (layer.attention_norm, layer.mlp_norm) if not isinstance(one, nn.LayerNorm)]
+            parts += [
+                one
+                for one in (layer.attention_norm, layer.mlp_norm)
+                if not isinstance(one, nn.LayerNorm)
+            ]
         yield from (part for part in parts if isinstance(part, nn.Module))
     if found.final_norm is not None and not isinstance(found.final_norm, nn.LayerNorm):
         yield found.final_norm

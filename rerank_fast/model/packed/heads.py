@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.linear import is_gelu, leaf_for, must_be_called
+from rerank_fast.model.packed.linear import is_gelu, leaf_for, must_be_called
 from rerank_fast.ops.score_head import Activation, score_head
 
 Head = Callable[[Tensor], Tensor]  # (N, H) hidden states of the tokens that are read -> (N,) scores
@@ -18,7 +18,9 @@ Head = Callable[[Tensor], Tensor]  # (N, H) hidden states of the tokens that are
 
 @dataclass(frozen=True)
 class DenseHead:
-    """dense -> activation -> dropout -> out, as one op; by the model's own modules where that would pass one by."""
+    """dense -> activation -> dropout -> out, as one op; by the model's own modules where that would
+    pass one by.
+    """
 
     own: Head
     container: nn.Module | None  # what holds dense, where that is not the model itself
@@ -29,7 +31,9 @@ class DenseHead:
     drops_input: bool  # the same dropout before dense too
 
     def __call__(self, first: Tensor) -> Tensor:
-        activation = self.activation if isinstance(self.activation, str) else _activation(self.activation)
+        activation = (
+            self.activation if isinstance(self.activation, str) else _activation(self.activation)
+        )
         if activation is None or not self._is_plain(first):
             return self.own(first)
         dense: Any = self.dense
@@ -52,9 +56,15 @@ class DenseHead:
         )
 
     def _is_plain(self, first: Tensor) -> bool:
-        """No adapter, hook or parametrisation stands in for a part, and there is one score in one dtype."""
+        """No adapter, hook or parametrisation stands in for a part, and there is one score in one
+        dtype.
+        """
         dense, dropout, out = self.dense, self.dropout, self.out
-        if type(dense) is not nn.Linear or type(out) is not nn.Linear or type(dropout) is not nn.Dropout:
+        if (
+            type(dense) is not nn.Linear
+            or type(out) is not nn.Linear
+            or type(dropout) is not nn.Dropout
+        ):
             return False
         modules = (self.container, dense, self.activation, dropout, out)
         if any(isinstance(module, nn.Module) and must_be_called(module) for module in modules):
@@ -74,7 +84,9 @@ def _activation(module: nn.Module) -> Activation | None:
 
 @dataclass(frozen=True)
 class Answers:
-    """A causal model's score is the logit of one token, less that of another where there is one: yes less no."""
+    """A causal model's score is the logit of one token, less that of another where there is one:
+    yes less no.
+    """
 
     true_token_id: int
     false_token_id: int | None = None
@@ -102,7 +114,8 @@ class AnswerHead:
 
 
 def cut(owner: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Put a leaf in the place of a tensor that was made from weights: (the tensor, the leaf), or nothing to cut.
+    """Put a leaf in the place of a tensor that was made from weights: (the tensor, the leaf), or
+    nothing to cut.
 
     The leaf's .grad is what the tensor must still pass on.
     """
@@ -120,5 +133,11 @@ def cut_head(head: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def own_class(module: nn.Module) -> type:
-    """The module's class; of a sharded one that which it had before torch's fully_shard put another in front."""
-    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed."))
+    """The module's class; of a sharded one that which it had before torch's fully_shard put another
+    in front.
+    """
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if not kind.__module__.startswith("torch.distributed.")
+    )

@@ -1,4 +1,6 @@
-"""BERT's embeddings on a GPU: gathered, normed and dropped out at once; their gradients in the host's order."""
+"""BERT's embeddings on a GPU: gathered, normed and dropped out at once; their gradients in the
+host's order.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.linear import must_be_called
-from rerank_fast.model.packing import upload
+from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.tokens.packing import upload
 from rerank_fast.ops.differentiated_once import differentiated_once
 
 _MAX_WIDTH, _MOST_TYPES = 4096, 2  # of the kernels
@@ -28,7 +30,9 @@ _KNOWN = [
 
 
 class DistinctRows(torch.autograd.Function):
-    """Rows of a table, none twice: their gradients are copied, where F.embedding's backward would sort them."""
+    """Rows of a table, none twice: their gradients are copied, where F.embedding's backward would
+    sort them.
+    """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, unread: int | None) -> Tensor:
@@ -48,7 +52,9 @@ class DistinctRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where the T tokens' rows are, and the tokens of each row in order: words' first, then positions'."""
+    """Where the T tokens' rows are, and the tokens of each row in order: words' first, then
+    positions'.
+    """
 
     ids: Tensor  # (3, T) int32 of words, positions and types
     order: Tensor  # int32 tokens
@@ -68,7 +74,10 @@ class TokenPlaces:
         num_tokens, padding = len(words), positions_table.padding_idx
         order: list[np.ndarray] = []
         counts: list[np.ndarray] = []
-        for ids, count, unread in ((words, num_words, None), (positions, positions_table.num_embeddings, padding)):
+        for ids, count, unread in (
+            (words, num_words, None),
+            (positions, positions_table.num_embeddings, padding),
+        ):
             small = ids.astype(np.uint16) if count <= 2**16 else ids  # sorted by radix
             placed = np.argsort(small, kind="stable")
             found = np.bincount(ids, minlength=count)
@@ -77,7 +86,14 @@ class TokenPlaces:
                 found[unread] = 0
             order.append(placed)
             counts.append(found)
-        parts = [words, positions, types, *order, np.zeros(1, int), np.cumsum(np.concatenate(counts))]
+        parts = [
+            words,
+            positions,
+            types,
+            *order,
+            np.zeros(1, int),
+            np.cumsum(np.concatenate(counts)),
+        ]
         values = upload(np.concatenate(parts).astype(np.int32), device)
         lengths = [3 * num_tokens, sum(map(len, order)), 1 + sum(map(len, counts))]
         flat, tokens, starts = values.split_with_sizes(lengths)
@@ -105,15 +121,24 @@ class FusedEmbeddings:
         made: Any = module
         parts = [made.position_embeddings, made.token_type_embeddings, made.LayerNorm, made.dropout]
         plain = zip(parts, (nn.Embedding, nn.Embedding, nn.LayerNorm, nn.Dropout), strict=True)
-        if not all(type(part) is kind for part, kind in plain) or any(map(must_be_called, [made, *parts])):
+        if not all(type(part) is kind for part, kind in plain) or any(
+            map(must_be_called, [made, *parts])
+        ):
             return None
         tables = (made.word_embeddings, *parts[:2])
         if any(one.max_norm is not None or one.scale_grad_by_freq or one.sparse for one in tables):
             return None
-        if made.token_type_embeddings.num_embeddings > _MOST_TYPES or parts[1].padding_idx is not None:
+        if (
+            made.token_type_embeddings.num_embeddings > _MOST_TYPES
+            or parts[1].padding_idx is not None
+        ):
             return None
         width = made.LayerNorm.weight.numel()
-        return FusedEmbeddings(made) if width == made.word_embeddings.embedding_dim <= _MAX_WIDTH else None
+        return (
+            FusedEmbeddings(made)
+            if width == made.word_embeddings.embedding_dim <= _MAX_WIDTH
+            else None
+        )
 
     def __call__(
         self, words: Tensor, places: TokenPlaces, rows: Tensor | None, dtype: torch.dtype
@@ -153,7 +178,9 @@ class _Embedded(torch.autograd.Function):
         from rerank_fast.ops.triton.embedding import embed_norm
 
         wide, tables = weight.float(), (words, positions, types)
-        y, narrow, *stats = embed_norm(*tables, places.ids, wide, bias.float(), rows, dtype, eps, dropout_p, seed)
+        y, narrow, *stats = embed_norm(
+            *tables, places.ids, wide, bias.float(), rows, dtype, eps, dropout_p, seed
+        )
         ctx.save_for_backward(*tables, wide, *stats, rows)
         ctx.places, ctx.options, ctx.bias_dtype = places, (dropout_p, seed), bias.dtype
         ctx.weight_dtype = weight.dtype
@@ -162,7 +189,9 @@ class _Embedded(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_narrow: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         from rerank_fast.ops.triton.column_sums import column_sums
         from rerank_fast.ops.triton.embedding import embed_norm_grads, segment_sums
 
@@ -174,8 +203,14 @@ class _Embedded(torch.autograd.Function):
         saved = (words, positions, types, places.ids, weight, mean, rstd, rows)
         d_total, sums = embed_norm_grads(*saved, grad_y, grad_narrow, *ctx.options)
         width, num_types = d_total.shape[1], types.shape[0]
-        d_weight, d_bias, d_types = column_sums(sums, None, None).split([width, width, num_types * width])
+        d_weight, d_bias, d_types = column_sums(sums, None, None).split(
+            [width, width, num_types * width]
+        )
         d_rows = segment_sums(d_total, places.order, places.starts)
         d_words, d_positions = d_rows.split([places.num_words, positions.shape[0]])
-        tables = (d_words.to(words.dtype), d_positions.to(positions.dtype), d_types.view_as(types).to(types.dtype))
+        tables = (
+            d_words.to(words.dtype),
+            d_positions.to(positions.dtype),
+            d_types.view_as(types).to(types.dtype),
+        )
         return *tables, d_weight.to(ctx.weight_dtype), d_bias.to(ctx.bias_dtype), *[None] * 6

@@ -1,4 +1,6 @@
-"""Products of a step: copies of weights made together, and gradients that reach the weights' own dtypes."""
+"""Products of a step: copies of weights made together, and gradients that reach the weights' own
+dtypes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tools.gpu_counts import counting
-from rerank_fast.model.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
 
 _LENGTHS = torch.ones(1, dtype=torch.int64).numpy()
 
@@ -50,7 +52,9 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32():
     for _ in range(2):
         product(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
     product(torch.full((1, 8), 2.0**-9, dtype=torch.bfloat16)).sum().backward()
-    assert all(torch.equal(one.weight.grad, torch.full_like(one.weight, 2 + 2.0**-9)) for one in modules)
+    assert all(
+        torch.equal(one.weight.grad, torch.full_like(one.weight, 2 + 2.0**-9)) for one in modules
+    )
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)])

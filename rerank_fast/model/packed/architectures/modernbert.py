@@ -6,14 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures.decoders import flat
-from rerank_fast.model.architectures.views import Body, HeadParts, PreNormLayer, Reading
 from rerank_fast.model.modular.pooling import pool_by
+from rerank_fast.model.packed.architectures.decoders import flat
+from rerank_fast.model.packed.architectures.views import Body, HeadParts, PreNormLayer, Reading
 
 
 def modernbert_body(base: Any) -> Body:
     def rotary(hidden: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        return {kind: flat(base.rotary_emb(hidden, positions, kind)) for kind in set(base.config.layer_types)}
+        return {
+            kind: flat(base.rotary_emb(hidden, positions, kind))
+            for kind in set(base.config.layer_types)
+        }
 
     return Body(
         word_embeddings=base.embeddings.tok_embeddings,

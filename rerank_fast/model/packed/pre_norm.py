@@ -1,6 +1,7 @@
 """A pre-norm layer that is trained on a GPU, as one function of autograd: kernels called in a row.
 
-Between its products lie four kernels forward and five backward; the composed layer has dozens of operations there.
+Between its products lie four kernels forward and five backward; the composed layer has dozens of
+operations there.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures import PreNormLayer
-from rerank_fast.model.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
+from rerank_fast.model.packed.architectures import PreNormLayer
+from rerank_fast.model.packed.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
 from rerank_fast.ops import varlen_attention
 from rerank_fast.ops.backends import HAS_TRITON
 from rerank_fast.ops.differentiated_once import differentiated_once
 
 if TYPE_CHECKING:
-    from rerank_fast.model.layers import LayerBatch, PreNormStep
+    from rerank_fast.model.packed.layers import LayerBatch, PreNormStep
 
 _MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of the kernels
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they run on a device; a meta tensor stands for a GPU's."""
-    return device.type in ("cuda", "meta") and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
+    return (
+        device.type in ("cuda", "meta") and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class TrainedNorm:
             return None
         parameters: list[Tensor]
         if type(module) is nn.LayerNorm:
-            parameters, eps = [one for one in (module.weight, module.bias) if one is not None], module.eps
+            parameters, eps = (
+                [one for one in (module.weight, module.bias) if one is not None],
+                module.eps,
+            )
         elif is_rms_norm(module):
             parameters, eps = [module.weight], float(module.variance_epsilon)  # type: ignore[arg-type, list-item]
         else:
@@ -66,7 +72,9 @@ class TrainedNorm:
         return self.weight.new_empty(programs(num_rows), width)
 
     def gradients(self, sums: Tensor) -> list[Tensor]:
-        """Of its parameters, from the sums over all rows of weight's gradient and, behind it, the bias's."""
+        """Of its parameters, from the sums over all rows of weight's gradient and, behind it, the
+        bias's.
+        """
         return list(sums.split(len(self.weight)))[: len(self.parameters)]
 
 
@@ -87,7 +95,9 @@ def gate_of(activation: object) -> str | None:
         return "gelu"
     path = f"{type(activation).__module__}.{type(activation).__name__}"
     return (
-        "silu" if path in ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation") else None
+        "silu"
+        if path in ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+        else None
     )
 
 
@@ -107,15 +117,23 @@ class TrainedParts:
         """None of a layer that has a part without a kernel."""
         gate = gate_of(layer.activation)
         mlp_norm = TrainedNorm.of(layer.mlp_norm, copies)
-        attention_norm = None if layer.attention_norm is None else TrainedNorm.of(layer.attention_norm, copies)
-        if gate is None or mlp_norm is None or (attention_norm is None) != (layer.attention_norm is None):
+        attention_norm = (
+            None if layer.attention_norm is None else TrainedNorm.of(layer.attention_norm, copies)
+        )
+        if (
+            gate is None
+            or mlp_norm is None
+            or (attention_norm is None) != (layer.attention_norm is None)
+        ):
             return None
         if layer.head_size > _MAX_HEAD_SIZE or layer.head_size % 2:
             return None
         heads = [one for one in (layer.query_norm, layer.key_norm) if one is not None]
         if not heads:
             return TrainedParts(attention_norm, mlp_norm, None, [], 0.0, gate)
-        if len(heads) == 1 or not all(is_rms_norm(one) and not must_be_called(one) for one in heads):
+        if len(heads) == 1 or not all(
+            is_rms_norm(one) and not must_be_called(one) for one in heads
+        ):
             return None
         weights: list[Any] = [one.weight for one in heads]
         eps = {float(one.variance_epsilon) for one in heads}  # type: ignore[arg-type]
@@ -140,13 +158,18 @@ class TrainedParts:
 class TrainedPreNorm(torch.autograd.Function):
     """A layer's stream and what is still to be added to it.
 
-    Takes them of the layer before, which has left the sum to this one's first norm: x is None where nothing is to
-    be added. The parameters are the step's trained ones.
+    Takes them of the layer before, which has left the sum to this one's first norm: x is None where
+    nothing is to be added. The parameters are the step's trained ones.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, wide: Tensor, x: Tensor | None, step: PreNormStep, batch: LayerBatch, *parameters: Tensor
+        ctx: Any,
+        wide: Tensor,
+        x: Tensor | None,
+        step: PreNormStep,
+        batch: LayerBatch,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         from rerank_fast.ops.triton.gated import gated
 
@@ -171,7 +194,9 @@ class TrainedPreNorm(torch.autograd.Function):
         ctx.step, ctx.batch, ctx.options, ctx.has_x = step, batch, attention, x is not None
         saved = (total, normed, *stats, projected, query, key, value, attended, lse)
         # With the weights: their change would be noticed.
-        ctx.save_for_backward(*saved, result, last_normed, *last_stats, gate_up, active, *step.weights)
+        ctx.save_for_backward(
+            *saved, result, last_normed, *last_stats, gate_up, active, *step.weights
+        )
         ctx.set_materialize_grads(False)
         return result, down
 
@@ -183,7 +208,9 @@ class TrainedPreNorm(torch.autograd.Function):
         from rerank_fast.ops.triton.gated import gated_grad
 
         step, batch, parts = ctx.step, ctx.batch, ctx.step.parts
-        total, normed, mean, rstd, projected, query, key, value, attended, lse, *saved = ctx.saved_tensors
+        total, normed, mean, rstd, projected, query, key, value, attended, lse, *saved = (
+            ctx.saved_tensors
+        )
         result, last_normed, last_mean, last_rstd, gate_up, active, *weights = saved
         down_weight, gate_up_weight, out_weight, projections_weight = weights
         d_gate_up = gated_grad(gate_up, d_down @ down_weight, parts.gate)
@@ -214,7 +241,9 @@ class TrainedPreNorm(torch.autograd.Function):
             (step.attention_out, d_added, attended.flatten(1)),
             (step.projections, d_projected, normed),
         )
-        d_weights = [one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)]
+        d_weights = [
+            one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
+        ]
         d_biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
         found = in_own_dtypes([*d_weights, *d_biases, *vectors], step.trained)
         return d_wide, d_x if ctx.has_x else None, None, None, *found
@@ -223,7 +252,9 @@ class TrainedPreNorm(torch.autograd.Function):
 def _add_norm(
     wide: Tensor, x: Tensor | None, norm: TrainedNorm | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stream with x added to it, its norm in the products' dtype, and what backward needs of it."""
+    """The stream with x added to it, its norm in the products' dtype, and what backward needs of
+    it.
+    """
     from rerank_fast.ops.triton.add_norm import add_norm
 
     if norm is None:
@@ -233,8 +264,12 @@ def _add_norm(
     return (wide if x is None else total), *rest
 
 
-def _rotated(step: PreNormStep, projected: Tensor, batch: LayerBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, heads, head size) queries, keys and values. Without norms of the heads they stay where they are."""
+def _rotated(
+    step: PreNormStep, projected: Tensor, batch: LayerBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, heads, head size) queries, keys and values. Without norms of the heads they stay where
+    they are.
+    """
     from rerank_fast.ops.triton.rotary import rotary
 
     parts, layer = step.parts, step.layer
@@ -248,14 +283,20 @@ def _rotated(step: PreNormStep, projected: Tensor, batch: LayerBatch) -> tuple[T
 
 
 def _turned(step: PreNormStep, projected: Tensor) -> Any:
-    """(T, heads, head size) what is rotated, the queries and behind them the keys, and the values."""
+    """(T, heads, head size) what is rotated, the queries and behind them the keys, and the
+    values.
+    """
     layer = step.layer
     heads = projected.view(len(projected), -1, layer.head_size)
     return heads.split([layer.num_heads + layer.num_key_value_heads, layer.num_key_value_heads], 1)
 
 
 def _attention_gradients(
-    step: PreNormStep, batch: LayerBatch, projected: Tensor, saved: tuple[Tensor, ...], options: tuple[Any, ...]
+    step: PreNormStep,
+    batch: LayerBatch,
+    projected: Tensor,
+    saved: tuple[Tensor, ...],
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of what is projected, and rows of sums of that of the heads' norms."""
     from rerank_fast.ops.triton.rotary import rotary_grad
@@ -276,5 +317,7 @@ def _attention_gradients(
         if place is not None:
             whole.zero_().index_copy_(0, place, grad)
     before = None if parts.head_weights is None else _turned(step, projected)[0]
-    sums = rotary_grad(d_turned, before, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps)
+    sums = rotary_grad(
+        d_turned, before, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps
+    )
     return d_projected, None if parts.head_weights is None else sums

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_fast.model.packing import (
+from rerank_fast.model.tokens.packing import (
     MAX_TOKENS,
     TokenizedPairs,
     fill_up,
@@ -50,7 +50,9 @@ def test_concatenate_is_the_inverse_of_select():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_is_as_wide_as_the_longest_chosen_pair(side: str):
-    batch = make_pairs([2, 9, 3]).pad(np.array([2, 0]), pad_token_id=7, padding_side=side, pad_token_type_id=5)
+    batch = make_pairs([2, 9, 3]).pad(
+        np.array([2, 0]), pad_token_id=7, padding_side=side, pad_token_type_id=5
+    )
     if side == "right":
         assert batch["input_ids"].tolist() == [[201, 202, 203], [1, 2, 7]]
         assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

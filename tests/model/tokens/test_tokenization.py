@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from rerank_fast import CrossEncoder
-from rerank_fast.model import tokenization
-from rerank_fast.model.packing import TokenizedPairs
-from rerank_fast.model.tokenization import QWEN3_RERANKER_TEMPLATE, PairTokenizer
+from rerank_fast.model.tokens import tokenization
+from rerank_fast.model.tokens.packing import TokenizedPairs
+from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE, PairTokenizer
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3, make_tokenizer
 
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("r", "a"), ("ra", "in")]
@@ -43,7 +43,9 @@ def _merged(*symbols: str) -> dict[str, int]:
 
 def _scored(*symbols: str) -> list[tuple[str, float]]:
     """Pieces of a unigram model."""
-    return [(piece, -float(number % 7)) for number, piece in enumerate(_merged(*symbols, "▁", *LETTERS))]
+    return [
+        (piece, -float(number % 7)) for number, piece in enumerate(_merged(*symbols, "▁", *LETTERS))
+    ]
 
 
 def _slow_bert(directory: Path) -> BertTokenizerLegacy:
@@ -66,9 +68,15 @@ def _without_template(directory: Path) -> Any:
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 KINDS: dict[str, Callable[[Path], Any]] = {
     "bert": lambda _: make_tokenizer(),
-    "roberta": lambda _: RobertaTokenizer(_merged("<pad>", "<unk>", "<s>", "</s>", "<mask>", *BYTES), MERGES),
-    "xlm-roberta": lambda _: XLMRobertaTokenizer(_scored("<s>", "<pad>", "</s>", "<unk>", "<mask>")),
-    "deberta-v2": lambda _: DebertaV2Tokenizer(_scored("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")),
+    "roberta": lambda _: RobertaTokenizer(
+        _merged("<pad>", "<unk>", "<s>", "</s>", "<mask>", *BYTES), MERGES
+    ),
+    "xlm-roberta": lambda _: XLMRobertaTokenizer(
+        _scored("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    ),
+    "deberta-v2": lambda _: DebertaV2Tokenizer(
+        _scored("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    ),
     "llama": lambda _: LlamaTokenizer(_merged("<unk>", "<s>", "</s>", "▁", *LETTERS), MERGES),
     "qwen": lambda _: Qwen2Tokenizer(_merged("<|endoftext|>", *BYTES), MERGES),
     "no template": _without_template,
@@ -78,14 +86,18 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def tokenizers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
     """Two of one kind: one to use, one to compare with."""
     directory = tmp_path_factory.mktemp("tokenizers")
     return KINDS[request.param](directory), KINDS[request.param](directory)
 
 
 TEXTS = st.lists(
-    st.sampled_from(["the", "rain", "in", "panda", " ", "\n", "É", "😀", "[SEP]", "</s>", "12.5", "eats,", "▁a"]),
+    st.sampled_from(
+        ["the", "rain", "in", "panda", " ", "\n", "É", "😀", "[SEP]", "</s>", "12.5", "eats,", "▁a"]
+    ),
     max_size=24,
 ).map(" ".join)
 
@@ -95,7 +107,9 @@ def _assert_same(found: TokenizedPairs, expected: Any) -> None:
     for values, name in ((found.input_ids, "input_ids"), (found.token_type_ids, "token_type_ids")):
         if values is not None:
             rows = [row.tolist() for row in np.split(values, found.offsets[1:-1])]
-            assert all(rows)  # two empty texts without special tokens: there is one to read a score from
+            assert all(
+                rows
+            )  # two empty texts without special tokens: there is one to read a score from
             theirs = expected[name]
             assert [row if other else [] for row, other in zip(rows, theirs, strict=True)] == theirs
 
@@ -143,7 +157,9 @@ def test_every_length_of_both_texts_is_cut_as_transformers_cuts_it(tokenizers: t
     for max_length in range(4, 16):
         found, _ = PairTokenizer(ours)(pairs, max_length)
         queries, documents = zip(*pairs, strict=True)
-        expected = theirs(list(queries), list(documents), truncation="longest_first", max_length=max_length)
+        expected = theirs(
+            list(queries), list(documents), truncation="longest_first", max_length=max_length
+        )
         _assert_same(found, expected)
 
 
@@ -210,7 +226,10 @@ def test_threads_may_tokenise_with_one_model(tmp_path: Path):
 @pytest.mark.parametrize("prompt", [None, "is it about a panda"])
 def test_long_prompts_equal_sentence_transformers(tmp_path: Path, side: str, prompt: str | None):
     make_tiny_qwen3(tmp_path, chat_template=QWEN3_RERANKER_TEMPLATE)
-    peer, model = PeerCrossEncoder(str(tmp_path), device="cpu"), CrossEncoder(tmp_path, device="cpu")
+    peer, model = (
+        PeerCrossEncoder(str(tmp_path), device="cpu"),
+        CrossEncoder(tmp_path, device="cpu"),
+    )
     peer.tokenizer.truncation_side = model.tokenizer.truncation_side = side
     pairs = [
         ("rain", "the sea " * 300),

@@ -7,22 +7,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures.views import Body, HeadParts, PostNormLayer, Reading
-from rerank_fast.model.heads import DenseHead
+from rerank_fast.model.packed.architectures.views import Body, HeadParts, PostNormLayer, Reading
+from rerank_fast.model.packed.heads import DenseHead
 from rerank_fast.ops.score_head import Activation
 
 
 def bert_body(*, pad_positions: bool) -> Callable[[Any], Body | None]:
-    """Finds the parts of such an encoder; pad_positions: they are counted from the padding token's number on."""
+    """Finds the parts of such an encoder; pad_positions: they are counted from the padding token's
+    number on.
+    """
 
     def find(base: Any) -> Body | None:
         if base.config.is_decoder or base.config.add_cross_attention:
             return None
 
         def embed(rows: Tensor, types: Tensor, positions: Tensor) -> Tensor:
-            embedded = base.embeddings(inputs_embeds=rows, token_type_ids=types, position_ids=positions)
+            embedded = base.embeddings(
+                inputs_embeds=rows, token_type_ids=types, position_ids=positions
+            )
             # ELECTRA's small embeddings are widened to the hidden size.
-            return base.embeddings_project(embedded) if hasattr(base, "embeddings_project") else embedded
+            return (
+                base.embeddings_project(embedded)
+                if hasattr(base, "embeddings_project")
+                else embedded
+            )
 
         return Body(
             word_embeddings=base.embeddings.word_embeddings,
@@ -120,7 +128,9 @@ def _path(module: Any) -> str:
 def distilbert_body(base: Any) -> Body:
     return Body(
         word_embeddings=base.embeddings.word_embeddings,
-        embed=lambda rows, types, positions: base.embeddings(None, inputs_embeds=rows, position_ids=positions),
+        embed=lambda rows, types, positions: base.embeddings(
+            None, inputs_embeds=rows, position_ids=positions
+        ),
         layers=[_distilbert_layer(layer) for layer in base.transformer.layer],
     )
 
@@ -150,7 +160,9 @@ def distilbert_reading(model: Any) -> Reading:
         return model.classifier(model.dropout(model.pre_classifier(first).relu())).squeeze(1)
 
     rest = (model.dropout, model.classifier)
-    head = DenseHead(through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False)
+    head = DenseHead(
+        through_pre_classifier, None, model.pre_classifier, "relu", *rest, drops_input=False
+    )
     parts = HeadParts(
         pooling="cls",
         dense=model.pre_classifier,

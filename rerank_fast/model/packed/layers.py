@@ -1,4 +1,6 @@
-"""One layer of a packed encoder: BERT's order (norm after the sum) and the newer one (norm before the sublayer)."""
+"""One layer of a packed encoder: BERT's order (norm after the sum) and the newer one (norm before
+the sublayer).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures import PostNormLayer, PreNormLayer
-from rerank_fast.model.linear import NarrowCopies, StepLinear, joins_product
-from rerank_fast.model.post_norm import TrainedPostNorm
-from rerank_fast.model.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
+from rerank_fast.model.packed.architectures import PostNormLayer, PreNormLayer
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
+from rerank_fast.model.packed.post_norm import TrainedPostNorm
+from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -23,14 +25,21 @@ Rows: TypeAlias = Tensor | Int8Rows
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Where the N sequences of a flat run of T tokens begin and end, and which token of each is read."""
+    """Where the N sequences of a flat run of T tokens begin and end, and which token of each is
+    read.
+    """
 
     cu_seqlens: Tensor  # (N + 1,) int32
     one_each: Tensor  # (N + 1,) int32: 0, 1, ..., N
     read: Tensor  # (N,) int64
-    rotary: dict[str, tuple[Tensor, Tensor]]  # cosines and sines (T, head size), by the name that layers give
-    lengths: np.ndarray  # (N,) tokens of each, on the host: shapes there follow without asking the device
-    # Where it is part of a larger one whose dropout it has: the places of its tokens and its sequences there.
+    rotary: dict[
+        str, tuple[Tensor, Tensor]
+    ]  # cosines and sines (T, head size), by the name that layers give
+    lengths: (
+        np.ndarray
+    )  # (N,) tokens of each, on the host: shapes there follow without asking the device
+    # Where it is part of a larger one whose dropout it has: the places of its tokens and its
+    # sequences there.
     token_rows: Tensor | None = None  # (T,) int32
     sequence_rows: Tensor | None = None  # (N,) int32
     reads_last: bool = False  # the token that is read is the last of each
@@ -40,7 +49,8 @@ class MicroBatch:
 class LayerBatch:
     """What one layer reads of a micro-batch, made on the host: torch.compile traces what takes it.
 
-    Only what the layer needs: an unread tensor of one sequence would be another shape to compile for.
+    Only what the layer needs: an unread tensor of one sequence would be another shape to compile
+    for.
     """
 
     cu_queries: Tensor  # (N + 1,) int32
@@ -50,20 +60,26 @@ class LayerBatch:
     read: Tensor | None = None  # (N,) int64: the tokens that go on; None: all
     kept: Tensor | None = None  # int64: the tokens that they may attend to; None: all
     rotary: tuple[Tensor, Tensor] | None = None
-    rows: Tensor | None = None  # int32: the numbers in the dropout of the tokens that go on; None: their places
+    rows: Tensor | None = (
+        None  # int32: the numbers in the dropout of the tokens that go on; None: their places
+    )
 
 
 def run_layer(
     layer: PostNormStep | PreNormStep, wide: Tensor, x: Rows | None, batch: LayerBatch
 ) -> tuple[Tensor, Rows | None]:
-    """(T, H) results of a layer: the residual stream, and what products read of it or what is to be added to it."""
+    """(T, H) results of a layer: the residual stream, and what products read of it or what is to be
+    added to it.
+    """
     return layer(wide, x, batch)  # type: ignore[arg-type]
 
 
 class PostNormStep:
-    """A PostNormLayer with its weights made ready for one step; one_token computes only the token that is read.
+    """A PostNormLayer with its weights made ready for one step; one_token computes only the token
+    that is read.
 
-    trains: as one function of autograd, where no module of the layer must be called and its activation is GELU.
+    trains: as one function of autograd, where no module of the layer must be called and its
+    activation is GELU.
     """
 
     def __init__(
@@ -83,7 +99,9 @@ class PostNormStep:
             keys = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
             self.projections = [StepLinear([layer.query], dtype, 0, copies=copies), keys]
         else:
-            self.projections = [StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens, copies=copies)]
+            self.projections = [
+                StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens, copies=copies)
+            ]
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
@@ -103,7 +121,12 @@ class PostNormStep:
                 (layer.output_norm, self.down, [self.up]),
                 (layer.attention_norm, self.attention_out, self.projections),
             ):
-                self.trained += [norm.weight, norm.bias, *first.biases, *(b for one in second for b in one.biases)]
+                self.trained += [
+                    norm.weight,
+                    norm.bias,
+                    *first.biases,
+                    *(b for one in second for b in one.biases),
+                ]
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
@@ -137,10 +160,23 @@ class PostNormStep:
             rows=batch.rows,
             max_seqlens=batch.max_seqlens,
         )
-        attention = self.attention_out, attended.flatten(1), self.attention_norm, layer.attention_out_dropout
+        attention = (
+            self.attention_out,
+            attended.flatten(1),
+            self.attention_norm,
+            layer.attention_out_dropout,
+        )
         wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
         widened = self.up.before(self.down, x)
-        return _add_norm(wide, self.down, widened, self.output_norm, layer.down_dropout, batch.seeds[2], batch.rows)
+        return _add_norm(
+            wide,
+            self.down,
+            widened,
+            self.output_norm,
+            layer.down_dropout,
+            batch.seeds[2],
+            batch.rows,
+        )
 
     def projections_of(self, queries_of: Rows, keys_of: Rows) -> list[tuple[StepLinear, Any]]:
         """The products before attention, each with the rows that it reads."""
@@ -194,13 +230,17 @@ def _ready_norm(
     wide = torch.promote_types(dtype, torch.float32)
     if copies is None or (torch.is_grad_enabled() and not trains) or norm.weight.dtype == wide:
         return norm
-    return NormWeights(copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps)
+    return NormWeights(
+        copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps
+    )
 
 
 def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
     if one_token:
-        return LayerBatch(batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows)
+        return LayerBatch(
+            batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows
+        )
     return LayerBatch(ends, ends, (longest, longest), tuple(seeds), rows=batch.token_rows)
 
 
@@ -212,8 +252,12 @@ def _p(module: nn.Module | None, p: float | None = None) -> float:
 
 
 def _seeds(shares: list[float]) -> list[int]:
-    """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0 for one of 0."""
-    drawn = iter(torch.randint(2**62, (count,)).tolist() if (count := sum(p > 0 for p in shares)) else ())
+    """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0
+    for one of 0.
+    """
+    drawn = iter(
+        torch.randint(2**62, (count,)).tolist() if (count := sum(p > 0 for p in shares)) else ()
+    )
     return [next(drawn) if p > 0 else 0 for p in shares]
 
 
@@ -230,14 +274,17 @@ def _add_norm(
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
     if linear.int8 is not None and _p(dropout) == 0:
         return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
-    return residual_norm(linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows)
+    return residual_norm(
+        linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows
+    )
 
 
 class PreNormStep:
-    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the second result.
+    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the
+    second result.
 
-    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped but attention's
-    weights.
+    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped
+    but attention's weights.
     """
 
     def __init__(
@@ -276,7 +323,8 @@ class PreNormStep:
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
         prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and layer.window is not None and not (layer.causal or batch.reads_last):
-            # The op aligns the last query with the last key; a first token sees what lies right of it.
+            # The op aligns the last query with the last key; a first token sees what lies right of
+            # it.
             kept, cu_keys = _first_tokens(batch, layer.window[1] + 1)
             prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
         return prepared
@@ -287,20 +335,35 @@ class PreNormStep:
         left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
         dropout_p = _p(layer.attention, layer.attention_dropout)
         places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
-        return *places, layer.scale, left, 0 if layer.causal else right, dropout_p, batch.seeds[0], "triton"
+        return (
+            *places,
+            layer.scale,
+            left,
+            0 if layer.causal else right,
+            dropout_p,
+            batch.seeds[0],
+            "triton",
+        )
 
-    def __call__(self, wide: Tensor, x: Tensor | None, batch: LayerBatch) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, wide: Tensor, x: Tensor | None, batch: LayerBatch
+    ) -> tuple[Tensor, Tensor | None]:
         layer = self.layer
         if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
             return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
         wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
-        query, key, value = heads.split([layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1)
+        query, key, value = heads.split(
+            [layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1
+        )
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = layer.query_norm(query), layer.key_norm(key)
         assert batch.rotary is not None
-        query, key = _rotate(query, *batch.rotary).to(self.dtype), _rotate(key, *batch.rotary).to(self.dtype)
+        query, key = (
+            _rotate(query, *batch.rotary).to(self.dtype),
+            _rotate(key, *batch.rotary).to(self.dtype),
+        )
         window = layer.window
         if batch.read is not None:
             wide, query = wide.index_select(0, batch.read), query.index_select(0, batch.read)
@@ -339,15 +402,21 @@ def _dropped(x: Tensor, dropout: nn.Module | None) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of (T, heads, head size), in fp32: a head's halves are pairs of coordinates."""
+    """Rotary position embedding of (T, heads, head size), in fp32: a head's halves are pairs of
+    coordinates.
+    """
     left, right = x.to(cos.dtype).chunk(2, dim=2)
     return x * cos[:, None] + torch.cat([-right, left], dim=2) * sin[:, None]
 
 
 def _first_tokens(batch: MicroBatch, limit: int) -> tuple[Tensor, Tensor]:
-    """Places of the first tokens of every sequence, at most limit of each, and their cumulative number."""
+    """Places of the first tokens of every sequence, at most limit of each, and their cumulative
+    number.
+    """
     starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().clamp(max=limit).long()
     cu_kept = F.pad(lengths.cumsum(0), (1, 0))
     total = int(np.minimum(batch.lengths, limit).sum())
     place = torch.arange(total, device=starts.device)
-    return place + torch.repeat_interleave(starts - cu_kept[:-1], lengths, output_size=total), cu_kept.int()
+    return place + torch.repeat_interleave(
+        starts - cu_kept[:-1], lengths, output_size=total
+    ), cu_kept.int()

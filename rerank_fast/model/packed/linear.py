@@ -1,4 +1,6 @@
-"""Linear layers of a step: weights cast, joined and laid out once, gradients added up in the weights' own dtype."""
+"""Linear layers of a step: weights cast, joined and laid out once, gradients added up in the
+weights' own dtype.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from rerank_fast.model.packing import MAX_TOKENS
 from rerank_fast.model.precision.int8 import Int8Linear
+from rerank_fast.model.tokens.packing import MAX_TOKENS
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
 
@@ -22,8 +24,9 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 class _NarrowLinear(torch.autograd.Function):
     """A product in 16 bits whose weight gradients reach the wider weights in their own dtypes.
 
-    The narrow copy is made once a step and shared by its micro-batches; were it part of the graph, their gradients
-    would be added up in 16 bits. It holds the rows of one weight after the other, each with a bias or none.
+    The narrow copy is made once a step and shared by its micro-batches; were it part of the graph,
+    their gradients would be added up in 16 bits. It holds the rows of one weight after the other,
+    each with a bias or none.
     """
 
     @staticmethod
@@ -59,10 +62,14 @@ def _split(gradient: Tensor, rows: list[int]) -> Sequence[Tensor]:
     return [gradient] if len(rows) == 1 else gradient.split_with_sizes(rows)
 
 
-def in_own_dtypes(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def in_own_dtypes(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The gradients in the dtypes of their parameters."""
     return [
-        gradient if gradient is None or gradient.dtype is weight.dtype else gradient.to(weight.dtype)
+        gradient
+        if gradient is None or gradient.dtype is weight.dtype
+        else gradient.to(weight.dtype)
         for gradient, weight in zip(gradients, parameters, strict=True)
     ]
 
@@ -70,8 +77,8 @@ def in_own_dtypes(gradients: Sequence[Tensor | None], parameters: Sequence[Tenso
 def _widens(grad: Tensor, dtype: torch.dtype) -> bool:
     """Whether a product or sum of 16-bit numbers comes out in fp32 at once.
 
-    That is one launch instead of two, and nothing is rounded to 16 bits in between. ROCm's library has no such
-    product, and torch.compile no shape of it.
+    That is one launch instead of two, and nothing is rounded to 16 bits in between. ROCm's library
+    has no such product, and torch.compile no shape of it.
     """
     served = grad.is_meta or (grad.is_cuda and torch.version.hip is None)
     return served and dtype == torch.float32 and not torch.compiler.is_compiling()
@@ -98,7 +105,9 @@ class NarrowCopies:
     def joined(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Room for the rows of one weight after the other, which fill() writes."""
         rows = [one.shape[0] for one in weights]
-        joined = torch.empty(sum(rows), *weights[0].shape[1:], dtype=dtype, device=weights[0].device)
+        joined = torch.empty(
+            sum(rows), *weights[0].shape[1:], dtype=dtype, device=weights[0].device
+        )
         for copy, weight in zip(joined.split(rows), weights, strict=True):
             copies, originals = self._made.setdefault((weight.dtype, dtype), ([], []))
             copies.append(copy)
@@ -107,7 +116,9 @@ class NarrowCopies:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write the weights as they are now; graphs of what was there before can't be gone back through."""
+        """Write the weights as they are now; graphs of what was there before can't be gone back
+        through.
+        """
         for copies, originals in self._made.values():
             torch._foreach_copy_(copies, originals)
 
@@ -119,9 +130,13 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     F.linear sends fp32 to MKL, which is slower on AMD's processors, and lays bf16 weights out anew
     in every call.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def is_gelu(activation: object) -> bool:
@@ -132,7 +147,11 @@ def is_gelu(activation: object) -> bool:
 
 def joins_product(activation: Activation | None) -> bool:
     """Whether oneDNN can apply it to a product before that is written."""
-    if not isinstance(activation, nn.Module) or must_be_called(activation) or not is_gelu(activation):
+    if (
+        not isinstance(activation, nn.Module)
+        or must_be_called(activation)
+        or not is_gelu(activation)
+    ):
         return False
     return getattr(activation, "act", F.gelu) is F.gelu
 
@@ -145,8 +164,8 @@ class StepLinear:
         dtype: of the product.
         num_tokens: about how many rows it will be given in all.
         activation: is applied to the product.
-        copies: makes the narrow copies of many such products together, before the first is asked for; None makes
-            these now.
+        copies: makes the narrow copies of many such products together, before the first is asked
+            for; None makes these now.
     """
 
     def __init__(
@@ -161,7 +180,11 @@ class StepLinear:
         self.modules: Sequence[nn.Module] | None = None
         self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
         self.int8: Int8Weight | None = None
-        quantized = [module for module in modules if type(module) is Int8Linear and not must_be_called(module)]
+        quantized = [
+            module
+            for module in modules
+            if type(module) is Int8Linear and not must_be_called(module)
+        ]
         if len(quantized) == len(modules):
             self.int8 = Int8Linear.joined(quantized).weight
             return
@@ -220,7 +243,9 @@ class StepLinear:
 
     @property
     def has_weight(self) -> bool:
-        """Whether it multiplies by a weight of its own making, rather than calling modules or int8's product."""
+        """Whether it multiplies by a weight of its own making, rather than calling modules or
+        int8's product.
+        """
         return self.modules is None and self.int8 is None
 
     def __call__(self, x: Tensor | Int8Rows) -> Tensor:
@@ -228,7 +253,9 @@ class StepLinear:
         return product if self.activation is None else self.activation(product)
 
     def before(self, following: StepLinear, x: Tensor | Int8Rows) -> Tensor | Int8Rows:
-        """What the following layer reads: rows of int8 where both are int8 and a GELU is between them."""
+        """What the following layer reads: rows of int8 where both are int8 and a GELU is between
+        them.
+        """
         if self.int8 is not None and following.int8 is not None and joins_product(self.activation):
             return int8_gelu(x, self.int8)
         return self(x)
@@ -253,18 +280,25 @@ class StepLinear:
 
 
 def leaf_for(shared: Tensor) -> Tensor | None:
-    """A leaf to stand for a tensor that was made from weights; None where there is nothing to cut."""
+    """A leaf to stand for a tensor that was made from weights; None where there is nothing to
+    cut.
+    """
     if not shared.requires_grad or shared.is_leaf:
         return None
     return shared.detach().requires_grad_()
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody changed what a call does: by hooks, or a forward of its own, as Accelerate puts on one."""
+    """Whether somebody changed what a call does: by hooks, or a forward of its own, as Accelerate
+    puts on one.
+    """
     return has_hooks(module) or "forward" in vars(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )

@@ -2,8 +2,8 @@
 
 Texts are tokenised whole, cut here, and then joined. A tokenizer that truncates a pair itself also
 makes all that it cuts off: each piece of one text with each of the other's. Its truncation is a
-setting that threads share, too; here it is only ever off, so that any number of threads may tokenise
-with one tokenizer.
+setting that threads share, too; here it is only ever off, so that any number of threads may
+tokenise with one tokenizer.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding
 
-from rerank_fast.model.packing import TokenizedPairs
 from rerank_fast.model.texts import Pair
+from rerank_fast.model.tokens.packing import TokenizedPairs
 
 CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory for ids
 CHARACTERS = 1 << 20  # of a tokenizer call's texts; until these are cut, each takes 100 bytes
 _QUERY, _DOCUMENT = 2**32 - 1, 2**32 - 2  # ids that no vocabulary has
 
-# Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers gives a pair. Its
-# instruction is a system message.
+# Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers
+# gives a pair. Its instruction is a system message.
 QWEN3_RERANKER_TEMPLATE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
+    "the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: {{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | first "
+    "<Instruct>: {{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | "
+    "first "
     "| default('Given a web search query, retrieve relevant passages that answer the query') }}\n"
-    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
-    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first "
+    "}}\n"
+    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | "
+    "first }}"
     # Jinja drops a newline at the end of a template.
     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>{{ '\\n\\n' }}"
 )
@@ -100,12 +104,12 @@ class PairTokenizer:
     ) -> tuple[TokenizedPairs, int]:
         """The pairs without padding, and how many of them were truncated, the longer text first.
 
-        The prompt goes before each query. A text that stands in several pairs is tokenised once. Two empty texts
-        to which the tokenizer adds nothing are read as the token that ends a text.
+        The prompt goes before each query. A text that stands in several pairs is tokenised once.
+        Two empty texts to which the tokenizer adds nothing are read as the token that ends a text.
 
         Raises:
-            ValueError: max_length is less than the special tokens of a pair; a pair has no token, nor the tokenizer
-                one that ends a text.
+            ValueError: max_length is less than the special tokens of a pair; a pair has no token,
+                nor the tokenizer one that ends a text.
         """
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         room = max_length - special
@@ -139,11 +143,16 @@ class PairTokenizer:
         return self.framed(texts) if fast else self._prepared(texts, max_length), truncated
 
     def _end_of_text(self) -> list[int]:
-        known = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id, self.tokenizer.bos_token_id)
+        known = (
+            self.tokenizer.eos_token_id,
+            self.tokenizer.sep_token_id,
+            self.tokenizer.bos_token_id,
+        )
         token = next((one for one in known if one is not None), None)
         if token is None:
             raise ValueError(
-                "both texts of a pair are empty, and the tokenizer has no token that ends a text: expected "
+                "both texts of a pair are empty, and the tokenizer has no token that ends a text: "
+                "expected "
                 "at least one token to read a score from"
             )
         return [token]
@@ -159,7 +168,9 @@ class PairTokenizer:
         marked = self.tokenizer.backend_tokenizer.post_process(query, document)
         frame = marked.ids
         if frame.count(_QUERY) != 1 or frame.count(_DOCUMENT) != 1:
-            raise ValueError("the tokenizer's post-processor does not give each text of a pair once")
+            raise ValueError(
+                "the tokenizer's post-processor does not give each text of a pair once"
+            )
         rows = [[token] for token in frame] * (len(texts) // 2)
         rows[frame.index(_QUERY) :: len(frame)] = texts[::2]
         rows[frame.index(_DOCUMENT) :: len(frame)] = texts[1::2]
@@ -190,7 +201,9 @@ class PairTokenizer:
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """The same for a causal reranker: the tokenizer's chat template is filled with the roles query and document."""
+    """The same for a causal reranker: the tokenizer's chat template is filled with the roles query
+    and document.
+    """
 
     tokenizer: Any
 
@@ -198,8 +211,10 @@ class PromptTokenizer:
         if not _carries_pairs(self._render):
             if "<|im_start|>" not in self.tokenizer.get_vocab():
                 raise ValueError(
-                    "the tokenizer's chat template can't carry a pair: expected one that renders messages of the "
-                    "roles query and document, and the one that Qwen3-Reranker has needs the token <|im_start|>"
+                    "the tokenizer's chat template can't carry a pair: expected one that renders "
+                    "messages of the "
+                    "roles query and document, and the one that Qwen3-Reranker has needs the token "
+                    "<|im_start|>"
                 )
             self.tokenizer.chat_template = QWEN3_RERANKER_TEMPLATE
         # The score is read from the last token, which must be the prompt's own.
@@ -218,9 +233,14 @@ class PromptTokenizer:
 
     @property
     def _structured(self) -> bool:
-        """Whether the template wants each content as a list of parts; read as sentence-transformers reads it."""
+        """Whether the template wants each content as a list of parts; read as sentence-transformers
+        reads it.
+        """
         template = str(self.tokenizer.chat_template)
-        return any(part in template for part in ("content[0]", ".type", "'type'", '"type"', "message.content["))
+        return any(
+            part in template
+            for part in ("content[0]", ".type", "'type'", '"type"', "message.content[")
+        )
 
     def __call__(
         self, pairs: Sequence[Pair], max_length: int, prompt: str | None = None
@@ -256,13 +276,17 @@ class PromptTokenizer:
 def _carries_pairs(render: Any) -> bool:
     """Whether both texts reach the prompt."""
     try:
-        base, query, document = (render(pair) for pair in (("a1", "b2"), ("c3", "b2"), ("a1", "d4")))
+        base, query, document = (
+            render(pair) for pair in (("a1", "b2"), ("c3", "b2"), ("a1", "d4"))
+        )
     except Exception:  # no template, or one that refuses the roles
         return False
     return base not in (query, document)
 
 
-def _flat(rows: list[list[int]], types: list[list[int]] | None, rows_per_pair: int = 1) -> TokenizedPairs:
+def _flat(
+    rows: list[list[int]], types: list[list[int]] | None, rows_per_pair: int = 1
+) -> TokenizedPairs:
     """The pairs, each of as many rows of ids and of token types."""
     offsets = np.cumsum([0, *map(len, rows)])
     total = offsets[-1]

@@ -1,4 +1,6 @@
-"""How the score of a cross-encoder of modules is read: the pooled token or pooled tokens, and what follows."""
+"""How the score of a cross-encoder of modules is read: the pooled token or pooled tokens, and what
+follows.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rerank_fast.model.architectures.views import Reading
 from rerank_fast.model.modular.pooling import Pool, pool_by
 from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.architectures.views import Reading
 
 # sentence-transformers' classes, and this package's by the same names.
 _KNOWN = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
@@ -23,15 +25,21 @@ def modular_reading(model: ModularReranker) -> Reading | str:
     for module in modules:
         kind = type(module)
         if kind.__name__ not in _KNOWN or not kind.__module__.startswith(_PACKAGES):
-            return f"the CrossEncoder has the module {kind.__module__}.{kind.__name__}, which needs a padded batch"
+            name = f"{kind.__module__}.{kind.__name__}"
+            return f"the CrossEncoder has the module {name}, which needs a padded batch"
     pools = [place for place, module in enumerate(modules) if type(module).__name__ == "Pooling"]
     if len(pools) != 1 or model.output[1] != _TOKENS:
-        return f"the CrossEncoder has {len(pools)} Pooling modules after a Transformer with {model.output[1]}"
+        return (
+            f"the CrossEncoder has {len(pools)} Pooling modules after a Transformer with "
+            f"{model.output[1]}"
+        )
     (place,) = pools
     before, pooling, after = modules[:place], modules[place], modules[place + 1 :]
     if not pooling.include_prompt:
         return "the CrossEncoder's Pooling leaves out the tokens of a prompt"
-    if any(_names(module) != {_TOKENS} for module in before) or any(_TOKENS in _names(one) for one in after):
+    if any(_names(module) != {_TOKENS} for module in before) or any(
+        _TOKENS in _names(one) for one in after
+    ):
         return "modules of the CrossEncoder read other embeddings than those that were pooled"
     modes = pooling.pooling_mode
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
@@ -52,7 +60,11 @@ def modular_reading(model: ModularReranker) -> Reading | str:
         reads: Any = _TOKEN_OF[modes[0]]
         return Reading(head=lambda rows: score(embed(rows)), reads=reads)
     pool_embedded = pool_by(modes)
-    pool: Pool = (lambda rows, ends, owner: pool_embedded(embed(rows), ends, owner)) if before else pool_embedded
+    pool: Pool = (
+        (lambda rows, ends, owner: pool_embedded(embed(rows), ends, owner))
+        if before
+        else pool_embedded
+    )
     return Reading(head=score, pool=pool)
 
 

@@ -1,4 +1,6 @@
-"""Where the parts of a model are that packed execution reads: views, nothing is changed in a model."""
+"""Where the parts of a model are that packed execution reads: views, nothing is changed in a
+model.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rerank_fast.model.heads import Head
 from rerank_fast.model.modular.pooling import Pool
+from rerank_fast.model.packed.heads import Head
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class PostNormLayer:
 
 @dataclass(frozen=True)
 class PreNormLayer:
-    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated feed-forward, add."""
+    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated
+    feed-forward, add.
+    """
 
     attention_norm: nn.Module | None
     projections: list[nn.Module]  # query, key and value, or one for all three
@@ -66,17 +70,23 @@ class Body:
     """The parts of an encoder that runs packed."""
 
     word_embeddings: nn.Embedding
-    embed: Callable[[Tensor, Tensor, Tensor], Tensor]  # word rows, token types, positions, all (1, T) -> (1, T, H)
+    embed: Callable[
+        [Tensor, Tensor, Tensor], Tensor
+    ]  # word rows, token types, positions, all (1, T) -> (1, T, H)
     layers: Sequence[PostNormLayer | PreNormLayer]
     final_norm: nn.Module | None = None
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
-    pad_position: int | None = None  # RoBERTa and its kin count positions from here + 1, a padding token has this
+    pad_position: int | None = (
+        None  # RoBERTa and its kin count positions from here + 1, a padding token has this
+    )
     embeddings: nn.Module | None = None  # all that embed calls, where that is one module
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadParts:
-    """The layers of a head in the order of their calls; None, and a dropout of 0, where it has none."""
+    """The layers of a head in the order of their calls; None, and a dropout of 0, where it has
+    none.
+    """
 
     pooling: str
     dropout_in: float = 0.0

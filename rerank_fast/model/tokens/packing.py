@@ -1,4 +1,6 @@
-"""Tokenised pairs in one flat run, and the planner that cuts them into micro-batches of similar length."""
+"""Tokenised pairs in one flat run, and the planner that cuts them into micro-batches of similar
+length.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenizedPairs:
-    """N (query, document) pairs as token ids without padding; pair n is offsets[n] to offsets[n + 1]."""
+    """N (query, document) pairs as token ids without padding; pair n is offsets[n] to offsets[n +
+    1].
+    """
 
     input_ids: np.ndarray  # (T,) int32
     token_type_ids: np.ndarray | None  # (T,) int8; None where the tokenizer gives none
@@ -34,11 +38,15 @@ class TokenizedPairs:
             return TokenizedPairs(np.zeros(0, np.int32), None, np.zeros(1, np.int64))
         types = [part.token_type_ids for part in parts if part.token_type_ids is not None]
         if types and len(types) != len(parts):
-            raise ValueError(f"{len(types)} of {len(parts)} parts have token_type_ids; expected all or none")
+            raise ValueError(
+                f"{len(types)} of {len(parts)} parts have token_type_ids; expected all or none"
+            )
         return TokenizedPairs(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate(types) if types else None,
-            np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64),
+            np.concatenate(
+                [[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]
+            ).astype(np.int64),
         )
 
     @staticmethod
@@ -57,7 +65,9 @@ class TokenizedPairs:
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         # A pair's start plus the token's place in the pair.
-        return np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+        return np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(
+            offsets[-1]
+        ), offsets
 
     def select(self, indices: np.ndarray) -> TokenizedPairs:
         """The pairs at the given (M,) indices, in that order."""
@@ -66,7 +76,9 @@ class TokenizedPairs:
         return TokenizedPairs(self.input_ids[flat], types, offsets)
 
     def without_trailing(self, token_id: int) -> TokenizedPairs:
-        """The pairs without the run of this token that a pair may end in; the first token always stays."""
+        """The pairs without the run of this token that a pair may end in; the first token always
+        stays.
+        """
         lengths = self.lengths.copy()
         for n in np.flatnonzero(self.input_ids[self.offsets[1:] - 1] == token_id):
             kept = np.flatnonzero(self.input_ids[self.offsets[n] : self.offsets[n + 1]] != token_id)
@@ -88,8 +100,8 @@ class TokenizedPairs:
         width: int | None = None,
         device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
-        """The pairs at the (B,) indices as int64 (B, width) tensors, under the model's argument names; width is the
-        longest pair's where it is None.
+        """The pairs at the (B,) indices as int64 (B, width) tensors, under the model's argument
+        names; width is the longest pair's where it is None.
         """
         chosen = self.select(indices)
         width = int(chosen.lengths.max(initial=0)) if width is None else width
@@ -128,12 +140,18 @@ MAX_TOKENS = 4096
 
 
 def most_tokens(device: torch.device) -> int:
-    """Of a forward pass: what keeps a device busy. A GPU takes many, and waits for the host with few."""
+    """Of a forward pass: what keeps a device busy. A GPU takes many, and waits for the host with
+    few.
+    """
     return 65536 if device.type in ("cuda", "meta") else MAX_TOKENS
 
 
 def plan_micro_batches(
-    lengths: np.ndarray, *, max_pairs: int | None = None, max_tokens: int | None = None, padded: bool = False
+    lengths: np.ndarray,
+    *,
+    max_pairs: int | None = None,
+    max_tokens: int | None = None,
+    padded: bool = False,
 ) -> list[np.ndarray]:
     """Cut N pairs into micro-batches, longest first, so that padding them would add little.
 
@@ -166,10 +184,11 @@ def plan_micro_batches(
 
 
 def row_count(at_least: int) -> int:
-    """The next of a series that grows like the squares: 4, 12, 16, 28, 36, 52, 64, 84, 100, ..., 4096.
+    """The next of a series that grows like the squares: 4, 12, 16, 28, 36, 52, 64, 84, 100, ...,
+    4096.
 
-    Of some thousand rows a few per cent are added, of few rows more, which cost little. There are about 60 numbers
-    up to MAX_TOKENS.
+    Of some thousand rows a few per cent are added, of few rows more, which cost little. There are
+    about 60 numbers up to MAX_TOKENS.
     """
     root = math.isqrt(at_least - 1) + 1
     return -(-root * root // 4) * 4
@@ -178,17 +197,19 @@ def row_count(at_least: int) -> int:
 def fill_up(
     starts: np.ndarray,  # (N + 1,) int64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences behind those of a run of T tokens, so that tokens and sequences both have few numbers.
+    """Sequences behind those of a run of T tokens, so that tokens and sequences both have few
+    numbers.
 
-    oneDNN keeps half a megabyte for every number of rows that a weight was ever multiplied with, up to a thousand
-    of them, and takes milliseconds to make it: there must not be many numbers.
+    oneDNN keeps half a megabyte for every number of rows that a weight was ever multiplied with, up
+    to a thousand of them, and takes milliseconds to make it: there must not be many numbers.
 
     Args:
         starts: where the N sequences begin, and T; there is at least one token.
 
     Returns:
-        The (T',) places in the run of all tokens, 0 for those that are added: copies of its first token. And the
-        (N' + 1,) starts with those of the added sequences, of which there is at least one.
+        The (T',) places in the run of all tokens, 0 for those that are added: copies of its first
+        token. And the (N' + 1,) starts with those of the added sequences, of which there is at
+        least one.
     """
     num_sequences, num_tokens = len(starts) - 1, int(starts[-1])
     # Never as many as there are tokens, nor are their ends: torch.compile would take two sizes that

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from rerank_fast.model import heads
-from rerank_fast.model.architectures import find_architecture
-from rerank_fast.model.heads import DenseHead
-from tests.model.test_encoder import make_model
+from rerank_fast.model.packed import heads
+from rerank_fast.model.packed.architectures import find_architecture
+from rerank_fast.model.packed.heads import DenseHead
+from tests.model.packed.test_encoder import make_model
 
 NAMES = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"]
 
@@ -57,7 +57,9 @@ def test_scores_and_gradients_are_those_of_the_models_own_head(name, fused_calls
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_is_where_the_models_own_head_has_it(name, fused_calls):
-    """Different draws, one distribution; a head without its first dropout would have another spread."""
+    """Different draws, one distribution; a head without its first dropout would have another
+    spread.
+    """
     torch.manual_seed(0)
     model = make_model(name).train()
     head = parts(model)
@@ -106,7 +108,9 @@ def test_adapters_and_other_activations_are_called(fused_calls):
     for name in NAMES:
         model = make_model(name).eval()
         expected = parts(model)(first)
-        attribute = {"bert": "classifier", "distilbert": "classifier"}.get(name, "classifier.out_proj")
+        attribute = {"bert": "classifier", "distilbert": "classifier"}.get(
+            name, "classifier.out_proj"
+        )
         parent, _, leaf = attribute.rpartition(".")
         owner = model.get_submodule(parent)
         adapter = Adapter(48, 1)

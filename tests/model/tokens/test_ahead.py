@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rerank_fast.model.ahead import ahead
+from rerank_fast.model.tokens.ahead import ahead
 
 
 def test_work_is_done_ahead_in_a_thread_and_its_errors_are_raised():

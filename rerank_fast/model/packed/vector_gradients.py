@@ -1,4 +1,6 @@
-"""Gradients of a post-norm layer's vectors, of norms and biases, beside those of the rows they are sums of."""
+"""Gradients of a post-norm layer's vectors, of norms and biases, beside those of the rows they are
+sums of.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from rerank_fast.model.linear import bias_gradient
+from rerank_fast.model.packed.linear import bias_gradient
 from rerank_fast.ops import residual_norm, varlen_attention
 
 if TYPE_CHECKING:
-    from rerank_fast.model.layers import PostNormStep
+    from rerank_fast.model.packed.layers import PostNormStep
 
 
 class VectorGradients(Protocol):
-    """Each method gives the gradients of rows; all() those of the vectors before them, in the order of the calls.
+    """Each method gives the gradients of rows; all() those of the vectors before them, in the order
+    of the calls.
 
-    That is first the later norm, weight and bias, and the bias of the product that it adds; then the bias before
-    the GELU; the earlier norm; the biases of queries, keys and values.
+    That is first the later norm, weight and bias, and the bias of the product that it adds; then
+    the bias before the GELU; the earlier norm; the biases of queries, keys and values.
     """
 
     def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]: ...
@@ -32,7 +35,11 @@ class VectorGradients(Protocol):
 
 
 def vector_gradients(
-    step: PostNormStep, wide: Tensor, d_projected: list[Tensor], norm_backend: str, attention_backend: str
+    step: PostNormStep,
+    wide: Tensor,
+    d_projected: list[Tensor],
+    norm_backend: str,
+    attention_backend: str,
 ) -> VectorGradients:
     """What serves the backends: their kernels leave sums on a GPU, elsewhere PyTorch sums.
 
@@ -73,7 +80,9 @@ class _SumsOfRows:
 
 
 class _SumsOfKernels:
-    """A kernel leaves the sums of some rows in a row of a matrix; one launch at the end adds these up."""
+    """A kernel leaves the sums of some rows in a row of a matrix; one launch at the end adds these
+    up.
+    """
 
     def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
         from rerank_fast.ops.triton import residual_norm as kernels

@@ -1,4 +1,6 @@
-"""Padding-free execution of Hugging Face encoders: flat runs of tokens, a last layer for what is read."""
+"""Padding-free execution of Hugging Face encoders: flat runs of tokens, a last layer for what is
+read.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rerank_fast.model.architectures import Architecture, PostNormLayer
-from rerank_fast.model.compilation import Compiler, compiled_layer
-from rerank_fast.model.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
-from rerank_fast.model.heads import cut, cut_head
-from rerank_fast.model.layers import MicroBatch, PostNormStep, PreNormStep, Rows, norm, run_layer
-from rerank_fast.model.linear import NarrowCopies
-from rerank_fast.model.packing import TokenizedPairs, fill_up, upload
-from rerank_fast.model.pre_norm import has_kernels
+from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
+from rerank_fast.model.packed.compilation import Compiler, compiled_layer
+from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
+from rerank_fast.model.packed.heads import cut, cut_head
+from rerank_fast.model.packed.layers import (
+    MicroBatch,
+    PostNormStep,
+    PreNormStep,
+    Rows,
+    norm,
+    run_layer,
+)
+from rerank_fast.model.packed.linear import NarrowCopies
+from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.random_state import nothing_drawn, random_state
+from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up, upload
 
 
 class ReadyLayers:
-    """The layers of an architecture with copies of their weights, for one step or for one after the other.
+    """The layers of an architecture with copies of their weights, for one step or for one after the
+    other.
 
     Args:
         architecture: of the model.
@@ -31,20 +41,31 @@ class ReadyLayers:
         compiles: whether torch.compile traces the layers.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, num_tokens: int, *, compiles: bool) -> None:
-        grads, on_cpu = torch.is_grad_enabled(), architecture.word_embeddings.weight.device.type == "cpu"
+    def __init__(
+        self, architecture: Architecture, dtype: torch.dtype, num_tokens: int, *, compiles: bool
+    ) -> None:
+        grads, on_cpu = (
+            torch.is_grad_enabled(),
+            architecture.word_embeddings.weight.device.type == "cpu",
+        )
         self._dtype, self.layers = dtype, []
         # Without gradients a CPU lays weights out anew, one by one.
         self._copies = NarrowCopies() if grads or not on_cpu else None
         for depth, layer in enumerate(architecture.layers, start=1):
             one_token = depth == len(architecture.layers) and architecture.pool is None
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            options = {"one_token": one_token, "copies": self._copies, "trains": grads and not compiles}
+            options = {
+                "one_token": one_token,
+                "copies": self._copies,
+                "trains": grads and not compiles,
+            }
             self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether the modules have the weights still that they had, and products the dtype."""
-        return dtype == self._dtype and all(one.is_current() for layer in self.layers for one in layer.linears)
+        return dtype == self._dtype and all(
+            one.is_current() for layer in self.layers for one in layer.linears
+        )
 
     def fill(self) -> None:
         """Copy the weights as they are now."""
@@ -52,27 +73,30 @@ class ReadyLayers:
             self._copies.fill()
 
 
-class PackedStep:
+class PackedPairs:
     """A model's scores of pairs, micro-batch by micro-batch, with what these share made once.
 
-    Weights are cast to the compute dtype once, and the rows of the word embeddings that any pair needs are gathered
-    once, so that their gradient is scattered once a step instead of once a micro-batch. The graph of the step hangs
-    on both: make a new one after every change of the weights.
+    Weights are cast to the compute dtype once, and the rows of the word embeddings that any pair
+    needs are gathered once, so that their gradient is scattered once a step instead of once a
+    micro-batch. The graph of the step hangs on both: make a new one after every change of the
+    weights.
 
     Args:
         architecture: of the model.
         tokens: all pairs of the step.
-        dtype: of products and attention: fp32, bf16 or, on a GPU, fp16. Sums of the residual stream, norms and
-            scores are fp32.
+        dtype: of products and attention: fp32, bf16 or, on a GPU, fp16. Sums of the residual
+            stream, norms and scores are fp32.
         gradient_checkpointing: compute the inside of every layer again in backward.
-        compiler: torch.compile's backend for the layers; None runs them eagerly. On a CPU without gradients they
-            are eager all the same: oneDNN's own products are faster there than what is compiled.
+        compiler: torch.compile's backend for the layers; None runs them eagerly. On a CPU without
+            gradients they are eager all the same: oneDNN's own products are faster there than what
+            is compiled.
         ready: the layers of an earlier step, whose graph is done with; None makes new ones.
 
     Attributes:
-        draws_by_row: whether all that was dropped inside the layers so far follows from a seed and a row, as the
-            ops' dropout does. False once a module there has drawn from torch's generators, as an adapter's dropout
-            does. Looked at where the step is made with gradients on.
+        draws_by_row: whether all that was dropped inside the layers so far follows from a seed and
+            a row, as the ops' dropout does. False once a module there has drawn from torch's
+            generators, as an adapter's dropout does. Looked at where the step is made with
+            gradients on.
     """
 
     padded = False
@@ -103,7 +127,9 @@ class PackedStep:
         if architecture.unread_token_id is not None:
             self.tokens = tokens = tokens.without_trailing(architecture.unread_token_id)
         if ready is None:
-            ready = ReadyLayers(architecture, dtype, len(tokens.input_ids), compiles=self.compiled is not None)
+            ready = ReadyLayers(
+                architecture, dtype, len(tokens.input_ids), compiles=self.compiled is not None
+            )
         ready.fill()
         self.layers = ready.layers
         self._rows, self._rows_of_tokens = weight, tokens.input_ids
@@ -119,13 +145,15 @@ class PackedStep:
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
 
-        With keep, an (M,) mask, those of the pairs under it alone, and with the dropout that they have among all M:
-        from the same random state, and where the step draws_by_row, they are the same scores.
+        With keep, an (M,) mask, those of the pairs under it alone, and with the dropout that they
+        have among all M: from the same random state, and where the step draws_by_row, they are the
+        same scores.
         """
         flat, starts = self.tokens.flat_index(indices)
         device, num_pairs = self._rows.device, len(indices)
         positions = self._positions(flat, starts)
-        # What is added stands behind the pairs: theirs are the places, and so the dropout, that they have without.
+        # What is added stands behind the pairs: theirs are the places, and so the dropout, that
+        # they have without.
         fills = device.type == "cpu" and num_pairs > 0
         if fills:
             filled, starts = fill_up(starts)
@@ -147,7 +175,9 @@ class PackedStep:
             pairs = upload(kept, device)
         lengths = np.diff(starts)
         wide, x, position_ids, tokens = self._embed(flat, positions, type_ids, places)
-        cu_seqlens, one_each = upload(np.stack([starts, np.arange(len(starts))]).astype(np.int32), device)
+        cu_seqlens, one_each = upload(
+            np.stack([starts, np.arange(len(starts))]).astype(np.int32), device
+        )
         batch = MicroBatch(
             cu_seqlens,
             one_each,
@@ -162,7 +192,11 @@ class PackedStep:
         before = random_state(device) if self._looks_at_draws else None
         for layer, layer_batch in zip(self.layers, prepared, strict=True):
             # One row to compute is no dynamic number of them: it would be a graph of its own.
-            run = run_layer if self.compiled is None or (layer.one_token and len(lengths) == 1) else self.compiled
+            run = (
+                run_layer
+                if self.compiled is None or (layer.one_token and len(lengths) == 1)
+                else self.compiled
+            )
             if self.gradient_checkpointing:
                 wide, x = checkpoint(run, layer, wide, x, layer_batch, use_reentrant=False)
             else:
@@ -189,7 +223,8 @@ class PackedStep:
     ) -> tuple[Tensor, Rows | None, Tensor, Tensor | None]:
         """The first layer's rows, wide and as products read them, and their positions.
 
-        Last, where only the tokens at some places are to be computed, these as they stand for them in dropout.
+        Last, where only the tokens at some places are to be computed, these as they stand for them
+        in dropout.
         """
         device, words = self.device, self._rows_of_tokens[flat]
         tokens = None if places is None else upload(places.astype(np.int32), device)
@@ -201,21 +236,34 @@ class PackedStep:
             return *self._embeddings(self._rows, found, tokens, self.dtype), found.ids[1:2], tokens
         position_ids = upload(positions, device)[None]
         embedded = self.architecture.embed(
-            F.embedding(upload(words, device), self._rows)[None], upload(types, device)[None], position_ids
+            F.embedding(upload(words, device), self._rows)[None],
+            upload(types, device)[None],
+            position_ids,
         ).squeeze(0)
         if tokens is not None:
-            embedded, position_ids = embedded.index_select(0, tokens), position_ids.index_select(1, tokens)
+            embedded, position_ids = (
+                embedded.index_select(0, tokens),
+                position_ids.index_select(1, tokens),
+            )
         # A view in one layer and none in the next would be two graphs.
-        wide = embedded.to(torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None)
+        wide = embedded.to(
+            torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None
+        )
         # Before the first pre-norm layer nothing is left to be added.
-        return wide, None if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype), position_ids, tokens
+        return (
+            wide,
+            None if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype),
+            position_ids,
+            tokens,
+        )
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
-        """Cut what the micro-batches share off from the weights, so that each can have a backward of its own.
+        """Cut what the micro-batches share off from the weights, so that each can have a backward
+        of its own.
 
         Returns:
-            Each shared tensor with the leaf that now stands in for it: when all micro-batches are done, the leaf's
-            .grad is what the shared tensor must still pass on.
+            Each shared tensor with the leaf that now stands in for it: when all micro-batches are
+            done, the leaf's .grad is what the shared tensor must still pass on.
         """
         return [*cut(self, "_rows"), *cut_head(self.architecture.head)]
 
@@ -232,7 +280,8 @@ class PackedStep:
 
 
 def _distinct(ids: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The (U,) ids below limit that are there, rising, and for each of the (T,) ids its place among them.
+    """The (U,) ids below limit that are there, rising, and for each of the (T,) ids its place among
+    them.
 
     np.unique would sort them, which takes longer than the rest of a step's preparation.
     """

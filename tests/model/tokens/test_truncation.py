@@ -23,11 +23,15 @@ def model(tmp_path: Path) -> CrossEncoder:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message.split(";")[0] for record in caplog.records if "truncated" in record.message]
+    return [
+        record.message.split(";")[0] for record in caplog.records if "truncated" in record.message
+    ]
 
 
-def test_once_for_a_model_and_a_max_length(model: CrossEncoder, monkeypatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr("rerank_fast.model.tokenization.CHUNK", 4)
+def test_once_for_a_model_and_a_max_length(
+    model: CrossEncoder, monkeypatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("rerank_fast.model.tokens.tokenization.CHUNK", 4)
     assert model.truncated_pairs == {}
     assert model.tokenize([("rain", "the " * 60)]).lengths.tolist() == [64]  # all that fit
     assert model.truncated_pairs.get(64, 0) == 0
@@ -43,7 +47,9 @@ def test_once_for_a_model_and_a_max_length(model: CrossEncoder, monkeypatch, cap
     assert model.truncated_pairs[64] == 6 * 4 + 1 + 1
     model.max_length = 32
     model.predict(PAIRS)
-    assert said(caplog)[1:] == ["7 of 13 pairs are longer than max_length=32 tokens and were truncated"]
+    assert said(caplog)[1:] == [
+        "7 of 13 pairs are longer than max_length=32 tokens and were truncated"
+    ]
     assert (model.truncated_pairs[64], model.truncated_pairs[32]) == (26, 7)
     model.max_length = 64
     model.predict(PAIRS)

@@ -30,11 +30,12 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from rerank_fast.model import encoder, layers
-from rerank_fast.model.architectures import find_architecture, reason_to_pad
-from rerank_fast.model.encoder import PackedStep
-from rerank_fast.model.packing import TokenizedPairs, fill_up
-from rerank_fast.model.scoring import StepMaker, make_packed_step, run
+from rerank_fast.model.packed import encoder, layers
+from rerank_fast.model.packed.architectures import find_architecture, reason_to_pad
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.preparation import Preparer, prepare_packed
+from rerank_fast.model.scoring import score
+from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up
 
 VOCABULARY, POSITIONS = 97, 70
 SIZES = dict(
@@ -50,13 +51,23 @@ ROBERTA = {**SIZES, "pad_token_id": 1, "type_vocab_size": 2}
 
 MODELS = {
     "bert": lambda **o: BertForSequenceClassification(BertConfig(**SIZES, **o)),
-    "bert-relu": lambda **o: BertForSequenceClassification(BertConfig(**SIZES, hidden_act="relu", **o)),
-    "bert-1-layer": lambda **o: BertForSequenceClassification(BertConfig(**{**SIZES, "num_hidden_layers": 1}, **o)),
+    "bert-relu": lambda **o: BertForSequenceClassification(
+        BertConfig(**SIZES, hidden_act="relu", **o)
+    ),
+    "bert-1-layer": lambda **o: BertForSequenceClassification(
+        BertConfig(**{**SIZES, "num_hidden_layers": 1}, **o)
+    ),
     "roberta": lambda **o: RobertaForSequenceClassification(RobertaConfig(**ROBERTA, **o)),
-    "xlm-roberta": lambda **o: XLMRobertaForSequenceClassification(XLMRobertaConfig(**ROBERTA, **o)),
+    "xlm-roberta": lambda **o: XLMRobertaForSequenceClassification(
+        XLMRobertaConfig(**ROBERTA, **o)
+    ),
     "camembert": lambda **o: CamembertForSequenceClassification(CamembertConfig(**ROBERTA, **o)),
-    "electra": lambda **o: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=24, **o)),
-    "electra-wide": lambda **o: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=48, **o)),
+    "electra": lambda **o: ElectraForSequenceClassification(
+        ElectraConfig(**SIZES, embedding_size=24, **o)
+    ),
+    "electra-wide": lambda **o: ElectraForSequenceClassification(
+        ElectraConfig(**SIZES, embedding_size=48, **o)
+    ),
     "distilbert": lambda **o: DistilBertForSequenceClassification(
         DistilBertConfig(
             vocab_size=VOCABULARY,
@@ -129,21 +140,30 @@ def packed_scores(
 ) -> torch.Tensor:
     architecture = find_architecture(model)
     assert architecture is not None
-    step = PackedStep(architecture, tokens, **{"dtype": torch.float32, **options})
+    step = PackedPairs(architecture, tokens, **{"dtype": torch.float32, **options})
     return torch.cat([step(indices) for indices in plan])[np.argsort(np.concatenate(plan))]
 
 
-def gradients(model: torch.nn.Module, scores: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(
+    model: torch.nn.Module, scores: torch.Tensor, upstream: torch.Tensor
+) -> dict[str, torch.Tensor]:
     model.zero_grad()
     scores.backward(upstream)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of every gradient, in the norm; one that is 0 in theory (key biases) is measured against the largest."""
+def relative_errors(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Of every gradient, in the norm; one that is 0 in theory (key biases) is measured against the
+    largest.
+    """
     assert actual.keys() == expected.keys()
     least = 1e-3 * max(gradient.norm() for gradient in expected.values())
-    return {name: float((actual[name] - g).norm() / max(g.norm(), least)) for name, g in expected.items()}
+    return {
+        name: float((actual[name] - g).norm() / max(g.norm(), least))
+        for name, g in expected.items()
+    }
 
 
 def assert_gradients_close(
@@ -154,10 +174,12 @@ def assert_gradients_close(
     dtype: torch.dtype,
     num_tokens: int,
 ) -> None:
-    """Within a bound of each gradient's norm, and the rounding that the terms of its sums have in the dtype.
+    """Within a bound of each gradient's norm, and the rounding that the terms of its sums have in
+    the dtype.
 
-    A sum of n terms is off by sqrt(n) roundings of a term, and the terms of query's and key's gradients, which all
-    but cancel where a softmax is sure of itself, are as large as the model's largest gradient.
+    A sum of n terms is off by sqrt(n) roundings of a term, and the terms of query's and key's
+    gradients, which all but cancel where a softmax is sure of itself, are as large as the model's
+    largest gradient.
     """
     assert actual.keys() == expected.keys()
     largest = max(float(gradient.norm()) for gradient in expected.values())
@@ -181,7 +203,8 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
     tokens = make_tokens(LENGTHS, types=types)
     torch.manual_seed(0)
     upstream = torch.randn(len(tokens), dtype=torch.float64)
-    # In fp64 the two differ by nothing but the order of sums; in fp32, through the kernels, by its rounding.
+    # In fp64 the two differ by nothing but the order of sums; in fp32, through the kernels, by its
+    # rounding.
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
     expected_gradients = gradients(model, expected, upstream)
@@ -193,7 +216,9 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
         found = gradients(model, actual, upstream.to(dtype))
-        assert_gradients_close(found, expected_gradients, bound=bound, dtype=dtype, num_tokens=sum(LENGTHS))
+        assert_gradients_close(
+            found, expected_gradients, bound=bound, dtype=dtype, num_tokens=sum(LENGTHS)
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
@@ -208,18 +233,24 @@ def test_batches_of_one_and_of_a_single_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["roberta", "qwen3"])
 def test_texts_that_spell_the_padding_token(name: str) -> None:
-    """RoBERTa gives it the padding's position; a decoder's score is read from the last token that is not one."""
+    """RoBERTa gives it the padding's position; a decoder's score is read from the last token that
+    is not one.
+    """
     model = make_model(name).eval()
     tokens = make_tokens([6, 9, 4, 3])
     tokens.input_ids[[2, 8, 9, 14, 18, 19, 20, 21]] = model.config.pad_token_id
     # Each by itself: no padding, and an attention mask of ones.
     expected = torch.cat([padded_scores(model, tokens.select(np.array([n]))) for n in range(4)])
-    torch.testing.assert_close(packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.fixture
 def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers take the kernels of a GPU: the device, which without one is that of Triton's interpreter."""
+    """Layers take the kernels of a GPU: the device, which without one is that of Triton's
+    interpreter.
+    """
     pytest.importorskip("triton")
     for op in ("varlen_attention", "residual_norm"):
         monkeypatch.setattr(layers, op, functools.partial(getattr(layers, op), backend="triton"))
@@ -243,7 +274,11 @@ def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> N
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     actual_gradients = gradients(model, actual, upstream.to(through_triton))
     assert_gradients_close(
-        actual_gradients, expected_gradients, bound=1e-5, dtype=torch.float32, num_tokens=len(tokens.input_ids)
+        actual_gradients,
+        expected_gradients,
+        bound=1e-5,
+        dtype=torch.float32,
+        num_tokens=len(tokens.input_ids),
     )
 
 
@@ -268,23 +303,27 @@ def test_the_kernels_of_a_gpu_drop_out_the_same(request: pytest.FixtureRequest) 
 def test_a_gpu_is_served_in_its_dtypes_and_others_are_padded(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rerank_fast.model.scoring._said", set())  # whatever ran earlier
+    monkeypatch.setattr("rerank_fast.model.preparation._said", set())  # whatever ran earlier
     model = make_model("bert")
     tokens = make_tokens(LENGTHS)
-    assert make_packed_step(model, tokens, dtype=torch.bfloat16) is not None
-    assert make_packed_step(model, tokens, dtype=torch.float16) is None
-    assert make_packed_step(model, tokens, dtype=torch.float16) is None
+    assert prepare_packed(model, tokens, dtype=torch.bfloat16) is not None
+    assert prepare_packed(model, tokens, dtype=torch.float16) is None
+    assert prepare_packed(model, tokens, dtype=torch.float16) is None
     assert [r.message for r in caplog.records if "float16" in r.message] == [
-        "Pairs are padded and sorted by length: packed execution has no kernels for torch.float16 on cpu."
+        "Pairs are padded and sorted by length: packed execution has no kernels for torch.float16 "
+        "on cpu."
     ]
 
     class OnGPU(type(model)):  # a model that says it is on a device that is not here
         device = torch.device("cuda")
 
     model.__class__ = OnGPU
-    OnGPU.__name__, OnGPU.__module__ = "BertForSequenceClassification", "transformers.models.bert.modeling_bert"
+    OnGPU.__name__, OnGPU.__module__ = (
+        "BertForSequenceClassification",
+        "transformers.models.bert.modeling_bert",
+    )
     with torch.no_grad():
-        assert make_packed_step(model, tokens, dtype=torch.float16) is not None
+        assert prepare_packed(model, tokens, dtype=torch.float16) is not None
 
 
 def test_left_padding_of_the_padded_model_changes_nothing() -> None:
@@ -293,7 +332,9 @@ def test_left_padding_of_the_padded_model_changes_nothing() -> None:
     inputs = tokens.pad(np.arange(len(tokens)), pad_token_id=0, padding_side="left")
     del inputs["token_type_ids"]
     expected = model(**inputs).logits.squeeze(1)
-    torch.testing.assert_close(packed_scores(model, tokens, PLANS["several"]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        packed_scores(model, tokens, PLANS["several"]), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
@@ -346,7 +387,7 @@ def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
     model = make_model(name, **DROPOUTS[of]).train()
     architecture = find_architecture(model)
     assert architecture is not None
-    step = PackedStep(architecture, make_tokens(LENGTHS), dtype=dtype)
+    step = PackedPairs(architecture, make_tokens(LENGTHS), dtype=dtype)
     indices = np.array([2, 7, 0, 1, 5])
     state = torch.get_rng_state()
     whole = step(indices)
@@ -379,7 +420,7 @@ def test_what_fills_a_micro_batch_up_gives_no_gradient(
         lambda starts: (many, np.append(starts, len(many))),
         fill_up,
     ):
-        monkeypatch.setattr("rerank_fast.model.encoder.fill_up", fill)
+        monkeypatch.setattr("rerank_fast.model.packed.encoder.fill_up", fill)
         model = make_model(name, **NO_DROPOUT) if name in ("bert", "electra") else make_model(name)
         scores = packed_scores(model, tokens, plan, dtype=dtype)
         results.append((scores.detach(), gradients(model, scores, upstream)))
@@ -394,7 +435,7 @@ def test_dropout_of_the_models_own_inside_layers_is_noticed() -> None:
     model = make_model("modernbert", mlp_dropout=0.1).train()
     architecture = find_architecture(model)
     assert architecture is not None
-    step = PackedStep(architecture, make_tokens(LENGTHS), dtype=torch.float32)
+    step = PackedPairs(architecture, make_tokens(LENGTHS), dtype=torch.float32)
     assert step.draws_by_row
     with torch.no_grad():
         step(np.arange(3))
@@ -417,7 +458,9 @@ def test_dropout_has_the_padded_models_mean_and_spread() -> None:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "modernbert", "qwen3"])
 def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None:
-    """Scores and gradients of bf16 products, beside those of the padded model in the same precision."""
+    """Scores and gradients of bf16 products, beside those of the padded model in the same
+    precision.
+    """
     model = make_model(name).eval()
     tokens = make_tokens(LENGTHS)
     upstream = torch.randn(len(tokens))
@@ -433,7 +476,11 @@ def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None
     assert (packed - exact).abs().mean() <= 1.5 * (padded - exact).abs().mean() + 1e-3
 
     def error(actual: dict[str, torch.Tensor]) -> float:
-        parts = [(actual[n].float() - g).norm() / g.norm() for n, g in exact_gradients.items() if g.norm() > 1e-3]
+        parts = [
+            (actual[n].float() - g).norm() / g.norm()
+            for n, g in exact_gradients.items()
+            if g.norm() > 1e-3
+        ]
         return float(torch.stack(parts).mean())
 
     assert error(packed_gradients) <= 1.2 * error(padded_gradients) + 1e-3
@@ -450,7 +497,9 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
 
 
 def test_adapters_and_hooked_layers_are_called() -> None:
-    """What stands in for a linear layer, listens to it or has a forward put on it is not passed by."""
+    """What stands in for a linear layer, listens to it or has a forward put on it is not passed
+    by.
+    """
     model = make_model("bert").eval()
     tokens = make_tokens(LENGTHS)
 
@@ -462,7 +511,9 @@ def test_adapters_and_hooked_layers_are_called() -> None:
     adapter = Adapter(48, 48)
     adapter.load_state_dict(query.state_dict())
     model.bert.encoder.layer[1].attention.self.query = adapter
-    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(
+        lambda module, inputs, output: output * 1.5
+    )
     up = model.bert.encoder.layer[1].intermediate.dense
     up.forward = lambda x: 0.5 * torch.nn.Linear.forward(up, x)
     expected = padded_scores(model, tokens)
@@ -470,7 +521,9 @@ def test_adapters_and_hooked_layers_are_called() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert.encoder.layer.1", "bert.encoder.layer.0.attention.self"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert.encoder.layer.1", "bert.encoder.layer.0.attention.self"]
+)
 @pytest.mark.parametrize("change", ["hook", "forward", "class"])
 def test_code_of_somebody_around_the_layers_is_not_passed_over(name: str, change: str) -> None:
     model = make_model("bert")
@@ -481,13 +534,20 @@ def test_code_of_somebody_around_the_layers_is_not_passed_over(name: str, change
         part.forward = type(part).forward.__get__(part)
     else:
         part.__class__ = type("Changed", (type(part),), {"__module__": "somewhere"})
-    assert make_packed_step(model, make_tokens(LENGTHS)) is None
-    assert f"{name} {'is a somewhere.Changed' if change == 'class' else 'has hooks'}" in reason_to_pad(model)
+    assert prepare_packed(model, make_tokens(LENGTHS)) is None
+    assert (
+        f"{name} {'is a somewhere.Changed' if change == 'class' else 'has hooks'}"
+        in reason_to_pad(model)
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["embeddings.word_embeddings", "encoder.layer.0.output.LayerNorm", "encoder.layer.0.attention.self.dropout"],
+    [
+        "embeddings.word_embeddings",
+        "encoder.layer.0.output.LayerNorm",
+        "encoder.layer.0.attention.self.dropout",
+    ],
 )
 def test_a_module_whose_weights_are_read_must_be_plain(name: str) -> None:
     model = make_model("bert")
@@ -517,36 +577,44 @@ def test_a_head_of_another_dtype_is_called() -> None:
 def test_a_linear_that_is_kept_in_fp32_gives_what_the_others_read() -> None:
     model = make_model("bert", **NO_DROPOUT)
     tokens = make_tokens(LENGTHS)
-    expected = run(make_packed_step(model, tokens, dtype=torch.bfloat16))
-    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output.float())
-    actual = run(make_packed_step(model, tokens, dtype=torch.bfloat16))
+    expected = score(prepare_packed(model, tokens, dtype=torch.bfloat16))
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(
+        lambda module, inputs, output: output.float()
+    )
+    actual = score(prepare_packed(model, tokens, dtype=torch.bfloat16))
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
 def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """As after a release of transformers that names it anew: padded, and the log says what is missing."""
+    """As after a release of transformers that names it anew: padded, and the log says what is
+    missing.
+    """
     model = make_model("bert-1-layer")
     attention = model.bert.encoder.layer[0].attention
     attention.renamed = attention.self
     del attention.self
     tokens = make_tokens(LENGTHS)
-    assert make_packed_step(model, tokens) is None
+    assert prepare_packed(model, tokens) is None
     assert "has no attribute 'self'" in caplog.text
     assert "transformers 5" in caplog.text
 
 
-@pytest.mark.parametrize(("kind", "options"), [("DebertaV2", {"relative_attention": True}), ("MPNet", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("DebertaV2", {"relative_attention": True}), ("MPNet", {})]
+)
 def test_models_that_are_not_known_are_padded(kind: str, options: dict) -> None:
     config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
     model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
     assert find_architecture(model) is None
     assert f"{kind}ForSequenceClassification" in reason_to_pad(model)
     tokens = make_tokens(LENGTHS, types=False)
-    tokenizer = SimpleNamespace(pad_token_id=config.pad_token_id, padding_side="right", pad_token_type_id=0)
-    step = StepMaker(model, tokenizer)(tokens)
+    tokenizer = SimpleNamespace(
+        pad_token_id=config.pad_token_id, padding_side="right", pad_token_type_id=0
+    )
+    step = Preparer(model, tokenizer)(tokens)
     assert step.padded
     with torch.no_grad():
-        together, alone = (run(step, max_pairs=pairs) for pairs in (4, 1))
+        together, alone = (score(step, max_pairs=pairs) for pairs in (4, 1))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -561,10 +629,12 @@ def test_an_activation_joins_its_product_only_where_nobody_listens() -> None:
     model = make_model("bert", **NO_DROPOUT).eval()
     tokens = make_tokens(LENGTHS)
     with torch.inference_mode():
-        expected = run(make_packed_step(model, tokens))
+        expected = score(prepare_packed(model, tokens))
     called = []
     for layer in model.bert.encoder.layer:
         layer.intermediate.intermediate_act_fn.register_forward_hook(lambda *_: called.append(1))
     with torch.inference_mode():
-        torch.testing.assert_close(run(make_packed_step(model, tokens)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            score(prepare_packed(model, tokens)), expected, rtol=1e-5, atol=1e-5
+        )
     assert len(called) == 3  # one a layer

@@ -1,0 +1,1 @@
+"""Texts to tokens: tokenisation, the packed layout, and the planner of micro-batches."""
