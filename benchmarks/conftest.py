@@ -184,8 +184,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("beside sentence-transformers, medians of interleaved runs")
     terminalreporter.write_line(
         f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
+        f"{torch.__version__}, sentence-transformers {sentence_transformers.__version__}"
     )
     terminalreporter.write_line(f"{'case':<66} {'peer':>10} {'ours':>10}     {'ratio':>8}")
     for row in _ROWS:

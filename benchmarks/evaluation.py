@@ -124,13 +124,12 @@ def main() -> None:
     )
     print(
         f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
+        f"{torch.__version__}, sentence-transformers {sentence_transformers.__version__}"
     )
     print(
         f"{len(lists)} queries, {len(pairs)} pairs of "
-        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
-        f"peer {options.batch_size} a forward"
+        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, peer {options.batch_size} "
+        "a forward"
     )
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{'':<24} {'pairs/s':>9} {'ratio':>7}")

@@ -334,8 +334,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         loops = "; ".join(
             f"{loop['instructions']:.1f} {loop['MUFU']:.2f} "
-            f"{loop['FFMA'] + loop['FADD'] + loop['FMUL']:.1f} "
-            f"{loop['LDG']:.2f}"
+            f"{loop['FFMA'] + loop['FADD'] + loop['FMUL']:.1f} {loop['LDG']:.2f}"
             for loop in row["loops"]
         )
         whole = row.get("kernel", {})
@@ -402,10 +401,8 @@ def main() -> None:
     for row in attention:
         print(
             f"{row['attention_estimate']:<10} 12 heads of {row['head_size']}, 10,000 tokens in "
-            "sequences of "
-            f"{row['length']:>4}: memory {row['memory_us']:.1f}, tensor cores "
-            f"{row['tensor_us']:.1f}, "
-            f"special functions {row['special_us']:.1f}"
+            f"sequences of {row['length']:>4}: memory {row['memory_us']:.1f}, tensor cores "
+            f"{row['tensor_us']:.1f}, special functions {row['special_us']:.1f}"
         )
     if arguments.output:
         report = {"kernels": rows, "estimates": estimates, "attention_estimates": attention}

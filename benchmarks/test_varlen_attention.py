@@ -20,9 +20,8 @@ def published_lengths() -> list[int]:
     the mean.
     """
     words = [len(doc.split()) for row in marco_like_lists(16) for doc in row["docs"]]
-    return sorted(
-        (count + 10 for count in words), reverse=True
-    )  # the query's words and 3 special tokens
+    # The query's words and 3 special tokens.
+    return sorted((count + 10 for count in words), reverse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

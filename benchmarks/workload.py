@@ -136,9 +136,8 @@ def make_peer_step(
     if gradient_checkpointing:
         peer_model[0].auto_model.gradient_checkpointing_enable()
     peer_model.train()
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # of a process there is one, in one precision
+    # Of a process there is one, in one precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     # What their trainer does about bf16: an autocast on the model's forward.
     peer_model = Accelerator(mixed_precision=precision, cpu=device == "cpu").prepare(peer_model)
     loss = loss_class(peer_model, mini_batch_size=mini_batch_size)

@@ -22,8 +22,7 @@ _QUERY = "Return True if the path refers to an existing file"
 _DOCUMENTS = [
     "set clear: Removes every element from the set and leaves it empty.",
     "path exists: The test follows symbolic links, so a broken link gives False. Needs no "
-    "permission "
-    "on the file itself.",
+    "permission on the file itself.",
     "softmax: Computes the softmax over the last dimension of the input tensor.",
     "create connection: Opens a network connection to the host and returns a socket object.",
 ]

@@ -24,9 +24,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, it checks the tree it is in
+# Run as a file, it checks the tree it is in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # By what is needed first; seconds that each may take, and eight minutes together.
 PARTS = {

@@ -26,9 +26,8 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, it measures the tree it is in
+# Run as a file, it measures the tree it is in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.tools import gpu_counts, gpu_workloads
 from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
@@ -53,9 +52,8 @@ class Row:
     shape: str
     what: str
     phases: dict[str, Tally]
-    host: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds measured by phase; empty: not measured
+    # Seconds measured by phase; empty: not measured.
+    host: dict[str, float] = field(default_factory=dict)
 
     def total(self) -> Tally:
         total = Tally()

@@ -96,9 +96,8 @@ def run(options: dict[str, Any]) -> None:
         print(f"{models[0]}, {model.dtype_name}")
         print_metrics(result)
     else:
-        loaded(
-            models[1], dtypes[1]
-        )  # one that can't be opened is known before the other is measured
+        # One that can't be opened is known before the other is measured.
+        loaded(models[1], dtypes[1])
         used, values = [], []
         for letter, path, dtype in zip("ab", models, dtypes, strict=True):
             model = loaded(path, dtype)

@@ -74,8 +74,6 @@ def run(options: dict[str, Any]) -> None:
         model.save_pretrained(output, overwrite=options["overwrite"])
     print(
         f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of "
-        f"{done.pairs} pairs "
-        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance "
-        f"{done.tolerance:.2e}, range of the "
-        f"scores {done.score_range:.2e})"
+        f"{done.pairs} pairs differ from PyTorch's by at most {done.max_difference:.2e} "
+        f"(tolerance {done.tolerance:.2e}, range of the scores {done.score_range:.2e})"
     )

@@ -232,7 +232,6 @@ def _trainer(options: dict[str, Any]) -> Any:
         config=config,
     )
     trainer.card.eval_sources = [] if evaluation is None else names_of(evaluation)
-    trainer.card.sources = names_of(
-        train
-    )  # what lists_of has read here no longer says where it came from
+    # What lists_of has read here no longer says where it came from.
+    trainer.card.sources = names_of(train)
     return trainer

@@ -207,9 +207,8 @@ class Trainer:
             that is logged spread_of_lists.
         """
         config, device, rates = self.config, self.model.device, rates or Rates()
-        totals = torch.zeros(
-            7, device=device
-        )  # loss, units under a cut, interrupted processes, spread
+        # Loss, units under a cut, interrupted processes, spread.
+        totals = torch.zeros(7, device=device)
         totals[2] = float(interrupted)
         with self.trained.whole():
             parts = batch.lists.split(config.gradient_accumulation_steps)
@@ -338,10 +337,9 @@ class Trainer:
                     if interrupted:
                         self.processes.wait_for_everyone()  # until it is written
                         self._say(
-                            f"Stopped by a signal at step {step} of {self.num_steps}. {path} holds "
-                            "everything: the "
-                            "same run with --resume auto, TrainingConfig(resume='auto'), goes on "
-                            "from there.",
+                            f"Stopped by a signal at step {step} of {self.num_steps}. {path} "
+                            "holds everything: the same run with --resume auto, "
+                            "TrainingConfig(resume='auto'), goes on from there.",
                         )
                         raise TrainingInterrupted(path)
             if self.validation and progress.evaluated < progress.step:
@@ -437,9 +435,8 @@ class Trainer:
 
     def batches(self, epoch: int = 0, number: int = 0) -> Generator[Batch, None, None]:
         """This process's shares of the batches, beginning with one of an epoch, without end."""
-        tokenizes = copy.copy(
-            self.model
-        )  # in a thread of its own, where an evaluation may tokenise beside it
+        # In a thread of its own, where an evaluation may tokenise beside it.
+        tokenizes = copy.copy(self.model)
         tokenizes.tokenizer = copy.deepcopy(self.model.tokenizer)
         maker = BatchMaker(
             self.lists,
@@ -525,8 +522,8 @@ class Trainer:
             )
             raise FloatingPointError(
                 f"the {what} in step {step}; {self.output / checkpoints.NON_FINITE_FILE} has the "
-                "indices of its "
-                f"lists. {before}. A lower learning rate or precision fp32 may help."
+                f"indices of its lists. {before}. A lower learning rate or precision fp32 may "
+                "help."
             )
         progress.loss_sum += float(losses.sum())
         progress.overflows += int(overflows.sum())

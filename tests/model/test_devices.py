@@ -15,8 +15,7 @@ from tests.model_factory import make_tiny_bert
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
-    "driver by "
-    "downloading and installing a new version from the URL: "
+    "driver by downloading and installing a new version from the URL: "
     "http://www.nvidia.com/Download/index.aspx"
 )
 

@@ -158,9 +158,8 @@ def test_decay_leaves_biases_and_norms_alone(tiny_bert: Path, tmp_path: Path):
         [{"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}] * 4
     )
     config = config_for(tmp_path, batch_size=2, weight_decay=0.5, warmup_ratio=0.0, max_steps=2)
-    assert (
-        Trainer(str(tiny_bert), tied, config=config).train().train_loss == 0
-    )  # no preference pairs, so decay alone
+    # No preference pairs, so decay alone.
+    assert Trainer(str(tiny_bert), tied, config=config).train().train_loss == 0
     before, after = weights(tiny_bert), weights(tmp_path)
     for name in before:
         shrunk = not torch.equal(before[name], after[name])

@@ -32,12 +32,10 @@ class MicroBatch:
     cu_seqlens: Tensor  # (N + 1,) int32
     one_each: Tensor  # (N + 1,) int32: 0, 1, ..., N
     read: Tensor  # (N,) int64
-    rotary: dict[
-        str, tuple[Tensor, Tensor]
-    ]  # cosines and sines (T, head size), by the name that layers give
-    lengths: (
-        np.ndarray
-    )  # (N,) tokens of each, on the host: shapes there follow without asking the device
+    # Cosines and sines (T, head size), by the name that layers give.
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    # (N,) tokens of each, on the host: shapes there follow without asking the device.
+    lengths: np.ndarray
     # Where it is part of a larger one whose dropout it has: the places of its tokens and its
     # sequences there.
     token_rows: Tensor | None = None  # (T,) int32

@@ -70,9 +70,8 @@ class Body:
     """The parts of an encoder that runs packed."""
 
     word_embeddings: nn.Embedding
-    embed: Callable[
-        [Tensor, Tensor, Tensor], Tensor
-    ]  # word rows, token types, positions, all (1, T) -> (1, T, H)
+    # Word rows, token types, positions, all (1, T) -> (1, T, H).
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]
     layers: Sequence[PostNormLayer | PreNormLayer]
     final_norm: nn.Module | None = None
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
