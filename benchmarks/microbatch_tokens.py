@@ -58,7 +58,7 @@ def main() -> None:
 
         def step(budget: int) -> None:
             trainer.backward.max_tokens = budget
-            trainer._step(batch)
+            trainer.step(batch)
 
         @torch.inference_mode()
         def score(budget: int) -> None:

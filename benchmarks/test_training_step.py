@@ -62,8 +62,8 @@ def test_compiled_step(compare, tmp_path):
     eager, compiled = ((trainer, next(trainer.batches())) for trainer in trainers)
     compare(
         "step under torch_compile, beside the eager one",
-        lambda: compiled[0]._step(compiled[1]),
-        lambda: eager[0]._step(eager[1]),
+        lambda: compiled[0].step(compiled[1]),
+        lambda: eager[0].step(eager[1]),
         rounds=3,
     )
 

@@ -95,7 +95,7 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
             trainer.model.train()
             batch = next(trainer.batches())
             little = replace(batch, lists=tokenize_lists(small, trainer.model))
-            step = lambda which: trainer._step((little, batch)[which])  # noqa: E731
+            step = lambda which: trainer.step((little, batch)[which])  # noqa: E731
         step(0)  # gradients and the optimizer's state are there now
         # And the kernels that oneDNN compiles for every number of rows and keeps: they are not the
         # step's.
@@ -147,7 +147,7 @@ def _loop(steps: int) -> None:
             output=output, max_length=256, max_steps=steps, batch_size=4, logging_steps=1
         )
         trainer = Trainer(encoder(), marco_like_lists(64), config=config)
-        inner, inside = trainer._step, [0.0]
+        inner, inside = trainer.step, [0.0]
 
         def timed(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
@@ -155,7 +155,7 @@ def _loop(steps: int) -> None:
             inside[0] += time.perf_counter() - started
             return result
 
-        trainer._step = timed  # type: ignore[method-assign]
+        trainer.step = timed  # type: ignore[method-assign]
         times: list[tuple[float, float]] = []
         trainer.callbacks = [lambda event: times.append((time.perf_counter(), inside[0]))]
         trainer.train()

@@ -101,7 +101,7 @@ def make_steps(
     weights = (layers - 1) * (4 * hidden**2 + 2 * hidden * shape.intermediate_size) + 2 * hidden**2
     peer = {"mini_batch_size": mini_batch_size, "max_length": max_length, "model": model}
     return Steps(
-        ours=lambda: trainer._step(batch),
+        ours=lambda: trainer.step(batch),
         peer=make_peer_step(lists, **peer),
         drop_in=make_peer_step(lists, loss_class=DropIn, **peer),
         describe=f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} "

@@ -45,7 +45,7 @@ def test_the_step_is_the_loss_of_whole_lists_in_their_own_order(tiny_bert: Path,
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     batch = next(trainer.batches())
     assert sorted(batch.indices.tolist()) == list(range(8))
-    loss, gradient_norm, *_ = trainer._step(batch)
+    loss, gradient_norm, *_ = trainer.step(batch)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient_norm, norm, rtol=1e-4, atol=1e-6)
 
