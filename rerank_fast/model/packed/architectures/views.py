@@ -15,13 +15,23 @@ from rerank_fast.model.packed.heads import Head
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What XMOD has in a layer for a language: norm, down, activation, up, add and norm."""
+
+    norm: nn.LayerNorm
+    down: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    up: nn.Module
+
+
+@dataclass(frozen=True)
 class PostNormLayer:
     """A layer as BERT has it: attention, add and norm, feed-forward, add and norm."""
 
     query: nn.Module
     key: nn.Module
     value: nn.Module
-    attention_dropout: nn.Dropout
+    attention_dropout: nn.Module  # a Dropout, or what says whether it is training
     num_heads: int
     scale: float
     attention_out: nn.Module
@@ -32,12 +42,17 @@ class PostNormLayer:
     down: nn.Module
     down_dropout: nn.Dropout | None
     output_norm: nn.LayerNorm
+    attention_dropout_p: float | None = None  # where attention_dropout is no Dropout
+    rotary: str | None = None  # of queries and keys
+    gate: nn.Module | None = None  # the activation is its, and is multiplied with up's result
+    mlp_dropout: nn.Module | None = None  # of the gated result
+    adapter: Adapter | None = None  # before the last norm
 
 
 @dataclass(frozen=True)
 class PreNormLayer:
-    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated
-    feed-forward, add.
+    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, feed-forward,
+    add.
     """
 
     attention_norm: nn.Module | None
@@ -48,7 +63,7 @@ class PreNormLayer:
     scale: float
     query_norm: nn.Module | None
     key_norm: nn.Module | None
-    rotary: str
+    rotary: str | None
     causal: bool
     window: tuple[int, int] | None
     attention: nn.Module  # says whether it is training
@@ -60,6 +75,10 @@ class PreNormLayer:
     activation: Callable[[Tensor], Tensor]
     mlp_dropout: nn.Module | None
     down: nn.Module
+    down_dropout: nn.Module | None = None
+    gated: bool = True  # False: gate_up is one module, and nothing is multiplied
+    post_attention_norm: nn.Module | None = None  # of what attention adds
+    post_mlp_norm: nn.Module | None = None  # of what the feed-forward adds
 
 
 Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
