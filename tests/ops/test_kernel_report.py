@@ -26,7 +26,8 @@ def _report(tmp_path, *arguments):
     )
     command = [
         sys.executable,
-        root / "benchmarks" / "kernel_report.py",
+        "-m",
+        "benchmarks.tools.kernel_report",
         "--output",
         output,
         *arguments,

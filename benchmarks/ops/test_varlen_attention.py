@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.ops.dtypes import DTYPES
 from benchmarks.workload import marco_like_lists
 from rerank_fast.ops.varlen_attention import varlen_attention
 
@@ -24,7 +25,7 @@ def published_lengths() -> list[int]:
     return sorted((count + 10 for count in words), reverse=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("one_query", [False, True], ids=["all tokens", "first token only"])
 def test_attention(compare, one_query, dtype):
     lengths = published_lengths()
@@ -74,7 +75,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_attention_of_a_batch(compare, lengths, dtype):
     """Beside one SDPA call on the batch, padded to its longest sequence, as models make it."""

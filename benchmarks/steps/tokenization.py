@@ -1,6 +1,6 @@
 """Time and memory of text to tokens: one pair of long texts, then pairs of ordinary length.
 
-    python -m benchmarks.tokenization
+    python -m benchmarks.steps.tokenization
 
 Beside the tokenizer's own truncation of pairs, which also makes all that it cuts off; it is left
 out where that would be above --peer_gib. Every row of long texts is a process of its own: its peak
@@ -12,20 +12,18 @@ tokenizer, pairs cut to 512 tokens. Nothing else should use the machine.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tokenizer's threads are left on: both sides profit.
+from functools import partial
 
 import numpy as np
 from transformers import AutoTokenizer
 
+from benchmarks.arguments import make_parser
+from benchmarks.timing import Interleaved
 from benchmarks.workload import words_like_marco
 from rerank_fast.demo import encoder_directory
 from rerank_fast.model.texts import Pair
@@ -75,15 +73,8 @@ def _long_pair(way: str, query: int, document: int) -> None:
 def _row(way: str, query: int, document: int, limit: float) -> str:
     if way == "transformers" and _peer_gib(query, document) > limit:
         return f"{'-':>10} {'-':>10}"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.tokenization",
-        "--row",
-        way,
-        str(query),
-        str(document),
-    ]
+    words = str(query), str(document)
+    command = [sys.executable, "-m", "benchmarks.steps.tokenization", "--row", way, *words]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     seconds, mib = map(float, printed.split())
     return f"{seconds * 1e3:>10,.1f} {mib:>10,.0f}"
@@ -94,22 +85,15 @@ def _ordinary(rounds: int) -> None:
     queries = [words_like_marco(generator, 6) for _ in range(100)]
     pairs = [(query, words_like_marco(generator)) for query in queries for _ in range(10)]
     ways = _ways()
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds):
-        for way in sorted(ways, reverse=bool(number % 2)):
-            started = time.perf_counter()
-            ways[way](pairs)
-            times[way].append(time.perf_counter() - started)
-    medians = {way: statistics.median(values) for way, values in times.items()}
+    calls = {way: partial(tokenize, pairs) for way, tokenize in ways.items()}
+    medians = Interleaved(calls).run(rounds)
     print("\n1,000 ordinary pairs")
     for way, median in medians.items():
         print(f"{way:<20} {median * 1e3:>10.0f} ms {medians['transformers'] / median:>6.2f}x")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument(
         "--peer_gib",
         type=float,

@@ -1,7 +1,7 @@
 """One epoch of the published recipe with this package and with sentence-transformers, one after the
 other.
 
-    python benchmarks/epoch_selqa.py --train selqa-train.jsonl --eval noveleval.jsonl
+    python -m benchmarks.steps.epoch --train selqa-train.jsonl --eval noveleval.jsonl
 
 Wall time is that of training: from lists and a loaded encoder to a saved model, tokenisation
 included, evaluation and imports not. Each cuts a batch as it does by itself: this package by
@@ -14,20 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tokenizer's threads are left on: both packages profit.
-
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 
+from benchmarks.arguments import make_parser
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.data import load_lists
 from rerank_fast.demo import encoder_directory
@@ -100,9 +97,7 @@ PACKAGES = {"rerank_fast": _train_ours, "sentence-transformers": _train_peer}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument("--train", required=True, help="lists to train on")
     parser.add_argument("--eval", required=True, help="lists to measure NDCG@10 on")
     parser.add_argument(
@@ -117,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--only", choices=tuple(PACKAGES), default=None, help="run one of the two")
-    parser.add_argument("--output", default="epoch_selqa.json", help="JSON file for the figures")
+    parser.add_argument("--output", default="epoch.json", help="JSON file for the figures")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 

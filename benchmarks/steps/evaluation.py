@@ -1,8 +1,8 @@
 """Pairs a second of an evaluation with this package and with sentence-transformers, the same model
 and lists.
 
-    python benchmarks/evaluation.py
-    python benchmarks/evaluation.py --model my-reranker --data lists.jsonl
+    python -m benchmarks.steps.evaluation
+    python -m benchmarks.steps.evaluation --model my-reranker --data lists.jsonl
 
 Without --data the lists are queries over the documentation of installed packages, without --model
 the model is the demo's encoder with a fresh head. `first` is an evaluator's first call, which
@@ -13,25 +13,18 @@ metrics of both are compared. Nothing else should use the machine.
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tokenizer's threads are left on: both packages profit.
-
 import numpy as np
-import sentence_transformers
 import torch
 from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 
+from benchmarks.arguments import make_parser
+from benchmarks.results import Run
+from benchmarks.timing import Interleaved
 from rerank_fast import CrossEncoder
 from rerank_fast.data import load_lists
 from rerank_fast.data.docstrings import build_docstring_lists
@@ -69,18 +62,8 @@ def _samples(lists: Dataset) -> list[dict[str, Any]]:
     ]
 
 
-def _timed(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
-    started = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument(
         "--model", default=None, help="reranker directory; the demo's encoder where left out"
     )
@@ -105,33 +88,30 @@ def main() -> None:
         _samples(lists), batch_size=options.batch_size, always_rerank_positives=False
     )
     ours = RerankingEvaluator(lists)
-    ours(model), theirs(peer)  # first allocations
-    times: dict[str, list[float]] = {"peer": [], "first": [], "again": []}
-    for _ in range(options.rounds):
-        seconds, expected = _timed(lambda: theirs(peer))
-        times["peer"].append(seconds)
-        evaluator = RerankingEvaluator(lists)
-        for name in ("first", "again"):
-            seconds, got = _timed(lambda evaluator=evaluator: evaluator(model))
-            times[name].append(seconds)
+    got: dict[str, dict[str, float]] = {}
 
+    def first() -> None:
+        nonlocal ours
+        ours = RerankingEvaluator(lists)
+        ours(model)
+
+    def again() -> None:
+        got["ours"] = ours(model)
+
+    def peers() -> None:
+        got["peer"] = theirs(peer)
+
+    timed = Interleaved({"peer": peers, "first": first, "again": again})
+    timed.warm_up()
+    medians = timed.run(options.rounds)
     pairs = ours.set.pairs
     lengths = model.tokenize(pairs).lengths
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, sentence-transformers {sentence_transformers.__version__}"
-    )
+    print(Run.here("").describe())
     print(
         f"{len(lists)} queries, {len(pairs)} pairs of "
-        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, peer {options.batch_size} "
-        "a forward"
+        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
+        f"peer {options.batch_size} a forward"
     )
-    medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{'':<24} {'pairs/s':>9} {'ratio':>7}")
     titles = {
         "peer": "sentence-transformers",
@@ -152,7 +132,7 @@ def main() -> None:
     )
     print(
         "largest difference of a metric "
-        f"{max(abs(got[name] - expected[name]) for name in expected):.1e}"
+        f"{max(abs(got['ours'][name] - value) for name, value in got['peer'].items()):.1e}"
     )
 
 

@@ -1,8 +1,7 @@
 """What the shipped Triton kernels compile to, without a GPU: registers, occupancy and instructions
 per target.
 
-    python benchmarks/kernel_report.py [--kernels pair_kernel-fp32] [--targets 90 gfx942] [--output
-    report.json]
+    python -m benchmarks.tools.kernel_report [--kernels pair_kernel-fp32] [--targets 90 gfx942]
 
 Instructions of a loop are counted in the disassembled body between a backward branch and its
 target. Times at the end are estimates from datasheets, not measurements. Run it without
@@ -11,7 +10,6 @@ TRITON_INTERPRET.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -30,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.arguments import make_parser
 from rerank_fast.ops.triton import (
     add_norm,
     approx_ranks,
@@ -350,9 +349,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument(
         "--kernels", nargs="*", help="parts of names: only the kernels that have one of them"
     )

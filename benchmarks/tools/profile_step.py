@@ -1,13 +1,13 @@
-"""Where one training step's time goes, this package's and sentence-transformers': python -m
-benchmarks.profile_step
+"""Where one training step's time goes, this package's and sentence-transformers'.
 
-The step is that of workload.py; times are self times on the CPU, grouped by what the operators are
-for.
+    python -m benchmarks.tools.profile_step --only ours
+
+The step is that of steps/test_training_step.py; times are self times on the CPU, grouped by what
+the operators are for.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.workload import make_steps, marco_like_lists
+from benchmarks.arguments import make_parser
+from benchmarks.steps.training import make_peer_step, make_step
+from benchmarks.workload import marco_like_lists
 from rerank_fast.ops import cpu
 
 # What an operator's name begins with, or holds, and what it is for.
@@ -113,7 +115,7 @@ def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__name__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=12, help="operators listed")
     parser.add_argument(
@@ -123,11 +125,14 @@ def main() -> None:
     options = parser.parse_args()
     name_kernels()
     with tempfile.TemporaryDirectory() as output:
-        steps = make_steps(marco_like_lists(16), output, mini_batch_size=options.mini_batch_size)
-        print(f"{steps.describe}, {torch.get_num_threads()} threads")
-        for name, step in (("ours", steps.ours), ("peer", steps.peer)):
-            if options.only in (None, name):
-                profile_step(name, step, steps=options.steps, top=options.top)
+        lists = marco_like_lists(16)
+        ours = make_step(lists, output)
+        print(f"{ours.describe}, {torch.get_num_threads()} threads")
+        if options.only != "peer":
+            profile_step("ours", ours.run, steps=options.steps, top=options.top)
+        if options.only != "ours":
+            peer = make_peer_step(lists, mini_batch_size=options.mini_batch_size)
+            profile_step("peer", peer.run, steps=options.steps, top=options.top)
 
 
 if __name__ == "__main__":

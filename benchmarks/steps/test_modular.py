@@ -19,9 +19,11 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from torch import nn
 from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
 
-from benchmarks.test_predict import BATCH, describe, make_pairs
-from benchmarks.workload import encoder, make_steps, marco_like_lists
+from benchmarks.steps.test_predict import BATCH, describe, make_pairs
+from benchmarks.steps.training import make_peer_step, make_step
+from benchmarks.workload import marco_like_lists
 from rerank_fast import CrossEncoder
+from rerank_fast.demo import encoder_directory
 
 # Width, layers, heads, width of the feed-forward.
 SHAPES = {"ettin-17m": (256, 7, 4, 384), "ettin-32m": (384, 10, 6, 576)}
@@ -29,7 +31,7 @@ SHAPES = {"ettin-17m": (256, 7, 4, 384), "ettin-32m": (384, 10, 6, 576)}
 
 def make_ettin(name: str, directory: Path, *, max_length: int = 256) -> str:
     width, layers, heads, intermediate = SHAPES[name]
-    tokenizer = AutoTokenizer.from_pretrained(encoder(), model_max_length=max_length)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_directory(), model_max_length=max_length)
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -61,9 +63,10 @@ def make_ettin(name: str, directory: Path, *, max_length: int = 256) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_step(compare: Callable, tmp_path: Path, name: str) -> None:
-    model = make_ettin(name, tmp_path)
-    steps = make_steps(marco_like_lists(16), str(tmp_path / "out"), mini_batch_size=16, model=model)
-    compare(f"step {name}, {steps.describe}, peer 16 a forward", steps.ours, steps.peer, rounds=3)
+    model, lists = make_ettin(name, tmp_path), marco_like_lists(16)
+    ours = make_step(lists, str(tmp_path / "out"), model=model)
+    peer = make_peer_step(lists, model=model)
+    compare(f"step {name}, {ours.describe}", ours.run, peer.run, rounds=3)
 
 
 @pytest.mark.slow

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.ops.dtypes import DTYPES
 from rerank_fast.ops.score_head import score_head
 
 HIDDEN, TOKENS = 384, 100  # of MiniLM; of a pair
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0], ids=["dropout", "no-dropout"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 @pytest.mark.parametrize("num_pairs", [100, 1000])
 @pytest.mark.parametrize("gathered", [True, False], ids=["rows", "flat"])
 def test_score_head(compare, num_pairs, dtype, dropout, gathered):

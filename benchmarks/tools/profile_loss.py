@@ -1,19 +1,19 @@
 """Where the time of one small LambdaLoss call goes, layer by layer, in microseconds.
 
-    python benchmarks/profile_loss.py --lists 16 --documents 10
+    python -m benchmarks.tools.profile_loss --lists 16 --documents 10
 
-Layers are timed in turn; a line with a plus does the work of the line above it and some more.
+A line with a plus does the work of the line above it and some more.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import make_parser
+from benchmarks.timing import Interleaved
 from rerank_fast.ops import cpu
 from rerank_fast.ops import lambda_loss as op
 
@@ -22,7 +22,7 @@ NAMES = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__name__)
     parser.add_argument("--lists", type=int, default=16)
     parser.add_argument("--documents", type=int, default=10)
     arguments = parser.parse_args()
@@ -84,18 +84,13 @@ def main() -> None:
         ),
         "scores.sum(), forward and backward": lambda: backward(scores.sum()),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(100):
-        for name, function in layers.items():
-            function()
-            started = time.perf_counter()
-            for _ in range(50):
-                function()
-            seconds[name].append((time.perf_counter() - started) / 50)
+    timed = Interleaved(layers, repeats=50)
+    timed.warm_up()
+    medians = timed.run(100)
     print(f"{arguments.lists} lists of {arguments.documents}, {torch.get_num_threads()} threads")
-    print("best of 100 means of 50 calls, µs")
-    for name, values in seconds.items():
-        print(f"{min(values) * 1e6:8.1f}  {name}")
+    print("median of 100 means of 50 calls, µs")
+    for name, seconds in medians.items():
+        print(f"{seconds * 1e6:8.1f}  {name}")
 
 
 if __name__ == "__main__":

