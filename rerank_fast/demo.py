@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def run_demo(
         seed=seed,
         eval_steps=10**9,
         save_steps=10**9,
+        show_progress_bar=sys.stderr.isatty(),
     )
     check_output(directory, resume=config.resume, overwrite=config.overwrite)
     print("Building a ranking task from installed documentation ...", flush=True)
