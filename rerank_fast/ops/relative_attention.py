@@ -86,7 +86,7 @@ def _forward(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
     q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
-    return attention_reference.forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
+    return forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
 
 
 def _backward(
