@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, ragged
+from rerank_fast.ops import attention_reference, cpu_relative, ragged
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.relative_positions import RelativePositions
 
@@ -82,6 +82,8 @@ def _forward(
         ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     forward: Any = attention_reference.forward
+    if backend == "cpu":  # which checks them itself
+        forward = cpu_relative.relative_attention_forward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
@@ -110,6 +112,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     backward: Any = attention_reference.backward
+    if backend == "cpu":
+        backward = cpu_relative.relative_attention_backward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
