@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rerank_fast.model.packed.architectures import PostNormLayer
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
+from rerank_fast.model.packed.relative import RelativeBatch, RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -62,6 +63,7 @@ class LayerBatch:
     rows: Tensor | None = (
         None  # int32: the numbers in the dropout of the tokens that go on; None: their places
     )
+    relative: RelativeBatch | None = None
 
 
 def run_layer(
@@ -115,9 +117,14 @@ class PostNormStep:
                 StepLinear([narrow], dtype, few, act, copies),
                 StepLinear([layer.adapter.up], dtype, few, copies=copies),
             )
-        self.linears = [*linears, *(self.adapter or ())]
+        self.relative: RelativeStep | None = None
+        if layer.relative is not None:
+            self.relative = RelativeStep(layer.relative, layer.num_heads, dtype, copies)
+        further = [] if self.relative is None else self.relative.linears
+        self.linears = [*linears, *(self.adapter or ()), *further]
         plain = all(one.has_weight and one.biases for one in linears)
-        plain = plain and layer.gate is None and layer.adapter is None and layer.rotary is None
+        others = (layer.gate, layer.adapter, layer.rotary, layer.relative)
+        plain = plain and all(one is None for one in others)
         self.trains = trains and plain and joins_product(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
@@ -147,10 +154,17 @@ class PostNormStep:
         ]
         if layer.adapter is not None:
             shares.append(_p(layer.down_dropout))
-        prepared = _layer_batch(batch, _seeds(shares), one_token=self.one_token)
-        if layer.rotary is None:
+        relative = self.relative
+        *seeds, last = _seeds([*shares, 0.0 if relative is None else relative.dropout_p])
+        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        if layer.rotary is not None:
+            prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
+        if relative is None:
             return prepared
-        return replace(prepared, rotary=batch.rotary[layer.rotary])
+        # Where the last token is read, it stands beside the last key without being told to.
+        of_first = self.one_token and not batch.reads_last
+        first_of = len(batch.lengths) if of_first else None
+        return replace(prepared, relative=relative.prepare(first_of, last))
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
@@ -165,13 +179,15 @@ class PostNormStep:
             queries_of = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
         projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
         query, key, value = self.heads_of(projected)
-        layer = self.layer
+        layer, relative = self.layer, None
         if batch.rotary is not None:
             cos, sin = batch.rotary
             key = rotated(key, cos, sin)
             if batch.read is not None:
                 cos, sin = cos.index_select(0, batch.read), sin.index_select(0, batch.read)
             query = rotated(query, cos, sin)
+        if self.relative is not None and batch.relative is not None:
+            relative = self.relative(batch.relative)
         attended = varlen_attention(
             query,
             key,
@@ -182,6 +198,7 @@ class PostNormStep:
             dropout_p=_p(layer.attention_dropout, layer.attention_dropout_p),
             seed=batch.seeds[0],
             rows=batch.rows,
+            relative=relative,
             max_seqlens=batch.max_seqlens,
         )
         attention = (

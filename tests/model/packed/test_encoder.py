@@ -14,6 +14,8 @@ from transformers import (
     CamembertForSequenceClassification,
     Data2VecTextConfig,
     Data2VecTextForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -185,6 +187,31 @@ MODELS |= {
 }
 WITHOUT_TYPES = ("distilbert", "modernbert", "eurobert", "llama", "mistral", "qwen2", "qwen3")
 WITHOUT_TYPES += ("gemma", "gemma3_text")
+DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+DEBERTA_V3 = {
+    **DEBERTA,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+}
+
+
+def deberta(**options: object) -> DebertaV2ForSequenceClassification:
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**options))
+
+
+MODELS |= {
+    "deberta-v2": lambda **o: deberta(**DEBERTA, type_vocab_size=2, **o),
+    "deberta-v2-narrow": lambda **o: deberta(
+        **DEBERTA, position_buckets=16, embedding_size=24, max_relative_positions=40, **o
+    ),
+    "deberta-v3": lambda **o: deberta(**DEBERTA_V3, **o),
+    "deberta-v3-1-layer": lambda **o: deberta(**{**DEBERTA_V3, "num_hidden_layers": 1}, **o),
+    "deberta-c2p": lambda **o: deberta(**{**DEBERTA_V3, "pos_att_type": "c2p"}, **o),
+    "deberta-p2c": lambda **o: deberta(**{**DEBERTA, "pos_att_type": ["p2c"]}, **o),
+    "deberta-absolute": lambda **o: deberta(**SIZES, pos_att_type=["c2p"], pooler_dropout=0.2, **o),
+}
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
 
@@ -302,7 +329,17 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "distilbert", "modernbert", "qwen3", "xmod", "gte", "eurobert-late", "gemma3"],
+    [
+        "bert",
+        "distilbert",
+        "modernbert",
+        "qwen3",
+        "xmod",
+        "gte",
+        "eurobert-late",
+        "gemma3",
+        "deberta-v3",
+    ],
 )
 def test_batches_of_one_and_of_a_single_token(name: str) -> None:
     model = make_model(name).eval()
@@ -438,7 +475,17 @@ def test_left_padding_of_the_padded_model_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "distilbert", "modernbert", "qwen3", "xmod", "gte", "roberta-prelayernorm", "gemma3"],
+    [
+        "bert",
+        "distilbert",
+        "modernbert",
+        "qwen3",
+        "xmod",
+        "gte",
+        "roberta-prelayernorm",
+        "gemma3",
+        "deberta-v3",
+    ],
 )
 def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str) -> None:
     model = make_model(name).train()
@@ -477,6 +524,8 @@ DROPOUTS = {
         ("roberta", "bert"),
         ("electra", "bert"),
         ("distilbert", "bert"),
+        ("deberta-v2", "bert"),
+        ("deberta-v3-1-layer", "bert"),
         ("modernbert-last-layer-slides", "modernbert"),
         ("modernbert-mean", "modernbert"),
         ("qwen3-sliding", "llama"),
@@ -517,7 +566,8 @@ def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", ["bert", "electra", "modernbert-mean", "qwen3-sliding", "xmod", "gte", "gemma3"]
+    "name",
+    ["bert", "electra", "modernbert-mean", "qwen3-sliding", "xmod", "gte", "gemma3", "deberta-v3"],
 )
 def test_what_fills_a_micro_batch_up_gives_no_gradient(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -533,7 +583,7 @@ def test_what_fills_a_micro_batch_up_gives_no_gradient(
         fill_up,
     ):
         monkeypatch.setattr("rerank_fast.model.packed.encoder.fill_up", fill)
-        still = name in ("bert", "electra", "xmod", "gte")
+        still = name in ("bert", "electra", "xmod", "gte", "deberta-v3")
         model = make_model(name, **NO_DROPOUT) if still else make_model(name)
         scores = packed_scores(model, tokens, plan, dtype=dtype)
         results.append((scores.detach(), gradients(model, scores, upstream)))
@@ -583,6 +633,8 @@ def test_dropout_has_the_padded_models_mean_and_spread() -> None:
         "mistral",
         "gemma",
         "gemma3",
+        "deberta-v2",
+        "deberta-v3",
     ],
 )
 def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None:
@@ -728,7 +780,7 @@ def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("DebertaV2", {"relative_attention": True}), ("MPNet", {})]
+    ("kind", "options"), [("DebertaV2", {"conv_kernel_size": 3}), ("MPNet", {})]
 )
 def test_models_that_are_not_known_are_padded(kind: str, options: dict) -> None:
     config = getattr(transformers, f"{kind}Config")(**SIZES, **options)

@@ -18,6 +18,7 @@ from rerank_fast.model.packed.architectures.bert import (
     distilbert_reading,
     roberta_reading,
 )
+from rerank_fast.model.packed.architectures.deberta import deberta_body, deberta_reading
 from rerank_fast.model.packed.architectures.decoders import (
     CAUSAL_FAMILIES,
     decoder_body,
@@ -66,6 +67,7 @@ _BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "CamembertModel": bert_body(pad_positions=True),
     "ElectraModel": bert_body(pad_positions=False),
     "DistilBertModel": distilbert_body,
+    "DebertaV2Model": deberta_body,
     "ModernBertModel": modernbert_body,
     "Data2VecTextModel": bert_body(pad_positions=True),
     "XmodModel": xmod_body,
@@ -90,6 +92,7 @@ _READINGS: dict[str, Callable[[Any], Reading | str | None]] = {
     "CamembertForSequenceClassification": roberta_reading,
     "ElectraForSequenceClassification": roberta_reading,
     "DistilBertForSequenceClassification": distilbert_reading,
+    "DebertaV2ForSequenceClassification": deberta_reading,
     "ModernBertForSequenceClassification": modernbert_reading,
     "Data2VecTextForSequenceClassification": roberta_reading,
     "XmodForSequenceClassification": roberta_reading,
@@ -245,6 +248,8 @@ def _called(found: Architecture) -> Iterator[nn.Module]:
             parts += [layer.query, layer.key, layer.value, layer.up, layer.gate, layer.mlp_dropout]
             if layer.adapter is not None:
                 parts += [layer.adapter.down, layer.adapter.activation, layer.adapter.up]
+            if layer.relative is not None:
+                parts += [layer.relative.key, layer.relative.query]
         else:
             parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
             parts += [layer.attention_out_dropout, layer.mlp_dropout, layer.down_dropout]

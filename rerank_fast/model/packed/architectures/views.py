@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.modular.pooling import Pool
@@ -22,6 +23,21 @@ class Adapter:
     down: nn.Module
     activation: Callable[[Tensor], Tensor]
     up: nn.Module
+
+
+@dataclass(frozen=True)
+class RelativeTerms:
+    """Terms of a layer's scores by the distance of query and key, as RelativePositions has them.
+
+    Where neither key nor query is there, the embeddings are the bias: (R, heads).
+    """
+
+    slots: Callable[[torch.device], Tensor]  # (2 * reach + 1,) int32 on the device
+    embeddings: nn.Embedding  # (R, H)
+    norm: nn.LayerNorm | None = None  # of the embeddings
+    dropout: nn.Dropout | None = None  # of the normed ones
+    key: nn.Module | None = None  # makes the keys that queries meet
+    query: nn.Module | None = None  # makes the queries that keys meet
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class PostNormLayer:
     gate: nn.Module | None = None  # the activation is its, and is multiplied with up's result
     mlp_dropout: nn.Module | None = None  # of the gated result
     adapter: Adapter | None = None  # before the last norm
+    relative: RelativeTerms | None = None
 
 
 @dataclass(frozen=True)
