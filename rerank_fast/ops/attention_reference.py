@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from rerank_fast.ops.relative_positions import RelativePositions
+from rerank_fast.ops.relative_reference import RelativeGradients, relative_scores
+
 
 def _mix(x: Tensor) -> Tensor:
     """A permutation of 32 bits, held in int64: three xor-shifts between two multiplications."""
@@ -74,6 +77,20 @@ def _factors(seed: int, rows: Tensor | None, own: slice, like: Tensor, p: float)
     return torch.stack(factors).to(like.dtype)
 
 
+def _scores(
+    queries: Tensor, keys: Tensor, own: slice, relative: RelativePositions | None, scale: float
+) -> Tensor:
+    """(heads, num_q, num_k) of the (heads, num_q, head_size) queries of one sequence, which are
+    those of `own` of all, and its (heads, num_k, head_size) keys.
+    """
+    scores = queries @ keys.transpose(1, 2) * scale
+    return (
+        scores
+        if relative is None
+        else scores + relative_scores(queries, keys, relative, own, scale)
+    )
+
+
 def forward(
     q: Tensor,  # (Tq, heads, head_size)
     k: Tensor,  # (Tk, kv_heads, head_size)
@@ -86,6 +103,7 @@ def forward(
     window_right: int,
     dropout_p: float,
     seed: int,
+    relative: RelativePositions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as written: out (Tq, heads, head_size), and lse (heads, Tq) to base 2."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -100,7 +118,7 @@ def forward(
             x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
         )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
-        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
+        scores = _scores(queries, keys, own, relative, scale).masked_fill(~allowed, -torch.inf)
         # A query that may read nothing gives 0, not NaN.
         probabilities = (
             torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
@@ -126,11 +144,15 @@ def backward(
     window_right: int,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, as written."""
+    relative: RelativePositions | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k and v, as written; with relative positions also those of their keys,
+    queries and bias, None for what they have not.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    tables = None if relative is None else RelativeGradients(relative, wide)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(ends_q) - 1):
         own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
@@ -139,19 +161,24 @@ def backward(
             x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
         )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
-        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
+        scores = _scores(queries, keys, own, relative, scale).masked_fill(~allowed, -torch.inf)
         probabilities = (
             torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
         )
         factors = _factors(seed, rows, own, scores, dropout_p)
         d_probabilities = factors * (upstream @ values.transpose(1, 2))
         along = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)
-        d_scores = scale * probabilities * (d_probabilities - along)
-        dq[own] = (d_scores @ keys).transpose(0, 1).to(q.dtype)
+        d_scores = probabilities * (d_probabilities - along)
+        d_queries = scale * d_scores @ keys
+        d_keys = scale * d_scores.transpose(1, 2) @ queries
+        if tables is not None:
+            added = tables.add(queries, keys, d_scores, own, scale)
+            d_queries, d_keys = d_queries + added[0], d_keys + added[1]
+        dq[own] = d_queries.transpose(0, 1).to(q.dtype)
         # Heads that share a key add up.
         for to, gradient in (
-            (dk, d_scores.transpose(1, 2) @ queries),
+            (dk, d_keys),
             (dv, (probabilities * factors).transpose(1, 2) @ upstream),
         ):
             to[read] = gradient.unflatten(0, (-1, group)).sum(dim=1).transpose(0, 1).to(to.dtype)
-    return dq, dk, dv
+    return (dq, dk, dv) if tables is None else (dq, dk, dv, *tables.all())

@@ -21,6 +21,8 @@ from rerank_fast.ops.options import (
     check_share,
     check_window,
 )
+from rerank_fast.ops.relative_attention import RelativeAttention
+from rerank_fast.ops.relative_positions import RelativePositions
 
 Backend = Literal["reference", "cpu", "triton", "flash"]
 _BACKENDS = get_args(Backend)
@@ -199,8 +201,12 @@ def _unserved(
     dropout_p: float,
     max_seqlens: tuple[int, int] | None,
     library_call: tuple[Tensor, float, tuple[int, int]] | None = None,  # k, scale, window
+    *,
+    has_relative: bool = False,
 ) -> str:
     """Why a backend doesn't take this; empty where it does."""
+    if has_relative and backend in ("cpu", "triton", "flash"):
+        return "has no relative positions"
     if backend == "cpu":
         served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
         return (
@@ -238,6 +244,8 @@ def _resolve_backend(
     window: tuple[int, int],
     dropout_p: float,
     max_seqlens: tuple[int, int] | None,
+    *,
+    has_relative: bool,
 ) -> str:
     unserved = partial(
         _unserved,
@@ -245,6 +253,7 @@ def _resolve_backend(
         dropout_p=dropout_p,
         max_seqlens=max_seqlens,
         library_call=(k, scale, window),
+        has_relative=has_relative,
     )
     return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
 
@@ -309,6 +318,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     seed: int = 0,
     rows: Tensor | None = None,  # (Tq,) int32
+    relative: RelativePositions | None = None,
     max_seqlens: tuple[int, int] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -333,6 +343,8 @@ def varlen_attention(
         seed: chooses which; the same seed drops the same ones, on every backend and in backward.
         rows: (Tq,) int32 numbers that stand for the queries in that choice: some sequences of many,
             computed alone, lose what they lost there. None takes 0 to Tq - 1.
+        relative: terms of the scores by the distance of query and key; as many heads of keys as of
+            queries, and neither causal nor window.
         max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs
             them, and nothing here reads them from a device.
         backend: "cpu" (C++), "flash" (the package flash_attn or torch.nn.attention.varlen, on
@@ -359,7 +371,23 @@ def varlen_attention(
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
-    backend_name = _resolve_backend(backend, q, k, scale, (left, right), dropout_p, max_seqlens)
+    if relative is not None:
+        relative.check(q, k)
+        if (left, right) != (-1, -1):
+            raise ValueError(
+                "relative positions need causal=False and window=None, "
+                f"got causal={causal} and window={window}"
+            )
+    backend_name = _resolve_backend(
+        backend,
+        q,
+        k,
+        scale,
+        (left, right),
+        dropout_p,
+        max_seqlens,
+        has_relative=relative is not None,
+    )
     if backend_name == "flash":
         library = flash.serving(q, k, scale, (left, right))
         assert library is not None
@@ -371,8 +399,20 @@ def varlen_attention(
             scale=scale,
             window=(left, right),
         )
-    options = (scale, left, right, dropout_p, seed, backend_name)
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-    return _VarlenAttention.apply(
-        q, k, v, cu_seqlens_q, own_ends, rows if dropout_p > 0 else None, options
-    )
+    rows = rows if dropout_p > 0 else None
+    if relative is not None:
+        tables = (relative.slots, relative.keys, relative.queries, relative.bias)
+        return RelativeAttention.apply(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            own_ends,
+            rows,
+            *tables,
+            relative.query_positions,
+            (scale, dropout_p, seed, backend_name),
+        )
+    options = (scale, left, right, dropout_p, seed, backend_name)
+    return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, rows, options)

@@ -1,0 +1,193 @@
+"""varlen_attention with relative positions: schema -> fake -> backends -> autograd.Function.
+
+Called through varlen_attention(relative=...), which checks what comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_fast.ops import attention_reference, ragged
+from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.relative_positions import RelativePositions
+
+_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
+_PLACES = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, Tensor slots, Tensor? keys, "
+    "Tensor? queries, Tensor? bias, Tensor? query_positions, float scale, float dropout_p, "
+    "SymInt seed, str backend"
+)
+_LIBRARY.define(
+    f"relative_attention(Tensor q, Tensor k, Tensor v, {_PLACES}) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# A gradient of what is None has no element.
+_LIBRARY.define(
+    "relative_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor grad_out, {_PLACES}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dkeys, Tensor dqueries, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("rerank_fast::relative_attention", lib=_LIBRARY)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+
+
+@torch.library.register_fake("rerank_fast::relative_attention_backward", lib=_LIBRARY)
+def _fake_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    slots: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    tables = (q.new_empty(0 if one is None else one.shape) for one in (keys, queries))
+    d_bias = lse.new_empty(0 if bias is None else bias.shape)
+    return (*(one.new_empty(one.shape) for one in (q, k, v)), *tables, d_bias)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    slots: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    bias: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference" or (backend == "triton" and q.is_cpu):
+        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    forward: Any = attention_reference.forward
+    places, relative = _laid_out(
+        cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
+    )
+    q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
+    return forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    slots: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    bias: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    backward: Any = attention_reference.backward
+    places, relative = _laid_out(
+        cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
+    )
+    q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    found = backward(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative)
+    return tuple(q.new_empty(0) if one is None else one for one in found)
+
+
+_LIBRARY.impl("relative_attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("relative_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _laid_out(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    slots: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    bias: Tensor | None,
+    query_positions: Tensor | None,
+) -> tuple[list[Any], RelativePositions]:
+    """As kernels read them: of the tables each row of a head is one run of memory, the rest is."""
+    places = [
+        None if one is None else one.contiguous() for one in (cu_seqlens_q, cu_seqlens_k, rows)
+    ]
+    return places, RelativePositions(
+        slots.contiguous(),
+        None if keys is None else _rows_contiguous(keys),
+        None if queries is None else _rows_contiguous(queries),
+        None if bias is None else bias.contiguous(),
+        None if query_positions is None else query_positions.contiguous(),
+    )
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Heads and tokens may lie anywhere, but each row of a head must be one run of memory."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+class RelativeAttention(torch.autograd.Function):
+    """varlen_attention's result with the parts of a RelativePositions, all None where it has none.
+
+    options are the op's scale, dropout_p, seed and backend.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor
+        | None,  # None: as cu_seqlens_q; torch.compile refuses one tensor in two places
+        rows: Tensor | None,
+        slots: Tensor,
+        keys: Tensor | None,
+        queries: Tensor | None,
+        bias: Tensor | None,
+        query_positions: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> Tensor:
+        ends = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+        places = (*ends, rows, slots, keys, queries, bias, query_positions)
+        out, lse = torch.ops.rerank_fast.relative_attention.default(q, k, v, *places, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *places)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *places = ctx.saved_tensors
+        dq, dk, dv, *tables = torch.ops.rerank_fast.relative_attention_backward.default(
+            q, k, v, out, lse, grad_out, *places, *ctx.options
+        )
+        tables = [
+            None if own is None else grad for own, grad in zip(places[4:7], tables, strict=True)
+        ]
+        return dq, dk, dv, None, None, None, None, *tables, None, None
