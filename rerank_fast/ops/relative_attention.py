@@ -82,6 +82,10 @@ def _forward(
         ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     forward: Any = attention_reference.forward
+    if backend == "triton":  # imported when it is first asked for
+        from rerank_fast.ops.triton import relative_attention as triton_forward
+
+        forward = triton_forward.forward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
@@ -110,6 +114,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     backward: Any = attention_reference.backward
+    if backend == "triton":
+        from rerank_fast.ops.triton import relative_attention_backward as triton_backward
+
+        backward = triton_backward.backward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )

@@ -8,19 +8,30 @@ the tile's rows. Sums are in a fixed order: no atomics, the same bits every time
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.relative_positions import RelativePositions
+from rerank_fast.ops.triton import dropout, guard
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
+    few,
+    launch,
+    places_of,
     query_place,
     relative_scores,
     sheared,
     slots_from,
     table_rows,
+    variants,
 )
-from rerank_fast.ops.triton.varlen_attention import block_of, load_tile, store_tile
+from rerank_fast.ops.triton.relative_table_grads import table_grads
+from rerank_fast.ops.triton.variant import Variant
+from rerank_fast.ops.triton.varlen_attention import block_of, load_tile, store_tile, strides
 
 
 @triton.jit
@@ -31,7 +42,9 @@ def by_distance(d_scores, other, there, BLOCK: tl.constexpr):
     is in the tile.
     """
     own = tl.arange(0, BLOCK)[:, None] * BLOCK
-    return tl.where(there, sheared(d_scores, own + tl.where(there, other, 0), BLOCK, 2 * BLOCK), 0.0)
+    return tl.where(
+        there, sheared(d_scores, own + tl.where(there, other, 0), BLOCK, 2 * BLOCK), 0.0
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -112,12 +125,8 @@ def relative_query_grad_kernel(
     for start in range(begin, end, BLOCK):
         j = start + a
         in_k = j < num_k
-        k_tile = load_tile(
-            k, k_token, k_head, head, first_k + start, in_k, HEAD_SIZE, WIDTH
-        )
-        v_tile = load_tile(
-            v, v_token, v_head, head, first_k + start, in_k, HEAD_SIZE, WIDTH
-        )
+        k_tile = load_tile(k, k_token, k_head, head, first_k + start, in_k, HEAD_SIZE, WIDTH)
+        v_tile = load_tile(v, v_token, v_head, head, first_k + start, in_k, HEAD_SIZE, WIDTH)
         own_slots = slots_from(slots, at - start - (BLOCK - 1), reach, num_slots, 2 * BLOCK)
         scores = relative_scores(
             q_tile, k_tile, keys, queries, bias, own_slots,
@@ -136,9 +145,7 @@ def relative_query_grad_kernel(
             moved = by_distance(d_scores, b, (b >= 0) & (b < BLOCK), BLOCK)
             table = table_rows(keys, own_slots, heads, head, HEAD_SIZE, WIDTH)
             result += tl.dot(moved.to(table.dtype), table, input_precision="ieee")
-    store_tile(
-        dq, result * scale, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH
-    )
+    store_tile(dq, result * scale, dq_token, dq_head, head, first_q + first, in_q, HEAD_SIZE, WIDTH)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -235,16 +242,81 @@ def relative_key_value_grad_kernel(
         weights = tl.where(in_k[:, None], tl.exp2(scores - lse_i), 0.0)
         upstream = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
         d_scores = weights * (upstream * kept - along_i)
-        d_value += tl.dot(
-            (weights * kept).to(grad_tile.dtype), grad_tile, input_precision="ieee"
-        )
+        d_value += tl.dot((weights * kept).to(grad_tile.dtype), grad_tile, input_precision="ieee")
         d_key += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision="ieee")
         if queries is not None:
             a = b[:, None] + tl.arange(0, 2 * BLOCK)[None, :] - (BLOCK - 1)
             moved = by_distance(d_scores, a, (a >= 0) & (a < BLOCK), BLOCK)
             table = table_rows(queries, own_slots, heads, head, HEAD_SIZE, WIDTH)
             d_key += tl.dot(moved.to(table.dtype), table, input_precision="ieee")
-    store_tile(
-        dk, d_key * scale, dk_token, dk_head, head, first_k + first, in_k, HEAD_SIZE, WIDTH
-    )
+    store_tile(dk, d_key * scale, dk_token, dk_head, head, first_k + first, in_k, HEAD_SIZE, WIDTH)
     store_tile(dv, d_value, dv_token, dv_head, head, first_k + first, in_k, HEAD_SIZE, WIDTH)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    window_left: int,  # -1, as the next: relative positions have no window
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+    relative: RelativePositions,
+) -> tuple[Tensor | None, ...]:
+    """The backend contract: the gradients of q, k, v, and of relative.keys, queries and bias; None
+    for what there is not.
+    """
+    guard.require_gpu(q)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    along = torch.empty_like(lse)
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    places = places_of(cu_seqlens_q, cu_seqlens_k, rows, relative)
+    options = (
+        scale,
+        scale * 1.4426950408889634,
+        *dropout.scalars(dropout_p, seed),
+        num_sequences,
+        (num_sequences - 1).bit_length(),
+        q.shape[0],
+        k.shape[0],
+        relative.reach,
+        relative.num_slots,
+    )
+    constants = {"HEAD_SIZE": q.shape[2], "HAS_DROPOUT": dropout_p > 0}
+    with torch.cuda.device_of(q):
+        if dq.numel():
+            config = launch(q.shape[2], q.dtype, "queries", few_queries=few(q, num_sequences))
+            relative_query_grad_kernel[q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]](
+                *(q, k, v, out, lse, grad_out, dq, along, *places),
+                *strides(q, k, v, out, grad_out, dq),
+                *options,
+                **constants,
+                **config,
+            )
+        if dk.numel():
+            config = launch(q.shape[2], q.dtype, "keys", few_queries=few(q, num_sequences))
+            relative_key_value_grad_kernel[
+                k.shape[0] // config["BLOCK"] + num_sequences, k.shape[1]
+            ](
+                *(q, k, v, lse, along, grad_out, dk, dv, *places),
+                *strides(q, k, v, grad_out, dk, dv),
+                *options,
+                **constants,
+                **config,
+            )
+        tables = table_grads(
+            q, k, v, lse, along, grad_out, cu_seqlens_q, cu_seqlens_k, rows, relative, scale,
+            dropout_p, seed,
+        )  # fmt: skip
+    return dq, dk, dv, *tables
+
+
+def shipped() -> Iterator[Variant]:
+    return variants({"queries": relative_query_grad_kernel, "keys": relative_key_value_grad_kernel})

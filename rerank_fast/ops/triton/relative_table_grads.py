@@ -10,18 +10,32 @@ that have its slot. Sums are in a fixed order: no atomics, the same bits every t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
+    few,
+    launch,
+    places_of,
     query_place,
     relative_scores,
     sheared,
     slots_from,
+    variants,
 )
-from rerank_fast.ops.triton.varlen_attention import load_tile
+from rerank_fast.ops.triton.variant import Variant
+from rerank_fast.ops.triton.varlen_attention import load_tile, strides
+
+# Parts of the sequences, each with programs of its own: of tables of rows, whose parts take memory,
+# and of the bias.
+_MOST_CHUNKS = {"rows": 4, "bias": 16}
 
 
 @triton.jit
@@ -206,3 +220,92 @@ def relative_table_sum_kernel(
                 total += tl.sum(tl.load(part + places, mask=there, other=0.0), axis=0)
     row = (slot.to(tl.int64) * heads + head) * HEAD_SIZE
     tl.store(table + row + e, total.to(table.dtype.element_ty), mask=e < HEAD_SIZE)
+
+
+def table_grads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    along: Tensor,  # (heads, Tq) fp32, as the queries' kernel left it
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    relative: RelativePositions,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> list[Tensor | None]:
+    """The gradients of relative.keys, queries and bias; None for what there is not.
+
+    One after the other: together they would not stay in registers, and one needs no memory that
+    another has. What the programs leave for a table of rows takes 16 bytes for each of
+    chunks * (reach + BLOCK) * heads * head_size.
+    """
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    heads, head_size = q.shape[1:]
+    config = launch(head_size, q.dtype, "tables", few_queries=few(q, num_sequences))
+    block = config["BLOCK"]
+    far = -(-(relative.reach + block - 1) // block)
+    found: list[Tensor | None] = []
+    for place, table in enumerate((relative.keys, relative.queries, relative.bias)):
+        if table is None:
+            found.append(None)
+            continue
+        grad = torch.empty(table.shape, dtype=table.dtype, device=table.device)
+        found.append(grad)
+        if q.shape[0] == 0 or k.shape[0] == 0:
+            grad.zero_()
+            continue
+        most = _MOST_CHUNKS["bias" if place == 2 else "rows"]
+        chunk = -(-num_sequences // min(num_sequences, most))
+        num_chunks = -(-num_sequences // chunk)
+        width = 1 if place == 2 else head_size
+        shape = (num_chunks, 2 * far + 1, heads, 2 * block, width)
+        part = torch.empty(shape, dtype=torch.float32, device=q.device)
+        parts = [part if own == place else None for own in range(3)]
+        relative_table_grad_kernel[2 * far + 1, heads, num_chunks](
+            *(q, k, v, lse, along, grad_out, *parts),
+            *places_of(cu_seqlens_q, cu_seqlens_k, rows, relative),
+            *strides(q, k, v, grad_out),
+            scale,
+            scale * 1.4426950408889634,
+            *dropout.scalars(dropout_p, seed),
+            num_sequences,
+            q.shape[0],
+            k.shape[0],
+            relative.reach,
+            relative.num_slots,
+            chunk,
+            far,
+            HEAD_SIZE=head_size,
+            HAS_DROPOUT=dropout_p > 0,
+            **config,
+        )
+        relative_table_sum_kernel[relative.num_slots, heads](
+            part,
+            grad,
+            relative.slots,
+            relative.reach,
+            far,
+            num_chunks,
+            HEAD_SIZE=width,
+            BLOCK=block,
+            WIDTH=triton.next_power_of_2(width),
+            num_warps=4,
+        )
+    return found
+
+
+def shipped() -> Iterator[Variant]:
+    yield from variants({"tables": relative_table_grad_kernel})
+    for name, size in (("bf16", 64), ("fp32", 1)):  # of DeBERTa's rows and of a bias
+        constants = {"HEAD_SIZE": size, "BLOCK": 32, "WIDTH": size}
+        types = {"part": "*fp32", "table": f"*{name}", "slots": "*i32"}
+        yield Variant(
+            name=f"relative_table_sum_kernel_{name}_{size}",
+            kernel=relative_table_sum_kernel,
+            types=types | dict.fromkeys(("reach", "far", "num_chunks"), "i32"),
+            config=constants | {"num_warps": 4},
+        )
