@@ -84,6 +84,10 @@ def _forward(
     forward: Any = attention_reference.forward
     if backend == "cpu":  # which checks them itself
         forward = cpu_relative.relative_attention_forward
+    elif backend == "triton":  # imported when it is first asked for
+        from rerank_fast.ops.triton import relative_attention as triton_forward
+
+        forward = triton_forward.forward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
@@ -114,6 +118,10 @@ def _backward(
     backward: Any = attention_reference.backward
     if backend == "cpu":
         backward = cpu_relative.relative_attention_backward
+    elif backend == "triton":
+        from rerank_fast.ops.triton import relative_attention_backward as triton_backward
+
+        backward = triton_backward.backward
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
