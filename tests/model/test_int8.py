@@ -205,6 +205,8 @@ def test_what_the_op_refuses():
         "mistral",
         "gemma",
         "gemma3",
+        "deberta-v2",
+        "deberta-v3",
     ],
 )
 def test_packed_models_in_int8(name: str):
