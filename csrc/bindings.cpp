@@ -184,6 +184,32 @@ void bind_attention(py::module_& module) {
                attention_backward(shape, {q, k, v, out, at<float>(lse), grad_out, dq, dk, dv});
                return true;
              });
+  py::class_<RelativeTerms>(module, "RelativeTerms")
+      .def(py::init([](Address slots, std::int64_t reach, std::int64_t num_slots, Address query_positions,
+                       const Rows& keys, const Rows& queries, Address bias, std::int64_t num_parts) {
+             return RelativeTerms{at<std::int32_t>(slots), reach,   num_slots,       at<std::int32_t>(query_positions),
+                                  keys,                    queries, at<float>(bias), num_parts};
+           }),
+           py::kw_only(), py::arg("slots"), py::arg("reach"), py::arg("num_slots"), py::arg("query_positions"),
+           py::arg("keys"), py::arg("queries"), py::arg("bias"), py::arg("num_parts"));
+  // False, and nothing done, where the cu_seqlens do not rise from 0 to the tokens or a slot is in no table.
+  module.def("relative_forward", [](const AttentionShape& shape, const RelativeTerms& terms, const Rows& q,
+                                    const Rows& k, const Rows& v, const Rows& out, Address lse) {
+    if (!sequences_fit(shape) || !slots_fit(terms)) return false;
+    py::gil_scoped_release release;
+    relative_forward(shape, terms, {q, k, v, out, at<float>(lse)});
+    return true;
+  });
+  module.def("relative_backward",
+             [](const AttentionShape& shape, const RelativeTerms& terms, const Rows& q, const Rows& k, const Rows& v,
+                const Rows& out, Address lse, const Rows& grad_out, const Rows& dq, const Rows& dk, const Rows& dv,
+                Address d_keys, Address d_queries, Address d_bias) {
+               if (!sequences_fit(shape) || !slots_fit(terms)) return false;
+               py::gil_scoped_release release;
+               relative_backward(shape, terms, {q, k, v, out, at<float>(lse), grad_out, dq, dk, dv},
+                                 {at<float>(d_keys), at<float>(d_queries), at<float>(d_bias)});
+               return true;
+             });
 }
 
 void bind_residual_norm(py::module_& module) {

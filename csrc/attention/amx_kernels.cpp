@@ -12,6 +12,10 @@ namespace rerank_fast {
 namespace avx512_bf16 {
 void fp32_forward(const AttentionShape&, const AttentionForward&, std::int64_t sequence, std::int64_t kv_head);
 void fp32_backward(const AttentionShape&, const AttentionBackward&, std::int64_t sequence, std::int64_t kv_head);
+void relative_forward(const AttentionShape&, const RelativeTerms&, const AttentionForward&, std::int64_t part,
+                      std::int64_t head);
+void relative_backward(const AttentionShape&, const RelativeTerms&, const AttentionBackward&, const RelativeGradients&,
+                       std::int64_t part, std::int64_t head);
 void bf16_forward(const AttentionShape&, const AttentionForward&, std::int64_t sequence, std::int64_t kv_head);
 void bf16_backward(const AttentionShape&, const AttentionBackward&, std::int64_t sequence, std::int64_t kv_head);
 }  // namespace avx512_bf16
@@ -332,8 +336,9 @@ void bf16_backward(const AttentionShape& shape, const AttentionBackward& tensors
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {avx512_bf16::fp32_forward, avx512_bf16::fp32_backward, bf16_forward,
-                                            bf16_backward};
+const AttentionKernels attention_kernels = {
+    avx512_bf16::fp32_forward, avx512_bf16::fp32_backward,    bf16_forward,
+    bf16_backward,             avx512_bf16::relative_forward, avx512_bf16::relative_backward};
 
 }  // namespace RERANK_FAST_SET
 }  // namespace rerank_fast

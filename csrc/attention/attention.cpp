@@ -45,4 +45,25 @@ void attention_backward(const AttentionShape& shape, const AttentionBackward& te
   run(shape, in_bf16_pairs(shape) ? set.bf16_backward : set.backward, tensors);
 }
 
+bool slots_fit(const RelativeTerms& terms) {
+  bool fit = true;
+  for (std::int64_t d = 0; d < 2 * terms.reach + 1; ++d) fit &= terms.slots[d] >= 0 && terms.slots[d] < terms.num_slots;
+  return fit;
+}
+
+void relative_forward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionForward& tensors) {
+  const auto task = kernels().attention->relative_forward;
+  parallel_for(shape.num_threads, terms.num_parts * shape.num_heads, [&](std::int64_t index) {
+    task(shape, terms, tensors, index / shape.num_heads, index % shape.num_heads);
+  });
+}
+
+void relative_backward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionBackward& tensors,
+                       const RelativeGradients& gradients) {
+  const auto task = kernels().attention->relative_backward;
+  parallel_for(shape.num_threads, terms.num_parts * shape.num_heads, [&](std::int64_t index) {
+    task(shape, terms, tensors, gradients, index / shape.num_heads, index % shape.num_heads);
+  });
+}
+
 }  // namespace rerank_fast

@@ -41,6 +41,24 @@ struct AttentionBackward {
   Rows grad_out, dq, dk, dv;
 };
 
+// Terms of the scores by the distance of a query and a key: its slot is slots[clamp(distance, -reach, reach) + reach].
+// Tables that are not there have no data.
+struct RelativeTerms {
+  const std::int32_t* slots;  // (2 * reach + 1), each from 0 to num_slots - 1
+  std::int64_t reach, num_slots;
+  const std::int32_t* query_positions;  // (queries): their places in their sequences, or null: as windows count them
+  Rows keys, queries;  // (num_slots, heads, head_size), of the tensors' type
+  const float* bias;   // (num_slots, heads)
+  // The sequences are divided into so many parts, one after the other. A thread takes a head of one part; backward
+  // leaves the tables' gradients of each, which do not depend on the number of threads.
+  std::int64_t num_parts;
+};
+
+// (num_parts, heads, num_slots, head_size) fp32, the bias's without head_size; null where there is no such table.
+struct RelativeGradients {
+  float *keys, *queries, *bias;
+};
+
 // Whether both cu_seqlens rise from 0 to their tokens, as the two below need them to.
 bool sequences_fit(const AttentionShape& shape);
 
@@ -49,5 +67,14 @@ void attention_forward(const AttentionShape& shape, const AttentionForward& tens
 
 // Writes dq, dk and dv. Each is summed by one thread in a fixed order.
 void attention_backward(const AttentionShape& shape, const AttentionBackward& tensors);
+
+// Whether all slots lie in the tables, as the two below need them to.
+bool slots_fit(const RelativeTerms& terms);
+
+// With relative terms, no window, and as many heads of keys as of queries: what the two above write, and the terms'
+// gradients.
+void relative_forward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionForward& tensors);
+void relative_backward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionBackward& tensors,
+                       const RelativeGradients& gradients);
 
 }  // namespace rerank_fast

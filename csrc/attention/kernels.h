@@ -18,6 +18,11 @@ struct AttentionKernels {
   // are multiplied again, as the tensor cores' kernels round them. Null where the set has no such products.
   Forward bf16_forward;
   Backward bf16_backward;
+  // One part of the sequences, and a head; products in fp32, of tensors of either type.
+  void (*relative_forward)(const AttentionShape&, const RelativeTerms&, const AttentionForward&, std::int64_t part,
+                           std::int64_t head);
+  void (*relative_backward)(const AttentionShape&, const RelativeTerms&, const AttentionBackward&,
+                            const RelativeGradients&, std::int64_t part, std::int64_t head);
 };
 
 // For tensors of bf16 and heads of whole multiples of this, up to 256.

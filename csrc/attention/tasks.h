@@ -17,6 +17,10 @@ void fp32_forward(const AttentionShape& shape, const AttentionForward& tensors, 
                   std::int64_t kv_head);
 void fp32_backward(const AttentionShape& shape, const AttentionBackward& tensors, std::int64_t sequence,
                    std::int64_t kv_head);
+void relative_forward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionForward& tensors,
+                      std::int64_t part, std::int64_t head);
+void relative_backward(const AttentionShape& shape, const RelativeTerms& terms, const AttentionBackward& tensors,
+                       const RelativeGradients& gradients, std::int64_t part, std::int64_t head);
 #if RERANK_FAST_BF16_PRODUCTS
 void bf16_forward(const AttentionShape& shape, const AttentionForward& tensors, std::int64_t sequence,
                   std::int64_t kv_head);

@@ -111,6 +111,8 @@ def forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if relative is not None:
+        relative.check_slots()
     for n in range(len(ends_q) - 1):
         own, read = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
         queries = q[own].to(wide).transpose(0, 1)

@@ -29,6 +29,11 @@ def available() -> bool:
     return _C is not None
 
 
+def compiled() -> Any:
+    """The compiled module."""
+    return _C
+
+
 def unavailable_reason() -> str:
     """What is missing and how to get it."""
     return (
@@ -140,15 +145,19 @@ def forward(
     return loss, grad, pairs
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Of its data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(tensor: Tensor) -> Any:
+def rows_of(tensor: Tensor | None) -> Any:
+    """(tokens, heads, head_size) as the kernels take it; None has no data."""
+    if tensor is None:
+        return _C.Rows(0, 0, 0)
     return _C.Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _attention_shape(
+def attention_shape(
     q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor,
@@ -156,6 +165,7 @@ def _attention_shape(
     rows: Tensor | None,
     options: tuple[Any, ...],
 ) -> Any:
+    """scale, window_left, window_right, dropout_p and seed are the options."""
     scale, window_left, window_right, dropout_p, seed = options
     return _C.AttentionShape(
         num_sequences=cu_seqlens_q.shape[0] - 1,
@@ -166,7 +176,7 @@ def _attention_shape(
         head_size=q.shape[2],
         cu_seqlens_q=cu_seqlens_q.data_ptr(),
         cu_seqlens_k=cu_seqlens_k.data_ptr(),
-        dropout_rows=_address(rows),
+        dropout_rows=address(rows),
         bf16=q.dtype == torch.bfloat16,
         scale=scale,
         window_left=window_left,
@@ -177,7 +187,7 @@ def _attention_shape(
     )
 
 
-def _refuse_ends(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def refuse_ends(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     """Says which of them the kernel refused, and why."""
     ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
@@ -195,9 +205,11 @@ def varlen_attention_forward(
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
-    if not _C.attention_forward(shape, _rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr()):
-        _refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
+    if not _C.attention_forward(
+        shape, rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data_ptr()
+    ):
+        refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
     return out, lse
 
 
@@ -218,10 +230,12 @@ def varlen_attention_backward(
     dq, dk, dv = into or tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v)
     )
-    shape = _attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
-    forward = (_rows(q), _rows(k), _rows(v), _rows(out), lse.data_ptr())
-    if not _C.attention_backward(shape, *forward, _rows(grad_out), _rows(dq), _rows(dk), _rows(dv)):
-        _refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
+    forward = (rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data_ptr())
+    if not _C.attention_backward(
+        shape, *forward, rows_of(grad_out), rows_of(dq), rows_of(dk), rows_of(dv)
+    ):
+        refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
     return dq, dk, dv
 
 
@@ -229,7 +243,7 @@ def _norm_shape(x: Tensor, rows: Tensor | None, eps: float, dropout_p: float, se
     return _C.ResidualNormShape(
         rows=x.shape[0],
         width=x.shape[1],
-        dropout_rows=_address(rows),
+        dropout_rows=address(rows),
         bf16=x.dtype == torch.bfloat16,
         eps=eps,
         dropout_p=dropout_p,
@@ -280,7 +294,7 @@ def residual_norm_backward(
         torch.empty_like(weight),
         torch.empty_like(weight),
     )
-    incoming = (_address(grad) for grad in (grad_y, grad_narrow))
+    incoming = (address(grad) for grad in (grad_y, grad_narrow))
     forward = (tensor.data_ptr() for tensor in (x, residual, weight, mean, rstd))
     outgoing = (tensor.data_ptr() for tensor in grads)
     shape = _norm_shape(x, rows, eps, dropout_p, seed)
@@ -314,7 +328,7 @@ def _head_rows(
     index = None if index is None else index.long().contiguous()
     x = hidden.new_empty(num_rows, hidden.shape[1])
     source = (hidden.data_ptr(), hidden.stride(0), hidden.shape[0])
-    _C.score_head_gather(shape, *source, _address(index), x.data_ptr())
+    _C.score_head_gather(shape, *source, address(index), x.data_ptr())
     return shape, x
 
 
@@ -336,7 +350,7 @@ def score_head_forward(
     dense = torch.nn.functional.linear(x, dense_weight.to(x.dtype), bias)
     scores = torch.empty(dense.shape[0], dtype=torch.float32)
     weight, last = out_weight.float(), None if out_bias is None else out_bias.float()
-    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), _address(last), scores.data_ptr())
+    _C.score_head_dot(shape, dense.data_ptr(), weight.data_ptr(), address(last), scores.data_ptr())
     return scores, dense
 
 

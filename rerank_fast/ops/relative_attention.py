@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, ragged
+from rerank_fast.ops import attention_reference, cpu_relative, ragged
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.relative_positions import RelativePositions
 
@@ -82,7 +82,9 @@ def _forward(
         ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     forward: Any = attention_reference.forward
-    if backend == "triton":  # imported when it is first asked for
+    if backend == "cpu":  # which checks them itself
+        forward = cpu_relative.relative_attention_forward
+    elif backend == "triton":  # imported when it is first asked for
         from rerank_fast.ops.triton import relative_attention as triton_forward
 
         forward = triton_forward.forward
@@ -114,7 +116,9 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     backward: Any = attention_reference.backward
-    if backend == "triton":
+    if backend == "cpu":
+        backward = cpu_relative.relative_attention_backward
+    elif backend == "triton":
         from rerank_fast.ops.triton import relative_attention_backward as triton_backward
 
         backward = triton_backward.backward

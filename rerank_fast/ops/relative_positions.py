@@ -81,6 +81,14 @@ class RelativePositions:
         if self.num_slots == 0:
             raise ValueError("relative must have at least one slot, got tables of none")
 
+    def check_slots(self) -> None:
+        """Raises ValueError unless every slot is in the tables; waits for a device."""
+        lowest, highest = int(self.slots.min()), int(self.slots.max())
+        if not 0 <= lowest <= highest < self.num_slots:
+            raise ValueError(
+                f"relative.slots must be from 0 to {self.num_slots - 1}, got {lowest} to {highest}"
+            )
+
 
 def _check_one(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], q: Tensor

@@ -205,7 +205,7 @@ def _unserved(
     has_relative: bool = False,
 ) -> str:
     """Why a backend doesn't take this; empty where it does."""
-    if has_relative and backend in ("cpu", "flash"):
+    if has_relative and backend == "flash":
         return "has no relative positions"
     if backend == "cpu":
         served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256

@@ -50,7 +50,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", {"max_position_embeddings": 65, "type_vocab_size": 2}),
     "distilbert": ("DistilBert", {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
-    "deberta": ("DebertaV2", {}),  # of those that are padded
+    "deberta": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "deberta-conv": ("DebertaV2", {"conv_kernel_size": 3}),  # of those that are padded
 }
 
 
@@ -118,7 +119,7 @@ THEIRS: dict[str, Callable[[], list[nn.Module]]] = {
 def make_encoder(name: str, directory: Path) -> Path:
     kind, options = ENCODERS[name]
     tokenizer = make_tokenizer()
-    if name not in ("bert", "roberta", "deberta"):
+    if name not in ("bert", "roberta", "deberta", "deberta-conv"):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     config = getattr(transformers, f"{kind}Config")(
         **{**_SIZES, "vocab_size": len(tokenizer), **options}

@@ -256,6 +256,7 @@ def test_models_that_are_padded_run_in_int8_too(tmp_path: Path):
         intermediate_size=64,
         relative_attention=True,
         pos_att_type=["c2p", "p2c"],
+        conv_kernel_size=3,  # which packed execution does not know
         num_labels=1,
     )
     DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "deberta")

@@ -120,7 +120,7 @@ def test_sequences_of_modules(name: str, tmp_path: Path):
     ],
 )
 def test_encoders(encoder: str, mode: str, tmp_path: Path):
-    packed = encoder != "deberta"
+    packed = encoder != "deberta-conv"
     model = check_both_ways(make_peer(tmp_path, ettin(mode), encoder), tmp_path, packed=packed)
     if packed:
         check_gradients(model)

@@ -43,6 +43,7 @@ def make_deberta(directory: Path) -> Path:
         num_labels=1,
         relative_attention=True,
         pos_att_type=["c2p", "p2c"],
+        conv_kernel_size=3,  # which packed execution does not know
     )
     torch.manual_seed(0)
     DebertaV2ForSequenceClassification(config).save_pretrained(directory)

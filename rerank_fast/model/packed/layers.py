@@ -16,6 +16,7 @@ from rerank_fast.model.packed.architectures import PostNormLayer, PreNormLayer
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
 from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
+from rerank_fast.model.packed.relative import RelativeBatch, RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -63,6 +64,7 @@ class LayerBatch:
     rows: Tensor | None = (
         None  # int32: the numbers in the dropout of the tokens that go on; None: their places
     )
+    relative: RelativeBatch | None = None
 
 
 def run_layer(
@@ -106,8 +108,12 @@ class PostNormStep:
         self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.up, self.attention_out, *self.projections]
-        self.linears = linears
-        plain = all(one.has_weight and one.biases for one in linears)
+        terms = layer.relative
+        self.relative = (
+            None if terms is None else RelativeStep(terms, layer.num_heads, dtype, copies)
+        )
+        self.linears = linears + ([] if self.relative is None else self.relative.linears)
+        plain = all(one.has_weight and one.biases for one in linears) and terms is None
         self.trains = trains and plain and joins_product(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
@@ -131,8 +137,16 @@ class PostNormStep:
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
         dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
-        seeds = _seeds([_p(one) for one in dropouts])
-        return _layer_batch(batch, seeds, one_token=self.one_token)
+        relative = self.relative
+        shares = [_p(one) for one in dropouts]
+        *seeds, last = _seeds([*shares, 0.0 if relative is None else relative.dropout_p])
+        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        if relative is None:
+            return prepared
+        # Where the last token is read, it stands beside the last key without being told to.
+        of_first = self.one_token and not batch.reads_last
+        first_of = len(batch.lengths) if of_first else None
+        return replace(prepared, relative=relative.prepare(first_of, last))
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
@@ -147,7 +161,9 @@ class PostNormStep:
             queries_of = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
         projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
         query, key, value = self.heads_of(projected)
-        layer = self.layer
+        layer, relative = self.layer, None
+        if self.relative is not None and batch.relative is not None:
+            relative = self.relative(batch.relative)
         attended = varlen_attention(
             query,
             key,
@@ -158,6 +174,7 @@ class PostNormStep:
             dropout_p=_p(layer.attention_dropout),
             seed=batch.seeds[0],
             rows=batch.rows,
+            relative=relative,
             max_seqlens=batch.max_seqlens,
         )
         attention = (

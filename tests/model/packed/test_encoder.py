@@ -12,6 +12,8 @@ from transformers import (
     BertForSequenceClassification,
     CamembertConfig,
     CamembertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -20,6 +22,8 @@ from transformers import (
     LlamaForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
     Qwen3Config,
@@ -105,7 +109,37 @@ MODELS |= {
         Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=8, max_window_layers=1, **o)
     ),
 }
-WITHOUT_TYPES = ("distilbert", "modernbert", "llama", "qwen2", "qwen3")
+DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+DEBERTA_V3 = {
+    **DEBERTA,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+}
+
+
+def deberta(**options: object) -> DebertaV2ForSequenceClassification:
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**options))
+
+
+MODELS |= {
+    "deberta-v2": lambda **o: deberta(**DEBERTA, type_vocab_size=2, **o),
+    "deberta-v2-narrow": lambda **o: deberta(
+        **DEBERTA, position_buckets=16, embedding_size=24, max_relative_positions=40, **o
+    ),
+    "deberta-v3": lambda **o: deberta(**DEBERTA_V3, **o),
+    "deberta-v3-1-layer": lambda **o: deberta(**{**DEBERTA_V3, "num_hidden_layers": 1}, **o),
+    "deberta-c2p": lambda **o: deberta(**{**DEBERTA_V3, "pos_att_type": "c2p"}, **o),
+    "deberta-p2c": lambda **o: deberta(**{**DEBERTA, "pos_att_type": ["p2c"]}, **o),
+    "deberta-absolute": lambda **o: deberta(**SIZES, pos_att_type=["c2p"], pooler_dropout=0.2, **o),
+}
+MODELS |= {
+    "mpnet": lambda **o: MPNetForSequenceClassification(
+        MPNetConfig(**{**SIZES, "pad_token_id": 1}, **o)
+    ),
+}
+WITHOUT_TYPES = ("mpnet", "distilbert", "modernbert", "llama", "qwen2", "qwen3")
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
 
@@ -221,7 +255,9 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
         )
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "modernbert", "qwen3", "deberta-v3", "mpnet"]
+)
 def test_batches_of_one_and_of_a_single_token(name: str) -> None:
     model = make_model(name).eval()
     for lengths in ([1], [POSITIONS], [1, 1, 1]):
@@ -231,7 +267,7 @@ def test_batches_of_one_and_of_a_single_token(name: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["roberta", "qwen3"])
+@pytest.mark.parametrize("name", ["roberta", "qwen3", "mpnet"])
 def test_texts_that_spell_the_padding_token(name: str) -> None:
     """RoBERTa gives it the padding's position; a decoder's score is read from the last token that
     is not one.
@@ -337,7 +373,9 @@ def test_left_padding_of_the_padded_model_changes_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "modernbert", "qwen3", "deberta-v3", "mpnet"]
+)
 def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str) -> None:
     model = make_model(name).train()
     tokens, plan = make_tokens(LENGTHS), PLANS["several"]
@@ -355,7 +393,7 @@ def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str)
     recomputed, checkpointed = run(1, gradient_checkpointing=True)
     assert torch.equal(scores, recomputed)
     assert max(relative_errors(checkpointed, expected).values()) < 1e-6
-    if name in ("bert", "distilbert"):  # the others are made without dropout
+    if name in ("bert", "distilbert", "deberta-v3", "mpnet"):  # the others are made without dropout
         assert not torch.equal(run(2)[0], scores)
 
 
@@ -375,6 +413,9 @@ DROPOUTS = {
         ("roberta", "bert"),
         ("electra", "bert"),
         ("distilbert", "bert"),
+        ("deberta-v2", "bert"),
+        ("deberta-v3-1-layer", "bert"),
+        ("mpnet", "bert"),
         ("modernbert-last-layer-slides", "modernbert"),
         ("modernbert-mean", "modernbert"),
         ("qwen3-sliding", "llama"),
@@ -406,7 +447,9 @@ def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "electra", "modernbert-mean", "qwen3-sliding"])
+@pytest.mark.parametrize(
+    "name", ["bert", "electra", "modernbert-mean", "qwen3-sliding", "deberta-v3", "mpnet"]
+)
 def test_what_fills_a_micro_batch_up_gives_no_gradient(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +464,11 @@ def test_what_fills_a_micro_batch_up_gives_no_gradient(
         fill_up,
     ):
         monkeypatch.setattr("rerank_fast.model.packed.encoder.fill_up", fill)
-        model = make_model(name, **NO_DROPOUT) if name in ("bert", "electra") else make_model(name)
+        model = (
+            make_model(name, **NO_DROPOUT)
+            if name in ("bert", "electra", "deberta-v3")
+            else make_model(name)
+        )
         scores = packed_scores(model, tokens, plan, dtype=dtype)
         results.append((scores.detach(), gradients(model, scores, upstream)))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
@@ -456,7 +503,10 @@ def test_dropout_has_the_padded_models_mean_and_spread() -> None:
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "electra", "distilbert", "modernbert", "qwen3", "deberta-v2", "deberta-v3", "mpnet"],
+)
 def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None:
     """Scores and gradients of bf16 products, beside those of the padded model in the same
     precision.
@@ -600,7 +650,8 @@ def test_a_part_that_is_gone_is_named(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("DebertaV2", {"relative_attention": True}), ("MPNet", {})]
+    ("kind", "options"),
+    [("DebertaV2", {"conv_kernel_size": 3}), ("MPNet", {"relative_attention_num_buckets": 24})],
 )
 def test_models_that_are_not_known_are_padded(kind: str, options: dict) -> None:
     config = getattr(transformers, f"{kind}Config")(**SIZES, **options)

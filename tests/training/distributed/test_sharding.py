@@ -112,6 +112,7 @@ def deberta(still_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         intermediate_size=64,
         relative_attention=True,
+        conv_kernel_size=3,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=1,

@@ -18,6 +18,7 @@ from rerank_fast.model.packed.architectures.bert import (
     distilbert_reading,
     roberta_reading,
 )
+from rerank_fast.model.packed.architectures.deberta import deberta_body, deberta_reading
 from rerank_fast.model.packed.architectures.decoders import (
     CAUSAL_FAMILIES,
     decoder_body,
@@ -26,6 +27,7 @@ from rerank_fast.model.packed.architectures.decoders import (
 )
 from rerank_fast.model.packed.architectures.modernbert import modernbert_body, modernbert_reading
 from rerank_fast.model.packed.architectures.modular import modular_reading
+from rerank_fast.model.packed.architectures.mpnet import mpnet_body
 from rerank_fast.model.packed.architectures.views import (
     Architecture,
     Body,
@@ -50,13 +52,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-_BODIES: dict[str, Callable[[Any], Body | None]] = {
+_BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "BertModel": bert_body(pad_positions=False),
     "RobertaModel": bert_body(pad_positions=True),
     "XLMRobertaModel": bert_body(pad_positions=True),
     "CamembertModel": bert_body(pad_positions=True),
     "ElectraModel": bert_body(pad_positions=False),
     "DistilBertModel": distilbert_body,
+    "DebertaV2Model": deberta_body,
+    "MPNetModel": mpnet_body,
     "ModernBertModel": modernbert_body,
     "LlamaModel": decoder_body,
     "Qwen2Model": decoder_body,
@@ -70,6 +74,8 @@ _READINGS: dict[str, Callable[[Any], Reading | None]] = {
     "CamembertForSequenceClassification": roberta_reading,
     "ElectraForSequenceClassification": roberta_reading,
     "DistilBertForSequenceClassification": distilbert_reading,
+    "DebertaV2ForSequenceClassification": deberta_reading,
+    "MPNetForSequenceClassification": roberta_reading,
     "ModernBertForSequenceClassification": modernbert_reading,
     "LlamaForSequenceClassification": decoder_reading,
     "Qwen2ForSequenceClassification": decoder_reading,
@@ -133,7 +139,7 @@ def _reading(model: Any, answers: Answers | None) -> Reading | str | None:
 
 
 def _of_transformers(
-    model: Any, finders: Mapping[str, Callable[[Any], T | None]]
+    model: Any, finders: Mapping[str, Callable[[Any], T | str | None]]
 ) -> T | str | None:
     """What the finder for the model's class finds; remote code may look like BERT and do something
     else.
@@ -212,6 +218,8 @@ def _called(found: Architecture) -> Iterator[nn.Module]:
         parts = [layer.attention_out, layer.activation, layer.down]
         if isinstance(layer, PostNormLayer):
             parts += [layer.query, layer.key, layer.value, layer.up]
+            if layer.relative is not None:
+                parts += [layer.relative.key, layer.relative.query]
         else:
             parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
             parts += [layer.attention_out_dropout, layer.mlp_dropout]

@@ -93,6 +93,7 @@ _CLASSIFICATION_HEADS = [
         ("xlm_roberta", "XLMRoberta"),
         ("camembert", "Camembert"),
         ("electra", "Electra"),
+        ("mpnet", "MPNet"),
     )
 ]
 

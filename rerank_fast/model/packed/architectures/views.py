@@ -8,10 +8,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.modular.pooling import Pool
 from rerank_fast.model.packed.heads import Head
+
+
+@dataclass(frozen=True)
+class RelativeTerms:
+    """Terms of a layer's scores by the distance of query and key, as RelativePositions has them.
+
+    Where neither key nor query is there, the embeddings are the bias: (R, heads).
+    """
+
+    slots: Callable[[torch.device], Tensor]  # (2 * reach + 1,) int32 on the device
+    embeddings: nn.Embedding  # (R, H)
+    norm: nn.LayerNorm | None = None  # of the embeddings
+    dropout: nn.Dropout | None = None  # of the normed ones
+    key: nn.Module | None = None  # makes the keys that queries meet
+    query: nn.Module | None = None  # makes the queries that keys meet
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class PostNormLayer:
     down: nn.Module
     down_dropout: nn.Dropout | None
     output_norm: nn.LayerNorm
+    relative: RelativeTerms | None = None
 
 
 @dataclass(frozen=True)
