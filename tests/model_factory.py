@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -126,6 +128,25 @@ def make_tiny_roberta(directory: str | Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     return _save(RobertaForSequenceClassification(config), tokenizer, directory)
+
+
+def make_tiny_deberta(directory: str | Path, *, seed: int = 0, pooler_dropout: float = 0.0) -> Path:
+    """Save a 2-layer DeBERTa-v3 of width 32: positions are in the scores of attention alone."""
+    tokenizer = make_tokenizer()
+    config = DebertaV2Config(
+        **_shape(tokenizer),
+        max_position_embeddings=64,
+        num_labels=1,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        pooler_dropout=pooler_dropout,
+    )
+    torch.manual_seed(seed)
+    return _save(DebertaV2ForSequenceClassification(config), tokenizer, directory)
 
 
 def make_tiny_qwen3(

@@ -102,7 +102,8 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const Attention
         task.mask(shape, first + r, range, end, weight_row);
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
-        softmax_row_gradient(weight_row, slope_row, range.from, end, out_rows + r * width, grad_rows + r * width, width,
+        softmax_row_gradient(weight_row, slope_row, range.from, end,
+                             along_of(out_rows + r * width, grad_rows + r * width, width),
                              tensors.lse[head * shape.num_queries + token + r], dropout, drawn);
       }
       for (std::int64_t j = range.from; j < range.to; j += kRows) {

@@ -180,14 +180,18 @@ RERANK_FAST_INLINE float softmax_row(float* row, std::int64_t from, std::int64_t
   return empty ? kInfinity : top + __builtin_log2f(total);
 }
 
-// The weights of one query, dropped, in place of its scores [from, end), and the gradients of its scores in place of
-// those of its weights; kBeyond zeros after both. out and grad_out are its rows of `width` floats.
-RERANK_FAST_INLINE void softmax_row_gradient(float* weight_row, float* slope_row, std::int64_t from, std::int64_t end,
-                                             const float* out, const float* grad_out, std::int64_t width,
-                                             float log_sum, const Dropout& dropout, std::uint32_t drawn) {
-  Vector products = {};  // sum of out * grad_out: what the softmax takes off
+// The sum of out * grad_out of one query, rows of `width` floats: what the softmax takes off its scores' gradients.
+RERANK_FAST_INLINE float along_of(const float* out, const float* grad_out, std::int64_t width) {
+  Vector products = {};
   for (std::int64_t e = 0; e < width; e += kLanes) products += load(out + e) * load(grad_out + e);
-  const float along = sum<float>(products);
+  return sum<float>(products);
+}
+
+// The weights of one query, dropped, in place of its scores [from, end), and the gradients of its scores in place of
+// those of its weights; kBeyond zeros after both.
+RERANK_FAST_INLINE void softmax_row_gradient(float* weight_row, float* slope_row, std::int64_t from, std::int64_t end,
+                                             float along, float log_sum, const Dropout& dropout,
+                                             std::uint32_t drawn) {
   for (std::int64_t j = from; j < end; j += kLanes) {
     const Vector weight = exp2_below(load(weight_row + j) - log_sum);
     Vector upstream = load(slope_row + j), dropped = weight;

@@ -194,6 +194,19 @@ RERANK_FAST_INLINE void mask_row(const Sizes& task, float* row) {
   for (std::int64_t j = task.num_k; j < whole(task.num_k, kLanes); ++j) row[j] = -kInfinity;
 }
 
+// along_of from a query's scores and its weights' gradients. An out that was rounded to bf16 would be off by more than
+// what is left of the gradients of scores, and of tables, where all keys weigh nearly the same.
+RERANK_FAST_INLINE float along_row(const float* scores, const float* slopes, std::int64_t end, float log_sum,
+                                   const Dropout& dropout, std::uint32_t drawn) {
+  Vector products = {};
+  for (std::int64_t j = 0; j < end; j += kLanes) {
+    Vector weight = exp2_below(load(scores + j) - log_sum);
+    if (dropout.threshold != 0) weight *= dropout_factors(dropout, drawn, j);
+    products += weight * load(slopes + j);
+  }
+  return sum<float>(products);
+}
+
 template <bool kBf16>
 RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const RelativeTerms& terms,
                                    const AttentionForward& tensors, std::int64_t index, std::int64_t head) {
@@ -372,10 +385,12 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const RelativeT
         mask_row(task, weights + r * stride);
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
-        softmax_row_gradient(weights + r * stride, slopes + r * stride, 0, end, out_rows + r * width,
-                             grad_rows + r * width, width, tensors.lse[head * shape.num_queries + token + r], dropout,
-                             drawn);
-        fill(slopes + r * stride + task.num_k, end - task.num_k, 0.0f);  // not 0 times NaN
+        float *const weight_row = weights + r * stride, *const slope_row = slopes + r * stride;
+        const float log_sum = tensors.lse[head * shape.num_queries + token + r];
+        const float along = kBf16 ? along_row(weight_row, slope_row, end, log_sum, dropout, drawn)
+                                  : along_of(out_rows + r * width, grad_rows + r * width, width);
+        softmax_row_gradient(weight_row, slope_row, 0, end, along, log_sum, dropout, drawn);
+        fill(slope_row + task.num_k, end - task.num_k, 0.0f);  // not 0 times NaN
       }
       for (std::int64_t r = count; r < larger(padded, whole(count, 4)); ++r) fill(slopes + r * stride, stride, 0.0f);
       for (std::int64_t j = 0; j < task.num_k; j += kRows) {

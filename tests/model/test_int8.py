@@ -186,7 +186,11 @@ def test_what_the_op_refuses():
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"]
+    "name",
+    [
+        *("bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"),
+        *("deberta-v2", "deberta-v3"),
+    ],
 )
 def test_packed_models_in_int8(name: str):
     """Every layer's products in int8, joined or not, are those of the padded model whose layers are

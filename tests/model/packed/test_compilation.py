@@ -138,6 +138,15 @@ def test_modernberts_kinds_of_layers_in_bf16(new_graphs: Callable[[], int]):
     assert new_graphs() == 4
 
 
+def test_debertas_relative_positions(new_graphs: Callable[[], int]):
+    """The dropout of their embeddings is drawn on the host, before what is traced."""
+    new_graphs()
+    model = make_model("deberta-v3", **DROPOUT).train()
+    expected = two_steps(model, dtype=torch.float32)
+    assert_the_same(two_steps(model, dtype=torch.float32, compiler="aot_eager"), expected)
+    assert new_graphs() == 2
+
+
 def test_inductor_gives_the_eager_numbers(bert: torch.nn.Module, new_graphs: Callable[[], int]):
     new_graphs()
     expected = two_steps(bert, dtype=torch.float32)

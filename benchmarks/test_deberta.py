@@ -1,0 +1,67 @@
+"""DeBERTa-v3-base in shape, with random weights, beside sentence-transformers.
+
+12 layers of width 768, 12 heads, 256 position buckets. The vocabulary is MiniLM's, whose tokenizer
+is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder as PeerCrossEncoder
+from transformers import AutoTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
+
+from benchmarks.test_predict import BATCH, describe, make_pairs
+from benchmarks.workload import encoder, make_steps, marco_like_lists
+from rerank_fast import CrossEncoder
+
+
+def make_deberta(directory: Path, *, max_length: int = 256) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(encoder(), model_max_length=max_length)
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        max_position_embeddings=512,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    DebertaV2ForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.slow
+def test_step(compare: Callable, tmp_path: Path) -> None:
+    model = make_deberta(tmp_path / "model")
+    out = str(tmp_path / "out")
+    steps = make_steps(marco_like_lists(6), out, mini_batch_size=16, model=model)
+    name = f"step deberta-v3-base, {steps.describe}, peer 16 a forward"
+    compare(name, steps.ours, steps.peer, rounds=3)
+
+
+@pytest.mark.slow
+def test_predict(compare: Callable, tmp_path: Path) -> None:
+    directory, pairs = make_deberta(tmp_path / "model"), make_pairs(100)
+    model, peer = CrossEncoder(directory, device="cpu"), PeerCrossEncoder(directory, device="cpu")
+    few = pairs[:20]
+    np.testing.assert_allclose(model.predict(few), peer.predict(few), rtol=1e-4, atol=1e-4)
+    compare(
+        f"predict deberta-v3-base fp32, {describe(model, pairs)}",
+        lambda: model.predict(pairs),
+        lambda: peer.predict(pairs, batch_size=BATCH),
+        rounds=3,
+    )
