@@ -215,8 +215,11 @@ def _unserved(
             else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
         )
     if backend == "triton":
-        served = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= 256
-        return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {_what(q)}"
+        widest = 128 if has_relative else 256
+        if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
+            return ""
+        of_what = f"{widest} with relative positions" if has_relative else widest
+        return f"takes fp16, bf16 or fp32 of head size up to {of_what}, got {_what(q)}"
     if backend == "flash":
         if not q.is_cuda or torch.version.hip is not None:
             return f"takes tensors on an NVIDIA GPU, got {_what(q)}"

@@ -57,6 +57,7 @@ def _layer(layer: Any, terms: RelativeTerms) -> PostNormLayer:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: a step with gradients must be able to save it
 def _slots(bucket: Any, device: torch.device) -> Tensor:
     """The row of the bias for every distance of a query and a key, int32, as the model counts: the
     key's place less the query's.
