@@ -12,6 +12,8 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -147,6 +149,17 @@ def make_tiny_deberta(directory: str | Path, *, seed: int = 0, pooler_dropout: f
     )
     torch.manual_seed(seed)
     return _save(DebertaV2ForSequenceClassification(config), tokenizer, directory)
+
+
+def make_tiny_mpnet(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a 2-layer MPNet of width 32: its 64 positions begin at pad + 1, and all layers add one
+    bias.
+    """
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = MPNetConfig(**_shape(tokenizer), max_position_embeddings=66, num_labels=1)
+    torch.manual_seed(seed)
+    return _save(MPNetForSequenceClassification(config), tokenizer, directory)
 
 
 def make_tiny_qwen3(

@@ -27,7 +27,7 @@ from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.eval_mode import EvalMode
 from rerank_fast.model.modular.reranker import ModularReranker
-from rerank_fast.model.packed.architectures import find_answer_head
+from rerank_fast.model.packed.architectures import find_answer_head, reason_to_pad
 from rerank_fast.model.packed.compilation import Compiler, check_compiler
 from rerank_fast.model.padded import padded, padded_scores
 from rerank_fast.model.precision.hardware import arithmetic, name_of
@@ -239,7 +239,11 @@ class CrossEncoder(nn.Module):
     ) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
         inner: Any = self.model
-        if hasattr(
+        if not getattr(inner, "supports_gradient_checkpointing", True) and not reason_to_pad(
+            inner, self.answers
+        ):
+            inner.gradient_checkpointing = True  # packed layers need nothing of transformers for it
+        elif hasattr(
             inner, "activation_checkpointing_enable"
         ):  # transformers' newer name; the older one warns
             inner.activation_checkpointing_enable(gradient_checkpointing_kwargs)

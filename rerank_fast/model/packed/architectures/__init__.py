@@ -30,6 +30,7 @@ from rerank_fast.model.packed.architectures.eurobert import eurobert_body, eurob
 from rerank_fast.model.packed.architectures.gemma import gemma2_body, gemma3_body, gemma_body
 from rerank_fast.model.packed.architectures.modernbert import modernbert_body, modernbert_reading
 from rerank_fast.model.packed.architectures.modular import modular_reading
+from rerank_fast.model.packed.architectures.mpnet import mpnet_body
 from rerank_fast.model.packed.architectures.roberta_kin import (
     roberta_prelayernorm_body,
     xmod_body,
@@ -68,6 +69,7 @@ _BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "ElectraModel": bert_body(pad_positions=False),
     "DistilBertModel": distilbert_body,
     "DebertaV2Model": deberta_body,
+    "MPNetModel": mpnet_body,
     "ModernBertModel": modernbert_body,
     "Data2VecTextModel": bert_body(pad_positions=True),
     "XmodModel": xmod_body,
@@ -93,6 +95,7 @@ _READINGS: dict[str, Callable[[Any], Reading | str | None]] = {
     "ElectraForSequenceClassification": roberta_reading,
     "DistilBertForSequenceClassification": distilbert_reading,
     "DebertaV2ForSequenceClassification": deberta_reading,
+    "MPNetForSequenceClassification": roberta_reading,
     "ModernBertForSequenceClassification": modernbert_reading,
     "Data2VecTextForSequenceClassification": roberta_reading,
     "XmodForSequenceClassification": roberta_reading,

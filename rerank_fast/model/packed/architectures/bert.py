@@ -103,6 +103,7 @@ _CLASSIFICATION_HEADS = [
         ("xmod.modeling_xmod", "Xmod"),
         ("roberta_prelayernorm.modeling_roberta_prelayernorm", "RobertaPreLayerNorm"),
         ("jina_embeddings_v3.modeling_jina_embeddings_v3", "JinaEmbeddingsV3"),
+        ("mpnet.modeling_mpnet", "MPNet"),
     )
 ]
 
