@@ -72,6 +72,8 @@ def approx_ranks_kernel(
 
 def _launch(scores: Tensor, grad_ranks: Tensor | None, offsets: Tensor, alpha: float) -> Tensor:
     guard.require_gpu(scores)
+    if offsets.is_cpu:
+        ragged.check_offsets(offsets, scores.shape[0])
     out = torch.empty_like(scores)
     n = scores.shape[0]
     if n:

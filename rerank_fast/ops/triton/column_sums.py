@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton.variant import Variant
 
 LAUNCH: dict[str, Any] = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "enable_fp_fusion": True}
@@ -58,7 +58,7 @@ def column_sums_kernel(
         _sum_columns(c, c_rows, c_width, block - b_blocks, out + a_width + b_width, ROWS, COLUMNS)
 
 
-@launcher()
+@declare("column_sums")
 def column_sums(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
     """The sums over the rows of contiguous fp32 matrices, one after the other."""
     matrices = (a, b, c)

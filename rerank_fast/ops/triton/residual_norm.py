@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import autotune, dropout, guard
-from rerank_fast.ops.triton.launcher import launcher
 from rerank_fast.ops.triton.variant import Variant
 
 MAX_WIDTH = 4096
@@ -225,7 +225,7 @@ def programs(num_rows: int) -> int:
     return triton.cdiv(num_rows, ROWS)
 
 
-@launcher(mutates=("sums",))
+@declare("residual_norm_grads", mutates=("sums",))
 def residual_norm_grads(
     x: Tensor,
     residual: Tensor,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton.variant import Variant
 
 TOKENS = 8  # a program
@@ -173,7 +173,7 @@ def _store_sums(sums, left, right, first, there, HEAD_SIZE: tl.constexpr, HALF: 
     tl.store(own + HEAD_SIZE // 2, right, mask=there)
 
 
-@launcher(mutates=("out",))
+@declare("rotary", mutates=("out",))
 def rotary(
     x: Tensor,
     out: Tensor,
@@ -205,7 +205,7 @@ def rotary(
             )
 
 
-@launcher(mutates=("grad",))
+@declare("rotary_grad", mutates=("grad",))
 def rotary_grad(
     grad: Tensor,
     x: Tensor | None,

@@ -275,6 +275,7 @@ def backward(
     dense_weight: Tensor,
     dense_bias: Tensor | None,
     out_weight: Tensor,
+    kept_dense: Tensor,  # empty: it is computed again
     wants: list[bool],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

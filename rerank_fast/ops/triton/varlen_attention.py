@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops import ragged
 from rerank_fast.ops.triton import autotune, dropout, guard
 from rerank_fast.ops.triton.variant import Variant
 
@@ -362,6 +363,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     guard.require_gpu(q)
+    if q.is_cpu:
+        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures.views import Body, HeadParts, PostNormLayer, Reading
 from rerank_fast.model.packed.heads import DenseHead
-from rerank_fast.ops.score_head import Activation
+from rerank_fast.ops.choices import Activation
 
 
 def bert_body(*, pad_positions: bool) -> Callable[[Any], Body | None]:
