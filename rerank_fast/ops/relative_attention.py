@@ -16,27 +16,6 @@ from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
 
-
-def _triton() -> tuple[Callable[..., Any], ...]:
-    from rerank_fast.ops.triton import relative_attention, relative_attention_backward
-
-    return relative_attention.forward, relative_attention_backward.backward
-
-
-# Which of them serves, varlen_attention decides.
-_BACKENDS = Backends(
-    "varlen_attention with relative positions",
-    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
-    cpu=Served(
-        lambda: (
-            cpu_relative.relative_attention_forward,
-            cpu_relative.relative_attention_backward,
-        )
-    ),
-    triton=Served(_triton),
-)
-
-
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
@@ -61,6 +40,26 @@ def _fake_backward(
     tables = (q.new_empty(0 if one is None else one.shape) for one in (keys, queries))
     d_bias = lse.new_empty(0 if bias is None else bias.shape)
     return (*(one.new_empty(one.shape) for one in (q, k, v)), *tables, d_bias)
+
+
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import relative_attention, relative_attention_backward
+
+    return relative_attention.forward, relative_attention_backward.backward
+
+
+# Which one runs is varlen_attention's choice.
+_BACKENDS = Backends(
+    "relative_attention",
+    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
+    cpu=Served(
+        lambda: (
+            cpu_relative.relative_attention_forward,
+            cpu_relative.relative_attention_backward,
+        )
+    ),
+    triton=Served(_triton),
+)
 
 
 @declare("relative_attention", fake=_fake_forward)
@@ -89,7 +88,6 @@ def _forward(
     return forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
 
 
-# A gradient of what is None has no element.
 @declare("relative_attention_backward", fake=_fake_backward)
 def _backward(
     q: Tensor,
@@ -111,14 +109,16 @@ def _backward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A gradient of what is None has no element."""
     _, backward = _BACKENDS[backend]
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     found = backward(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative)
-    dq, dk, dv, *tables = (q.new_empty(0) if one is None else one for one in found)
-    return dq, dk, dv, tables[0], tables[1], tables[2]
+    return tuple(q.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
+
+
 
 
 def _laid_out(
@@ -183,7 +183,9 @@ class RelativeAttention(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *places = ctx.saved_tensors
-        dq, dk, dv, *tables = _backward(q, k, v, out, lse, grad_out, *places, *ctx.options)
+        dq, dk, dv, *tables = _backward(
+            q, k, v, out, lse, grad_out, *places, *ctx.options
+        )
         tables = [
             None if own is None else grad for own, grad in zip(places[4:7], tables, strict=True)
         ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
 
@@ -283,7 +284,7 @@ def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     out = x.new_empty(num_segments, width)
     if out.numel() and not x.is_meta:
         with torch.cuda.device_of(x):
-            segment_sums_kernel[(num_segments, triton.cdiv(width, SEGMENTS["COLUMNS"]))](
+            segment_sums_kernel[(num_segments, cdiv(width, SEGMENTS["COLUMNS"]))](
                 x, order, starts, out, width, **SEGMENTS
             )
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton.gelu import gelu
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
 ACTIVATIONS = ("gelu", "silu")
@@ -71,7 +72,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
         with torch.cuda.device_of(out):
-            gated_kernel[(len(out), triton.cdiv(width, LAUNCH["COLUMNS"]))](
+            gated_kernel[(len(out), cdiv(width, LAUNCH["COLUMNS"]))](
                 gate_up, out, width, ACTIVATION=activation, **LAUNCH
             )
     return out
@@ -84,7 +85,7 @@ def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
     if grad.numel() and not grad.is_meta:
         width = grad.shape[1]
         with torch.cuda.device_of(grad):
-            gated_grad_kernel[(len(grad), triton.cdiv(width, LAUNCH["COLUMNS"]))](
+            gated_grad_kernel[(len(grad), cdiv(width, LAUNCH["COLUMNS"]))](
                 gate_up, grad, result, width, ACTIVATION=activation, **LAUNCH
             )
     return result

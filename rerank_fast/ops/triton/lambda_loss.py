@@ -24,6 +24,7 @@ from torch import Tensor
 from rerank_fast.ops import ragged
 from rerank_fast.ops.choices import Scheme
 from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 from rerank_fast.ops.triton.variant import Variant
@@ -201,8 +202,8 @@ def forward(
     launch = launch_config(compute_dtype == torch.float64)
     longest = SMALL_BATCH if n <= SMALL_BATCH else SHORT_LIST
     ordered = n > longest
-    num_blocks = triton.cdiv(n, launch["BLOCK"])
-    stride = triton.cdiv(n, 64) * 64  # rows aligned whatever n: one compiled kernel
+    num_blocks = cdiv(n, launch["BLOCK"])
+    stride = cdiv(n, 64) * 64  # rows aligned whatever n: one compiled kernel
     device = scores.device
     slots = torch.empty((5, stride), dtype=compute_dtype, device=device)
     ranks = torch.empty(stride, dtype=torch.int32, device=device)
@@ -262,7 +263,7 @@ def forward(
             )
         else:
             over_pairs = reduction == "pairs"
-            grid = (triton.cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
+            grid = (cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
             mean_kernel[grid](
                 loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH
             )
@@ -281,7 +282,7 @@ def backward(
     grad_scores = torch.empty(n, dtype=dtype, device=grad.device)
     if n:
         with torch.cuda.device_of(grad):
-            backward_kernel[(triton.cdiv(n, FINISH["BLOCK"]),)](
+            backward_kernel[(cdiv(n, FINISH["BLOCK"]),)](
                 grad,
                 grad_loss,
                 offsets,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rerank_fast.ops.choices import Activation
 from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
 # Of the dropout after the activation, and of the one before the dense layer.
@@ -260,7 +261,7 @@ def forward(
         kernel, rest = autotune.choose(forward_kernel, launch, AROUND, CASE)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(hidden):
-            kernel[(triton.cdiv(n, launch["ROWS"]),)](
+            kernel[(cdiv(n, launch["ROWS"]),)](
                 hidden,
                 hidden.stride(0),
                 hidden.shape[0],

@@ -329,7 +329,7 @@ def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     """
     made = []
     for tensor, part, block, count in ((q, "queries", "BLOCK_M", 1), (k, "keys", "BLOCK_N", 2)):
-        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]  # type: ignore[arg-type]
+        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]
         programs, width = (
             tensor.shape[0] // rows + num_sequences,
             count * tensor.shape[1] * tensor.shape[2],

@@ -65,10 +65,11 @@ def _receive(tensors: list[Tensor], message: Message) -> None:
     torch._foreach_copy_(tensors, message.wait())
 
 
-def messages(tensors: Sequence[Tensor], most: int = _MESSAGE) -> list[slice]:
+def messages(tensors: Sequence[Tensor], most: int | None = None) -> list[slice]:
     """Where tensors are cut into messages: of one tensor, or as many as stay below a number of
     elements.
     """
+    most = _MESSAGE if most is None else most
     parts, start, size = [], 0, 0
     for end, tensor in enumerate(tensors):
         if end > start and size + tensor.numel() > most:
