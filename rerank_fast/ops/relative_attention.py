@@ -16,6 +16,7 @@ from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
 
+
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
@@ -119,8 +120,6 @@ def _backward(
     return tuple(q.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
 
-
-
 def _laid_out(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -183,9 +182,7 @@ class RelativeAttention(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *places = ctx.saved_tensors
-        dq, dk, dv, *tables = _backward(
-            q, k, v, out, lse, grad_out, *places, *ctx.options
-        )
+        dq, dk, dv, *tables = _backward(q, k, v, out, lse, grad_out, *places, *ctx.options)
         tables = [
             None if own is None else grad for own, grad in zip(places[4:7], tables, strict=True)
         ]

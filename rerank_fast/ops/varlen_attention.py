@@ -40,9 +40,20 @@ def _cpu_refusal(q: Tensor, *library_call: Any) -> str:
     )
 
 
-def _triton_refusal(q: Tensor, *library_call: Any) -> str:
-    served = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= 256
-    return "" if served else f"takes fp16, bf16 or fp32 of head size up to 256, got {_what(q)}"
+def _triton_refusal(
+    q: Tensor,
+    k: Tensor | None = None,
+    scale: float = 1.0,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    max_seqlens: tuple[int, int] | None = None,
+    has_relative: bool = False,
+) -> str:
+    widest = 128 if has_relative else 256
+    if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
+        return ""
+    of_what = f"{widest} with relative positions" if has_relative else widest
+    return f"takes fp16, bf16 or fp32 of head size up to {of_what}, got {_what(q)}"
 
 
 def _flash_refusal(
