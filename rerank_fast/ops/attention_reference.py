@@ -115,8 +115,8 @@ def backward(
     relative: RelativePositions | None = None,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v as written, into those tensors where they are given; with relative
-    positions also those of their keys, queries and bias, None for what they have not.
+    """The gradients of q, k and v as written, into those tensors where they are given; with
+    relative positions also those of their keys, queries and bias, None for what they have not.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
