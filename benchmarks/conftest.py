@@ -1,76 +1,77 @@
-"""Interleaved timing of the package and its peer, and the table at the end of a run."""
+"""Fixtures that time the package beside its peers, and the table at the end of a run."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.results import Row, Run
+from benchmarks.timing import Call, Interleaved
 from benchmarks.tools.gpu_parts.timing import device_seconds
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-@dataclass
-class Row:
-    case: str
-    peer: float  # median seconds, or bytes
-    ours: float
-    unit: str = "ms"  # what the table shows: ms or MiB
-
 
 _ROWS: list[Row] = []
 
 
 @pytest.fixture
-def compare(benchmark) -> Callable[..., Row]:
-    """compare(case, ours, peer, rounds, repeats): times both alternately, hands ours to
-    pytest-benchmark, notes the ratio.
+def note(request) -> Callable[..., Row]:
+    """note(case, ours, peer, unit=, remark=): a row of the table that has the benchmark's name."""
+    file = Path(request.node.path)
+    table = f"{file.parent.name}/{file.stem.removeprefix('test_')}"
 
-    One after the other in every round, so that whatever else slows the machine slows both alike.
-    Each is called `repeats` times in a row and its mean taken: a call of some microseconds is not
-    timed by how cold the other one left the caches.
+    def write(case: str, ours: float, peer: float | None, unit: str = "s", remark: str = "") -> Row:
+        row = Row(table, case, peer, ours, unit, remark)
+        _ROWS.append(row)
+        return row
+
+    return write
+
+
+@pytest.fixture
+def interleaved(benchmark) -> Callable[..., dict[str, float]]:
+    """interleaved(calls, rounds=, repeats=, warm_up=): median seconds of each call, by name.
+
+    The first call's are handed to pytest-benchmark. warm_up: small calls in place of long ones.
     """
 
     def run(
-        case: str,
-        ours: Callable[[], object],
-        peer: Callable[[], object],
+        calls: Mapping[str, Call],
         *,
         rounds: int,
         repeats: int = 1,
-    ) -> Row:
-        ours(), peer()  # compilation, caches, first allocations
-        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-        times: dict[str, list[float]] = {"peer": [], "ours": []}
-
-        def timed(name: str, function: Callable[[], object]) -> None:
-            started = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            synchronize()
-            times[name].append((time.perf_counter() - started) / repeats)
-
+        warm_up: Mapping[str, Call] | None = None,
+    ) -> dict[str, float]:
+        timed = Interleaved(calls, repeats)
+        timed.warm_up(warm_up)
+        first, *others = calls
         benchmark.pedantic(
-            lambda: timed("ours", ours),
-            setup=lambda: timed("peer", peer),
+            timed.time,
+            args=(first,),
+            setup=lambda: [timed.time(name) for name in others] and None,
             rounds=rounds,
             iterations=1,
         )
-        row = Row(case, statistics.median(times["peer"]), statistics.median(times["ours"]))
-        benchmark.extra_info.update(peer_median_seconds=row.peer, ratio=row.peer / row.ours)
-        _ROWS.append(row)
-        return row
+        medians = timed.medians()
+        benchmark.extra_info.update(median_seconds=medians)
+        return medians
+
+    return run
+
+
+@pytest.fixture
+def compare(interleaved, note) -> Callable[..., Row]:
+    """compare(case, ours, peer, rounds=, repeats=): a row of two calls' medians."""
+
+    def run(case: str, ours: Call, peer: Call, *, rounds: int, repeats: int = 1) -> Row:
+        medians = interleaved({"ours": ours, "peer": peer}, rounds=rounds, repeats=repeats)
+        return note(case, medians["ours"], medians["peer"])
 
     return run
 
@@ -140,16 +141,12 @@ def _write_gpu_rows(write_line: Callable[[str], None]) -> None:
         )
 
 
-@pytest.fixture
-def compare_memory() -> Callable[[str, int, int], None]:
-    """compare_memory(case, ours, peer): bytes, for the same table."""
-    return lambda case, ours, peer: _ROWS.append(Row(case, peer, ours, "MiB"))
-
-
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        "--rows", help="a JSON file that the table's rows are written to; see benchmarks/tables.py"
+        "--rows", type=Path, help="a JSON file of the run, for python -m benchmarks report --add"
     )
+    parser.addoption("--reranker", help="directory of a reranker whose NDCG@10 is measured")
+    parser.addoption("--lists", help="the lists that it is measured on")
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -170,27 +167,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         _write_gpu_rows(terminalreporter.write_line)
     if not _ROWS:
         return
-    import sentence_transformers
-
-    from rerank_fast.ops import cpu
-
-    if path := terminalreporter.config.option.rows:
-        Path(path).write_text(
-            json.dumps([dataclasses.asdict(row) for row in _ROWS]), encoding="utf-8"
-        )
-    device = f"{platform.machine()}, {cpu.instruction_set() if cpu.available() else 'no kernels'}"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    options = terminalreporter.config
+    arguments = [one for one in options.invocation_params.args if not one.startswith("--rows")]
+    run = Run.here(shlex.join(["pytest", *arguments]), _ROWS)
+    if options.option.rows:
+        run.write(options.option.rows)
     terminalreporter.section("beside sentence-transformers, medians of interleaved runs")
-    terminalreporter.write_line(
-        f"{time.strftime('%Y-%m-%d')}, {device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, "
-        f"sentence-transformers {sentence_transformers.__version__}"
-    )
-    terminalreporter.write_line(f"{'case':<66} {'peer':>10} {'ours':>10}     {'ratio':>8}")
-    for row in _ROWS:
-        ratio = f"{row.peer / row.ours:>7.1f}x"
-        peer, ours = (x * 1e3 if row.unit == "ms" else x / 2**20 for x in (row.peer, row.ours))
-        terminalreporter.write_line(
-            f"{row.case:<66} {peer:>10.2f} {ours:>10.2f} {row.unit:<3} {ratio}"
-        )
+    where = f" on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    terminalreporter.write_line(run.describe() + where)
+    for line in run.table():
+        terminalreporter.write_line(line)

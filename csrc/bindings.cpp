@@ -86,7 +86,7 @@ bool run_approx_ranks_backward(double alpha, Address scores, Address grad_ranks,
   return true;
 }
 
-// For benchmarks/test_lambda_loss.py: the arithmetic of num_lists * rows * columns pairs, lists over threads.
+// For benchmarks/ops/test_lambda_loss.py: the arithmetic of num_lists * rows * columns pairs, lists over threads.
 double lambda_loss_pair_floor(std::int64_t num_lists, std::int64_t rows, std::int64_t columns, Address score,
                               Address exponential, Address reciprocal, Address weight, Address column_pull,
                               Address row_pull, Address loss, int num_threads) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ _QUERY = "Return True if the path refers to an existing file"
 _DOCUMENTS = [
     "set clear: Removes every element from the set and leaves it empty.",
     "path exists: The test follows symbolic links, so a broken link gives False. Needs no "
-    "permission "
-    "on the file itself.",
+    "permission on the file itself.",
     "softmax: Computes the softmax over the last dimension of the input tensor.",
     "create connection: Opens a network connection to the host and returns a socket object.",
 ]
@@ -85,6 +85,7 @@ def run_demo(
         seed=seed,
         eval_steps=10**9,
         save_steps=10**9,
+        show_progress_bar=sys.stderr.isatty(),
     )
     check_output(directory, resume=config.resume, overwrite=config.overwrite)
     print("Building a ranking task from installed documentation ...", flush=True)

@@ -191,9 +191,8 @@ def _check_output(source: Path, output: Path) -> None:
 
 def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool) -> None:
     note = parts / "run.json"
-    merged = (
-        output.exists() and note.exists()
-    )  # killed after the output was there: it is made again of its parts
+    # Killed after the output was there: it is made again of its parts.
+    merged = output.exists() and note.exists()
     if output.exists() and not merged and not overwrite:
         raise ValueError(
             f"{output} already exists; pass overwrite=True (--overwrite) to replace it"
@@ -211,8 +210,7 @@ def _prepare(output: Path, parts: Path, run_id: dict[str, Any], overwrite: bool)
         if changed and not overwrite:
             raise ValueError(
                 f"{parts} holds parts of a run with another {', '.join(changed)}; repeat that run "
-                "to go on, or "
-                "pass overwrite=True (--overwrite) to drop them"
+                "to go on, or pass overwrite=True (--overwrite) to drop them"
             )
         shutil.rmtree(parts)
     with writing(parts):
@@ -285,8 +283,7 @@ def _whole(part: Path, num_parts: int) -> Iterator[None]:
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{part}, one of {num_parts} parts, is missing or damaged: {one_line(error)}; remove "
-            "it where "
-            "it is there, and start again: the other parts stay"
+            "it where it is there, and start again: the other parts stay"
         ) from error
 
 

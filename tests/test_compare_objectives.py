@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import compare_objectives as comparison
-from benchmarks import onnx_teacher
+from benchmarks.steps import compare_objectives as comparison
+from benchmarks.tools import onnx_teacher
 from rerank_fast.objectives import NAMES
 from tests.model_factory import make_tiny_bert
 

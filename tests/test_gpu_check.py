@@ -22,8 +22,6 @@ from benchmarks.tools import gpu_check
 from benchmarks.tools.gpu_parts import sanitizer, syncs, timing
 from benchmarks.tools.gpu_parts.results import Results
 
-_SCRIPT = Path(gpu_check.__file__)
-
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -31,7 +29,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     pytest.importorskip("triton")
     pytest.importorskip("sentence_transformers")
     output = tmp_path_factory.mktemp("gpu_check") / "new"
-    command = [sys.executable, str(_SCRIPT), "--dry-run", "--output", str(output)]
+    command = [sys.executable, "-m", gpu_check.__name__, "--dry_run", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     logs = "\n".join(file.read_text()[-2000:] for file in output.glob("*.log"))
@@ -127,7 +125,7 @@ def _is_gone(pid: int) -> bool:
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         gpu_check.main(["--output", str(tmp_path / "new")])
-    assert "there is no GPU that torch can use; --dry-run" in capsys.readouterr().err
+    assert "there is no GPU that torch can use; --dry_run" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -374,7 +374,6 @@ def test_the_command_counts_what_it_truncated_once(directory: Path, tmp_path: Pa
     assert main(command(directory, source, tmp_path / "scores.parquet", "--dtype", "int8")) == 0
     assert [record.message for record in caplog.records if "truncated" in record.message] == [
         "2 of 5 pairs are longer than max_length=64 tokens and were truncated; this is said once, "
-        "and the "
-        "model's truncated_pairs counts on."
+        "and the model's truncated_pairs counts on."
     ]
     assert main(command(directory, tmp_path / "none.jsonl", tmp_path / "other.parquet")) == 2

@@ -1,7 +1,7 @@
 """Everything there is to know of this package on a GPU, in one command and a few minutes.
 
-    python benchmarks/tools/gpu_check.py --output DIR
-    python benchmarks/tools/gpu_check.py --output DIR --dry-run     # small, without a GPU
+    python -m benchmarks.tools.gpu_check --output DIR
+    python -m benchmarks.tools.gpu_check --output DIR --dry_run     # small, without a GPU
 
 Each part is a process of its own that ends at its time limit, and writes DIR/<part>.json as it
 goes: what was measured, what the model of a GPU's step (gpu_model.py) says of the same, and what
@@ -12,21 +12,17 @@ module may be absent. DIR/summary.md has all rows; a table of it is printed last
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, it checks the tree it is in
+from benchmarks.arguments import make_parser
 
 # By what is needed first; seconds that each may take, and eight minutes together.
 PARTS = {
@@ -151,15 +147,12 @@ def _short(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument("--output", type=Path, required=True, help="directory of what is found")
-    parser.add_argument("--dry-run", action="store_true", help="all parts small, without a GPU")
+    parser.add_argument("--dry_run", action="store_true", help="all parts small, without a GPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
     options = parser.parse_args(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -170,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             parser.error(
-                "there is no GPU that torch can use; --dry-run runs all parts small without one"
+                "there is no GPU that torch can use; --dry_run runs all parts small without one"
             )
     options.output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * options.minutes

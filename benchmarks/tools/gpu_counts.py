@@ -152,10 +152,11 @@ TRITON |= {
 _BEGINS = {"lambda_loss": "loss"}  # a phase of its own
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "_foreach_copy_", "bernoulli_", "normal_", "uniform_"}
 _GATHERS = {"embedding", "index_select", "index", "gather"}
+# How often each row that the index names is read or written.
 _SCATTERS = {
     "index_copy_": 1,
     "index_add_": 2,
-}  # how often each row that the index names is read or written
+}
 # torch's multi_tensor_apply: the most tensors of a launch by the lists it takes, its most blocks,
 # and their elements.
 _MOST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -268,9 +269,8 @@ class DeviceCounts(TorchDispatchMode):
                 for one in args
                 if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)
             ]
-            depth = min(
-                max(len(lists), 1), 4
-            )  # the steps that a fused optimizer counts are no list of its kernel
+            # The steps that a fused optimizer counts are no list of its kernel.
+            depth = min(max(len(lists), 1), 4)
             launches = multi_tensor_launches([one.numel() for one in lists[0]], depth)
             return launches + (name == "_foreach_norm")  # which adds its blocks up
         return _KERNELS.get(name, 1)
@@ -285,9 +285,8 @@ class DeviceCounts(TorchDispatchMode):
         if func.namespace == "rerank_fast" and "attention" in name:
             query, key = args[:2]
             backward = not name.endswith("attention")
-            read = key.shape[0] / max(
-                query.shape[0], 1
-            )  # one query of each sequence reads all that there is
+            # One query of each sequence reads all that there is.
+            read = key.shape[0] / max(query.shape[0], 1)
             if query.shape[0] == key.shape[0]:
                 # Behind the scale, which is the first number.
                 first = next(place for place, one in enumerate(args) if isinstance(one, float))

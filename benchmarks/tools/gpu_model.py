@@ -1,7 +1,7 @@
 """A step's launches, waits, bytes and times on a GPU, without one.
 
-    python benchmarks/tools/gpu_model.py [--shapes MiniLM-L12] [--output benchmarks/tools]
-    python benchmarks/tools/gpu_model.py --renew-limits
+    python -m benchmarks.tools.gpu_model [--shapes MiniLM-L12] [--output benchmarks/tools]
+    python -m benchmarks.tools.gpu_model --renew_limits
 
 The real path runs on meta tensors: every operation that would be launched is seen with its tensors.
 The device's time is the sum over all operations of the larger of bytes / bandwidth and arithmetic /
@@ -13,10 +13,8 @@ Writes gpu_model.md and gpu_model.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,16 +24,13 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # run as a file, it measures the tree it is in
-
+from benchmarks.arguments import make_parser
 from benchmarks.tools import gpu_counts, gpu_workloads
 from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
 from benchmarks.tools.gpu_workloads import SHAPES, HostClock, Observer, PeerStep, Scoring, Training
 
 LIMITS = Path(__file__).with_name("gpu_limits.json")
-RENEW = "python benchmarks/tools/gpu_model.py --renew-limits"
+RENEW = "python -m benchmarks.tools.gpu_model --renew_limits"
 # Besides what torch does for an operation: cudaLaunchKernel on a current server, and Triton's
 # launcher.
 LAUNCH_SECONDS = 2.5e-6
@@ -53,9 +48,8 @@ class Row:
     shape: str
     what: str
     phases: dict[str, Tally]
-    host: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds measured by phase; empty: not measured
+    # Seconds measured by phase; empty: not measured.
+    host: dict[str, float] = field(default_factory=dict)
 
     def total(self) -> Tally:
         total = Tally()
@@ -241,7 +235,7 @@ def introduction() -> str:
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""# A GPU's step, modelled on meta tensors
 
-Made by `python benchmarks/tools/gpu_model.py` ({made}; host: {platform.machine()}). Nothing here
+Made by `python -m benchmarks.tools.gpu_model` ({made}; host: {platform.machine()}). Nothing here
 ran on a GPU.
 
 - Training: 104 pairs of 40 to 180 tokens in 16 lists, fp32 weights, products in bf16, all pairs in
@@ -261,15 +255,13 @@ ran on a GPU.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__name__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent, help="directory of table and JSON"
     )
     parser.add_argument(
-        "--renew-limits", action="store_true", help=f"write {LIMITS.name} and nothing else"
+        "--renew_limits", action="store_true", help=f"write {LIMITS.name} and nothing else"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -127,8 +127,8 @@ class Observed(CrossEncoder):
 
     observer: Observer | None = None
 
-    def steps(self, **options: Any) -> Any:
-        make = super().steps(**options)
+    def preparer(self, **options: Any) -> Any:
+        make = super().preparer(**options)
         return make if self.observer is None else lambda tokens: self._made(make, tokens)
 
     def _made(self, make: Callable[..., Any], tokens: TokenizedPairs) -> Any:

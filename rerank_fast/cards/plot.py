@@ -13,6 +13,7 @@ from rerank_fast.evaluation.reranking import LOSS
 
 logger = logging.getLogger(__name__)
 
+# Okabe and Ito's, for all eyes.
 _COLORS = (
     "#0072b2",
     "#d55e00",
@@ -20,7 +21,7 @@ _COLORS = (
     "#cc79a7",
     "#e69f00",
     "#56b4e9",
-)  # Okabe and Ito's, for all eyes
+)
 _GRAY = "#6b7280"
 
 

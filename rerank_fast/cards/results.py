@@ -79,8 +79,7 @@ def evaluation_sections(
             parts += [
                 f"### {escape(block.title)}",
                 f"{block.queries:,} queries, evaluated with `{type(evaluator).__name__}` with "
-                "these "
-                f"parameters:\n\n```json\n{settings}\n```",
+                f"these parameters:\n\n```json\n{settings}\n```",
                 markdown_table(["Metric", *(code(name) for name, _ in block.columns)], rows),
             ]
     others = [name for name in metrics if name not in shown]
@@ -98,9 +97,8 @@ class _Block:
     queries: int
     settings: Mapping[str, Any]
     metrics: Sequence[str]
-    columns: Sequence[
-        tuple[str, Callable[[str], str]]
-    ]  # a name, and a metric's name in the results
+    # A name, and a metric's name in the results.
+    columns: Sequence[tuple[str, Callable[[str], str]]]
 
 
 def _blocks(evaluator: Any) -> list[_Block]:

@@ -194,11 +194,10 @@ def _class_name(objective: Objective) -> str:
 def _first_sentence(model: CrossEncoder, lists: Described, losses: Sequence[str]) -> str:
     size = "a stream of" if lists.size is None else f"{lists.size:,}"
     return (
-        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on {size} "
-        "ranking lists "
-        f"with {' and '.join(losses)} by rerank_fast. It reads a query and a document together and "
-        "gives a score to rerank by, and loads in rerank_fast, sentence-transformers and "
-        "transformers."
+        f"This is a cross-encoder, fine-tuned from {base_model_link(model.name_or_path)} on "
+        f"{size} ranking lists with {' and '.join(losses)} by rerank_fast. It reads a query and a "
+        "document together and gives a score to rerank by, and loads in rerank_fast, "
+        "sentence-transformers and transformers."
     )
 
 

@@ -11,8 +11,12 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 def make_parser() -> CommandParser:
     parser = command_parser(
-        "Write a model directory with safetensors in place of pickled weights, or with a head of "
-        "the other kind."
+        "Write pickled weights as safetensors, or a head of the other kind.",
+        usage="convert --model DIR --output DIR [--head KIND]",
+        examples=(
+            "rerank-fast convert --model old-reranker --output safe-reranker\n"
+            "rerank-fast convert --model my-reranker --head modular --output as-modules"
+        ),
     )
     parser.add_argument(
         "--model", type=str, required=True, help="directory of a reranker, or hub id with --head"
@@ -30,6 +34,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that output already holds"
     )
+    parser.finish({"model": ["model", "head"], "output": ["output", "overwrite"]})
     return parser
 
 

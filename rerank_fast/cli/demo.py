@@ -8,7 +8,11 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Train a reranker on the documentation of installed packages, offline.")
+    parser = command_parser(
+        "Train on the documentation of the packages installed here, offline.",
+        usage="demo [options]",
+        examples="rerank-fast demo\nrerank-fast demo --max_steps 20 --output a-quick-look",
+    )
     parser.add_argument(
         "--output",
         type=str,
@@ -32,6 +36,7 @@ def make_parser() -> CommandParser:
         default=12,
         help="of the lists, the fresh head and dropout",
     )
+    parser.finish({"run": ["max_steps", "seed"], "output": ["output", "overwrite"]})
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,18 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Rerank lists or NanoBEIR; print MAP, MRR, NDCG; compare two models.")
+    parser = command_parser(
+        "Rerank lists or NanoBEIR; print MAP, MRR, NDCG; compare two models.",
+        usage=(
+            "evaluate --model MODEL --data LISTS [options]\n"
+            "evaluate --model MODEL --nano_beir [SET ...] [options]"
+        ),
+        examples=(
+            "rerank-fast evaluate --model my-reranker --data eval.jsonl --metrics R@5\n"
+            "rerank-fast evaluate --model A --model B --data eval.jsonl --details runs\n"
+            "rerank-fast evaluate --model my-reranker --nano_beir msmarco nq"
+        ),
+    )
     parser.add_argument(
         "--model",
         type=str,
@@ -67,6 +79,15 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--batch_size", type=int | None, default=None, help="most pairs per forward pass"
     )
+    parser.finish(
+        {
+            "data": ["data", "columns", "nano_beir", "nano_beir_id", "rerank_k"],
+            "model": ["model", "dtype", "max_length"],
+            "metrics": ["metrics", "at_k"],
+            "batch": ["batch_size"],
+            "output": ["output", "details"],
+        }
+    )
     return parser
 
 
@@ -96,9 +117,8 @@ def run(options: dict[str, Any]) -> None:
         print(f"{models[0]}, {model.dtype_name}")
         print_metrics(result)
     else:
-        loaded(
-            models[1], dtypes[1]
-        )  # one that can't be opened is known before the other is measured
+        # One that can't be opened is known before the other is measured.
+        loaded(models[1], dtypes[1])
         used, values = [], []
         for letter, path, dtype in zip("ab", models, dtypes, strict=True):
             model = loaded(path, dtype)
@@ -141,7 +161,7 @@ def _evaluator(options: dict[str, Any]) -> Any:
         "at_k": options["at_k"],
         "metrics": options["metrics"],
         "batch_size": options["batch_size"],
-        "show_progress_bar": True,
+        "show_progress_bar": sys.stderr.isatty(),
         "write_per_query": True,
         "write_run": True,
     }

@@ -11,11 +11,18 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Write an ONNX file of a reranker and check its scores.")
+    parser = command_parser(
+        "Write an ONNX file of a reranker and check its scores.",
+        usage="export --model MODEL [options]",
+        examples=(
+            "rerank-fast export --model my-reranker\n"
+            "rerank-fast export --model my-reranker --dtype int8 --data eval.jsonl"
+        ),
+    )
     parser.add_argument(
         "--model", type=str, required=True, help="directory or hub id of a reranker"
     )
-    parser.add_argument("--format", type=Literal["onnx"], default="onnx")
+    parser.add_argument("--format", type=Literal["onnx"], default="onnx", help="of the file")
     parser.add_argument(
         "--dtype", type=Literal["fp32", "int8"], default="fp32", help="int8 quantises dynamically"
     )
@@ -33,6 +40,13 @@ def make_parser() -> CommandParser:
         "--tolerance", type=float | None, default=None, help="largest difference of a score"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.finish(
+        {
+            "model": ["model", "format", "dtype"],
+            "check": ["data", "columns", "tolerance"],
+            "output": ["output", "overwrite"],
+        }
+    )
     return parser
 
 
@@ -74,8 +88,6 @@ def run(options: dict[str, Any]) -> None:
         model.save_pretrained(output, overwrite=options["overwrite"])
     print(
         f"{done.file}: {done.file.stat().st_size / 2**20:.1f} MiB, {done.dtype}; scores of "
-        f"{done.pairs} pairs "
-        f"differ from PyTorch's by at most {done.max_difference:.2e} (tolerance "
-        f"{done.tolerance:.2e}, range of the "
-        f"scores {done.score_range:.2e})"
+        f"{done.pairs} pairs differ from PyTorch's by at most {done.max_difference:.2e} "
+        f"(tolerance {done.tolerance:.2e}, range of the scores {done.score_range:.2e})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from rerank_fast.cli.lists import Source, refuse
@@ -13,7 +14,15 @@ _ENCODERS = (
 
 
 def make_parser() -> CommandParser:
-    mine = command_parser("Mine hard negatives: ranking lists of queries, positives and a corpus.")
+    mine = command_parser(
+        "Mine hard negatives: lists of queries, positives and a corpus.",
+        usage="mine --queries SOURCE --output FILE [options]",
+        examples=(
+            "rerank-fast mine --queries q.jsonl --corpus docs.jsonl --output mined.jsonl\n"
+            "rerank-fast mine --queries BEIR-FOLDER --output mined.parquet \\\n"
+            "  --cross_encoder my-reranker --relative_margin 0.05"
+        ),
+    )
     mine.add_argument(
         "--queries",
         type=Source,
@@ -46,11 +55,21 @@ def make_parser() -> CommandParser:
     mine.add_argument(
         "--corpus_prompt", type=str | None, default=None, help="put before each document to encode"
     )
-    mine.add_argument("--similarity", type=Literal["cosine", "dot"], default="cosine")
+    mine.add_argument(
+        "--similarity",
+        type=Literal["cosine", "dot"],
+        default="cosine",
+        help="of two embeddings",
+    )
     mine.add_argument(
         "--cache_folder", type=str | None, default=None, help="keeps embeddings between runs"
     )
-    mine.add_argument("--embedding_dtype", type=Literal["float32", "float16"], default="float32")
+    mine.add_argument(
+        "--embedding_dtype",
+        type=Literal["float32", "float16"],
+        default="float32",
+        help="in which they are kept",
+    )
     mine.add_argument("--use_faiss", action="store_true", help="search with FAISS instead of torch")
     mine.add_argument(
         "--cross_encoder", type=str | None, default=None, help="rescores: directory or hub id"
@@ -86,21 +105,51 @@ def make_parser() -> CommandParser:
         default=None,
         help="the same as a fraction of the positive's score",
     )
-    mine.add_argument("--sampling_strategy", type=Literal["top", "random"], default="top")
+    mine.add_argument(
+        "--sampling_strategy",
+        type=Literal["top", "random"],
+        default="top",
+        help="which of the candidates that are left: the best ones, or any",
+    )
     mine.add_argument(
         "--labels",
         type=Literal["relevance", "teacher", "scores"],
         default="relevance",
         help="teacher: the cross-encoder's scores scaled per list to 0-4; scores: as they are",
     )
-    mine.add_argument("--seed", type=int, default=12)
+    mine.add_argument("--seed", type=int, default=12, help="of random sampling")
     mine.add_argument(
         "--batch_size", type=int | None, default=None, help="texts or pairs per forward pass"
     )
     mine.add_argument(
         "--query_batch_size", type=int, default=1024, help="queries searched together"
     )
-    mine.add_argument("--show_progress_bar", type=bool, default=True)
+    mine.add_argument(
+        "--show_progress_bar",
+        type=bool,
+        default=sys.stderr.isatty(),
+        help="by default where there is a terminal",
+    )
+    mine.finish(
+        {
+            "data": ["queries", "corpus", "columns"],
+            "first stage": ["retriever", *_ENCODERS],
+            "rescoring": ["cross_encoder", "max_length", "dtype"],
+            "choice of negatives": [
+                "num_negatives",
+                "sampling_strategy",
+                "seed",
+                "range_min",
+                "range_max",
+                "max_score",
+                "min_score",
+                "absolute_margin",
+                "relative_margin",
+            ],
+            "batch": ["batch_size", "query_batch_size"],
+            "output": ["output", "labels", "overwrite", "show_progress_bar"],
+        }
+    )
     return mine
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from rerank_fast.cli.help import Help, arrange
 
 _REQUIRED = re.compile(r"arguments are required: (.*)")
 _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?:\w+\.)?([^']+)'.*")
@@ -29,15 +30,6 @@ _PLAINLY = (
 )
 
 
-class _Help(DefaultHelpFormatter):
-    """Shows a flag in one of its spellings."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)
-        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
-        return super()._format_action_invocation(shown)
-
-
 class CommandParser(ArgumentParser):
     """A parser whose flags and YAML keys take hyphens for underscores.
 
@@ -45,9 +37,14 @@ class CommandParser(ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
-    def accept_hyphens(self) -> None:
+    def finish(self, groups: Mapping[str, Sequence[str]]) -> None:
+        """Once all options are there: hyphens, and the groups in which --help shows them."""
+        self._accept_hyphens()
+        arrange(self, groups)
+
+    def _accept_hyphens(self) -> None:
         """Of all flags that there are by now."""
         for action in self._actions:
             for flag in [flag for flag in action.option_strings if "_" in flag]:
@@ -117,9 +114,23 @@ def _nearest(unknown: str, known: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def command_parser(description: str, kind: type[CommandParser] = CommandParser) -> CommandParser:
-    """Of one command: --config and --print_config, and whatever is added."""
+def command_parser(
+    description: str,
+    kind: type[CommandParser] = CommandParser,
+    *,
+    usage: str,
+    examples: str,
+) -> CommandParser:
+    """Of one command: --config and --print_config, and whatever is added.
+
+    Args:
+        description: in a line; `rerank-fast --help` shows it too.
+        usage: what must be given, after the command's name; a line for each way.
+        examples: whole lines to copy.
+    """
     parser = kind(description=description)
+    parser.usage = f"rerank-fast {usage}".replace("\n", "\n       rerank-fast ")
+    parser.epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
     parser.add_argument(
         "--config",
         action=ActionConfigFile,

@@ -9,8 +9,22 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Print the names of the recipes, or the YAML of one.")
-    parser.add_argument("name", type=str | None, nargs="?", default=argparse.SUPPRESS)
+    parser = command_parser(
+        "Print all recipes with their settings, or one of them.",
+        usage="recipes [NAME]",
+        examples=(
+            "rerank-fast recipes own-lists-lambdaloss\n"
+            "rerank-fast train --recipe own-lists-lambdaloss --set lists=train.jsonl"
+        ),
+    )
+    parser.add_argument(
+        "name",
+        type=str | None,
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="of the recipe to print; all are printed without it",
+    )
+    parser.finish({"recipe": ["name"]})
     return parser
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rerank_fast.cli.parser import CommandParser, command_parser
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Score a file's pairs. A killed run goes on; several processes shard.")
+    parser = command_parser(
+        "Score a file of pairs; a killed run goes on, processes share it.",
+        usage="score --model MODEL --input FILE --output FILE [options]",
+        examples=(
+            "rerank-fast score --model my-reranker --input pairs.jsonl --output s.parquet\n"
+            "torchrun --nproc_per_node 2 -m rerank_fast score --model my-reranker ..."
+        ),
+    )
     parser.add_argument(
         "--model", type=str, required=True, help="directory or hub id of a reranker"
     )
@@ -54,6 +62,14 @@ def make_parser() -> CommandParser:
         action="store_true",
         help="replace the output, and parts of a run with other settings",
     )
+    parser.finish(
+        {
+            "data": ["input", "columns", "keep", "prompt"],
+            "model": ["model", "dtype", "max_length"],
+            "batch": ["batch_size", "rows_per_part"],
+            "output": ["output", "overwrite"],
+        }
+    )
     return parser
 
 
@@ -74,7 +90,8 @@ def run(options: dict[str, Any]) -> None:
         max_length=options.pop("max_length"),
     )
     source, output = options.pop("input"), options.pop("output")
-    result = score_file(model, source, output, show_progress_bar=state.is_main_process, **options)
+    shows = state.is_main_process and sys.stderr.isatty()
+    result = score_file(model, source, output, show_progress_bar=shows, **options)
     # its threads would abort a process that exits before they are done
     state.destroy_process_group()
     model.warn_of_truncation(result.truncated, result.scored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -15,6 +16,90 @@ from rerank_fast.training.config import LAMBDA_LOSS, TrainingConfig
 _OF_A_START = ("overwrite", "resume", "resume_changed")
 _BESIDE_RECIPE = ("recipe", "set", "push", "dry_run", *_OF_A_START)
 _DEFAULTS = TrainingConfig()
+# In which --help shows the settings.
+_GROUPS = {
+    "run": ["recipe", "set", "dry_run", "resume", "resume_changed", "seed"],
+    "data": [
+        "train",
+        "eval",
+        "columns",
+        "labels",
+        "max_docs_per_list",
+        "in_batch_negatives",
+        "streaming",
+        "shuffle_buffer",
+    ],
+    "model": [
+        "model",
+        "max_length",
+        "precision",
+        "gradient_checkpointing",
+        "torch_compile",
+        "freeze_layers",
+        "freeze",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+    ],
+    "batch and memory": [
+        "batch_size",
+        "gradient_accumulation_steps",
+        "gradient_cache",
+        "skip_below",
+        "mini_batch_size",
+        "max_tokens_per_microbatch",
+        "sharding",
+        "distributed_timeout",
+    ],
+    "loss": [
+        "objective",
+        "objective_options",
+        "scheme",
+        "k",
+        "sigma",
+        "mu",
+        "eps",
+        "reduction_log",
+        "reduction",
+    ],
+    "optimizer and schedule": [
+        "num_epochs",
+        "max_steps",
+        "learning_rate",
+        "warmup_ratio",
+        "warmup_steps",
+        "schedule",
+        "schedule_options",
+        "optimizer",
+        "optimizer_options",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "weight_decay",
+        "layer_lr_decay",
+        "max_grad_norm",
+        "ema_decay",
+    ],
+    "evaluation": [
+        "eval_on_start",
+        "eval_steps",
+        "metric_for_best",
+        "load_best",
+        "early_stopping_patience",
+        "stop_on_collapse",
+    ],
+    "output": [
+        "output",
+        "overwrite",
+        "push",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "trackers",
+        "show_progress_bar",
+    ],
+}
 
 
 class _TrainParser(CommandParser):
@@ -26,7 +111,20 @@ class _TrainParser(CommandParser):
 
 
 def make_parser() -> CommandParser:
-    parser = command_parser("Fine-tune a reranker on ranking lists.", _TrainParser)
+    parser = command_parser(
+        "Fine-tune a reranker on ranking lists.",
+        _TrainParser,
+        usage=(
+            "train --model MODEL --train LISTS [--eval LISTS] [options]\n"
+            "train --recipe NAME [--set KEY=VALUE ...]"
+        ),
+        examples=(
+            "rerank-fast train --model microsoft/MiniLM-L12-H384-uncased \\\n"
+            "  --train train.jsonl --eval eval.jsonl --output my-reranker\n"
+            "rerank-fast train --recipe own-lists-lambdaloss --set lists=train.jsonl\n"
+            "rerank-fast train --config run.yaml --resume"
+        ),
+    )
     parser.add_argument(
         "--recipe",
         type=str | None,
@@ -96,6 +194,8 @@ def make_parser() -> CommandParser:
         "tensorboard,wandb",
     )
     parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
+    parser.set_defaults({"show_progress_bar": sys.stderr.isatty()})
+    parser.finish(_GROUPS)
     return parser
 
 
@@ -198,6 +298,7 @@ def _recipe_trainer(options: dict[str, Any]) -> Any:
     recipe = load_recipe(options["recipe"], options["set"] or [])
     given = {name: options[name] for name in _OF_A_START}
     flags = {name: value for name, value in given.items() if value != vars(_DEFAULTS)[name]}
+    flags["show_progress_bar"] = recipe.training.show_progress_bar and sys.stderr.isatty()
     recipe = replace(recipe, training=replace(recipe.training, **flags))
     _refuse_unused(recipe.training)
 
@@ -232,7 +333,6 @@ def _trainer(options: dict[str, Any]) -> Any:
         config=config,
     )
     trainer.card.eval_sources = [] if evaluation is None else names_of(evaluation)
-    trainer.card.sources = names_of(
-        train
-    )  # what lists_of has read here no longer says where it came from
+    # What lists_of has read here no longer says where it came from.
+    trainer.card.sources = names_of(train)
     return trainer

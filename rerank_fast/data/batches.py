@@ -83,9 +83,8 @@ class BatchMaker:
                 self.model.warn_of_truncation(batch.lists.truncated, len(batch.lists.pairs))
                 if batch.lists_without_gradient and not said:
                     said = True
-                    log = (
-                        logger.warning if self.rank == 0 else logger.debug
-                    )  # all ranks know the same
+                    # All ranks know the same.
+                    log = logger.warning if self.rank == 0 else logger.debug
                     log(
                         "Lists %s train nothing, %d of %d in the first batch that has one; "
                         "lists_without_gradient in the log counts them.",

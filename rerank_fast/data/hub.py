@@ -35,8 +35,7 @@ def load_hub_dataset(dataset_id: str, subset: str | None, split: str, *, layout:
         state = "the hub is offline (HF_HUB_OFFLINE)" if offline else "the hub did not give it"
         raise ValueError(
             f"dataset {name} is no local copy, and {state}: {type(error).__name__}: {error}. To "
-            "use a "
-            f"local copy, give the path of one in its place: {layout}."
+            f"use a local copy, give the path of one in its place: {layout}."
         ) from error
 
 

@@ -134,7 +134,6 @@ def _read(dataset_id: str, subset: str, split: str, names: Sequence[str]) -> dic
         there = sorted({file.stem.split("-")[0] for file in directory.glob(f"{subset}/Nano*")})
         raise ValueError(
             f"{directory} has no {subset}/{split}.parquet, {subset}/{split}-*.parquet or "
-            f"{subset}/{split}.jsonl; "
-            f"in {subset}/ there are {there or 'no sets'}"
+            f"{subset}/{split}.jsonl; in {subset}/ there are {there or 'no sets'}"
         )
     return read_columns(files, names, f"{directory}, {subset}, {split}")

@@ -83,9 +83,8 @@ class NanoBEIREvaluator:
             )
         if rerank_k < 1:
             raise ValueError(f"rerank_k must be at least 1, got {rerank_k}")
-        splits = {
-            name: split_name(name) for name in dict.fromkeys(dataset_names)
-        }  # all, before any is read
+        # All, before any is read.
+        splits = {name: split_name(name) for name in dict.fromkeys(dataset_names)}
         self.dataset_names = list(splits)
         self.dataset_id = str(dataset_id)
         self.rerank_k = rerank_k

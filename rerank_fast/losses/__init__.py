@@ -62,7 +62,6 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         raise ImportError(
             "CrossEntropyLoss, of models with several labels, is sentence-transformers' own: "
-            "expected it to be "
-            "installed (pip install sentence-transformers)"
+            "expected it to be installed (pip install sentence-transformers)"
         ) from error
     return CrossEntropyLoss

@@ -106,11 +106,9 @@ def _margins(labels: Tensor, batch_size: int, num_negatives: int) -> Tensor:
         labels = labels[:, None]
     if labels.shape != expected:
         raise ValueError(
-            f"Labels shape {labels.shape} does not match expected shape {expected}. "
-            "Ensure that your dataset labels/scores are 1) lists of differences between positive "
-            "scores and "
+            f"Labels shape {labels.shape} does not match expected shape {expected}. Ensure that "
+            "your dataset labels/scores are 1) lists of differences between positive scores and "
             "negatives scores (length `num_negatives`), or 2) lists of positive and negative "
-            "scores "
-            "(length `num_negatives + 1`)."
+            "scores (length `num_negatives + 1`)."
         )
     return labels

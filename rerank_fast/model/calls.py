@@ -44,8 +44,7 @@ def with_older_names(method: F) -> F:
             if options.pop(name, None) is not None:
                 raise ValueError(
                     f"{method.__name__}() scores in one process on {self.device}, the model's "
-                    "device: expected no "
-                    f"{name}; model.to() moves it"
+                    f"device: expected no {name}; model.to() moves it"
                 )
         return method(self, *args, **options)
 

@@ -286,8 +286,7 @@ def short_card(model: CrossEncoder, name: str) -> Card:
         loads = "rerank_fast and sentence-transformers"
     sentence = (
         "This is a cross-encoder: it reads a query and a document together and gives a score to "
-        "rerank by. It "
-        f"loads in {loads}."
+        f"rerank by. It loads in {loads}."
     )
     return make_card(
         model, name, [f"# {escape(title(model))}", sentence, details(model), usage(name)]

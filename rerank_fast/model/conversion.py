@@ -62,8 +62,7 @@ def convert_head(model: CrossEncoder, kind: HeadKind) -> float:
     if model.keep_in_fp32_modules:
         raise ValueError(
             f"{model.name_or_path} keeps {', '.join(model.keep_in_fp32_modules)} in fp32, which a "
-            "changed head "
-            "would not: expected none"
+            "changed head would not: expected none"
         )
     converted = to_modular(model.model) if kind == "modular" else to_classification(model.model)
     tokens = model.tokenize(_PAIRS)

@@ -88,9 +88,8 @@ def empty_cache(device: torch.device) -> None:
 _FAULTS = (
     (
         r"driver on your system is too old|driver version is insufficient",
-        "the GPU's driver is older than this torch needs: expected a newer driver, or a torch that "
-        "is "
-        "built for this one",
+        "the GPU's driver is older than this torch needs: expected a newer driver, or a torch "
+        "that is built for this one",
     ),
     (
         r"no kernel image is available|not compatible with the current PyTorch installation",

@@ -45,9 +45,8 @@ _DOCUMENTS = (
     "Ibuprofen may cause nausea, heartburn and rashes; taken for long it can harm the stomach and "
     "the kidneys.",
     "Sunlight is scattered by the molecules of the air, blue light far more than red, since its "
-    "waves are shorter. "
-    "In the evening the light takes a longer way through the air, and what is left of it by then "
-    "is mostly red.",
+    "waves are shorter. In the evening the light takes a longer way through the air, and what is "
+    "left of it by then is mostly red.",
     "東京都の人口は約1400万人である。",
     "The museum island in Berlin's Spree holds five museums; the oldest of them opened in 1830. "
     * 8,
@@ -111,10 +110,9 @@ def export_onnx(
     """
     if isinstance(model.model, ModularReranker):
         raise ValueError(
-            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is written: "
-            "rerank-fast "
-            "convert --head classification makes it one that can be exported, where that is the "
-            "same"
+            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is "
+            "written: rerank-fast convert --head classification makes it one that can be "
+            "exported, where that is the same"
         )
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")
@@ -267,7 +265,7 @@ def _compare(
     if not difference <= tolerance:  # NaN too
         raise ValueError(
             f"{target} is not written: its scores differ from PyTorch's by up to {difference:.3g} "
-            f"on {len(pairs)} "
-            f"pairs, whose scores span {score_range:.3g}; the tolerance is {tolerance:.3g}"
+            f"on {len(pairs)} pairs, whose scores span {score_range:.3g}; the tolerance is "
+            f"{tolerance:.3g}"
         )
     return Exported(target, dtype, len(pairs), difference, score_range, tolerance)

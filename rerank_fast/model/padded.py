@@ -45,18 +45,16 @@ class PaddedPairs:
     ) -> None:
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
         self.device = model.device
-        self.width = int(
-            getattr(model.config, "hidden_size", 1024)
-        )  # a large one where it is not said
+        # A large one where it is not said.
+        self.width = int(getattr(model.config, "hidden_size", 1024))
         self.head = None if answers is None else find_answer_head(model, answers)
         self.answers = answers
         own = next(model.parameters()).dtype
         autocasts = dtype not in (own, torch.float32)
         # oneDNN keeps half a megabyte for every shape that a bf16 weight was ever multiplied with:
         # see fill_up.
-        masked = (
-            "attention_mask" in inspect.signature(model.forward).parameters
-        )  # else padding is read
+        # Else padding is read.
+        masked = "attention_mask" in inspect.signature(model.forward).parameters
         self.keeps_shapes = model.device.type == "cpu" and dtype == torch.bfloat16 and masked
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(

@@ -47,8 +47,7 @@ class Combination(Objective):
             if one.cut_by_rank:
                 raise ValueError(
                     f"objective {one.name} with a cut k and the mean over {one.unit or 'units'} "
-                    "can't "
-                    "be one of several: expected k null, or reduction lists or sum"
+                    "can't be one of several: expected k null, or reduction lists or sum"
                 )
 
     def mean(self, scores: Tensor, labels: Tensor, offsets: Tensor, units: Units) -> ObjectiveSum:

@@ -19,9 +19,8 @@ _SCHEMES, _LOGS, _REDUCTIONS = map(get_args, (Scheme, ReductionLog, Reduction))
 _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _LIBRARY.define(
     "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, "
-    "float mu, "
-    "float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor grad, "
-    "Tensor pairs)",
+    "float mu, float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor "
+    "grad, Tensor pairs)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -151,10 +150,11 @@ class _LambdaLoss(torch.autograd.Function):
             run = torch.ops.rerank_fast.lambda_loss_backward.default
             return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), *_NO_GRADIENTS
         if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
+            # loss.backward() itself; on a GPU looking would wait for it.
             return (
                 grad,
                 *_NO_GRADIENTS,
-            )  # loss.backward() itself; on a GPU looking would wait for it
+            )
         return grad * grad_loss, *_NO_GRADIENTS
 
 

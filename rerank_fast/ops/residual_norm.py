@@ -23,15 +23,13 @@ _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "float eps, float dropout_p, SymInt seed, str backend"
 _LIBRARY.define(
     "residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? rows, "
-    f"{_OPTIONS}) "
-    "-> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",
+    f"{_OPTIONS}) -> (Tensor y, Tensor narrow, Tensor mean, Tensor rstd)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "residual_norm_backward(Tensor x, Tensor residual, Tensor weight, Tensor mean, Tensor rstd, "
-    "Tensor? grad_y, "
-    f"Tensor? grad_narrow, Tensor? rows, {_OPTIONS}) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    f"Tensor? grad_y, Tensor? grad_narrow, Tensor? rows, {_OPTIONS}) -> (Tensor dx, Tensor "
+    "dresidual, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

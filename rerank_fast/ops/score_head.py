@@ -27,8 +27,7 @@ _LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
 _OPTIONS = "str activation, float dropout_p, float dropout_in_p, int seed, str backend"
 _LIBRARY.define(
     "score_head(Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, Tensor "
-    "out_weight, "
-    f"Tensor? out_bias, {_OPTIONS}) -> (Tensor scores, Tensor dense)",
+    f"out_weight, Tensor? out_bias, {_OPTIONS}) -> (Tensor scores, Tensor dense)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not

@@ -33,15 +33,13 @@ _OPTIONS = (
 )
 _LIBRARY.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor? rows, "
-    f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"Tensor? rows, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
-    "grad_out, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor dq, Tensor "
-    "dk, Tensor dv)",
+    f"grad_out, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor "
+    "dq, Tensor dk, Tensor dv)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

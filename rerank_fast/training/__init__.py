@@ -12,8 +12,8 @@ from rerank_fast.training.config import TrainingConfig
 if TYPE_CHECKING:
     from rerank_fast.training.events import Event as Event
     from rerank_fast.training.events import TrainingInterrupted as TrainingInterrupted
+    from rerank_fast.training.run import TrainingResult as TrainingResult
     from rerank_fast.training.trainer import Trainer as Trainer
-    from rerank_fast.training.trainer import TrainingResult as TrainingResult
 
 __all__ = ["Event", "Trainer", "TrainingConfig", "TrainingInterrupted", "TrainingResult"]
 
@@ -21,5 +21,6 @@ __all__ = ["Event", "Trainer", "TrainingConfig", "TrainingInterrupted", "Trainin
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "events" if name in ("Event", "TrainingInterrupted") else "trainer"
+    rooms = {"Event": "events", "TrainingInterrupted": "events", "TrainingResult": "run"}
+    room = rooms.get(name, "trainer")
     return getattr(import_module(f"rerank_fast.training.{room}"), name)

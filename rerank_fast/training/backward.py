@@ -111,8 +111,7 @@ class Backward:
         also = "" if self.config.gradient_checkpointing else "gradient_checkpointing, "
         raise MemoryError(
             f"a step does not fit memory, nor with micro-batches of {self.max_tokens} tokens: "
-            "expected "
-            f"{also}{advice[self.config.gradient_cache]} or a smaller model"
+            f"expected {also}{advice[self.config.gradient_cache]} or a smaller model"
         )
 
     def state_dict(self) -> dict[str, int]:

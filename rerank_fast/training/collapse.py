@@ -84,8 +84,7 @@ class CollapseGuard:
             return None
         return self._say(
             f"in {row['tied_lists']:.0%} of the lists all documents have the same score, up to "
-            "rounding "
-            f"(mean spread {row['score_spread']:.2g})"
+            f"rounding (mean spread {row['score_spread']:.2g})"
         )
 
     def evaluated(
@@ -132,8 +131,7 @@ class CollapseGuard:
         if isinstance(self.activation, nn.Sigmoid) and abs(row.get("score_mean", 0.0)) > _SATURATED:
             return (
                 f"Scores lie around {row['score_mean']:.3g}, where the Sigmoid of predictions is "
-                "saturated: "
-                "a lower learning rate, or activation_fn Identity."
+                "saturated: a lower learning rate, or activation_fn Identity."
             )
         if row.get("tied_lists", 0.0) > 0.5:
             return (

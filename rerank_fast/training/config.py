@@ -39,10 +39,11 @@ Optimizer = Literal[
 # The settings that are options of LambdaLoss alone.
 LAMBDA_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
 
+# fp32's smallest normal number and its largest.
 _TINY, _LARGEST = (
     2.0**-126,
     (2 - 2.0**-23) * 2.0**127,
-)  # fp32's smallest normal number and its largest
+)
 
 
 @dataclass
@@ -304,8 +305,7 @@ class TrainingConfig:
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
                 f"schedule must be another one with warmup_steps {self.warmup_steps}, as "
-                "constant_with_warmup: "
-                "constant has no warmup"
+                "constant_with_warmup: constant has no warmup"
             )
         for name in ("freeze", "trackers", "lora_target_modules"):
             value = getattr(self, name)

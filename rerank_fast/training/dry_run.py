@@ -26,9 +26,8 @@ class Counted:
     lists_without_gradient: int = 0
     pairs: int = 0  # (query, document), of the lists that train
     truncated: int = 0  # of these
-    units: list[int] = field(
-        default_factory=list
-    )  # of each part of the objective; see Objective.unit
+    # Of each part of the objective; see Objective.unit.
+    units: list[int] = field(default_factory=list)
     negatives: int = 0  # documents added from other lists
     queries: set[int] = field(default_factory=set)  # keys of query_keys
 

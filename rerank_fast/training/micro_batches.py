@@ -13,7 +13,7 @@ from rerank_fast.training.memory import activation_bytes, available_bytes
 
 logger = logging.getLogger(__name__)
 
-# On a CPU the seconds of a step hardly depend on it (benchmarks/microbatch_tokens.py).
+# On a CPU the seconds of a step hardly depend on it (benchmarks/steps/microbatch_tokens.py).
 _LEAST = 512
 
 

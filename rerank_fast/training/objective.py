@@ -44,8 +44,8 @@ def choose_objective(config: TrainingConfig, own: Objective | None = None) -> Ob
             if not one.zero_is_irrelevant:
                 raise ValueError(
                     f"in_batch_negatives must be 0 with objective {one.name}: a document of "
-                    "another "
-                    f"list has no label that it could learn from, got {config.in_batch_negatives}"
+                    "another list has no label that it could learn from, got "
+                    f"{config.in_batch_negatives}"
                 )
     return objective
 
@@ -59,7 +59,8 @@ def described_settings(config: TrainingConfig, own: Objective | None) -> dict[st
         return settings
     kept = {name: value for name, value in settings.items() if name not in LAMBDA_LOSS}
     described = {"name": own.name, **own.describe()}
+    # As a checkpoint keeps it.
     return {
         **kept,
         "objective": json.loads(json.dumps(described, default=str)),
-    }  # as a checkpoint keeps it
+    }

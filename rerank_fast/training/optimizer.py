@@ -46,8 +46,7 @@ def make_optimizer(
     if unknown := [name for name in config.optimizer_options if name not in (*free, "fused")]:
         raise ValueError(
             f"optimizer_options: {config.optimizer} has no option {unknown[0]} that is not a "
-            "setting "
-            f"of its own; there are {', '.join(free)}"
+            f"setting of its own; there are {', '.join(free)}"
         )
     groups = parameter_groups(
         weights,

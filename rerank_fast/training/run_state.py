@@ -109,8 +109,7 @@ def restore(
         raise ValueError(
             f"checkpoint {checkpoint} was trained on another base model than "
             f"{trainer.model.name_or_path} as it is now: weights that are not trained differ; "
-            "after "
-            "a run in this process adapters are merged already: open the base model anew"
+            "after a run in this process adapters are merged already: open the base model anew"
         )
     same_lists = all(change.name != "train_lists" for change in changes)
     _check_values(trainer, values, trainer.num_batches if same_lists else None, where)

@@ -31,10 +31,11 @@ def make_schedule(
     warmup = config.warmup_steps
     if warmup is None:
         warmup = math.ceil(config.warmup_ratio * num_steps)
+    # They take no options, and say nothing.
     plain = config.schedule in (
         "constant",
         "constant_with_warmup",
-    )  # they take no options, and say nothing
+    )
     try:
         if plain and config.schedule_options:
             raise ValueError("it has none")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from rerank_fast.evaluation.evaluator import Evaluator, greater_is_better, metri
 from rerank_fast.evaluation.metrics import default_metrics, parse_metric
 from rerank_fast.evaluation.reranking import RerankingEvaluator
 from rerank_fast.objectives.base import Objective
+from rerank_fast.objectives.combination import Combination
 from rerank_fast.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -43,11 +45,10 @@ class Validation:
         self.metric_for_best, self.greater_is_better = config.metric_for_best, True
         if eval is not None:
             name = "" if evaluator is None else "eval"
-            loss = validation_loss(objective, config.batch_size)
             further = _further(config.metric_for_best, name, config.at_k)
-            lists = RerankingEvaluator(
-                eval, at_k=config.at_k, name=name, metrics=further, loss=loss
-            )
+            lists = RerankingEvaluator(eval, at_k=config.at_k, name=name, metrics=further)
+            if _takes_labels_of(objective, lists):
+                lists.loss = validation_loss(objective, config.batch_size)
             self.evaluators.append(lists)
         names = [metric_names(one) for one in self.evaluators]
         if names and None not in names:  # else the first evaluation says it
@@ -107,6 +108,25 @@ def _further(metric_for_best: str, name: str, at_k: int) -> tuple[str, ...]:
     return (metric,)
 
 
+def _takes_labels_of(objective: Objective, lists: RerankingEvaluator) -> bool:
+    """Whether the objective is defined on these lists; one that is not is said, and has no loss.
+
+    A model that learns a teacher's scores may well be measured by grades.
+    """
+    for one in lists.set.candidates:
+        try:
+            objective.check(np.asarray(one.labels, dtype=np.float32))
+        except ValueError as error:
+            query = one.query if len(one.query) <= 80 else f"{one.query[:77]}..."
+            logger.warning(
+                "There is no eval_loss: the evaluation list of query %r has other labels: %s",
+                query,
+                error,
+            )
+            return False
+    return True
+
+
 def validation_loss(
     objective: Objective, batch_size: int
 ) -> Callable[[Tensor, Tensor, Tensor], float]:
@@ -116,14 +136,22 @@ def validation_loss(
     """
 
     def loss(scores: Tensor, labels: Tensor, offsets: Tensor) -> float:
-        units = objective.num_units(labels.numpy(), offsets.numpy())
-        with torch.no_grad():
-            mean, left = objective.mean(scores, labels, offsets, units)
-        if units is None:
-            return float(mean) * batch_size / (len(offsets) - 1)
-        if left is not None:
-            assert not isinstance(units, tuple)
-            return float(mean) * max(units, 1) / max(int(left), 1)
-        return float(mean)
+        lists = scores, labels, offsets
+        if not isinstance(objective, Combination):
+            return _share(objective, *lists, batch_size)
+        parts = zip(objective.objectives, objective.weights, strict=True)
+        return sum(weight * _share(one, *lists, batch_size) for one, weight in parts)
 
     return loss
+
+
+def _share(
+    objective: Objective, scores: Tensor, labels: Tensor, offsets: Tensor, batch_size: int
+) -> float:
+    units = objective.num_units(labels.numpy(), offsets.numpy())
+    assert not isinstance(units, tuple)
+    with torch.no_grad():
+        mean, left = objective.mean(scores, labels, offsets, units)
+    if units is None:  # a sum: that of as many lists as a batch has
+        return float(mean) * batch_size / (len(offsets) - 1)
+    return float(mean) if left is None else float(mean) * max(units, 1) / max(int(left), 1)

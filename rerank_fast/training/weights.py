@@ -44,9 +44,8 @@ class TrainedWeights:
         # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to
         # move, or shards.
         model.to(torch.bfloat16 if narrow and not shards else torch.float32)
-        self._trainable = {
-            name: one.requires_grad for name, one in inner.named_parameters()
-        }  # as it was found
+        # As it was found.
+        self._trainable = {name: one.requires_grad for name, one in inner.named_parameters()}
         self.lora = add_lora(model, config) if config.lora_rank else None
         if config.freeze_layers or config.freeze:
             freeze(inner, num_layers=config.freeze_layers, patterns=config.freeze)
@@ -202,9 +201,8 @@ class TrainedWeights:
             self.masters.write_back()
         if self.average is not None:
             for name, value in self.average.weights.items():
-                saved = tensors.get(
-                    f"average.{name}", tensors[f"weights.{name}"]
-                )  # one that begins here
+                # One that begins here.
+                saved = tensors.get(f"average.{name}", tensors[f"weights.{name}"])
                 value.copy_(self.part_of(saved.to(device), value))
 
     def save(self, directory: Path) -> None:

@@ -568,10 +568,11 @@ def test_a_card_stays_with_its_model_until_that_is_trained(run: tuple[Path, Any]
     Trainer(str(tmp_path / "copy"), make_lists(4), config=config).train()
     new = ModelCard.load(tmp_path / "new" / "README.md")
     assert "Old figures" not in new.text
+    # Those of what it is made from.
     assert (new.data.license, new.data.language) == (
         "cc-by-4.0",
         ["de"],
-    )  # those of what it is made from
+    )
     assert "- **License:** cc-by-4.0" in new.text
     assert "- **Language:** de" in new.text
 

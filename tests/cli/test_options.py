@@ -74,7 +74,7 @@ _VALUES: dict[str, dict[str, Any]] = {
         "num_negatives": 7, "range_min": 7,
         "range_max": 77, "max_score": 0.7, "min_score": 0.7, "absolute_margin": 0.7,
         "relative_margin": 0.7, "sampling_strategy": "random", "labels": "scores", "seed": 7,
-        "query_batch_size": 7, "show_progress_bar": False,
+        "query_batch_size": 7, "show_progress_bar": True,
     },
     "export": {
         "model": "other", "format": "onnx", "dtype": "int8", "output": "elsewhere",
@@ -106,6 +106,8 @@ def value_of(command: str, name: str) -> tuple[Any, dict[str, Any]]:
     kind, default = _TYPES[name], getattr(TrainingConfig(), name)
     if get_origin(kind) is Literal:
         return next(one for one in get_args(kind) if one != default), {}
+    if name == "show_progress_bar":  # by default where there is a terminal; here there is none
+        return True, {}
     if kind is bool:
         return not default, {}
     if int in (kind, *get_args(kind)):

@@ -10,7 +10,7 @@ import pytest
 from rerank_fast import __version__, cli
 from rerank_fast.ops import cpu
 
-COMMANDS = ["train", "evaluate", "score", "mine", "export", "recipes", "demo"]
+COMMANDS = ["train", "evaluate", "score", "mine", "convert", "export", "recipes", "demo"]
 
 
 def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:

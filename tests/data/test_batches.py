@@ -76,9 +76,8 @@ class ReadOnce(ListStream):
 
     def __iter__(self):
         self.times += 1
-        return (
-            super().__iter__() if self.times < 3 else iter(())
-        )  # the first time it is only looked at
+        # The first time it is only looked at.
+        return super().__iter__() if self.times < 3 else iter(())
 
 
 def test_a_stream_that_has_run_dry_is_said(model: CrossEncoder, file: Path):

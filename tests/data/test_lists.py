@@ -53,9 +53,8 @@ def check(lists: datasets.Dataset, expected: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("as_type", [str, Path])
 def test_json_lines(tmp_path: Path, as_type: type) -> None:
     check(load_lists(as_type(write_lines(tmp_path / "lists.jsonl", ROWS))), EXPECTED)
-    assert [entry.name for entry in tmp_path.iterdir()] == [
-        "lists.jsonl"
-    ]  # no cache beside the user's file
+    # No cache beside the user's file.
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lists.jsonl"]
 
 
 def test_blank_lines_and_missing_last_newline(tmp_path: Path) -> None:

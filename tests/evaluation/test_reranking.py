@@ -171,9 +171,8 @@ def test_csv_of_a_name_with_a_slash_and_where_nothing_can_be_written(tmp_path: P
     ]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):
-        RerankingEvaluator(lists)(
-            None, output_path=str(tmp_path / "file")
-        )  # before the model is asked
+        # Before the model is asked.
+        RerankingEvaluator(lists)(None, output_path=str(tmp_path / "file"))
 
 
 def test_table_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from rerank_fast.model import scoring
+from rerank_fast.model import preparation
 from rerank_fast.model.cross_encoder import CrossEncoder
 
 FIRST_CALLS, CALLS = 100, 100
@@ -23,7 +23,7 @@ def resident_mib() -> float:
 
 def main(directory: str, dtype: str, path: str = "packed") -> None:
     if path == "padded":
-        scoring.find_packed = lambda *_: None
+        preparation.find_packed = lambda *_: None
     model = CrossEncoder(directory, dtype=dtype)
     draw = random.Random(0)
     first = 0.0

@@ -128,9 +128,8 @@ def test_truncation_keeps_the_end_of_the_prompt(directory: Path, caplog: pytest.
     assert [
         record.message for record in caplog.records if record.name.startswith("rerank_fast")
     ] == [
-        "2 of 3 pairs are longer than max_length=384 tokens and were truncated; this is said once, "
-        "and the "
-        "model's truncated_pairs counts on."
+        "2 of 3 pairs are longer than max_length=384 tokens and were truncated; this is said "
+        "once, and the model's truncated_pairs counts on."
     ]
     ending = model.tokenize(PAIRS[:1]).input_ids[-12:].tolist()
     tokens = model.tokenize(pairs)

@@ -15,8 +15,7 @@ from tests.model_factory import make_tiny_bert
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
-    "driver by "
-    "downloading and installing a new version from the URL: "
+    "driver by downloading and installing a new version from the URL: "
     "http://www.nvidia.com/Download/index.aspx"
 )
 
@@ -124,17 +123,17 @@ def test_a_model_names_the_device_before_it_is_read(tmp_path: Path, cuda: pytest
 def test_weights_in_bf16_are_computed_in_fp32_on_a_gpu_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    from rerank_fast.model import scoring
+    from rerank_fast.model import preparation
 
     model = CrossEncoder(make_tiny_bert(tmp_path / "model"), dtype="bfloat16", device="cpu").model
-    scoring._say_wide.cache_clear()
+    preparation._say_wide.cache_clear()
     monkeypatch.setattr(type(model), "device", torch.device("cuda:1"))
     for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float32)):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device, found=capability: found
         )
-        assert scoring._own_dtype(model) == dtype
-    scoring._say_wide.cache_clear()
+        assert preparation._own_dtype(model) == dtype
+    preparation._say_wide.cache_clear()
     assert [record.message for record in caplog.records] == [
         "Weights in bfloat16 are computed in float32 here: this GPU has no bf16 of its own."
     ]

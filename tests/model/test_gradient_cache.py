@@ -72,13 +72,13 @@ def test_cached_gives_the_gradient_of_direct_with_dropout(
 
 
 class Counted:
-    """A step that counts the pairs that it is called for."""
+    """Prepared pairs, with a list of those that were run."""
 
-    def __init__(self, step) -> None:
-        self.step, self.runs = step, []
+    def __init__(self, prepared) -> None:
+        self.prepared, self.runs = prepared, []
 
     def __getattr__(self, name: str):
-        return getattr(self.step, name)
+        return getattr(self.prepared, name)
 
     def __call__(self, indices: np.ndarray, *keep: np.ndarray) -> torch.Tensor:
         self.runs.append(sorted(indices.tolist()))

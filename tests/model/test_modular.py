@@ -18,7 +18,7 @@ from torch import nn
 
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model import scoring
+from rerank_fast.model import preparation, scoring
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.tokens.packing import plan_micro_batches
@@ -130,7 +130,7 @@ def test_encoders(encoder: str, mode: str, tmp_path: Path):
 def test_what_is_theirs_alone_runs_padded(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    scoring._said.clear()
+    preparation._said.clear()
     check_both_ways(make_peer(tmp_path, THEIRS[name]()), tmp_path, packed=False)
     assert sum("padded and sorted by length" in record.message for record in caplog.records) == 1
 

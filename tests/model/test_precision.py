@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from rerank_fast import CrossEncoder
-from rerank_fast.model import scoring
+from rerank_fast.model import preparation
 from rerank_fast.model.packed.linear import StepLinear
 from rerank_fast.model.precision import hardware
 from rerank_fast.model.scoring import is_out_of_memory
@@ -63,7 +63,7 @@ def emulates(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU on which 16 bits take five times as long."""
     seconds = {torch.float32: 1.0, torch.bfloat16: 5.0, torch.float16: 5.0}
     monkeypatch.setattr(hardware, "product_seconds", seconds.get)
-    scoring._say_wide.cache_clear()
+    preparation._say_wide.cache_clear()
 
 
 @pytest.mark.usefixtures("emulates")

@@ -13,9 +13,9 @@ import torch
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.packed.embeddings import DistinctRows
 from rerank_fast.model.packed.encoder import _distinct
-from rerank_fast.model.padded import PaddedPairs
+from rerank_fast.model.padded import PaddedPairs, _powers_of_two
 from rerank_fast.model.preparation import Preparer
-from rerank_fast.model.scoring import _default_max_tokens, _powers_of_two, in_order
+from rerank_fast.model.scoring import _default_max_tokens, in_order
 from rerank_fast.model.tokens.packing import MAX_TOKENS, TokenizedPairs
 from tests.model.packed.test_encoder import NO_DROPOUT, make_model, make_tokens
 from tests.model_factory import make_tiny_bert, make_tokenizer

@@ -266,9 +266,8 @@ def test_cpu_rows_of_rare_labels_and_triangles(scheme, k, share):
     labels = (torch.rand(len(scores), generator=generator) < share).float()
     labels += (torch.rand(len(scores), generator=generator) < 0.03) * 2  # and a third one, rare
     assert_within_budget("cpu", scores, labels, offsets, scheme=scheme, k=k)
-    assert_within_budget(
-        "cpu", scores, labels - 0.5, offsets, scheme=scheme, k=k
-    )  # labels that are sorted
+    # Labels that are sorted.
+    assert_within_budget("cpu", scores, labels - 0.5, offsets, scheme=scheme, k=k)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -26,7 +26,8 @@ def _report(tmp_path, *arguments):
     )
     command = [
         sys.executable,
-        root / "benchmarks" / "kernel_report.py",
+        "-m",
+        "benchmarks.tools.kernel_report",
         "--output",
         output,
         *arguments,
@@ -73,9 +74,8 @@ def _is_current() -> bool:
 def _assert_limits(row):
     """Nothing spilled, no stack, half of the warps on sm_90, and three special functions a pair."""
     assert row["spills"] == row["stack"] == row["local"] == 0, row
-    assert row["occupancy"] > 0, (
-        row
-    )  # else it takes more than the target has, and can't be launched
+    # Else it takes more than the target has, and can't be launched.
+    assert row["occupancy"] > 0, row
     if row["target"] == "90":
         assert row["occupancy"] >= _least_occupancy(row["kernel_name"]), row
     # An fp64 logarithm or exponential takes none: it is software.

@@ -33,8 +33,8 @@ def record(executor, *arguments, **options):
     return call(executor, *arguments, **options)
 
 GridExecutor.__call__ = record
-from benchmarks.kernel_report import SOURCES
 from benchmarks.tools.gpu_parts import odd_shapes
+from benchmarks.tools.kernel_report import SOURCES
 from rerank_fast.ops.triton import guard
 
 odd_shapes.main()

@@ -79,9 +79,8 @@ def guard(monkeypatch):
 
     monkeypatch.setattr(interpreter, "_interpreter", guard)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", guarded)
-    torch.use_deterministic_algorithms(
-        True
-    )  # torch.empty gives NaN and the largest integers, not what was there
+    # torch.empty gives NaN and the largest integers, not what was there.
+    torch.use_deterministic_algorithms(True)
     yield guard
     torch.use_deterministic_algorithms(False)
     assert guard.accesses

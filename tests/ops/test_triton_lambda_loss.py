@@ -154,9 +154,8 @@ def test_every_output_is_written(kernels, monkeypatch):
     for reduction in REDUCTIONS:
         expected = forward("triton", *lists, **OPTIONS | {"reduction": reduction})
         try:
-            torch.use_deterministic_algorithms(
-                True
-            )  # torch.empty then gives NaN, and the largest integers
+            # torch.empty then gives NaN, and the largest integers.
+            torch.use_deterministic_algorithms(True)
             poisoned = forward("triton", *lists, **OPTIONS | {"reduction": reduction})
         finally:
             torch.use_deterministic_algorithms(before)

@@ -91,7 +91,7 @@ def trained(
     trainer.model.train()
     torch.manual_seed(5)
     for batch, _ in zip(trainer.batches(), range(2), strict=False):
-        trainer._step(batch)
+        trainer.step(batch)
     return {name: weight.detach().clone() for name, weight in trainer.weights.items()}
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from rerank_fast import CrossEncoder, Trainer
 from rerank_fast.data.tokenized import tokenize_lists
-from rerank_fast.model import scoring
+from rerank_fast.model import preparation
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.objectives.lambda_loss import LambdaLoss
@@ -148,13 +148,13 @@ def test_a_run_finds_the_models_parts_once(tiny_bert: Path, monkeypatch: pytest.
     """And each step has the weights as they are then."""
     model, lists = opened(tiny_bert)
     found = []
-    real = scoring.find_architecture
+    real = preparation.find_architecture
 
     def find(*arguments: Any) -> Any:
         found.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(scoring, "find_architecture", find)
+    monkeypatch.setattr(preparation, "find_architecture", find)
     run = backward(model, "off")
     gradients(run, [lists])
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_run_finds_the_models_parts_once(tiny_bert: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_are_computed_again_in_training_only(tiny_bert: Path, checkpointing: bool):
     model, lists = opened(tiny_bert, checkpointing=checkpointing)
-    make = model.train().steps()
+    make = model.train().preparer()
     assert make(lists.pairs).gradient_checkpointing == checkpointing
     model.eval()
     assert not make(lists.pairs).gradient_checkpointing

@@ -90,9 +90,8 @@ def test_the_named_metric_sets_the_cut_of_the_evaluation(metric: str, k: int):
 def test_importing_the_config_and_the_command_line_loads_no_torch():
     code = (
         "import sys, rerank_fast.cli; from rerank_fast.training import TrainingConfig; "
-        "TrainingConfig();"
-        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'triton'} & set(sys.modules)) or "
-        "0)"
+        "TrainingConfig();sys.exit(', '.join({'torch', 'transformers', 'datasets', 'triton'} & "
+        "set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -62,8 +62,7 @@ def test_everything_is_counted_and_nothing_written(
     # 2 + 1 + 6 preference pairs of 3 + 2 + 4 documents; a list of 2 has none.
     assert lines[0] == (
         "Training lists: 4 with 11 documents; 1 of the lists, without a preference pair (all "
-        "labels "
-        "equal), train nothing"
+        "labels equal), train nothing"
     )
     assert lines[1] == (
         "Epoch: 9 preference pairs, 9 pairs to score, 1 of them longer than 32 tokens and truncated"

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from rerank_fast import Trainer, TrainingConfig
 from rerank_fast.data.lists import ListStream
 from rerank_fast.objectives import NAMES, objective_class
+from rerank_fast.objectives.combination import Combination
 from rerank_fast.objectives.lambda_loss import LambdaLoss
+from rerank_fast.objectives.listnet import ListNet
 from rerank_fast.training.config import LAMBDA_LOSS
 from rerank_fast.training.objective import choose_objective
 from tests.training.conftest import config_for, log_rows, make_lists, weights
@@ -100,11 +102,26 @@ def test_settings_name_it(kind: object, tiny_bert: Path, tmp_path: Path):
 
 def test_eval_loss_is_the_mean_of_training(still_bert: Path, tmp_path: Path):
     lists = fitting_lists(8)
-    for number, objective in enumerate(OBJECTIVES.values()):
+    several = Combination((ListNet(), LambdaLoss(reduction="sum")), (1.0, 0.5))
+    for number, objective in enumerate([*OBJECTIVES.values(), several]):
         config = config_for(tmp_path / str(number), batch_size=8, max_steps=1, eval_on_start=True)
         Trainer(still_bert, lists, eval=lists, objective=objective, config=config).train()
         first, second, *_ = log_rows(tmp_path / str(number))
         assert first["eval_loss"] == pytest.approx(second["loss"], rel=1e-4), objective
+
+
+def test_lists_of_other_labels_have_no_eval_loss(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Metrics are measured all the same, where the loss is not defined."""
+    config = config_for(tmp_path, objective="binary_cross_entropy", max_steps=1, batch_size=4)
+    graded = fitting_lists(3).map(lambda row: {"labels": [2 * one for one in row["labels"]]})
+    result = Trainer(tiny_bert, fitting_lists(8), eval=graded, config=config).train()
+    assert "ndcg@10" in result.metrics
+    assert "eval_loss" not in result.metrics
+    said = [one.getMessage() for one in caplog.records if "no eval_loss" in one.getMessage()]
+    assert len(said) == 1
+    assert "takes labels from 0 to 1, got 2" in said[0]
 
 
 def test_the_settings_of_lambda_loss_are_its_options():

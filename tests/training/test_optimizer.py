@@ -129,10 +129,11 @@ def test_another_optimizer_is_another_run(tiny_bert: Path, train_lists: Dataset,
 
 def test_schedules_have_transformers_names():
     theirs = {one.value for one in SchedulerType}
+    # These two need a metric.
     assert set(get_args(Schedule)) == theirs - {
         "reduce_lr_on_plateau",
         "greedy",
-    }  # these two need a metric
+    }
 
 
 @pytest.mark.parametrize("name", get_args(Schedule))

@@ -60,9 +60,8 @@ def killed(
         "lists": str(lists), "eval_lists": str(held_out),
     }  # fmt: skip
     (directory / "settings.json").write_text(json.dumps(sent))
-    threads = str(
-        torch.get_num_threads()
-    )  # sums are cut by threads: bits agree with equal numbers of them
+    # Sums are cut by threads: bits agree with equal numbers of them.
+    threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.killed_run", str(directory / "settings.json")],
         env={**os.environ, "OMP_NUM_THREADS": threads},
@@ -90,9 +89,8 @@ def assert_the_same_run(a: Path, b: Path) -> None:
         assert ours[name] == theirs[name]
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-12)
     rows = [[row for row in log_rows(path) if "loss" in row or "map" in row] for path in (a, b)]
-    assert [row["step"] for row in rows[0]] == [
-        row["step"] for row in rows[1]
-    ]  # no line twice, none lost
+    # No line twice, none lost.
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
 
 
 @pytest.mark.parametrize(("at", "inside_save"), [(6, False), (11, False), (12, True)])

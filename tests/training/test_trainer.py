@@ -45,7 +45,7 @@ def test_the_step_is_the_loss_of_whole_lists_in_their_own_order(tiny_bert: Path,
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     batch = next(trainer.batches())
     assert sorted(batch.indices.tolist()) == list(range(8))
-    loss, gradient_norm, *_ = trainer._step(batch)
+    loss, gradient_norm, *_ = trainer.step(batch)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient_norm, norm, rtol=1e-4, atol=1e-6)
 
@@ -158,9 +158,8 @@ def test_decay_leaves_biases_and_norms_alone(tiny_bert: Path, tmp_path: Path):
         [{"query": "panda", "docs": ["bear", "fish"], "labels": [1.0, 1.0]}] * 4
     )
     config = config_for(tmp_path, batch_size=2, weight_decay=0.5, warmup_ratio=0.0, max_steps=2)
-    assert (
-        Trainer(str(tiny_bert), tied, config=config).train().train_loss == 0
-    )  # no preference pairs, so decay alone
+    # No preference pairs, so decay alone.
+    assert Trainer(str(tiny_bert), tied, config=config).train().train_loss == 0
     before, after = weights(tiny_bert), weights(tmp_path)
     for name in before:
         shrunk = not torch.equal(before[name], after[name])

@@ -89,7 +89,6 @@ def _top_k(
     found = np.flatnonzero((scores >= threshold) & (scores > 0))
     if len(found) > k:
         best = scores[found]
-        found = found[
-            best >= np.partition(best, len(best) - k)[len(best) - k]
-        ]  # those tied at the end too
+        # Those tied at the end too.
+        found = found[best >= np.partition(best, len(best) - k)[len(best) - k]]
     return found[np.argsort(-scores[found], kind="stable")[:k]]

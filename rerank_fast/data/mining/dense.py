@@ -142,9 +142,8 @@ class DenseRetriever:
 
     @torch.inference_mode()
     def search(self, start: int, stop: int, k: int, positives: Sequence[Sequence[int]]) -> Found:
-        queries = np.array(
-            self._queries[start:stop], np.float32
-        )  # a copy: the memory map is read-only
+        # A copy: the memory map is read-only.
+        queries = np.array(self._queries[start:stop], np.float32)
         positive_scores = [
             np.asarray(self._corpus[list(relevant)], np.float32) @ query
             for query, relevant in zip(queries, positives, strict=True)

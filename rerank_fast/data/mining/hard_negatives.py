@@ -185,8 +185,7 @@ def mine_hard_negatives(
             if not writer.lists:
                 raise ValueError(
                     f"no candidate passed for any of the {len(collection.queries)} queries; "
-                    "skipped: "
-                    f"{dict(selection.skipped) or 'none, the retriever found nothing'}"
+                    f"skipped: {dict(selection.skipped) or 'none, the retriever found nothing'}"
                 )
             writer.finish()
         result.lists = writer.lists

@@ -28,9 +28,8 @@ class Selection:
     relative_margin: float | None = None
     sampling_strategy: Literal["top", "random"] = "top"
     seed: int = 12
-    skipped: Counter[str] = field(
-        default_factory=Counter, compare=False
-    )  # candidates, by the option that did it
+    # Candidates, by the option that did it.
+    skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_negatives < 1:
@@ -112,9 +111,8 @@ def grade(
     if labels == "relevance":
         return list(relevance)
     if labels == "scores":
-        return [
-            float(str(score)) for score in scores.astype(np.float32)
-        ]  # shortest that reads back the same
+        # Shortest that reads back the same.
+        return [float(str(score)) for score in scores.astype(np.float32)]
     spread = scores.max() - scores.min()
     if not spread > 0:  # the teacher tells nothing apart
         return [4.0 if label > 0 else 0.0 for label in relevance]

@@ -41,9 +41,8 @@ class Collection:
 
     corpus: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
-    positives: list[dict[int, float]] = field(
-        default_factory=list
-    )  # per query: index in the corpus -> label
+    # Per query: index in the corpus -> label.
+    positives: list[dict[int, float]] = field(default_factory=list)
     duplicates: int = 0  # documents whose text was there already
     without_positive: int = 0  # queries left out
 

@@ -31,9 +31,8 @@ def compiled_layer(compiler: Compiler) -> Any:
     """
     options: dict[str, Any] = {"dynamic": True, "backend": compiler}
     if compiler == "inductor":
-        options["options"] = {
-            "fallback_random": True
-        }  # dropout between the ops draws what it draws eagerly
+        # Dropout between the ops draws what it draws eagerly.
+        options["options"] = {"fallback_random": True}
     if (
         "recompile_limit" in inspect.signature(torch.compile).parameters
     ):  # newer than the oldest torch that serves
@@ -51,9 +50,9 @@ def check_compiler(device: torch.device) -> None:
         name = os.environ.get("CXX", "g++")
         if shutil.which(name) is None:
             raise ValueError(
-                f"torch.compile needs a C++ compiler on a CPU, and there is no {name}; install one "
-                "(Debian and "
-                "Ubuntu: apt-get install g++), name another in CXX, or leave compilation off"
+                f"torch.compile needs a C++ compiler on a CPU, and there is no {name}; install "
+                "one (Debian and Ubuntu: apt-get install g++), name another in CXX, or leave "
+                "compilation off"
             )
     elif not HAS_TRITON:
         raise ValueError(

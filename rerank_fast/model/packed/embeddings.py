@@ -18,13 +18,16 @@ from rerank_fast.ops.differentiated_once import differentiated_once
 _MAX_WIDTH, _MOST_TYPES = 4096, 2  # of the kernels
 # Whose forward is dropout(LayerNorm(words + token_type_embeddings + position_embeddings)).
 _KNOWN = [
-    f"transformers.models.{family}.modeling_{family}.{name}Embeddings"
-    for family, name in (
-        ("bert", "Bert"),
-        ("roberta", "Roberta"),
-        ("xlm_roberta", "XLMRoberta"),
-        ("camembert", "Camembert"),
-        ("electra", "Electra"),
+    f"transformers.models.{module}.{name}Embeddings"
+    for module, name in (
+        ("bert.modeling_bert", "Bert"),
+        ("roberta.modeling_roberta", "Roberta"),
+        ("xlm_roberta.modeling_xlm_roberta", "XLMRoberta"),
+        ("camembert.modeling_camembert", "Camembert"),
+        ("electra.modeling_electra", "Electra"),
+        ("data2vec.modeling_data2vec_text", "Data2VecText"),
+        ("xmod.modeling_xmod", "Xmod"),
+        ("roberta_prelayernorm.modeling_roberta_prelayernorm", "RobertaPreLayerNorm"),
     )
 ]
 

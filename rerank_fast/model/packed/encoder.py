@@ -16,16 +16,10 @@ from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
 from rerank_fast.model.packed.compilation import Compiler, compiled_layer
 from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
 from rerank_fast.model.packed.heads import cut, cut_head
-from rerank_fast.model.packed.layers import (
-    MicroBatch,
-    PostNormStep,
-    PreNormStep,
-    Rows,
-    norm,
-    run_layer,
-)
+from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, Rows, run_layer
 from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.pre_norm import has_kernels
+from rerank_fast.model.packed.pre_norm_step import PreNormStep, norm
 from rerank_fast.model.random_state import nothing_drawn, random_state
 from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up, upload
 

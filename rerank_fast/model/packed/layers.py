@@ -1,25 +1,26 @@
-"""One layer of a packed encoder: BERT's order (norm after the sum) and the newer one (norm before
-the sublayer).
+"""One layer of a packed encoder that norms after each sum, as BERT does, and what layers of every
+kind read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.architectures import PostNormLayer, PreNormLayer
+from rerank_fast.model.packed.architectures import PostNormLayer
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
-from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.model.packed.relative import RelativeBatch, RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
+
+if TYPE_CHECKING:
+    from rerank_fast.model.packed.pre_norm_step import PreNormStep
 
 Rows: TypeAlias = Tensor | Int8Rows
 
@@ -33,12 +34,10 @@ class MicroBatch:
     cu_seqlens: Tensor  # (N + 1,) int32
     one_each: Tensor  # (N + 1,) int32: 0, 1, ..., N
     read: Tensor  # (N,) int64
-    rotary: dict[
-        str, tuple[Tensor, Tensor]
-    ]  # cosines and sines (T, head size), by the name that layers give
-    lengths: (
-        np.ndarray
-    )  # (N,) tokens of each, on the host: shapes there follow without asking the device
+    # Cosines and sines (T, head size), by the name that layers give.
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    # (N,) tokens of each, on the host: shapes there follow without asking the device.
+    lengths: np.ndarray
     # Where it is part of a larger one whose dropout it has: the places of its tokens and its
     # sequences there.
     token_rows: Tensor | None = None  # (T,) int32
@@ -105,15 +104,27 @@ class PostNormStep:
                 StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens, copies=copies)
             ]
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
-        self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
+        if layer.gate is None:
+            self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
+        else:
+            self.up = StepLinear([layer.gate, layer.up], dtype, few, copies=copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.up, self.attention_out, *self.projections]
-        terms = layer.relative
-        self.relative = (
-            None if terms is None else RelativeStep(terms, layer.num_heads, dtype, copies)
-        )
-        self.linears = linears + ([] if self.relative is None else self.relative.linears)
-        plain = all(one.has_weight and one.biases for one in linears) and terms is None
+        self.adapter: tuple[StepLinear, StepLinear] | None = None
+        if layer.adapter is not None:
+            narrow, act = layer.adapter.down, layer.adapter.activation
+            self.adapter = (
+                StepLinear([narrow], dtype, few, act, copies),
+                StepLinear([layer.adapter.up], dtype, few, copies=copies),
+            )
+        self.relative: RelativeStep | None = None
+        if layer.relative is not None:
+            self.relative = RelativeStep(layer.relative, layer.num_heads, dtype, copies)
+        further = [] if self.relative is None else self.relative.linears
+        self.linears = [*linears, *(self.adapter or ()), *further]
+        plain = all(one.has_weight and one.biases for one in linears)
+        others = (layer.gate, layer.adapter, layer.rotary, layer.relative)
+        plain = plain and all(one is None for one in others)
         self.trains = trains and plain and joins_product(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
@@ -136,11 +147,18 @@ class PostNormStep:
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
+        shares = [
+            _p(layer.attention_dropout, layer.attention_dropout_p),
+            _p(layer.attention_out_dropout),
+            _p(layer.down_dropout),
+        ]
+        if layer.adapter is not None:
+            shares.append(_p(layer.down_dropout))
         relative = self.relative
-        shares = [_p(one) for one in dropouts]
         *seeds, last = _seeds([*shares, 0.0 if relative is None else relative.dropout_p])
         prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        if layer.rotary is not None:
+            prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if relative is None:
             return prepared
         # Where the last token is read, it stands beside the last key without being told to.
@@ -162,6 +180,12 @@ class PostNormStep:
         projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
         query, key, value = self.heads_of(projected)
         layer, relative = self.layer, None
+        if batch.rotary is not None:
+            cos, sin = batch.rotary
+            key = rotated(key, cos, sin)
+            if batch.read is not None:
+                cos, sin = cos.index_select(0, batch.read), sin.index_select(0, batch.read)
+            query = rotated(query, cos, sin)
         if self.relative is not None and batch.relative is not None:
             relative = self.relative(batch.relative)
         attended = varlen_attention(
@@ -171,7 +195,7 @@ class PostNormStep:
             batch.cu_queries,
             batch.cu_keys,
             scale=layer.scale,
-            dropout_p=_p(layer.attention_dropout),
+            dropout_p=_p(layer.attention_dropout, layer.attention_dropout_p),
             seed=batch.seeds[0],
             rows=batch.rows,
             relative=relative,
@@ -184,10 +208,20 @@ class PostNormStep:
             layer.attention_out_dropout,
         )
         wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
-        widened = self.up.before(self.down, x)
+        if layer.gate is None:
+            widened = self.up.before(self.down, x)
+        else:
+            gate, up = self.up(x).chunk(2, dim=1)
+            widened = dropped(layer.activation(gate) * up, layer.mlp_dropout)
+        last = self.down
+        if layer.adapter is not None and self.adapter is not None:
+            before = (layer.adapter.norm, layer.down_dropout, batch.seeds[3], batch.rows)
+            wide, x = _add_norm(wide, last, widened, *before)
+            down, last = self.adapter
+            widened = down.before(last, x)
         return _add_norm(
             wide,
-            self.down,
+            last,
             widened,
             self.output_norm,
             layer.down_dropout,
@@ -278,6 +312,19 @@ def _seeds(shares: list[float]) -> list[int]:
     return [next(drawn) if p > 0 else 0 for p in shares]
 
 
+def dropped(x: Tensor, dropout: nn.Module | None) -> Tensor:
+    return x if dropout is None else dropout(x)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, heads, head size) with rotary positions of (T, head size), in x's dtype, computed in
+    fp32: a head's halves are pairs of coordinates.
+    """
+    left, right = x.to(cos.dtype).chunk(2, dim=2)
+    turned = x * cos[:, None] + torch.cat([-right, left], dim=2) * sin[:, None]
+    return turned.to(x.dtype)
+
+
 def _add_norm(
     wide: Tensor,
     linear: StepLinear,
@@ -294,146 +341,3 @@ def _add_norm(
     return residual_norm(
         linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows
     )
-
-
-class PreNormStep:
-    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the
-    second result.
-
-    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped
-    but attention's weights.
-    """
-
-    def __init__(
-        self,
-        layer: PreNormLayer,
-        dtype: torch.dtype,
-        num_tokens: int,
-        *,
-        one_token: bool,
-        copies: NarrowCopies | None = None,
-        trains: bool = False,
-    ) -> None:
-        # Of the last layer most is computed for one token of each pair.
-        few = 0 if one_token else num_tokens
-        self.layer, self.one_token, self.dtype = layer, one_token, dtype
-        self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
-        self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
-        self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
-        self.down = StepLinear([layer.down], dtype, few, copies=copies)
-        self.linears = linears = [self.down, self.gate_up, self.attention_out, self.projections]
-        self.parts: TrainedParts | None = None
-        self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
-        if not trains or copies is None or not all(one.has_weight for one in linears):
-            return
-        if has_kernels(self.down.weights[0].device, dtype):
-            self.parts = TrainedParts.of(layer, copies)
-        if self.parts is not None:
-            self.weights = [one.ready[0] for one in linears]
-            self.trained = [weight for one in linears for weight in one.weights]
-            self.trained += [bias for one in linears for bias in one.biases]
-            self.trained += self.parts.parameters
-
-    def prepare(self, batch: MicroBatch) -> LayerBatch:
-        layer = self.layer
-        seeds = _seeds([_p(layer.attention, layer.attention_dropout)])
-        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
-        prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
-        if self.one_token and layer.window is not None and not (layer.causal or batch.reads_last):
-            # The op aligns the last query with the last key; a first token sees what lies right of
-            # it.
-            kept, cu_keys = _first_tokens(batch, layer.window[1] + 1)
-            prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
-        return prepared
-
-    def options(self, batch: LayerBatch) -> tuple[Any, ...]:
-        """What the unchecked attention takes behind its tensors."""
-        layer = self.layer
-        left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
-        dropout_p = _p(layer.attention, layer.attention_dropout)
-        places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
-        return (
-            *places,
-            layer.scale,
-            left,
-            0 if layer.causal else right,
-            dropout_p,
-            batch.seeds[0],
-            "triton",
-        )
-
-    def __call__(
-        self, wide: Tensor, x: Tensor | None, batch: LayerBatch
-    ) -> tuple[Tensor, Tensor | None]:
-        layer = self.layer
-        if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
-            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
-        wide = wide if x is None else wide + x
-        normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
-        heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
-        query, key, value = heads.split(
-            [layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1
-        )
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = layer.query_norm(query), layer.key_norm(key)
-        assert batch.rotary is not None
-        query, key = (
-            _rotate(query, *batch.rotary).to(self.dtype),
-            _rotate(key, *batch.rotary).to(self.dtype),
-        )
-        window = layer.window
-        if batch.read is not None:
-            wide, query = wide.index_select(0, batch.read), query.index_select(0, batch.read)
-        if batch.kept is not None:
-            key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
-            window = None
-        attended = varlen_attention(
-            query,
-            key,
-            value,
-            batch.cu_queries,
-            batch.cu_keys,
-            scale=layer.scale,
-            causal=layer.causal,
-            window=window,
-            dropout_p=_p(layer.attention, layer.attention_dropout),
-            seed=batch.seeds[0],
-            rows=batch.rows,
-            max_seqlens=batch.max_seqlens,
-        )
-        wide = wide + _dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
-        gate, up = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype)).chunk(2, dim=1)
-        return wide + self.down(_dropped(layer.activation(gate) * up, layer.mlp_dropout)), None
-
-
-def norm(wide: Tensor, module: nn.Module) -> Tensor:
-    """The norm of the residual stream, in the stream's dtype whatever the weights'."""
-    if not isinstance(module, nn.LayerNorm):
-        return module(wide)
-    weight, bias = (None if p is None else p.to(wide.dtype) for p in (module.weight, module.bias))
-    return F.layer_norm(wide, module.normalized_shape, weight, bias, module.eps)
-
-
-def _dropped(x: Tensor, dropout: nn.Module | None) -> Tensor:
-    return x if dropout is None else dropout(x)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of (T, heads, head size), in fp32: a head's halves are pairs of
-    coordinates.
-    """
-    left, right = x.to(cos.dtype).chunk(2, dim=2)
-    return x * cos[:, None] + torch.cat([-right, left], dim=2) * sin[:, None]
-
-
-def _first_tokens(batch: MicroBatch, limit: int) -> tuple[Tensor, Tensor]:
-    """Places of the first tokens of every sequence, at most limit of each, and their cumulative
-    number.
-    """
-    starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().clamp(max=limit).long()
-    cu_kept = F.pad(lengths.cumsum(0), (1, 0))
-    total = int(np.minimum(batch.lengths, limit).sum())
-    place = torch.arange(total, device=starts.device)
-    return place + torch.repeat_interleave(
-        starts - cu_kept[:-1], lengths, output_size=total
-    ), cu_kept.int()

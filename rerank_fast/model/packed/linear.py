@@ -101,9 +101,10 @@ class NarrowCopies:
     def __init__(self) -> None:
         # By the dtypes of both: one kernel copies from one to another.
         self._made: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        self._raised: dict[float, list[Tensor]] = {}  # by what is added to them
 
-    def joined(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Room for the rows of one weight after the other, which fill() writes."""
+    def joined(self, weights: Sequence[Tensor], dtype: torch.dtype, *, plus: float = 0.0) -> Tensor:
+        """Room for the rows of one weight after the other, which fill() writes with plus added."""
         rows = [one.shape[0] for one in weights]
         joined = torch.empty(
             sum(rows), *weights[0].shape[1:], dtype=dtype, device=weights[0].device
@@ -112,6 +113,8 @@ class NarrowCopies:
             copies, originals = self._made.setdefault((weight.dtype, dtype), ([], []))
             copies.append(copy)
             originals.append(weight)
+        if plus:
+            self._raised.setdefault(plus, []).append(joined)
         return joined
 
     @torch.no_grad()
@@ -121,6 +124,8 @@ class NarrowCopies:
         """
         for copies, originals in self._made.values():
             torch._foreach_copy_(copies, originals)
+        for plus, raised in self._raised.items():
+            torch._foreach_add_(raised, plus)
 
 
 @functools.cache

@@ -21,7 +21,8 @@ from rerank_fast.ops.backends import HAS_TRITON
 from rerank_fast.ops.differentiated_once import differentiated_once
 
 if TYPE_CHECKING:
-    from rerank_fast.model.packed.layers import LayerBatch, PreNormStep
+    from rerank_fast.model.packed.layers import LayerBatch
+    from rerank_fast.model.packed.pre_norm_step import PreNormStep
 
 _MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of the kernels
 
@@ -49,18 +50,22 @@ class TrainedNorm:
         if must_be_called(module):
             return None
         parameters: list[Tensor]
+        rms, plus = rms_norm(module), 0.0
         if type(module) is nn.LayerNorm:
             parameters, eps = (
                 [one for one in (module.weight, module.bias) if one is not None],
                 module.eps,
             )
-        elif is_rms_norm(module):
-            parameters, eps = [module.weight], float(module.variance_epsilon)  # type: ignore[arg-type, list-item]
+        elif rms is not None:
+            parameters, eps, plus = [rms.weight], rms.eps, rms.plus
         else:
             return None
         if not parameters or parameters[0].numel() > _MAX_WIDTH:
             return None
-        weight, bias = [*(copies.joined([one], torch.float32) for one in parameters), None][:2]
+        weight, bias = [
+            *(copies.joined([one], torch.float32, plus=plus) for one in parameters),
+            None,
+        ][:2]
         assert weight is not None
         return TrainedNorm(weight, bias, eps, type(module) is nn.LayerNorm, parameters)
 
@@ -78,13 +83,38 @@ class TrainedNorm:
         return list(sums.split(len(self.weight)))[: len(self.parameters)]
 
 
-def is_rms_norm(module: nn.Module) -> bool:
-    """Whether it is that of transformers' Llama, Qwen2 or Qwen3."""
-    return f"{type(module).__module__}.{type(module).__name__}" in (
-        "transformers.models.llama.modeling_llama.LlamaRMSNorm",
-        "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
-        "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+# transformers' own: their eps is variance_epsilon, and weight what rows are multiplied with.
+_RMS_NORMS = [
+    f"transformers.models.{family}.modeling_{family}.{name}RMSNorm"
+    for family, name in (
+        ("llama", "Llama"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+        ("mistral", "Mistral"),
+        ("eurobert", "EuroBert"),
     )
+]
+_GEMMAS = [  # theirs is eps, and rows are multiplied with 1 + weight
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm",
+    "transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm",
+]
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Rows over their root mean square, times plus + weight."""
+
+    weight: Tensor
+    eps: float
+    plus: float
+
+
+def rms_norm(module: Any) -> RMSNorm | None:
+    """A norm of transformers that is one; None for another."""
+    path = f"{type(module).__module__}.{type(module).__name__}"
+    if path in _RMS_NORMS:
+        return RMSNorm(module.weight, float(module.variance_epsilon), 0.0)
+    return RMSNorm(module.weight, float(module.eps), 1.0) if path in _GEMMAS else None
 
 
 def gate_of(activation: object) -> str | None:
@@ -126,21 +156,24 @@ class TrainedParts:
             or (attention_norm is None) != (layer.attention_norm is None)
         ):
             return None
+        more = (layer.post_attention_norm, layer.post_mlp_norm, layer.down_dropout)
+        if layer.rotary is None or not layer.gated or any(one is not None for one in more):
+            return None
         if layer.head_size > _MAX_HEAD_SIZE or layer.head_size % 2:
             return None
         heads = [one for one in (layer.query_norm, layer.key_norm) if one is not None]
         if not heads:
             return TrainedParts(attention_norm, mlp_norm, None, [], 0.0, gate)
-        if len(heads) == 1 or not all(
-            is_rms_norm(one) and not must_be_called(one) for one in heads
-        ):
+        norms = [one for one in map(rms_norm, heads) if one is not None]
+        if len(norms) < 2 or any(map(must_be_called, heads)):
             return None
-        weights: list[Any] = [one.weight for one in heads]
-        eps = {float(one.variance_epsilon) for one in heads}  # type: ignore[arg-type]
-        if len(eps) > 1 or {one.shape for one in weights} != {(layer.head_size,)}:
+        weights = [one.weight for one in norms]
+        kinds = {(one.eps, one.plus) for one in norms}
+        if len(kinds) > 1 or {one.shape for one in weights} != {(layer.head_size,)}:
             return None
-        joined = copies.joined(weights, torch.float32)
-        return TrainedParts(attention_norm, mlp_norm, joined, weights, eps.pop(), gate)
+        ((eps, plus),) = kinds
+        joined = copies.joined(weights, torch.float32, plus=plus)
+        return TrainedParts(attention_norm, mlp_norm, joined, weights, eps, gate)
 
     @property
     def parameters(self) -> list[Tensor]:

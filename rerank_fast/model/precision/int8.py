@@ -35,9 +35,8 @@ class Int8Linear(nn.Module):
             return first
         if first._joined is None:
             one = Int8Linear(join([module.weight for module in modules]))
-            object.__setattr__(
-                first, "_joined", one
-            )  # past nn.Module, which would count it among the model's
+            # Past nn.Module, which would count it among the model's.
+            object.__setattr__(first, "_joined", one)
         assert first._joined is not None
         return first._joined
 

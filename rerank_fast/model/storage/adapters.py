@@ -31,8 +31,7 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{checkpoint.name} holds a PEFT adapter and no model, and its {_CONFIG} names none: "
-            "expected "
-            f"base_model_name_or_path, got {shown(base)}"
+            f"expected base_model_name_or_path, got {shown(base)}"
         )
     if checkpoint.file(_WEIGHTS) is None:
         raise ValueError(

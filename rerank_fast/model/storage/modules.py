@@ -62,8 +62,7 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
     if first.kind != "Transformer" or first.path:
         raise ValueError(
             f"{checkpoint.name}/modules.json: expected a Transformer in the model's own directory "
-            "as the first "
-            f"module, got {first.type} in {first.path or 'it'}"
+            f"as the first module, got {first.type} in {first.path or 'it'}"
         )
     for name in _UNREAD:
         if first.config.get(name):
@@ -147,8 +146,7 @@ def _check_module(where: str, found: dict[str, Tensor], expected: dict[str, Tens
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{where}: {name} is {tuple(tensor.shape)} in the weights and "
-                f"{tuple(expected[name].shape)} by the "
-                "config"
+                f"{tuple(expected[name].shape)} by the config"
             )
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: the weight {name} has values that are no finite floats")

@@ -156,10 +156,9 @@ def _explain(path_or_hub_id: str, error: Exception) -> str:
     if Path(path_or_hub_id).exists():
         if "no file named model.safetensors" in str(error):
             return (
-                f"{path_or_hub_id} has no safetensors weights, and pickled weights are not loaded: "
-                "rerank-fast "
-                f"convert --model {path_or_hub_id} --output DIR reads them as tensors alone, and "
-                "writes safetensors"
+                f"{path_or_hub_id} has no safetensors weights, and pickled weights are not "
+                f"loaded: rerank-fast convert --model {path_or_hub_id} --output DIR reads them as "
+                "tensors alone, and writes safetensors"
             )
         return (
             f"{path_or_hub_id} can't be opened as a sequence-classification model; config.json and "

@@ -48,8 +48,7 @@ def check_weight_files(checkpoint: Checkpoint, named: Any) -> WeightFiles:
         if not first.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(
                 f"{checkpoint.name}/config.json: expected safetensors weights, pickled ones are "
-                "not "
-                f"loaded: got {shown(named)}"
+                f"not loaded: got {shown(named)}"
             )
     _check_adapter(checkpoint)
     names = _shards(checkpoint, first) if first.endswith(".json") else [first]
@@ -149,9 +148,8 @@ def check_weights(
             low, high = torch.aminmax(values.detach())  # one pass, no copy; NaN is both of them
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 what = "NaN" if torch.isnan(low) else "infinite"
-                kind = str(values.dtype).removeprefix(
-                    "torch."
-                )  # which may be narrower than the file's
+                # Which may be narrower than the file's.
+                kind = str(values.dtype).removeprefix("torch.")
                 raise ValueError(
                     f"{name}: the weight {weight} has a value that is {what} in {kind}"
                 )

@@ -152,8 +152,7 @@ class PairTokenizer:
         if token is None:
             raise ValueError(
                 "both texts of a pair are empty, and the tokenizer has no token that ends a text: "
-                "expected "
-                "at least one token to read a score from"
+                "expected at least one token to read a score from"
             )
         return [token]
 
@@ -212,9 +211,8 @@ class PromptTokenizer:
             if "<|im_start|>" not in self.tokenizer.get_vocab():
                 raise ValueError(
                     "the tokenizer's chat template can't carry a pair: expected one that renders "
-                    "messages of the "
-                    "roles query and document, and the one that Qwen3-Reranker has needs the token "
-                    "<|im_start|>"
+                    "messages of the roles query and document, and the one that Qwen3-Reranker "
+                    "has needs the token <|im_start|>"
                 )
             self.tokenizer.chat_template = QWEN3_RERANKER_TEMPLATE
         # The score is read from the last token, which must be the prompt's own.

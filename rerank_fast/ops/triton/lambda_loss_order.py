@@ -130,9 +130,8 @@ def order_rows(
     size_i = end_i - start_i
     in_i = (i < n) & (size_i >= shortest) & (size_i <= longest)
     first = tl.min(tl.where(in_i, start_i, n), axis=0)
-    width = (tl.max(tl.where(in_i, end_i, first), axis=0) - first).to(
-        tl.int32
-    )  # 0 if there is no such list
+    # 0 if there is no such list.
+    width = (tl.max(tl.where(in_i, end_i, first), axis=0) - first).to(tl.int32)
     # From here on documents are counted from `first`: 32 bits suffice.
     from_i = (start_i - first).to(tl.int32)[:, None]
     to_i = (end_i - first).to(tl.int32)[:, None]

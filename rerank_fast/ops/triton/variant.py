@@ -19,13 +19,11 @@ class Variant:
 
     name: str
     kernel: Any
-    types: dict[
-        str, str
-    ]  # by argument, as in triton.compile: "*fp32", "i32", ...; constexprs are left out
+    # By argument, as in triton.compile: "*fp32", "i32", ...; constexprs are left out.
+    types: dict[str, str]
     config: dict[str, Any]  # as the launcher gives it: blocks in capitals, num_warps and the like
-    constants: dict[str, Any] = field(
-        default_factory=dict
-    )  # the other constexprs; None: an argument left out
+    # The other constexprs; None: an argument left out.
+    constants: dict[str, Any] = field(default_factory=dict)
     hip_config: dict[str, Any] | None = None  # on AMD; None: config
     items: int = 0
     anchor: str = ""

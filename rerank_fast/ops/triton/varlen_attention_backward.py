@@ -120,9 +120,8 @@ def query_grad_kernel(
         num_tokens, num_keys,
         HAS_LEFT, HAS_RIGHT, BLOCK_M,
     )  # fmt: skip
-    width = (
-        tl.num_programs(1) * HEAD_SIZE
-    )  # of a row of sums: one more argument costs the compiler registers
+    # Of a row of sums: one more argument costs the compiler registers.
+    width = tl.num_programs(1) * HEAD_SIZE
     if first >= num_q:
         if sums is not None:
             none, of_none = tl.zeros([BLOCK_M, WIDTH], tl.float32), tl.zeros([BLOCK_M], tl.int1)

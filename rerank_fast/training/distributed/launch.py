@@ -25,8 +25,7 @@ def settle(config: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
         if told is not None and told not in _PRECISIONS:
             raise ValueError(
                 f"accelerate's mixed_precision must be one of {', '.join(_PRECISIONS)}, got "
-                f"{told}; "
-                "or set precision itself"
+                f"{told}; or set precision itself"
             )
         if told is not None:
             config = replace(config, precision=_PRECISIONS[told])  # type: ignore[arg-type]

@@ -338,9 +338,8 @@ def test_nothing_found_says_what_skipped_it_and_can_be_tried_again(tmp_path: Pat
 
 
 def test_skipped_candidates_are_counted_once(tmp_path: Path) -> None:
-    rows = [
-        {"query": "berlin", "positive": "paris"}
-    ]  # scores 0: both margins would skip both candidates
+    # Scores 0: both margins would skip both candidates.
+    rows = [{"query": "berlin", "positive": "paris"}]
     options: dict[str, Any] = {
         "absolute_margin": 5.0,
         "relative_margin": 0.1,

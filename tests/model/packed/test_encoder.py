@@ -12,29 +12,47 @@ from transformers import (
     BertForSequenceClassification,
     CamembertConfig,
     CamembertForSequenceClassification,
+    Data2VecTextConfig,
+    Data2VecTextForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    EuroBertConfig,
+    EuroBertForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
+    GemmaConfig,
+    GemmaForSequenceClassification,
+    GteConfig,
+    GteForSequenceClassification,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
+    NomicBertConfig,
+    NomicBertForSequenceClassification,
     Qwen2Config,
     Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
+    XmodConfig,
+    XmodForSequenceClassification,
 )
 
-from rerank_fast.model.packed import encoder, layers
+from rerank_fast.model.packed import encoder, layers, pre_norm_step
 from rerank_fast.model.packed.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.preparation import Preparer, prepare_packed
@@ -109,6 +127,75 @@ MODELS |= {
         Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=8, max_window_layers=1, **o)
     ),
 }
+ROTARY = {**SIZES, "type_vocab_size": 2, "pad_token_id": 0}
+GEMMA3 = {**DECODER, "sliding_window": 8, "query_pre_attn_scalar": 10}
+GEMMA3["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+MODELS |= {
+    "data2vec": lambda **o: Data2VecTextForSequenceClassification(
+        Data2VecTextConfig(**ROBERTA, **o)
+    ),
+    "xmod": lambda **o: XmodForSequenceClassification(
+        XmodConfig(**ROBERTA, default_language="en_XX", **o)
+    ),
+    "xmod-own-norm": lambda **o: XmodForSequenceClassification(
+        XmodConfig(**ROBERTA, default_language="en_XX", adapter_layer_norm=True, **o)
+    ),
+    "roberta-prelayernorm": lambda **o: RobertaPreLayerNormForSequenceClassification(
+        RobertaPreLayerNormConfig(**ROBERTA, **o)
+    ),
+    "nomic-bert": lambda **o: NomicBertForSequenceClassification(NomicBertConfig(**ROTARY, **o)),
+    "gte": lambda **o: GteForSequenceClassification(GteConfig(**ROTARY, **o)),
+    "jina": lambda **o: JinaEmbeddingsV3ForSequenceClassification(
+        JinaEmbeddingsV3Config(**ROTARY, **o)
+    ),
+    "eurobert": lambda **o: EuroBertForSequenceClassification(
+        EuroBertConfig(**DECODER, classifier_pooling="bos", **o)
+    ),
+    "eurobert-mean": lambda **o: EuroBertForSequenceClassification(
+        EuroBertConfig(**DECODER, classifier_pooling="mean", **o)
+    ),
+    "eurobert-late": lambda **o: EuroBertForSequenceClassification(
+        EuroBertConfig(**DECODER, classifier_pooling="late", **o)
+    ),
+    "llama-both-ways": lambda **o: LlamaForSequenceClassification(
+        LlamaConfig(**DECODER, is_causal=False, **o)
+    ),
+    "mistral": lambda **o: MistralForSequenceClassification(
+        MistralConfig(**DECODER, sliding_window=None, **o)
+    ),
+    "mistral-sliding": lambda **o: MistralForSequenceClassification(
+        MistralConfig(**DECODER, sliding_window=8, **o)
+    ),
+    "qwen3-sliding-both-ways": lambda **o: Qwen3ForSequenceClassification(
+        Qwen3Config(
+            **DECODER,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+            is_causal=False,
+            **o,
+        )
+    ),
+    "gemma": lambda **o: GemmaForSequenceClassification(GemmaConfig(**DECODER, **o)),
+    "gemma-silu": lambda **o: GemmaForSequenceClassification(
+        GemmaConfig(**DECODER, hidden_act="silu", **o)
+    ),
+    "gemma3": lambda **o: Gemma3TextForSequenceClassification(Gemma3TextConfig(**GEMMA3, **o)),
+    "gemma3-both-ways": lambda **o: Gemma3TextForSequenceClassification(
+        Gemma3TextConfig(**GEMMA3, use_bidirectional_attention=True, **o)
+    ),
+}
+WITHOUT_TYPES = (
+    "mpnet",
+    "distilbert",
+    "modernbert",
+    "eurobert",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
+WITHOUT_TYPES += ("gemma", "gemma3_text")
 DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 DEBERTA_V3 = {
     **DEBERTA,
@@ -129,17 +216,14 @@ MODELS |= {
         **DEBERTA, position_buckets=16, embedding_size=24, max_relative_positions=40, **o
     ),
     "deberta-v3": lambda **o: deberta(**DEBERTA_V3, **o),
+    "mpnet": lambda **o: transformers.MPNetForSequenceClassification(
+        transformers.MPNetConfig(**{**SIZES, "pad_token_id": 1}, **o)
+    ),
     "deberta-v3-1-layer": lambda **o: deberta(**{**DEBERTA_V3, "num_hidden_layers": 1}, **o),
     "deberta-c2p": lambda **o: deberta(**{**DEBERTA_V3, "pos_att_type": "c2p"}, **o),
     "deberta-p2c": lambda **o: deberta(**{**DEBERTA, "pos_att_type": ["p2c"]}, **o),
     "deberta-absolute": lambda **o: deberta(**SIZES, pos_att_type=["c2p"], pooler_dropout=0.2, **o),
 }
-MODELS |= {
-    "mpnet": lambda **o: MPNetForSequenceClassification(
-        MPNetConfig(**{**SIZES, "pad_token_id": 1}, **o)
-    ),
-}
-WITHOUT_TYPES = ("mpnet", "distilbert", "modernbert", "llama", "qwen2", "qwen3")
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
 
@@ -242,8 +326,8 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
     expected_gradients = gradients(model, expected, upstream)
-    # ModernBERT itself takes its rotations and its softmax in fp32.
-    exact = 1e-6 if name.startswith("modernbert") else 1e-10
+    # ModernBERT itself takes its rotations and its softmax in fp32, Gemma its norms.
+    exact = 1e-6 if name.startswith(("modernbert", "gemma")) else 1e-10
     for dtype, bound in ((torch.float64, exact), (torch.float32, 1e-5)):
         model.to(dtype)
         actual = packed_scores(model, tokens, PLANS[plan], dtype=dtype)
@@ -256,7 +340,19 @@ def test_scores_and_gradients_equal_the_padded_model(name: str, types: bool, pla
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "distilbert", "modernbert", "qwen3", "deberta-v3", "mpnet"]
+    "name",
+    [
+        "bert",
+        "distilbert",
+        "modernbert",
+        "qwen3",
+        "xmod",
+        "gte",
+        "eurobert-late",
+        "gemma3",
+        "deberta-v3",
+        "mpnet",
+    ],
 )
 def test_batches_of_one_and_of_a_single_token(name: str) -> None:
     model = make_model(name).eval()
@@ -288,17 +384,34 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     interpreter.
     """
     pytest.importorskip("triton")
-    for op in ("varlen_attention", "residual_norm"):
-        monkeypatch.setattr(layers, op, functools.partial(getattr(layers, op), backend="triton"))
+    for module, op in (
+        (layers, "varlen_attention"),
+        (layers, "residual_norm"),
+        (pre_norm_step, "varlen_attention"),
+    ):
+        monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
     for choose in ("backend_for", "own_backend_for"):
         monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
-    for module in (encoder, layers):
+    for module in (encoder, pre_norm_step):
         monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "modernbert-last-layer-slides", "modernbert-mean", "qwen2-sliding", "qwen3"]
+    "name",
+    [
+        "bert",
+        "modernbert-last-layer-slides",
+        "modernbert-mean",
+        "qwen2-sliding",
+        "qwen3",
+        "data2vec",
+        "roberta-prelayernorm",
+        "gte",
+        "eurobert",
+        "gemma-silu",
+        "gemma3",
+    ],
 )
 def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> None:
     tokens, plan = make_tokens([3, 10]), [np.array([1, 0])]
@@ -374,7 +487,19 @@ def test_left_padding_of_the_padded_model_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bert", "distilbert", "modernbert", "qwen3", "deberta-v3", "mpnet"]
+    "name",
+    [
+        "bert",
+        "distilbert",
+        "modernbert",
+        "qwen3",
+        "xmod",
+        "gte",
+        "roberta-prelayernorm",
+        "gemma3",
+        "deberta-v3",
+        "mpnet",
+    ],
 )
 def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str) -> None:
     model = make_model(name).train()
@@ -393,7 +518,7 @@ def test_dropout_follows_torch_generator_and_checkpointing_repeats_it(name: str)
     recomputed, checkpointed = run(1, gradient_checkpointing=True)
     assert torch.equal(scores, recomputed)
     assert max(relative_errors(checkpointed, expected).values()) < 1e-6
-    if name in ("bert", "distilbert", "deberta-v3", "mpnet"):  # the others are made without dropout
+    if name not in ("modernbert", "qwen3", "gemma3"):  # these are made without dropout
         assert not torch.equal(run(2)[0], scores)
 
 
@@ -419,6 +544,14 @@ DROPOUTS = {
         ("modernbert-last-layer-slides", "modernbert"),
         ("modernbert-mean", "modernbert"),
         ("qwen3-sliding", "llama"),
+        ("data2vec", "bert"),
+        ("xmod", "bert"),
+        ("nomic-bert", "bert"),
+        ("jina", "bert"),
+        ("eurobert", "llama"),
+        ("mistral", "llama"),
+        ("gemma", "llama"),
+        ("gemma3", "llama"),
     ],
 )
 def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
@@ -448,7 +581,18 @@ def test_pairs_kept_of_a_micro_batch_have_the_dropout_that_they_have_among_all(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", ["bert", "electra", "modernbert-mean", "qwen3-sliding", "deberta-v3", "mpnet"]
+    "name",
+    [
+        "bert",
+        "electra",
+        "modernbert-mean",
+        "qwen3-sliding",
+        "xmod",
+        "gte",
+        "gemma3",
+        "deberta-v3",
+        "mpnet",
+    ],
 )
 def test_what_fills_a_micro_batch_up_gives_no_gradient(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -464,11 +608,8 @@ def test_what_fills_a_micro_batch_up_gives_no_gradient(
         fill_up,
     ):
         monkeypatch.setattr("rerank_fast.model.packed.encoder.fill_up", fill)
-        model = (
-            make_model(name, **NO_DROPOUT)
-            if name in ("bert", "electra", "deberta-v3", "mpnet")
-            else make_model(name)
-        )
+        still = name in ("bert", "electra", "xmod", "gte", "deberta-v3", "mpnet")
+        model = make_model(name, **NO_DROPOUT) if still else make_model(name)
         scores = packed_scores(model, tokens, plan, dtype=dtype)
         results.append((scores.detach(), gradients(model, scores, upstream)))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
@@ -505,7 +646,22 @@ def test_dropout_has_the_padded_models_mean_and_spread() -> None:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    ["bert", "electra", "distilbert", "modernbert", "qwen3", "deberta-v2", "deberta-v3", "mpnet"],
+    [
+        "bert",
+        "electra",
+        "distilbert",
+        "modernbert",
+        "qwen3",
+        "nomic-bert",
+        "roberta-prelayernorm",
+        "eurobert",
+        "mistral",
+        "gemma",
+        "gemma3",
+        "deberta-v2",
+        "deberta-v3",
+        "mpnet",
+    ],
 )
 def test_bf16_is_no_worse_than_autocast(name: str, weights: torch.dtype) -> None:
     """Scores and gradients of bf16 products, beside those of the padded model in the same

@@ -65,9 +65,8 @@ def test_an_encoder_gets_no_head_by_it(directory: Path, tmp_path: Path):
         if name.startswith("bert.")
     }
     file.unlink()
-    tensors["embeddings.tied"] = tensors[
-        "embeddings.word_embeddings.weight"
-    ]  # memory that is shared
+    # Memory that is shared.
+    tensors["embeddings.tied"] = tensors["embeddings.word_embeddings.weight"]
     torch.save(tensors, directory / "pytorch_model.bin")
     assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 0
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()

@@ -107,9 +107,8 @@ def _assert_same(found: TokenizedPairs, expected: Any) -> None:
     for values, name in ((found.input_ids, "input_ids"), (found.token_type_ids, "token_type_ids")):
         if values is not None:
             rows = [row.tolist() for row in np.split(values, found.offsets[1:-1])]
-            assert all(
-                rows
-            )  # two empty texts without special tokens: there is one to read a score from
+            # Two empty texts without special tokens: there is one to read a score from.
+            assert all(rows)
             theirs = expected[name]
             assert [row if other else [] for row, other in zip(rows, theirs, strict=True)] == theirs
 

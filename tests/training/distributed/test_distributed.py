@@ -220,9 +220,8 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_it_goes_on_to_the_same_
         }
 
     done = in_two_processes([{**run("stopped"), "terminate_at": 3}], tmp_path, 29623)
-    assert done.returncode == 1, (
-        done.stderr
-    )  # torchrun's own; what has not ended in 30 seconds it kills
+    # Torchrun's own; what has not ended in 30 seconds it kills.
+    assert done.returncode == 1, done.stderr
     (checkpoint,) = checkpoints(tmp_path / "stopped")
     step = int(checkpoint.name.partition("-")[2])
     assert 3 <= step < 16, done.stderr

@@ -161,9 +161,8 @@ def test_shards_are_halves_a_killed_run_goes_on_to_the_same_bits_and_other_model
     for place in (".", "checkpoint-6"):
         a, b = weights(tmp_path / "unbroken" / place), weights(tmp_path / "stopped" / place)
         assert all(torch.equal(a[name], b[name]) for name in a), place
-    _, tensors = load_checkpoint(
-        tmp_path / "unbroken" / "checkpoint-6"
-    )  # whole: another number of them may go on
+    # Whole: another number of them may go on.
+    _, tensors = load_checkpoint(tmp_path / "unbroken" / "checkpoint-6")
     model = CrossEncoder(tiny_bert, device="cpu").model
     assert all(
         tensors[f"optimizer.{name}.exp_avg"].shape == one.shape

@@ -24,10 +24,18 @@ from rerank_fast.model.packed.architectures.decoders import (
     decoder_body,
     decoder_reading,
     find_answer_head,
+    mistral_body,
 )
+from rerank_fast.model.packed.architectures.eurobert import eurobert_body, eurobert_reading
+from rerank_fast.model.packed.architectures.gemma import gemma2_body, gemma3_body, gemma_body
 from rerank_fast.model.packed.architectures.modernbert import modernbert_body, modernbert_reading
 from rerank_fast.model.packed.architectures.modular import modular_reading
 from rerank_fast.model.packed.architectures.mpnet import mpnet_body
+from rerank_fast.model.packed.architectures.roberta_kin import (
+    roberta_prelayernorm_body,
+    xmod_body,
+)
+from rerank_fast.model.packed.architectures.rotary_bert import rotary_bert_body
 from rerank_fast.model.packed.architectures.views import (
     Architecture,
     Body,
@@ -52,6 +60,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+# A finder gives None, or why, where a model has something that packed execution does not know.
 _BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "BertModel": bert_body(pad_positions=False),
     "RobertaModel": bert_body(pad_positions=True),
@@ -62,12 +71,23 @@ _BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "DebertaV2Model": deberta_body,
     "MPNetModel": mpnet_body,
     "ModernBertModel": modernbert_body,
+    "Data2VecTextModel": bert_body(pad_positions=True),
+    "XmodModel": xmod_body,
+    "RobertaPreLayerNormModel": roberta_prelayernorm_body,
+    "NomicBertModel": rotary_bert_body,
+    "GteModel": rotary_bert_body,
+    "JinaEmbeddingsV3Model": rotary_bert_body,
+    "EuroBertModel": eurobert_body,
     "LlamaModel": decoder_body,
+    "MistralModel": mistral_body,
     "Qwen2Model": decoder_body,
     "Qwen3Model": decoder_body,
+    "GemmaModel": gemma_body,
+    "Gemma2Model": gemma2_body,
+    "Gemma3TextModel": gemma3_body,
 }
 
-_READINGS: dict[str, Callable[[Any], Reading | None]] = {
+_READINGS: dict[str, Callable[[Any], Reading | str | None]] = {
     "BertForSequenceClassification": bert_reading,
     "RobertaForSequenceClassification": roberta_reading,
     "XLMRobertaForSequenceClassification": roberta_reading,
@@ -77,9 +97,20 @@ _READINGS: dict[str, Callable[[Any], Reading | None]] = {
     "DebertaV2ForSequenceClassification": deberta_reading,
     "MPNetForSequenceClassification": roberta_reading,
     "ModernBertForSequenceClassification": modernbert_reading,
+    "Data2VecTextForSequenceClassification": roberta_reading,
+    "XmodForSequenceClassification": roberta_reading,
+    "RobertaPreLayerNormForSequenceClassification": roberta_reading,
+    "NomicBertForSequenceClassification": bert_reading,
+    "GteForSequenceClassification": bert_reading,
+    "JinaEmbeddingsV3ForSequenceClassification": roberta_reading,
+    "EuroBertForSequenceClassification": eurobert_reading,
     "LlamaForSequenceClassification": decoder_reading,
+    "MistralForSequenceClassification": decoder_reading,
     "Qwen2ForSequenceClassification": decoder_reading,
     "Qwen3ForSequenceClassification": decoder_reading,
+    "GemmaForSequenceClassification": decoder_reading,
+    "Gemma2ForSequenceClassification": decoder_reading,
+    "Gemma3TextForSequenceClassification": decoder_reading,
 }
 
 
@@ -217,12 +248,15 @@ def _called(found: Architecture) -> Iterator[nn.Module]:
     for layer in found.layers:
         parts = [layer.attention_out, layer.activation, layer.down]
         if isinstance(layer, PostNormLayer):
-            parts += [layer.query, layer.key, layer.value, layer.up]
+            parts += [layer.query, layer.key, layer.value, layer.up, layer.gate, layer.mlp_dropout]
+            if layer.adapter is not None:
+                parts += [layer.adapter.down, layer.adapter.activation, layer.adapter.up]
             if layer.relative is not None:
                 parts += [layer.relative.key, layer.relative.query]
         else:
             parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
-            parts += [layer.attention_out_dropout, layer.mlp_dropout]
+            parts += [layer.attention_out_dropout, layer.mlp_dropout, layer.down_dropout]
+            parts += [layer.post_attention_norm, layer.post_mlp_norm]
             parts += [
                 one
                 for one in (layer.attention_norm, layer.mlp_norm)

@@ -1,4 +1,4 @@
-"""BERT and its kin: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT."""
+"""BERT and its kin: RoBERTa, XLM-RoBERTa, CamemBERT, Data2Vec, ELECTRA and DistilBERT."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def bert_body(*, pad_positions: bool) -> Callable[[Any], Body | None]:
             embed=embed,
             embeddings=None if hasattr(base, "embeddings_project") else base.embeddings,
             pad_position=base.embeddings.padding_idx if pad_positions else None,
-            layers=[_bert_layer(layer) for layer in base.encoder.layer],
+            layers=[bert_layer(layer) for layer in base.encoder.layer],
         )
 
     return find
 
 
-def _bert_layer(layer: Any) -> PostNormLayer:
+def bert_layer(layer: Any) -> PostNormLayer:
     attention = layer.attention.self
     return PostNormLayer(
         query=attention.query,
@@ -63,16 +63,22 @@ def _bert_layer(layer: Any) -> PostNormLayer:
     )
 
 
+_POOLERS = [
+    f"transformers.models.{family}.modeling_{family}.{name}Pooler"
+    for family, name in (("bert", "Bert"), ("nomic_bert", "NomicBert"), ("gte", "Gte"))
+]
+
+
 def bert_reading(model: Any) -> Reading | None:
     """Pooler, dropout, classifier."""
-    pooler = model.bert.pooler
+    pooler = model.base_model.pooler
     if pooler is None:
         return None
 
     def through_pooler(first: Tensor) -> Tensor:
-        return model.classifier(model.dropout(model.bert.pooler(first[:, None]))).squeeze(1)
+        return model.classifier(model.dropout(model.base_model.pooler(first[:, None]))).squeeze(1)
 
-    if _path(pooler) != "transformers.models.bert.modeling_bert.BertPooler":
+    if _path(pooler) not in _POOLERS:
         return Reading(head=through_pooler)
     called = (pooler, pooler.dense, pooler.activation, model.dropout, model.classifier)
     parts = HeadParts(
@@ -87,13 +93,17 @@ def bert_reading(model: Any) -> Reading | None:
 
 # Whose forward is dropout -> dense -> tanh (ELECTRA: `activation`) -> dropout -> out_proj.
 _CLASSIFICATION_HEADS = [
-    f"transformers.models.{family}.modeling_{family}.{name}ClassificationHead"
-    for family, name in (
-        ("roberta", "Roberta"),
-        ("xlm_roberta", "XLMRoberta"),
-        ("camembert", "Camembert"),
-        ("electra", "Electra"),
-        ("mpnet", "MPNet"),
+    f"transformers.models.{module}.{name}ClassificationHead"
+    for module, name in (
+        ("roberta.modeling_roberta", "Roberta"),
+        ("xlm_roberta.modeling_xlm_roberta", "XLMRoberta"),
+        ("camembert.modeling_camembert", "Camembert"),
+        ("electra.modeling_electra", "Electra"),
+        ("data2vec.modeling_data2vec_text", "Data2VecText"),
+        ("xmod.modeling_xmod", "Xmod"),
+        ("roberta_prelayernorm.modeling_roberta_prelayernorm", "RobertaPreLayerNorm"),
+        ("mpnet.modeling_mpnet", "MPNet"),
+        ("jina_embeddings_v3.modeling_jina_embeddings_v3", "JinaEmbeddingsV3"),
     )
 ]
 

@@ -87,6 +87,7 @@ def _relative(attention: Any, encoder: Any, terms: list[str]) -> RelativeTerms |
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: a step with gradients must be able to save it
 def _slots(buckets: int, farthest: int, device: torch.device) -> Tensor:
     """The row of the embeddings for every distance of a query and a key up to the farthest that is
     told apart, int32; distances beyond half the buckets share them by their logarithm.

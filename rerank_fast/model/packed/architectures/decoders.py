@@ -1,7 +1,10 @@
-"""Llama and Qwen: read at their last token, by a classifier or by the logits of their answers."""
+"""Llama, Mistral and Qwen: read at their last token, by a classifier or by the logits of their
+answers.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,22 +15,56 @@ from rerank_fast.model.packed.architectures.views import Body, PreNormLayer, Rea
 from rerank_fast.model.packed.heads import AnswerHead, Answers, own_class
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
-CAUSAL_FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+CAUSAL_FAMILIES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+)
 
 
 def decoder_body(base: Any) -> Body:
+    """Llama, Qwen2 and Qwen3. A config whose is_causal is false lets tokens attend to all, in
+    every decoder of transformers.
+    """
+    causal = getattr(base.config, "is_causal", True)
+
+    def layer(one: Any) -> PreNormLayer:
+        reach = getattr(one.self_attn, "sliding_window", None)
+        return decoder_layer(one, causal=causal, window=window_of(reach, causal=causal))
+
     return Body(
         word_embeddings=base.embed_tokens,
         embed=lambda rows, types, positions: rows,
-        layers=[_decoder_layer(layer) for layer in base.layers[: base.config.num_hidden_layers]],
+        layers=[layer(one) for one in base.layers[: base.config.num_hidden_layers]],
         final_norm=base.norm,
         rotary=lambda hidden, positions: {"all": flat(base.rotary_emb(hidden, positions))},
     )
 
 
-def _decoder_layer(layer: Any) -> PreNormLayer:
+def window_of(reach: int | None, *, causal: bool) -> tuple[int, int] | None:
+    """How far tokens see to the left and to the right, as transformers' masks have it: causal ones
+    count the token itself.
+    """
+    if reach is None:
+        return None
+    return (reach - 1, 0) if causal else (reach, reach)
+
+
+def mistral_body(base: Any) -> Body:
+    causal, reach = getattr(base.config, "is_causal", True), base.config.sliding_window
+    window = window_of(reach, causal=causal)
+    layers = base.layers[: base.config.num_hidden_layers]
+    return replace(
+        decoder_body(base),
+        layers=[decoder_layer(one, causal=causal, window=window) for one in layers],
+    )
+
+
+def decoder_layer(layer: Any, *, causal: bool, window: tuple[int, int] | None) -> PreNormLayer:
     attention = layer.self_attn
-    reach = getattr(attention, "sliding_window", None)
     return PreNormLayer(
         attention_norm=layer.input_layernorm,
         projections=[attention.q_proj, attention.k_proj, attention.v_proj],
@@ -38,8 +75,8 @@ def _decoder_layer(layer: Any) -> PreNormLayer:
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
         rotary="all",
-        causal=True,
-        window=None if reach is None else (reach - 1, 0),
+        causal=causal,
+        window=window,
         attention=attention,
         attention_dropout=attention.attention_dropout,
         attention_out=attention.o_proj,

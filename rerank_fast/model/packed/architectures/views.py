@@ -16,6 +16,16 @@ from rerank_fast.model.packed.heads import Head
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What XMOD has in a layer for a language: norm, down, activation, up, add and norm."""
+
+    norm: nn.LayerNorm
+    down: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    up: nn.Module
+
+
+@dataclass(frozen=True)
 class RelativeTerms:
     """Terms of a layer's scores by the distance of query and key, as RelativePositions has them.
 
@@ -37,7 +47,7 @@ class PostNormLayer:
     query: nn.Module
     key: nn.Module
     value: nn.Module
-    attention_dropout: nn.Dropout
+    attention_dropout: nn.Module  # a Dropout, or what says whether it is training
     num_heads: int
     scale: float
     attention_out: nn.Module
@@ -48,13 +58,18 @@ class PostNormLayer:
     down: nn.Module
     down_dropout: nn.Dropout | None
     output_norm: nn.LayerNorm
+    attention_dropout_p: float | None = None  # where attention_dropout is no Dropout
+    rotary: str | None = None  # of queries and keys
+    gate: nn.Module | None = None  # the activation is its, and is multiplied with up's result
+    mlp_dropout: nn.Module | None = None  # of the gated result
+    adapter: Adapter | None = None  # before the last norm
     relative: RelativeTerms | None = None
 
 
 @dataclass(frozen=True)
 class PreNormLayer:
-    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, gated
-    feed-forward, add.
+    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, feed-forward,
+    add.
     """
 
     attention_norm: nn.Module | None
@@ -65,7 +80,7 @@ class PreNormLayer:
     scale: float
     query_norm: nn.Module | None
     key_norm: nn.Module | None
-    rotary: str
+    rotary: str | None
     causal: bool
     window: tuple[int, int] | None
     attention: nn.Module  # says whether it is training
@@ -77,6 +92,10 @@ class PreNormLayer:
     activation: Callable[[Tensor], Tensor]
     mlp_dropout: nn.Module | None
     down: nn.Module
+    down_dropout: nn.Module | None = None
+    gated: bool = True  # False: gate_up is one module, and nothing is multiplied
+    post_attention_norm: nn.Module | None = None  # of what attention adds
+    post_mlp_norm: nn.Module | None = None  # of what the feed-forward adds
 
 
 Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
@@ -87,9 +106,8 @@ class Body:
     """The parts of an encoder that runs packed."""
 
     word_embeddings: nn.Embedding
-    embed: Callable[
-        [Tensor, Tensor, Tensor], Tensor
-    ]  # word rows, token types, positions, all (1, T) -> (1, T, H)
+    # Word rows, token types, positions, all (1, T) -> (1, T, H).
+    embed: Callable[[Tensor, Tensor, Tensor], Tensor]
     layers: Sequence[PostNormLayer | PreNormLayer]
     final_norm: nn.Module | None = None
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name

@@ -1,0 +1,139 @@
+"""Where one training step's time goes, this package's and sentence-transformers'.
+
+    python -m benchmarks.tools.profile_step --only ours
+
+The step is that of steps/test_training_step.py; times are self times on the CPU, grouped by what
+the operators are for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.arguments import make_parser
+from benchmarks.steps.training import make_peer_step, make_step
+from benchmarks.workload import marco_like_lists
+from rerank_fast.ops import cpu
+
+# What an operator's name begins with, or holds, and what it is for.
+_GROUPS = {
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::linear",
+        "aten::mkldnn_linear",
+        "aten::bmm",
+        "mkldnn::",
+    ),
+    "attention": (
+        "rerank_fast::varlen_attention",
+        "aten::_scaled_dot_product",
+        "aten::_efficient",
+        "aten::_flash",
+    ),
+    "dropout, residual, norm": (
+        "rerank_fast::residual_norm",
+        "aten::native_layer_norm",
+        "aten::bernoulli",
+        "aten::native_dropout",
+    ),
+    "activation": ("aten::gelu", "aten::tanh"),
+    "embeddings": ("aten::embedding", "aten::index_select", "aten::index"),
+    "optimizer, clipping": (
+        "aten::_fused_adam",
+        "aten::linalg_vector_norm",
+        "aten::_foreach",
+        "Optimizer",
+    ),
+    "casts and copies": (
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::cat",
+        "aten::clone",
+        "aten::contiguous",
+    ),
+    "sums, fills, pointwise": (
+        "aten::add",
+        "aten::mul",
+        "aten::sum",
+        "aten::fill_",
+        "aten::zero_",
+        "aten::div",
+    ),
+    "loss": ("rerank_fast::lambda_loss",),
+}
+
+
+def _group(name: str) -> str:
+    for group, prefixes in _GROUPS.items():
+        if name.startswith(prefixes):
+            return group
+    return "other"
+
+
+def name_kernels() -> None:
+    """Calls of the compiled kernels under their ops' names: a trained layer makes them without the
+    dispatcher.
+    """
+    for name, kernel in list(vars(cpu).items()):
+        if name.endswith(("_forward", "_backward")):
+            setattr(cpu, name, _named(f"rerank_fast::{name.removesuffix('_forward')}", kernel))
+
+
+def _named(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with record_function(name):
+            return kernel(*arguments, **options)
+
+    return call
+
+
+def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int) -> None:
+    """Print the groups, then the operators that take longest."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        for _ in range(steps):
+            step()
+    events = [
+        (e.key, e.self_cpu_time_total / steps / 1e3, e.count // steps) for e in run.key_averages()
+    ]
+    total = sum(time for _, time, _ in events)
+    groups: dict[str, float] = defaultdict(float)
+    for key, time, _ in events:
+        groups[_group(key)] += time
+    print(f"\n{name}: {total:.0f} ms a step")
+    for group, time in sorted(groups.items(), key=lambda item: -item[1]):
+        print(f"  {time:8.1f} ms {100 * time / total:5.1f} %  {group}")
+    for key, time, count in sorted(events, key=lambda event: -event[1])[:top]:
+        print(f"      {time:8.1f} ms {count:6d} calls  {key}")
+
+
+def main() -> None:
+    parser = make_parser(__name__)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--top", type=int, default=12, help="operators listed")
+    parser.add_argument(
+        "--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss"
+    )
+    parser.add_argument("--only", choices=["ours", "peer"], default=None)
+    options = parser.parse_args()
+    name_kernels()
+    with tempfile.TemporaryDirectory() as output:
+        lists = marco_like_lists(16)
+        ours = make_step(lists, output)
+        print(f"{ours.describe}, {torch.get_num_threads()} threads")
+        if options.only != "peer":
+            profile_step("ours", ours.run, steps=options.steps, top=options.top)
+        if options.only != "ours":
+            peer = make_peer_step(lists, mini_batch_size=options.mini_batch_size)
+            profile_step("peer", peer.run, steps=options.steps, top=options.top)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""One layer of a packed encoder that norms before each sublayer, as ModernBERT and decoders do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rerank_fast.model.packed.architectures import PreNormLayer
+from rerank_fast.model.packed.layers import (
+    LayerBatch,
+    MicroBatch,
+    _layer_batch,
+    _p,
+    _seeds,
+    dropped,
+    rotated,
+)
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
+from rerank_fast.ops.varlen_attention import varlen_attention
+
+
+class PreNormStep:
+    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the
+    second result.
+
+    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped
+    but attention's weights.
+    """
+
+    def __init__(
+        self,
+        layer: PreNormLayer,
+        dtype: torch.dtype,
+        num_tokens: int,
+        *,
+        one_token: bool,
+        copies: NarrowCopies | None = None,
+        trains: bool = False,
+    ) -> None:
+        # Of the last layer most is computed for one token of each pair.
+        few = 0 if one_token else num_tokens
+        self.layer, self.one_token, self.dtype = layer, one_token, dtype
+        self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
+        self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
+        self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
+        self.down = StepLinear([layer.down], dtype, few, copies=copies)
+        self.linears = linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        self.parts: TrainedParts | None = None
+        self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
+        if not trains or copies is None or not all(one.has_weight for one in linears):
+            return
+        if has_kernels(self.down.weights[0].device, dtype):
+            self.parts = TrainedParts.of(layer, copies)
+        if self.parts is not None:
+            self.weights = [one.ready[0] for one in linears]
+            self.trained = [weight for one in linears for weight in one.weights]
+            self.trained += [bias for one in linears for bias in one.biases]
+            self.trained += self.parts.parameters
+
+    def prepare(self, batch: MicroBatch) -> LayerBatch:
+        layer = self.layer
+        seeds = _seeds([_p(layer.attention, layer.attention_dropout)])
+        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        if layer.rotary is not None:
+            prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
+        if self.one_token and not batch.reads_last and (layer.causal or layer.window is not None):
+            # The op aligns the last query with the last key; a first token sees what lies right of
+            # it, and itself alone where a layer is causal.
+            reach = 0 if layer.causal or layer.window is None else layer.window[1]
+            kept, cu_keys = _first_tokens(batch, reach + 1)
+            prepared = replace(prepared, kept=kept, cu_keys=cu_keys)
+        return prepared
+
+    def options(self, batch: LayerBatch) -> tuple[Any, ...]:
+        """What the unchecked attention takes behind its tensors."""
+        layer = self.layer
+        left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
+        dropout_p = _p(layer.attention, layer.attention_dropout)
+        places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
+        return (
+            *places,
+            layer.scale,
+            left,
+            0 if layer.causal else right,
+            dropout_p,
+            batch.seeds[0],
+            "triton",
+        )
+
+    def __call__(
+        self, wide: Tensor, x: Tensor | None, batch: LayerBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = self.layer
+        if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
+            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
+        wide = wide if x is None else wide + x
+        normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
+        heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
+        query, key, value = heads.split(
+            [layer.num_heads, layer.num_key_value_heads, layer.num_key_value_heads], 1
+        )
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = layer.query_norm(query), layer.key_norm(key)
+        if batch.rotary is not None:
+            query, key = rotated(query, *batch.rotary), rotated(key, *batch.rotary)
+        window = layer.window
+        if batch.read is not None:
+            wide, query = wide.index_select(0, batch.read), query.index_select(0, batch.read)
+        if batch.kept is not None:
+            key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
+            window = None
+        attended = varlen_attention(
+            query,
+            key,
+            value,
+            batch.cu_queries,
+            batch.cu_keys,
+            scale=layer.scale,
+            causal=layer.causal,
+            window=window,
+            dropout_p=_p(layer.attention, layer.attention_dropout),
+            seed=batch.seeds[0],
+            rows=batch.rows,
+            max_seqlens=batch.max_seqlens,
+        )
+        added = dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
+        wide = wide + _normed(added, layer.post_attention_norm)
+        hidden = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype))
+        if layer.gated:
+            gate, up = hidden.chunk(2, dim=1)
+            hidden = layer.activation(gate) * up
+        else:
+            hidden = layer.activation(hidden)
+        added = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
+        return wide + _normed(added, layer.post_mlp_norm), None
+
+
+def norm(wide: Tensor, module: nn.Module) -> Tensor:
+    """The norm of the residual stream, in the stream's dtype whatever the weights'."""
+    if not isinstance(module, nn.LayerNorm):
+        return module(wide)
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (module.weight, module.bias))
+    return F.layer_norm(wide, module.normalized_shape, weight, bias, module.eps)
+
+
+def _normed(x: Tensor, module: nn.Module | None) -> Tensor:
+    """What a sublayer adds, normed in fp32 at least where the model norms it."""
+    return x if module is None else module(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def _first_tokens(batch: MicroBatch, limit: int) -> tuple[Tensor, Tensor]:
+    """Places of the first tokens of every sequence, at most limit of each, and their cumulative
+    number.
+    """
+    starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().clamp(max=limit).long()
+    cu_kept = F.pad(lengths.cumsum(0), (1, 0))
+    total = int(np.minimum(batch.lengths, limit).sum())
+    place = torch.arange(total, device=starts.device)
+    return place + torch.repeat_interleave(
+        starts - cu_kept[:-1], lengths, output_size=total
+    ), cu_kept.int()
