@@ -43,6 +43,8 @@ def launch(
     block = 32 if dtype != torch.float32 and width <= 64 and not few_queries else 16
     warps = 8 if dtype == torch.float32 or part == "tables" else 4
     stages = 1 if part == "tables" else 2
+    if dtype == torch.float32 and width > 64 and part in ("queries", "keys"):
+        warps = 16
     if hip:  # a warp has 64 threads, and what a second stage holds would spill
         warps, stages = 4, 1
         block = 16 if part == "tables" else block

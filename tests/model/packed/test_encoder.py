@@ -36,8 +36,6 @@ from transformers import (
     MistralForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
     NomicBertConfig,
     NomicBertForSequenceClassification,
     Qwen2Config,
@@ -187,8 +185,17 @@ MODELS |= {
         Gemma3TextConfig(**GEMMA3, use_bidirectional_attention=True, **o)
     ),
 }
-WITHOUT_TYPES = ("distilbert", "modernbert", "eurobert", "llama", "mistral", "qwen2", "qwen3")
-WITHOUT_TYPES += ("gemma", "gemma3_text", "mpnet")
+WITHOUT_TYPES = (
+    "mpnet",
+    "distilbert",
+    "modernbert",
+    "eurobert",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
+WITHOUT_TYPES += ("gemma", "gemma3_text")
 DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 DEBERTA_V3 = {
     **DEBERTA,
@@ -209,15 +216,13 @@ MODELS |= {
         **DEBERTA, position_buckets=16, embedding_size=24, max_relative_positions=40, **o
     ),
     "deberta-v3": lambda **o: deberta(**DEBERTA_V3, **o),
+    "mpnet": lambda **o: transformers.MPNetForSequenceClassification(
+        transformers.MPNetConfig(**{**SIZES, "pad_token_id": 1}, **o)
+    ),
     "deberta-v3-1-layer": lambda **o: deberta(**{**DEBERTA_V3, "num_hidden_layers": 1}, **o),
     "deberta-c2p": lambda **o: deberta(**{**DEBERTA_V3, "pos_att_type": "c2p"}, **o),
     "deberta-p2c": lambda **o: deberta(**{**DEBERTA, "pos_att_type": ["p2c"]}, **o),
     "deberta-absolute": lambda **o: deberta(**SIZES, pos_att_type=["c2p"], pooler_dropout=0.2, **o),
-}
-MODELS |= {
-    "mpnet": lambda **o: MPNetForSequenceClassification(
-        MPNetConfig(**{**SIZES, "pad_token_id": 1}, **o)
-    ),
 }
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 

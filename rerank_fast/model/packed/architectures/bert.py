@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures.views import Body, HeadParts, PostNormLayer, Reading
 from rerank_fast.model.packed.heads import DenseHead
-from rerank_fast.ops.choices import Activation
+from rerank_fast.ops.score_head import Activation
 
 
 def bert_body(*, pad_positions: bool) -> Callable[[Any], Body | None]:
@@ -102,8 +102,8 @@ _CLASSIFICATION_HEADS = [
         ("data2vec.modeling_data2vec_text", "Data2VecText"),
         ("xmod.modeling_xmod", "Xmod"),
         ("roberta_prelayernorm.modeling_roberta_prelayernorm", "RobertaPreLayerNorm"),
-        ("jina_embeddings_v3.modeling_jina_embeddings_v3", "JinaEmbeddingsV3"),
         ("mpnet.modeling_mpnet", "MPNet"),
+        ("jina_embeddings_v3.modeling_jina_embeddings_v3", "JinaEmbeddingsV3"),
     )
 ]
 
