@@ -131,3 +131,12 @@ def test_attention_is_counted_by_its_lengths():
 )
 def test_launches_of_many_tensors(sizes: list[int], lists: int, launches: int):
     assert multi_tensor_launches(sizes, lists) == launches
+
+
+def test_the_wire_carries_every_gradient_once_and_most_of_it_during_backward():
+    sizes = gpu_model.wire("MiniLM-L12")
+    weights = gpu_model.gpu_workloads.model_of("MiniLM-L12").parameters()
+    assert sum(sizes) == 4 * sum(one.numel() for one in weights)
+    assert len(sizes) > 2
+    line = gpu_model.wire_line("MiniLM-L12")
+    assert line.startswith(f"Several processes: {len(sizes)} messages of 133 MB in all, of which ")

@@ -28,6 +28,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.tools import gpu_counts, gpu_workloads
 from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
 from benchmarks.tools.gpu_workloads import SHAPES, HostClock, Observer, PeerStep, Scoring, Training
+from rerank_fast.training.distributed.buckets import GradientBuckets
 
 LIMITS = Path(__file__).with_name("gpu_limits.json")
 RENEW = "python -m benchmarks.tools.gpu_model --renew_limits"
@@ -180,6 +181,21 @@ def beyond(rows: list[Row], limits: dict[str, Any]) -> list[str]:
     return found
 
 
+def wire(shape: str) -> list[int]:
+    """Bytes of the messages that each of several processes sums in a step, in their order; the last
+    one leaves when backward is done."""
+    weights = list(gpu_workloads.model_of(shape).parameters())
+    return GradientBuckets([(one, one) for one in weights]).bytes()
+
+
+def wire_line(shape: str) -> str:
+    sizes = wire(shape)
+    return (
+        f"Several processes: {len(sizes)} messages of {sum(sizes) / 1e6:.0f} MB in all, of which "
+        f"{sum(sizes[:-1]) / 1e6:.0f} MB leave during backward."
+    )
+
+
 def versions() -> dict[str, str]:
     return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
 
@@ -208,7 +224,7 @@ def table(rows: list[Row]) -> str:
             lines.append(_line([f"**{row.what}**", *_cells(total), _ms(host), holder]))
             for phase, tally in row.phases.items() if row.what.startswith("training") else ():
                 lines.append(_line([phase, *_cells(tally), _ms(row.host_seconds(phase)), ""]))
-        lines.append("")
+        lines += ["", wire_line(shape), ""]
     return "\n".join(lines)
 
 
@@ -247,8 +263,8 @@ ran on a GPU.
 - Device: each operation takes the larger of its bytes and its arithmetic, and {
         1e6 * gpu_counts.LEAST_SECONDS
     } microseconds a kernel at least. {cards}.
-- Host: processor time of one thread here for the same layers with next to nothing in their tensors,
-  this package's kernels left out,
+- Host: processor time of one thread here for the same layers with next to nothing in their tensors
+  on a GPU's path, whose own kernels are not launched,
   and {1e6 * LAUNCH_SECONDS} microseconds of a driver a launch, {1e6 * TRITON_SECONDS:.0f} more for
   one of Triton's. It counts the loss to the forward pass.
 """
@@ -285,6 +301,7 @@ def main() -> None:
         "least_kernel_seconds": gpu_counts.LEAST_SECONDS,
         "launch_seconds": LAUNCH_SECONDS,
         "rows": [row.as_json() for row in rows],
+        "message_bytes": {shape: wire(shape) for shape in options.shapes},
     }
     (options.output / "gpu_model.json").write_text(
         json.dumps(content, indent=1) + "\n", encoding="utf-8"

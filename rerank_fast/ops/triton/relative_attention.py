@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops import ragged
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
     block_of,
@@ -39,7 +41,7 @@ def launch(
     registers. There are as many queries as keys in one: 2 * BLOCK is then a power of two. Beside
     heads wider than 128 the tables' rows would spill: the op refuses them.
     """
-    width = max(16, triton.next_power_of_2(head_size))
+    width = max(16, next_power_of_2(head_size))
     block = 32 if dtype != torch.float32 and width <= 64 and not few_queries else 16
     warps = 8 if dtype == torch.float32 or part == "tables" else 4
     stages = 1 if part == "tables" else 2
@@ -285,6 +287,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     guard.require_gpu(q)
+    if q.is_cpu:
+        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     for name, table in (("keys", relative.keys), ("queries", relative.queries)):
         if table is not None and table.numel() >= 2**31:
             raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
     few,
@@ -292,7 +293,7 @@ def table_grads(
             num_chunks,
             HEAD_SIZE=width,
             BLOCK=block,
-            WIDTH=triton.next_power_of_2(width),
+            WIDTH=next_power_of_2(width),
             num_warps=4,
         )
     return found

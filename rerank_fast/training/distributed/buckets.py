@@ -74,6 +74,13 @@ class GradientBuckets:
         self._begin()
         self._sent, self._is_anew = sent, bool(sent)
 
+    def bytes(self) -> list[int]:
+        """Of each bucket, in the order in which they leave."""
+        return [
+            sum(self._weights[at].numel() * self._weights[at].itemsize for at in bucket)
+            for bucket in self._buckets
+        ]
+
     def release(self) -> None:
         """Gradients stay what they are from now on."""
         for hook in self._hooks:
