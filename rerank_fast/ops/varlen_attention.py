@@ -213,7 +213,7 @@ def _unserved(
             else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
         )
     if backend == "triton":
-        widest = 128 if has_relative else 256
+        widest = (64 if q.dtype == torch.float32 else 128) if has_relative else 256
         if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
             return ""
         of_what = f"{widest} with relative positions" if has_relative else widest
