@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -24,3 +25,9 @@ def make_parser(module: str) -> argparse.ArgumentParser:
         description=found.__doc__,
         formatter_class=_Formatter,
     )
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """The option of a script whose figures stand in the documents."""
+    text = "a JSON file of the run, for python -m benchmarks report --add"
+    parser.add_argument("--rows", type=Path, help=text)

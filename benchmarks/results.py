@@ -9,6 +9,8 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -75,6 +77,13 @@ class Run:
             versions={name: found for name in PACKAGES if (found := _version(name))},
             rows=list(rows),
         )
+
+    @classmethod
+    def of_script(cls, file: Path | None, module: str, rows: Iterable[Row]) -> None:
+        """Write what a script has measured to the file of its --rows, if there is one."""
+        if file is not None:
+            given = [one for one in sys.argv[1:] if one not in ("--rows", str(file))]
+            cls.here(shlex.join(["python", "-m", module, *given]), rows).write(file)
 
     @property
     def column(self) -> str:

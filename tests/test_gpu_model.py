@@ -12,7 +12,7 @@ import torch
 from benchmarks.tools import gpu_model
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
 from benchmarks.tools.gpu_workloads import SHAPES
-from rerank_fast.ops.backends import HAS_TRITON
+from rerank_fast.ops.registry import HAS_TRITON
 
 rows_of = functools.cache(gpu_model.our_rows)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="what a GPU runs is Triton's")

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.results import Column, Row, Run, quantity
+from benchmarks.steps.training_memory import MODES, PEER, compared
 from benchmarks.timing import Interleaved
 from benchmarks.tools import report
 
@@ -118,3 +119,25 @@ def test_calls_are_timed_in_turn():
     assert made == ["ours", "small", *["ours", "ours", "peer", "peer"] * 2]
     assert list(map(len, timed.seconds.values())) == [2, 2]
     assert all(seconds > 0 for seconds in medians.values())
+
+
+def test_memory_rows_are_named_as_those_that_are_kept():
+    """A new run renews them only if its cases have their names."""
+
+    def case(mode: str, lists: int, documents: int, **settings: str) -> dict:
+        return {"mode": mode, "lists": lists, "documents": documents, "settings": settings}
+
+    value = {"mib": 2.0, "seconds": 4.0}
+    found = [(case(mode, 16, 12), value) for mode in (*MODES, PEER, f"{PEER}, checkpointing")]
+    found += [(case(mode, 16, 128), value) for mode in (*MODES, f"{PEER}, checkpointing")]
+    found += [(case(PEER, 16, 128), None)]
+    found += [(case(mode, 1, 8), value) for mode in ("cached", "direct")]
+    rows = {one.case: one for one in compared(found)}
+    (column,) = [one for one in results.columns() if one.rows("steps/training_memory")]
+    kept = column.rows("steps/training_memory")
+    assert len(rows) == 17
+    assert rows.keys() <= kept.keys()
+    assert all((one.peer is None) == (kept[name][1].peer is None) for name, one in rows.items())
+    objectives = [(case("cached", 1, 8, objective=name), value) for name in ("lambda_loss", "mse")]
+    (one,) = compared(objectives)
+    assert one.case == "1 list of 8, gradient_cache on, mse, peer lambda_loss"

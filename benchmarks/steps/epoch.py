@@ -24,11 +24,13 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 
-from benchmarks.arguments import make_parser
+from benchmarks.arguments import add_rows, make_parser
+from benchmarks.results import Row, Run
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.data import load_lists
 from rerank_fast.demo import encoder_directory
 from rerank_fast.evaluation import RerankingEvaluator
+from rerank_fast.model.precision.hardware import is_fast
 
 SEED = 12
 BATCH_SIZE = 16
@@ -98,6 +100,7 @@ PACKAGES = {"rerank_fast": _train_ours, "sentence-transformers": _train_peer}
 
 def main() -> None:
     parser = make_parser(__name__)
+    add_rows(parser)
     parser.add_argument("--train", required=True, help="lists to train on")
     parser.add_argument("--eval", required=True, help="lists to measure NDCG@10 on")
     parser.add_argument(
@@ -110,11 +113,14 @@ def main() -> None:
     parser.add_argument(
         "--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss"
     )
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--only", choices=tuple(PACKAGES), default=None, help="run one of the two")
     parser.add_argument("--output", default="epoch.json", help="JSON file for the figures")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    if options.precision == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        options.precision = "bf16" if is_fast(torch.bfloat16, device) else "fp32"
 
     encoder = options.model or encoder_directory()
     lists, evaluator = load_lists(options.train), RerankingEvaluator(options.eval)
@@ -139,6 +145,10 @@ def main() -> None:
         ours, peer = results["rerank_fast"], results["sentence-transformers"]
         difference = ours["ndcg@10"] - peer["ndcg@10"]
         print(f"{peer['seconds'] / ours['seconds']:.2f} times as fast, NDCG@10 {difference:+.4f}")
+        case = f"{Path(options.train).stem}, {ours['steps']} steps, {options.precision}"
+        remark = f"NDCG@10 {ours['ndcg@10']:.3f}, peer {peer['ndcg@10']:.3f}"
+        row = Row("steps/epoch", case, peer["seconds"], ours["seconds"], "s", remark)
+        Run.of_script(options.rows, "benchmarks.steps.epoch", [row])
     settings = {
         **{name: value for name, value in vars(options).items() if name != "output"},
         **{"seed": SEED, "batch_size": BATCH_SIZE},

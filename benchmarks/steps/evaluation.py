@@ -22,8 +22,8 @@ from datasets import Dataset
 from sentence_transformers.cross_encoder import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 
-from benchmarks.arguments import make_parser
-from benchmarks.results import Run
+from benchmarks.arguments import add_rows, make_parser
+from benchmarks.results import Row, Run
 from benchmarks.timing import Interleaved
 from rerank_fast import CrossEncoder
 from rerank_fast.data import load_lists
@@ -64,6 +64,7 @@ def _samples(lists: Dataset) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = make_parser(__name__)
+    add_rows(parser)
     parser.add_argument(
         "--model", default=None, help="reranker directory; the demo's encoder where left out"
     )
@@ -123,6 +124,15 @@ def main() -> None:
             f"{title:<24} {len(pairs) / medians[name]:>9.1f} "
             f"{medians['peer'] / medians[name]:>6.2f}x"
         )
+    texts = f"{len(lists)} lists, {len(pairs)} pairs of {lengths.min()}-{lengths.max()} tokens"
+    peer_rate = len(pairs) / medians["peer"]
+    rows = [
+        Row(
+            "steps/evaluation", f"{name}, {texts}", peer_rate, len(pairs) / medians[name], "pairs/s"
+        )
+        for name in ("first", "again")
+    ]
+    Run.of_script(options.rows, "benchmarks.steps.evaluation", rows)
     peer_scores = peer.predict(
         pairs, batch_size=options.batch_size, activation_fn=torch.nn.Identity()
     )

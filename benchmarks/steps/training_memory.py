@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.arguments import make_parser
+from benchmarks.arguments import add_rows, make_parser
+from benchmarks.results import Row, Run
 from benchmarks.timing import Interleaved
 from benchmarks.workload import marco_like_lists, words_like_marco
 from rerank_fast.objectives import NAMES
 
 DOCUMENTS = (8, 32, 128, 512)
+PEER = "sentence-transformers"
 MODES: dict[str, dict[str, Any]] = {
     "direct": {"gradient_cache": "off"},
     "checkpointing": {"gradient_cache": "off", "gradient_checkpointing": True},
@@ -78,7 +80,7 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
     resource.setrlimit(resource.RLIMIT_DATA, (available, available))
     lists = _lists(case["lists"], case["documents"], case.get("words"))
     with tempfile.TemporaryDirectory() as output:
-        if case["mode"].startswith("sentence-transformers"):
+        if case["mode"].startswith(PEER):
             checkpointing = case["mode"].endswith("checkpointing")
             step = make_peer_step(lists, gradient_checkpointing=checkpointing)
         else:
@@ -93,7 +95,9 @@ def _measure(case: dict[str, Any]) -> dict[str, float]:
     return {"mib": (resident("VmHWM") - before) / 2**20, "seconds": seconds}
 
 
-def _rows(cases: list[dict[str, Any]]) -> None:
+def _rows(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, float] | None]]:
+    """Print each case as it is measured; None where it does not fit the memory."""
+    found: list[tuple[dict[str, Any], dict[str, float] | None]] = []
     print(f"{'mode':<40} {'lists':>5} {'docs':>5} {'peak MiB':>9} {'seconds':>8} {'pairs/s':>8}")
     for case in cases:
         done = subprocess.run(
@@ -113,10 +117,54 @@ def _rows(cases: list[dict[str, Any]]) -> None:
                 f"{start} does not fit in the "
                 f"{_bytes('/proc/meminfo', 'MemAvailable') / 2**30:.0f} GiB free"
             )
+            found.append((case, None))
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
         rate = case["lists"] * case["documents"] / row["seconds"]
         print(f"{start} {row['mib']:>9.0f} {row['seconds']:>8.2f} {rate:>8.1f}", flush=True)
+        found.append((case, row))
+    return found
+
+
+def compared(found: list[tuple[dict[str, Any], dict[str, float] | None]]) -> list[Row]:
+    """Of the documents' table: each of ours that fits beside its peer, which may not."""
+
+    def key(case: dict[str, Any]) -> tuple[str, int, int, str]:
+        objective = case.get("settings", {}).get("objective", "")
+        return case["mode"], case["lists"], case["documents"], objective
+
+    values = {key(case): row for case, row in found}
+    rows = []
+    for (mode, lists, documents, objective), row in values.items():
+        if mode not in MODES or row is None:
+            continue
+        if objective:
+            other, name = (
+                (mode, lists, documents, "lambda_loss"),
+                f", {objective}, peer lambda_loss",
+            )
+        elif (PEER, lists, documents, "") in values:
+            name = ", both with checkpointing" if mode.endswith("checkpointing") else ""
+            other = (f"{PEER}, checkpointing" if name else PEER, lists, documents, "")
+        else:
+            name = ", peer off"
+            other = ("direct", lists, documents, "")
+        if other not in values or other == (mode, lists, documents, objective):
+            continue
+        peer = values[other]
+        cache = MODES[mode]["gradient_cache"]
+        plural = "list" if lists == 1 else "lists"
+        case = f"{lists} {plural} of {documents}, gradient_cache {cache}{name}"
+        rows.append(_row(case, row["mib"] * 2**20, peer and peer["mib"] * 2**20, "B"))
+        if not objective and not name.endswith("off"):
+            pairs = lists * documents
+            rate = peer and pairs / peer["seconds"]
+            rows.append(_row(f"{case}, speed", pairs / row["seconds"], rate, "pairs/s"))
+    return rows
+
+
+def _row(case: str, ours: float, peer: float | None, unit: str) -> Row:
+    return Row("steps/training_memory", case, peer, ours, unit)
 
 
 def _loop(steps: int) -> None:
@@ -156,7 +204,7 @@ def _loop(steps: int) -> None:
 
 def _cases(part: str) -> list[dict[str, Any]]:
     if part in ("batches", "long"):
-        peers = ["sentence-transformers", "sentence-transformers, checkpointing"]
+        peers = [PEER, f"{PEER}, checkpointing"]
         documents = 12 if part == "batches" else 128
         return [{"mode": mode, "lists": 16, "documents": documents} for mode in [*MODES, *peers]]
     # Micro-batches that even 8 documents fill: what grows after that grows with the list.
@@ -193,6 +241,7 @@ def _cases(part: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = make_parser(__name__)
+    add_rows(parser)
     parser.add_argument(
         "part",
         nargs="?",
@@ -200,7 +249,7 @@ def main() -> None:
         choices=("batches", "long", "documents", "objectives", "micro", "loop"),
     )
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--only", default=None, help="rows whose mode begins with this")
+    parser.add_argument("--only", default="", help="rows whose mode begins with this")
     options = parser.parse_args()
     if options.case is not None:
         print(json.dumps(_measure(json.loads(options.case))))
@@ -209,7 +258,8 @@ def main() -> None:
         _loop(steps=12)
         return
     cases = _cases(options.part)
-    _rows([case for case in cases if options.only is None or case["mode"].startswith(options.only)])
+    found = _rows([case for case in cases if case["mode"].startswith(options.only)])
+    Run.of_script(options.rows, "benchmarks.steps.training_memory", compared(found))
 
 
 if __name__ == "__main__":

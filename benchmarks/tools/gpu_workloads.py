@@ -31,8 +31,10 @@ from transformers import (
 
 from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
+from rerank_fast.model.packed import encoder, linear, pre_norm_step
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.ops import cpu
+from rerank_fast.ops import registry
+from rerank_fast.ops.triton import guard
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.freezing import layer_depths
 from rerank_fast.training.objective import choose_objective
@@ -102,23 +104,40 @@ class HostClock:
         self._phase, self._since = phase, now
 
 
-def _nothing(*arguments: Any) -> bool:
-    return True
+def _launches_nothing(kernel: Any, grid: Any) -> Callable[..., None]:
+    return lambda *arguments, **options: None
+
+
+@functools.cache
+def _wide(shape: torch.Size) -> Tensor:
+    return torch.zeros(shape)
+
+
+def _wide_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stands for a product of 16-bit rows that comes out in fp32, which the CPU has not."""
+    return torch.mm(_wide(grad.shape).t(), _wide(x.shape))
 
 
 @contextmanager
 def stubbed_kernels() -> Iterator[None]:
-    """Inside, this package's kernels of the CPU compute nothing, and products don't go through
-    oneDNN, which takes longer for a tiny one than a GPU's library to launch it."""
-    names = [
-        f"{op}_{pass_}"
-        for op in ("attention", "residual_norm")
-        for pass_ in ("forward", "backward")
+    """Inside, tensors of the CPU take a GPU's path, whose kernels are not launched; and products
+    don't go through oneDNN, which takes longer for a tiny one than a GPU's library to launch it."""
+    patches: list[tuple[Any, str, Any]] = [
+        (registry.Backends, "_best", lambda backends, tensor, facts: "triton"),
+        (guard, "refusal", lambda device: ""),
+        (encoder, "has_kernels", lambda device, dtype: True),
+        (pre_norm_step, "has_kernels", lambda device, dtype: True),
+        (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
+        (linear, "_weight_gradient", _wide_product),
     ]
+    if registry.HAS_TRITON:
+        from triton.runtime import JITFunction
+
+        patches.append((JITFunction, "__getitem__", _launches_nothing))
     with ExitStack() as stack:
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        for name in (*names, "score_head_dot", "score_head_dot_backward"):
-            stack.enter_context(mock.patch.object(cpu._C, name, _nothing))
+        for place, name, stub in patches:
+            stack.enter_context(mock.patch.object(place, name, stub))
         yield
 
 

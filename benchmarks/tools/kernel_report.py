@@ -273,7 +273,7 @@ def roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row["loops"]
                 for row in rows
                 if row["target"] == target
-                and row["kernel_name"].startswith("pair_kernel-fp32-SCHEME=4")
+                and row["kernel_name"].startswith("pair_kernel-fp32-SCHEME=ndcg2pp")
             ),
             None,
         )

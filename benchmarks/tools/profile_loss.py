@@ -52,30 +52,21 @@ def main() -> None:
 
     address = plain.data_ptr(), labels.data_ptr(), offsets.data_ptr(), documents
     loss, grad = torch.empty(()), torch.empty(documents)
-    codes = (
-        4,
-        0,
-        1.0,
-        10.0,
-        1e-10,
-        1.0,
-        0,
-        torch.get_num_threads(),
-        loss.data_ptr(),
-        grad.data_ptr(),
-    )
+    counted = torch.empty((), dtype=torch.int64)
+    options = cpu._lambda_loss_options(*OPTIONS[:-1], torch.get_num_threads())
+    outputs = loss.data_ptr(), grad.data_ptr(), counted.data_ptr()
     layers: dict[str, Callable[[], object]] = {
         "the kernel, called with addresses": lambda: cpu._C.lambda_loss_float(
-            *address, arguments.lists, *codes
+            options, *address, arguments.lists, *outputs
         ),
-        "+ allocation of the outputs, conversions (cpu.forward)": lambda: cpu.forward(
-            plain, labels, offsets, **named
+        "+ allocation of the outputs, conversions (cpu.lambda_loss_forward)": lambda: (
+            cpu.lambda_loss_forward(plain, labels, offsets, **named)
         ),
         "+ the dispatcher (tracing only)": lambda: torch.ops.rerank_fast.lambda_loss.default(
             plain, labels, offsets, *OPTIONS
         ),
-        "cpu.forward + autograd.Function": lambda: op._LambdaLoss.apply(
-            scores, labels, offsets, OPTIONS
+        "cpu.lambda_loss_forward + autograd.Function": lambda: op._LambdaLoss.apply(
+            scores, labels, offsets, OPTIONS, False
         ),
         "+ checks (lambda_loss)": lambda: op.lambda_loss(scores, labels, offsets),
         "+ backward: the whole": lambda: backward(op.lambda_loss(scores, labels, offsets)),

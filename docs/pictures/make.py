@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from datetime import datetime, timezone
 from importlib import import_module
@@ -44,6 +45,7 @@ def circumstances(command: str) -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": f"{model or platform.processor()}, {cpu.instruction_set()}",
+        "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "versions": f"rerank_fast {version('rerank-fast')}, {packages}",
         "command": command,
     }
@@ -62,7 +64,8 @@ def main() -> None:
         figures = HERE / f"{name}.json"
         if options.measure and name in MEASURED:
             found = circumstances(module.COMMAND) | module.measure()
-            figures.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+            figures.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         given = [json.loads(figures.read_text(encoding="utf-8"))] if name in MEASURED else []
         file = options.output / f"{name}.svg"
         # A date would make every drawing another file.

@@ -12,7 +12,7 @@ from colors import BLUE, INK, ORANGE
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-BENCHMARK = ("-m", "benchmarks.training_memory", "documents")
+BENCHMARK = ("-m", "benchmarks.steps.training_memory", "documents")
 COMMAND = f"python {' '.join(BENCHMARK)}"
 LABELS = {"direct": "gradient_cache: off", "cached": "gradient_cache: on"}
 # mode, its settings, lists, documents, MiB

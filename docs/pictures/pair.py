@@ -10,9 +10,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 QUERY = "How many people live in Berlin?"
 DOCUMENT = "Berlin had 3.5 million people."
 # As MiniLM's tokenizer cuts them; a test asks it.
-TOKENS = (
-    "[CLS] how many people live in berlin ? [SEP] berlin had 3 . 5 million people . [SEP]".split()
-)
+_PIECES = "[CLS] how many people live in berlin ? [SEP] berlin had 3 . 5 million people . [SEP]"
+TOKENS = _PIECES.split()
 SEPARATOR = TOKENS.index("[SEP]")
 
 
@@ -53,7 +52,7 @@ def draw() -> Figure:
         axes.add_patch(
             Rectangle((i + 0.05, 5.4), 0.9, 0.7, facecolor="white", edgecolor=color, linewidth=1)
         )
-        axes.text(i + 0.5, 5.75, token, ha="center", va="center", fontsize=6.6, color=INK)
+        axes.text(i + 0.5, 5.75, token, ha="center", va="center", fontsize=6.2, color=INK)
     middle = len(TOKENS) / 2
     _down(axes, middle, 6.75, 6.15)
     _row(axes, 4.2, "embeddings", "words, positions, types")

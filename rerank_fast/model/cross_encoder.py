@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.eval_mode import EvalMode
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.architectures import find_answer_head, reason_to_pad
 from rerank_fast.model.packed.compilation import Compiler, check_compiler
 from rerank_fast.model.padded import padded, padded_scores
@@ -252,8 +254,7 @@ class CrossEncoder(nn.Module):
         """The one given, or that of the name, or the default one.
 
         Raises:
-            ValueError: it is no string, or not valid Unicode; there is none of the name; the
-                model's pooling leaves out its tokens.
+            ValueError: it is no string, or not valid Unicode; there is none of the name.
         """
         if prompt is None and (name := name or self.default_prompt_name) is not None:
             if name not in self.prompts:
@@ -261,12 +262,6 @@ class CrossEncoder(nn.Module):
                     f"there is no prompt {name!r}: expected {', '.join(self.prompts) or 'none'}"
                 )
             prompt = self.prompts[name]
-        if prompt and any(
-            getattr(one, "include_prompt", True) is False for one in self.model.modules()
-        ):
-            raise ValueError(
-                f"{self.name_or_path} pools without the tokens of a prompt, which is not supported"
-            )
         return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
@@ -309,6 +304,8 @@ class CrossEncoder(nn.Module):
     ) -> tuple[TokenizedPairs, int]:
         limit = self.max_length or sys.maxsize
         tokens, truncated = tokenize(pairs, limit, prompt)
+        if prompt and isinstance(tokenize, PairTokenizer) and self._leaves_prompt_out():
+            tokens = replace(tokens, prompt_length=tokenize.prompt_length(prompt))
         rows = getattr(self.model.config, "vocab_size", None)
         number = int(tokens.input_ids.max(initial=0))
         if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process
@@ -318,6 +315,11 @@ class CrossEncoder(nn.Module):
             )
         self._truncation.count(truncated, limit)
         return tokens, truncated
+
+    def _leaves_prompt_out(self) -> bool:
+        """Whether pooling passes a prompt's tokens over."""
+        head = self.model.head if isinstance(self.model, ModularReranker) else ()
+        return any(getattr(one, "include_prompt", True) is False for one in head)
 
     def tokenization_key(self) -> tuple[Any, ...]:
         """What tokenize depends on beside the pairs: with equal keys it gives equal tokens.

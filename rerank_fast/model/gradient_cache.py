@@ -17,6 +17,12 @@ from rerank_fast.model.scoring import in_order
 from rerank_fast.model.tokens.packing import upload
 
 Loss = Callable[[Tensor], Tensor]  # (N,) scores -> ()
+# Called before a step's last backward, with tensors through whose graphs one more follows.
+Final = Callable[[Sequence[Tensor]], object]
+
+
+def _nothing(shared: Sequence[Tensor]) -> None:
+    pass
 
 
 class CachedScores:
@@ -61,6 +67,7 @@ class CachedScores:
         gradient: Tensor,  # (N,)
         needed: np.ndarray,  # (N,) bool
         back: Callable[[Tensor, Tensor], None] = torch.autograd.backward,
+        final: Final = _nothing,
     ) -> int:
         """Run the micro-batches again, each with the random numbers of its first run, and go back
         through each.
@@ -74,17 +81,20 @@ class CachedScores:
             gradient: dL/dscores.
             needed: by pair, on the host.
             back: pushes a micro-batch's (M,) gradient through the graph of its (M,) scores.
+            final: called before the last of them is, with what all share.
 
         Returns:
             The number of pairs that were run again.
         """
         device, num_run = self.device, 0
         drawn = random_state(device)
+        last = max(
+            (at for at, indices in enumerate(self.plan) if needed[indices].any()), default=-1
+        )
         # A new region: autocast's copies of weights, made without a graph, must not be used again.
         with torch.enable_grad(), self.prepared.region:
-            for indices, before, after in zip(
-                self.plan, self.states[:-1], self.states[1:], strict=True
-            ):
+            states = zip(self.states[:-1], self.states[1:], strict=True)
+            for at, (indices, (before, after)) in enumerate(zip(self.plan, states, strict=True)):
                 keep = needed[indices]
                 self.progress(len(indices))
                 if not keep.any():
@@ -96,6 +106,8 @@ class CachedScores:
                 set_random_state(before, device)
                 again = self.prepared(indices, keep)
                 run = indices[keep]
+                if at == last:
+                    final([tensor for tensor, _ in self.shared])
                 back(again, gradient.index_select(0, upload(run, device)))
                 num_run += len(run)
         set_random_state(drawn, device)
@@ -117,12 +129,18 @@ def backward_direct(
     loss: Loss,
     *,
     scale: Loss = lambda value: value,
+    final: Final = _nothing,
 ) -> Pushed:
-    """Score all pairs, keep every graph, go back once. `scale` multiplies the loss before that."""
+    """Score all pairs, keep every graph, go back once.
+
+    `scale` multiplies the loss before that; `final` is called when nothing is left but to go back.
+    """
     with prepared.region:
         scores = in_order([prepared(indices) for indices in plan], plan)
     value = loss(scores)
-    scale(value).backward()
+    scaled = scale(value)
+    final(())
+    scaled.backward()
     return Pushed(value.detach(), scores.detach())
 
 
@@ -134,10 +152,12 @@ def backward_cached(
     device: torch.device,
     scale: Loss = lambda value: value,
     skip_below: Callable[[Tensor], Tensor | float] = lambda scores: 0.0,
+    final: Final = _nothing,
 ) -> Pushed:
     """What backward_direct does, with one micro-batch's graph at a time: see CachedScores.
 
-    A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again.
+    A pair whose |dL/dscore| is at most skip_below(scores), or 0, is not run again. `final` is
+    called before the last micro-batch with a gradient goes back, and again before what all share.
     """
     cached = CachedScores(prepared, plan, device)
     scores = cached.scores.requires_grad_()
@@ -145,8 +165,9 @@ def backward_cached(
     (gradient,) = torch.autograd.grad(value, scores)
     # The one wait for the device. Not "above": a NaN must go on.
     needed = ~(gradient.abs() <= skip_below(scores.detach())).cpu().numpy()
-    num_run = cached.push(scale(gradient), needed)
+    num_run = cached.push(scale(gradient), needed, final=final)
     shared = [(tensor, leaf) for tensor, leaf in cached.shared if leaf.grad is not None]
     if shared:
+        final(())
         torch.autograd.backward([tensor for tensor, _ in shared], [leaf.grad for _, leaf in shared])
     return Pushed(value.detach(), scores.detach(), len(scores) - num_run)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_fast.ops.choices import ReductionLog, Scheme
 from rerank_fast.ops.options import check_number
-from rerank_fast.ops.reference import (
+from rerank_fast.ops.reference.lambda_loss import (
     discounts,
     diverged,
     normalized_gains,

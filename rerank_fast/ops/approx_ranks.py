@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import backends, cpu, ragged
-from rerank_fast.ops.backends import Backend
+from rerank_fast.ops import cpu, ragged
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_positive
-
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_REST = "Tensor offsets, float alpha, str backend"
-_LIBRARY.define(
-    f"approx_ranks(Tensor scores, {_REST}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"approx_ranks_backward(Tensor scores, Tensor grad_ranks, {_REST}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from rerank_fast.ops.registry import Backend, Backends, Served, declare
 
 
-@torch.library.register_fake("rerank_fast::approx_ranks", lib=_LIBRARY)
 def _fake(scores: Tensor, offsets: Tensor, alpha: float, backend: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-@torch.library.register_fake("rerank_fast::approx_ranks_backward", lib=_LIBRARY)
 def _fake_backward(scores: Tensor, *rest: Any) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
 def _reference_forward(scores: Tensor, offsets: Tensor, alpha: float) -> Tensor:
     """The specification: one list at a time, its D x D sigmoids stored."""
+    ragged.check_offsets(offsets, scores.shape[0])
     ranks = [scores[:0]]
     for start, stop in pairwise(offsets.tolist()):
         s = scores[start:stop]
@@ -60,19 +49,27 @@ def _reference_backward(
     return torch.cat(grads)
 
 
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import approx_ranks
+
+    return approx_ranks.forward, approx_ranks.backward
+
+
+_BACKENDS = Backends(
+    "approx_ranks",
+    reference=Served(lambda: (_reference_forward, _reference_backward)),
+    cpu=Served(lambda: (cpu.approx_ranks_forward, cpu.approx_ranks_backward)),
+    triton=Served(_triton),
+)
+
+
+@declare("approx_ranks", fake=_fake)
 def _forward(scores: Tensor, offsets: Tensor, alpha: float, backend: str) -> Tensor:
-    # Triton is imported when it is first asked for.
-    if backend == "cpu":  # which checks the offsets itself
-        forward = cpu.approx_ranks_forward
-    elif backend == "triton":
-        from rerank_fast.ops.triton.approx_ranks import forward
-    else:
-        forward = _reference_forward
-    if backend == "reference" or (backend == "triton" and offsets.is_cpu):
-        ragged.check_offsets(offsets, scores.shape[0])
+    forward, _ = _BACKENDS[backend]
     return forward(scores.contiguous(), offsets.contiguous(), alpha)
 
 
+@declare("approx_ranks_backward", fake=_fake_backward)
 def _backward(
     scores: Tensor,
     grad_ranks: Tensor,
@@ -80,17 +77,8 @@ def _backward(
     alpha: float,
     backend: str,
 ) -> Tensor:
-    if backend == "cpu":
-        backward = cpu.approx_ranks_backward
-    elif backend == "triton":
-        from rerank_fast.ops.triton.approx_ranks import backward
-    else:
-        backward = _reference_backward
+    _, backward = _BACKENDS[backend]
     return backward(scores.contiguous(), grad_ranks.contiguous(), offsets.contiguous(), alpha)
-
-
-_LIBRARY.impl("approx_ranks", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("approx_ranks_backward", _backward, "CompositeExplicitAutograd")
 
 
 class _ApproxRanks(torch.autograd.Function):
@@ -99,14 +87,13 @@ class _ApproxRanks(torch.autograd.Function):
         ctx.save_for_backward(scores, offsets)
         ctx.options = options
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return torch.ops.rerank_fast.approx_ranks.default(wide, offsets, *options)
+        return _forward(wide, offsets, *options)
 
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, grad_ranks: Tensor) -> tuple[Tensor | None, ...]:
         scores, offsets = ctx.saved_tensors
-        run = torch.ops.rerank_fast.approx_ranks_backward.default
-        grad = run(scores.to(grad_ranks.dtype), grad_ranks, offsets, *ctx.options)
+        grad = _backward(scores.to(grad_ranks.dtype), grad_ranks, offsets, *ctx.options)
         return grad.to(scores.dtype), None, None
 
 
@@ -141,5 +128,5 @@ def approx_ranks(
             on the CPU that do not rise from 0 to N.
     """
     ragged.check_lists(scores, scores, offsets)
-    options = (check_positive("alpha", alpha), backends.resolve("approx_ranks", backend, scores))
+    options = (check_positive("alpha", alpha), _BACKENDS.resolve(backend, scores))
     return _ApproxRanks.apply(scores, offsets, options)

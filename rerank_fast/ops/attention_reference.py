@@ -1,53 +1,17 @@
-"""The specification of varlen_attention and of dropout by place: eager, one sequence at a time, any
-dtype.
-"""
+"""The specification of varlen_attention: eager, one sequence at a time, any dtype."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rerank_fast.ops import ragged
+from rerank_fast.ops.dropout import dropout_factors
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.relative_reference import RelativeGradients, relative_scores
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A permutation of 32 bits, held in int64: three xor-shifts between two multiplications."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def dropout_factors(seed: int, stream: int, rows: Tensor, num_columns: int, p: float) -> Tensor:
-    """(R, num_columns) factors, 0 or 1 / (1 - p), of the (R,) rows of one stream, in fp64, or in
-    fp32 on devices that may have none, as Apple's and Intel's GPUs.
-
-    They follow from seed, stream, row and column alone, by a hash of 32 bits: every backend draws
-    the same.
-    """
-    low, high = (
-        torch.tensor(part, dtype=torch.int64, device=rows.device) for part in (seed, seed >> 32)
-    )
-    start = _mix((low & 0xFFFFFFFF) ^ _mix(high & 0xFFFFFFFF))
-    row = _mix((_mix((start + stream * 0x9E3779B9) & 0xFFFFFFFF) + rows.long()) & 0xFFFFFFFF)
-    column = (torch.arange(num_columns, device=rows.device) * 0x9E3779B9) & 0xFFFFFFFF
-    drawn = _mix((column[None, :] + row[:, None]) & 0xFFFFFFFF)
-    threshold = int(min(p * 2**32, 2**32 - 1))
-    wide = torch.float64 if rows.device.type in ("cpu", "cuda", "meta") else torch.float32
-    return (drawn >= threshold).to(wide) / (1 - p)
-
-
-def check_rows(rows: Tensor | None, x: Tensor) -> None:
-    """Raises ValueError unless rows, where given, can stand for those of x in its dropout."""
-    if rows is None:
-        return
-    if rows.dtype != torch.int32 or rows.shape != x.shape[:1] or rows.device != x.device:
-        raise ValueError(
-            f"rows must be int32 of shape ({x.shape[0]},) on {x.device}, "
-            f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
-        )
 
 
 def _allowed(
@@ -106,6 +70,8 @@ def forward(
     relative: RelativePositions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as written: out (Tq, heads, head_size), and lse (heads, Tq) to base 2."""
+    ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -147,13 +113,16 @@ def backward(
     dropout_p: float,
     seed: int,
     relative: RelativePositions | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v, as written; with relative positions also those of their keys,
-    queries and bias, None for what they have not.
+    """The gradients of q, k and v as written, into those tensors where they are given; with
+    relative positions also those of their keys, queries and bias, None for what they have not.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = into or [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    ]
     tables = None if relative is None else RelativeGradients(relative, wide)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n in range(len(ends_q) - 1):

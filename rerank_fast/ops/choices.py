@@ -9,3 +9,4 @@ ReductionLog = Literal["binary", "natural"]
 # Of a loss over a batch; an op also gives each list's own.
 BatchReduction = Literal["pairs", "lists", "sum"]
 Reduction = Literal[BatchReduction, "none"]
+Activation = Literal["tanh", "gelu", "relu", "none"]  # of a score head

@@ -105,7 +105,7 @@ def _lambda_loss_options(
     )
 
 
-def forward(
+def lambda_loss_forward(
     scores: Tensor,  # (N,)
     labels: Tensor,  # (N,)
     offsets: Tensor,  # (Q + 1,) int64
@@ -118,7 +118,7 @@ def forward(
     reduction_log: str,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: see reference.forward."""
+    """The backend contract: see reference/lambda_loss.py."""
     if scores.dtype == torch.float32:
         kernel = _C.lambda_loss_float
     elif scores.dtype == torch.float64:

@@ -9,19 +9,20 @@ through here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rerank_fast.ops import backends, cpu
+from rerank_fast.ops import cpu
 from rerank_fast.ops.options import check_positive
+from rerank_fast.ops.registry import Backends, Served
 
 Backend = Literal["reference", "cpu"]
-_BACKENDS = get_args(Backend)
 _WIDE = torch.float32
 
 
@@ -156,10 +157,56 @@ def _onednn_product(values: Tensor, zero: int, weight: Int8Weight, dtype: torch.
     )
 
 
+def _reference_linear(rows: Int8Rows, weight: Int8Weight) -> Tensor:
+    return _reference(rows, weight).to(rows.dtype)
+
+
+def _reference_gelu(rows: Int8Rows, weight: Int8Weight) -> Int8Rows:
+    return replace(quantize_rows(F.gelu(_reference(rows, weight))), dtype=rows.dtype)
+
+
+def _reference_norm(
+    rows: Int8Rows, weight: Int8Weight, residual: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Int8Rows]:
+    total = residual + _reference(rows, weight)
+    y = F.layer_norm(total, residual.shape[1:], scale, shift, eps)
+    return y, replace(quantize_rows(y), dtype=rows.dtype)
+
+
+def _fused_linear(rows: Int8Rows, weight: Int8Weight) -> Tensor:
+    return cpu.scale_rows_(_product(rows, weight), rows.scale, weight.added)
+
+
+def _fused_gelu(rows: Int8Rows, weight: Int8Weight) -> Int8Rows:
+    product = _product(rows, weight)
+    values = cpu.gelu_rows(product, rows.scale, weight.added, activation_levels())
+    return Int8Rows(*values, rows.dtype)
+
+
+def _fused_norm(
+    rows: Int8Rows, weight: Int8Weight, residual: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Int8Rows]:
+    product = _product(rows, weight), rows.scale, weight.added
+    residual, scale, shift = residual.contiguous(), scale.contiguous(), shift.contiguous()
+    y, values, row_scale = cpu.norm_rows(*product, residual, scale, shift, eps, activation_levels())
+    return y, Int8Rows(values, row_scale, rows.dtype)
+
+
+def _refusal(values: Tensor, weight: Int8Weight) -> str:
+    return "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
+
+
+_BACKENDS = Backends(
+    "int8_linear",
+    reference=Served(lambda: (_reference_linear, _reference_gelu, _reference_norm)),
+    cpu=Served(lambda: (_fused_linear, _fused_gelu, _fused_norm), _refusal),
+)
+
+
 def _prepare(
     x: Tensor | Int8Rows, weight: Int8Weight, backend: str | None
-) -> tuple[Int8Rows, bool]:
-    """The rows, quantised if they are not yet, and whether the kernels run."""
+) -> tuple[Int8Rows, tuple[Callable[..., Any], ...]]:
+    """The rows, quantised if they are not yet, and what runs."""
     values = x.values if isinstance(x, Int8Rows) else x
     if (
         values.dim() != 2
@@ -175,9 +222,8 @@ def _prepare(
             "int8 weights are for inference: expected an x without a gradient; train in fp32 or "
             "bf16"
         )
-    missing = "" if weight.packed is not None else "can't run: oneDNN's int8 product is not there"
-    resolved = backends.resolve("int8_linear", backend, values, _BACKENDS, lambda name: missing)
-    return x if isinstance(x, Int8Rows) else quantize_rows(x), resolved == "cpu"
+    functions = _BACKENDS[_BACKENDS.resolve(backend, values, weight)]
+    return x if isinstance(x, Int8Rows) else quantize_rows(x), functions
 
 
 def int8_linear(
@@ -197,21 +243,16 @@ def int8_linear(
     Raises:
         ValueError: a wrong shape or dtype, a gradient is wanted, or a backend that can't run here.
     """
-    rows, compiled = _prepare(x, weight, backend)
-    if not compiled:
-        return _reference(rows, weight).to(rows.dtype)
-    return cpu.scale_rows_(_product(rows, weight), rows.scale, weight.added)
+    rows, (linear, _, _) = _prepare(x, weight, backend)
+    return linear(rows, weight)
 
 
 def int8_gelu(
     x: Tensor | Int8Rows, weight: Int8Weight, *, backend: Backend | None = None
 ) -> Int8Rows:
     """GELU(x @ weight.T + bias) as rows of int8, in one pass over the product. See int8_linear."""
-    rows, compiled = _prepare(x, weight, backend)
-    if not compiled:
-        return replace(quantize_rows(F.gelu(_reference(rows, weight))), dtype=rows.dtype)
-    values = cpu.gelu_rows(_product(rows, weight), rows.scale, weight.added, activation_levels())
-    return Int8Rows(*values, rows.dtype)
+    rows, (_, gelu, _) = _prepare(x, weight, backend)
+    return gelu(rows, weight)
 
 
 def int8_norm(
@@ -240,21 +281,9 @@ def int8_norm(
             raise ValueError(
                 f"{name} must be fp32 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    rows, compiled = _prepare(x, weight, backend)
+    rows, (_, _, norm) = _prepare(x, weight, backend)
     if len(rows.scale) != len(residual):
         raise ValueError(
             f"expected as many rows in x as in residual, got {len(rows.scale)} and {len(residual)}"
         )
-    if not compiled:
-        y = F.layer_norm(residual + _reference(rows, weight), (width,), norm_weight, norm_bias, eps)
-        return y, replace(quantize_rows(y), dtype=rows.dtype)
-    residual, norm_weight, norm_bias = (
-        residual.contiguous(),
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
-    )
-    before = _product(rows, weight), rows.scale, weight.added
-    y, values, scale = cpu.norm_rows(
-        *before, residual, norm_weight, norm_bias, eps, activation_levels()
-    )
-    return y, Int8Rows(values, scale, rows.dtype)
+    return norm(rows, weight, residual, norm_weight, norm_bias, eps)

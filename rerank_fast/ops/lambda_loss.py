@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rerank_fast.ops import backends, cpu, ragged
-from rerank_fast.ops.backends import Backend
+from rerank_fast.ops import cpu, ragged
 from rerank_fast.ops.choices import Reduction, ReductionLog, Scheme
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_choice, check_cut, check_number, check_positive
+from rerank_fast.ops.reference import lambda_loss as reference
+from rerank_fast.ops.registry import Backend, Backends, Served, declare
 
 _SCHEMES, _LOGS, _REDUCTIONS = map(get_args, (Scheme, ReductionLog, Reduction))
 
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_LIBRARY.define(
-    "lambda_loss(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k, float sigma, "
-    "float mu, float eps, str reduction_log, str reduction, str backend) -> (Tensor loss, Tensor "
-    "grad, Tensor pairs)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "lambda_loss_backward(Tensor grad, Tensor grad_loss, Tensor offsets, ScalarType dtype, str "
-    "backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@torch.library.register_fake("rerank_fast::lambda_loss", lib=_LIBRARY)
 def _fake(
     scores: Tensor,
     labels: Tensor,
@@ -50,6 +37,28 @@ def _fake(
     return loss, grad, offsets.new_empty(())
 
 
+def _product(grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Backward where PyTorch takes the product."""
+    if grad_loss.dim():  # one upstream gradient a list: give each document its list's
+        grad_loss = grad_loss[ragged.lists_of(offsets, grad.shape[0])]
+    return (grad * grad_loss).to(dtype)
+
+
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import lambda_loss
+
+    return lambda_loss.forward, lambda_loss.backward  # one launch in every mode
+
+
+_BACKENDS = Backends(
+    "lambda_loss",
+    reference=Served(lambda: (reference.forward, _product)),
+    cpu=Served(lambda: (cpu.lambda_loss_forward, _product)),
+    triton=Served(_triton),
+)
+
+
+@declare("lambda_loss", fake=_fake)
 def _forward(
     scores: Tensor,
     labels: Tensor,
@@ -63,15 +72,7 @@ def _forward(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Triton is imported when it is first asked for.
-    if backend == "cpu":  # which checks the offsets itself
-        forward = cpu.forward
-    elif backend == "triton":
-        from rerank_fast.ops.triton.lambda_loss import forward
-    else:
-        from rerank_fast.ops.reference import forward
-    if backend == "reference" or (backend == "triton" and offsets.is_cpu):
-        ragged.check_offsets(offsets, scores.shape[0])
+    forward, _ = _BACKENDS[backend]
     return forward(
         scores.contiguous(),
         labels.contiguous(),
@@ -86,29 +87,18 @@ def _forward(
     )
 
 
-_LIBRARY.impl("lambda_loss", _forward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("rerank_fast::lambda_loss_backward", lib=_LIBRARY)
 def _fake_backward(
     grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
+@declare("lambda_loss_backward", fake=_fake_backward)
 def _backward(
     grad: Tensor, grad_loss: Tensor, offsets: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    if backend == "triton":  # one launch in every mode
-        from rerank_fast.ops.triton.lambda_loss import backward
-
-        return backward(grad, grad_loss.contiguous(), offsets.contiguous(), dtype)
-    if grad_loss.dim():  # one upstream gradient a list: give each document its list's
-        grad_loss = grad_loss[ragged.lists_of(offsets, grad.shape[0])]
-    return (grad * grad_loss).to(dtype)
-
-
-_LIBRARY.impl("lambda_loss_backward", _backward, "CompositeExplicitAutograd")
+    _, backward = _BACKENDS[backend]
+    return backward(grad, grad_loss.contiguous(), offsets.contiguous(), dtype)
 
 
 _NO_GRADIENTS = (None,) * 4  # of labels, offsets, options, counts
@@ -124,12 +114,7 @@ class _LambdaLoss(torch.autograd.Function):
         options: tuple[Any, ...],
         counts: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # The dispatcher serves whatever traces or wraps tensors. Plain ones go without it: for a
-        # short batch it costs more than the kernel.
-        traced = scores.is_meta or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        plain = type(scores) is Tensor and not traced
-        run = _forward if plain else torch.ops.rerank_fast.lambda_loss.default
-        loss, grad, pairs = run(scores, labels, offsets, *options)
+        loss, grad, pairs = _forward(scores, labels, offsets, *options)
         if loss.dim() == 0 and grad.dtype == scores.dtype:  # backward is one product
             ctx.save_for_backward(scores, grad)
         else:
@@ -147,14 +132,11 @@ class _LambdaLoss(torch.autograd.Function):
         if offsets:
             # The product is taken in fp32: a loss scale then reaches fp16 gradients before they are
             # rounded.
-            run = torch.ops.rerank_fast.lambda_loss_backward.default
-            return run(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend), *_NO_GRADIENTS
+            grad = _backward(grad, grad_loss, offsets[0], ctx.dtype, ctx.backend)
+            return grad, *_NO_GRADIENTS
         if grad_loss.is_cpu and not torch.compiler.is_compiling() and grad_loss.item() == 1:
             # loss.backward() itself; on a GPU looking would wait for it.
-            return (
-                grad,
-                *_NO_GRADIENTS,
-            )
+            return grad, *_NO_GRADIENTS
         return grad * grad_loss, *_NO_GRADIENTS
 
 
@@ -254,24 +236,18 @@ def _checked(
     check_choice("reduction", reduction, _REDUCTIONS)
     slope, least = check_positive("sigma", sigma), check_positive("eps", eps)
     weighting = (scheme, check_cut(k), slope, check_number("mu", mu, least=0), least)
-    resolved = backends.resolve("lambda_loss", backend, scores)
+    resolved = _BACKENDS.resolve(backend, scores)
     label_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if labels.dtype != label_dtype or labels.requires_grad:
         labels = labels.detach().to(label_dtype)
     return scores, labels, offsets, (*weighting, reduction_log, reduction, resolved)
 
 
-_LIBRARY.define(
-    "count_pairs(Tensor scores, Tensor labels, Tensor offsets, str scheme, int k) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.register_fake("rerank_fast::count_pairs", lib=_LIBRARY)
 def _fake_count(scores: Tensor, labels: Tensor, offsets: Tensor, scheme: str, k: int) -> Tensor:
     return offsets.new_empty(())
 
 
+@declare("count_pairs", fake=_fake_count)
 def _count(scores: Tensor, labels: Tensor, offsets: Tensor, scheme: str, k: int) -> Tensor:
     if offsets.is_cpu:
         ragged.check_offsets(offsets, scores.shape[0])
@@ -290,9 +266,6 @@ def _count(scores: Tensor, labels: Tensor, offsets: Tensor, scheme: str, k: int)
     below = torch.empty_like(group, dtype=torch.bool)
     below[order] = torch.arange(len(order), device=order.device) - offsets[group] >= k
     return total - _count_preferences(group.where(below, -1), labels.where(below, 0))
-
-
-_LIBRARY.impl("count_pairs", _count, "CompositeExplicitAutograd")
 
 
 def count_pairs(
@@ -329,9 +302,7 @@ def count_pairs(
     ragged.check_lists(scores, labels, offsets)
     check_choice("scheme", scheme, _SCHEMES)
     labels = labels.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    return torch.ops.rerank_fast.count_pairs.default(
-        scores.detach(), labels, offsets, scheme, check_cut(k)
-    )
+    return _count(scores.detach(), labels, offsets, scheme, check_cut(k))
 
 
 def _sort_within(group: Tensor, values: Tensor, *, descending: bool = False) -> Tensor:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import backends, cpu, ragged, reference
-from rerank_fast.ops.backends import Backend
+from rerank_fast.ops import cpu, ragged
 from rerank_fast.ops.options import check_cut
-
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_LIBRARY.define(
-    "ndcg(Tensor scores, Tensor labels, Tensor offsets, int k, str backend) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from rerank_fast.ops.reference import lambda_loss as reference
+from rerank_fast.ops.registry import Backend, Backends, Served, declare
 
 
-@torch.library.register_fake("rerank_fast::ndcg", lib=_LIBRARY)
 def _fake(scores: Tensor, labels: Tensor, offsets: Tensor, k: int, backend: str) -> Tensor:
     return labels.new_empty(offsets.shape[0] - 1)
 
 
 def _reference_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
     """The specification: one list at a time."""
+    ragged.check_offsets(offsets, scores.shape[0])
     values = [labels.new_zeros(0)]
     for start, stop in pairwise(offsets.tolist()):
         s, relevance = scores[start:stop], labels[start:stop].clamp(min=0)
@@ -47,20 +44,24 @@ def _reference_forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) 
     return torch.cat(values)
 
 
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import ndcg
+
+    return (ndcg.forward,)
+
+
+_BACKENDS = Backends(
+    "ndcg",
+    reference=Served(lambda: (_reference_forward,)),
+    cpu=Served(lambda: (cpu.ndcg_forward,)),
+    triton=Served(_triton),
+)
+
+
+@declare("ndcg", fake=_fake)
 def _forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int, backend: str) -> Tensor:
-    # Triton is imported when it is first asked for.
-    if backend == "cpu":  # which checks the offsets itself
-        forward = cpu.ndcg_forward
-    elif backend == "triton":
-        from rerank_fast.ops.triton.ndcg import forward
-    else:
-        forward = _reference_forward
-    if backend == "reference" or (backend == "triton" and offsets.is_cpu):
-        ragged.check_offsets(offsets, scores.shape[0])
+    (forward,) = _BACKENDS[backend]
     return forward(scores.contiguous(), labels.contiguous(), offsets.contiguous(), k)
-
-
-_LIBRARY.impl("ndcg", _forward, "CompositeExplicitAutograd")
 
 
 def ndcg(
@@ -96,7 +97,7 @@ def ndcg(
     """
     ragged.check_lists(scores, labels, offsets)
     cut = check_cut(k)
-    resolved = backends.resolve("ndcg", backend, scores)
+    resolved = _BACKENDS.resolve(backend, scores)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels = scores.detach().to(dtype), labels.detach().to(dtype)
-    return torch.ops.rerank_fast.ndcg.default(scores, labels, offsets, cut, resolved)
+    return _forward(scores, labels, offsets, cut, resolved)

@@ -5,41 +5,23 @@ Called through varlen_attention(relative=...), which checks what comes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, cpu_relative, ragged
+from rerank_fast.ops import attention_reference, cpu_relative
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
 
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_PLACES = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, Tensor slots, Tensor? keys, "
-    "Tensor? queries, Tensor? bias, Tensor? query_positions, float scale, float dropout_p, "
-    "SymInt seed, str backend"
-)
-_LIBRARY.define(
-    f"relative_attention(Tensor q, Tensor k, Tensor v, {_PLACES}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# A gradient of what is None has no element.
-_LIBRARY.define(
-    "relative_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor grad_out, {_PLACES}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dkeys, Tensor dqueries, Tensor dbias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@torch.library.register_fake("rerank_fast::relative_attention", lib=_LIBRARY)
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
-@torch.library.register_fake("rerank_fast::relative_attention_backward", lib=_LIBRARY)
 def _fake_backward(
     q: Tensor,
     k: Tensor,
@@ -61,6 +43,27 @@ def _fake_backward(
     return (*(one.new_empty(one.shape) for one in (q, k, v)), *tables, d_bias)
 
 
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import relative_attention, relative_attention_backward
+
+    return relative_attention.forward, relative_attention_backward.backward
+
+
+# Which one runs is varlen_attention's choice.
+_BACKENDS = Backends(
+    "relative_attention",
+    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
+    cpu=Served(
+        lambda: (
+            cpu_relative.relative_attention_forward,
+            cpu_relative.relative_attention_backward,
+        )
+    ),
+    triton=Served(_triton),
+)
+
+
+@declare("relative_attention", fake=_fake_forward)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -78,16 +81,7 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference" or (backend == "triton" and q.is_cpu):
-        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    forward: Any = attention_reference.forward
-    if backend == "cpu":  # which checks them itself
-        forward = cpu_relative.relative_attention_forward
-    elif backend == "triton":  # imported when it is first asked for
-        from rerank_fast.ops.triton import relative_attention as triton_forward
-
-        forward = triton_forward.forward
+    forward, _ = _BACKENDS[backend]
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
@@ -95,6 +89,7 @@ def _forward(
     return forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
 
 
+@declare("relative_attention_backward", fake=_fake_backward)
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -114,24 +109,15 @@ def _backward(
     dropout_p: float,
     seed: int,
     backend: str,
-) -> tuple[Tensor, ...]:
-    backward: Any = attention_reference.backward
-    if backend == "cpu":
-        backward = cpu_relative.relative_attention_backward
-    elif backend == "triton":
-        from rerank_fast.ops.triton import relative_attention_backward as triton_backward
-
-        backward = triton_backward.backward
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A gradient of what is None has no element."""
+    _, backward = _BACKENDS[backend]
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     found = backward(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative)
-    return tuple(q.new_empty(0) if one is None else one for one in found)
-
-
-_LIBRARY.impl("relative_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("relative_attention_backward", _backward, "CompositeExplicitAutograd")
+    return tuple(q.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
 
 def _laid_out(
@@ -187,7 +173,7 @@ class RelativeAttention(torch.autograd.Function):
     ) -> Tensor:
         ends = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
         places = (*ends, rows, slots, keys, queries, bias, query_positions)
-        out, lse = torch.ops.rerank_fast.relative_attention.default(q, k, v, *places, *options)
+        out, lse = _forward(q, k, v, *places, *options)
         ctx.save_for_backward(q, k, v, out, lse, *places)
         ctx.options = options
         return out
@@ -196,9 +182,7 @@ class RelativeAttention(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *places = ctx.saved_tensors
-        dq, dk, dv, *tables = torch.ops.rerank_fast.relative_attention_backward.default(
-            q, k, v, out, lse, grad_out, *places, *ctx.options
-        )
+        dq, dk, dv, *tables = _backward(q, k, v, out, lse, grad_out, *places, *ctx.options)
         tables = [
             None if own is None else grad for own, grad in zip(places[4:7], tables, strict=True)
         ]

@@ -4,44 +4,45 @@ score_head().
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rerank_fast.ops import backends, cpu
-from rerank_fast.ops.attention_reference import dropout_factors
-from rerank_fast.ops.backends import Backend
+from rerank_fast.ops import cpu
+from rerank_fast.ops.choices import Activation
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_choice, check_flag, check_seed, check_share
+from rerank_fast.ops.reference import score_head as reference
+from rerank_fast.ops.registry import Backend, Backends, Served, declare
 
-Activation = Literal["tanh", "gelu", "relu", "none"]
 _ACTIVATIONS = get_args(Activation)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_OPTIONS = "str activation, float dropout_p, float dropout_in_p, int seed, str backend"
-_LIBRARY.define(
-    "score_head(Tensor hidden, Tensor? index, Tensor dense_weight, Tensor? dense_bias, Tensor "
-    f"out_weight, Tensor? out_bias, {_OPTIONS}) -> (Tensor scores, Tensor dense)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not
-# wanted is empty.
-_LIBRARY.define(
-    "score_head_backward(Tensor grad_scores, Tensor hidden, Tensor? index, Tensor dense_weight, "
-    f"Tensor? dense_bias, Tensor out_weight, Tensor dense, bool[] wants, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.register_fake("rerank_fast::score_head", lib=_LIBRARY)
+def _refusal(hidden: Tensor) -> str:
+    """Why the kernels don't take this; empty where they do."""
+    return "" if hidden.dtype in _KERNEL_DTYPES else f"takes fp32, bf16 or fp16, got {hidden.dtype}"
+
+
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import score_head, score_head_backward
+
+    return score_head.forward, score_head_backward.backward
+
+
+_BACKENDS = Backends(
+    "score_head",
+    reference=Served(lambda: (reference.forward, reference.backward)),
+    cpu=Served(lambda: (cpu.score_head_forward, cpu.score_head_backward), _refusal),
+    triton=Served(_triton, _refusal),
+)
+
+
 def _fake_forward(
     hidden: Tensor, index: Tensor | None, dense_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,6 @@ def _fake_forward(
     return scores, hidden.new_empty((rows.shape[0], dense_weight.shape[0]), dtype=stored)
 
 
-@torch.library.register_fake("rerank_fast::score_head_backward", lib=_LIBRARY)
 def _fake_backward(
     grad_scores: Tensor,
     hidden: Tensor,
@@ -67,115 +67,14 @@ def _fake_backward(
     dense: Tensor,
     wants: list[bool],
     *options: Any,
-) -> Gradients:
+) -> _Gradients:
     shapes = (hidden.shape, dense_weight.shape, dense_weight.shape[:1], out_weight.shape, (1,))
     return tuple(  # type: ignore[return-value]
         hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wants, strict=True)
     )
 
 
-def _active(dense: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The activation and its slope."""
-    if activation == "tanh":
-        active = dense.tanh()
-        return active, 1 - active * active
-    if activation == "gelu":
-        below = (1 + torch.erf(dense / math.sqrt(2))) / 2
-        return dense * below, below + dense * torch.exp(-dense * dense / 2) / math.sqrt(2 * math.pi)
-    if activation == "relu":
-        return dense.relu(), (~(dense <= 0)).to(dense.dtype)  # of NaN 1, as torch has it
-    return dense, torch.ones_like(dense)
-
-
-def _dropped(x: Tensor, p: float, seed: int, stream: int) -> Tensor | float:
-    """The factors of a dropout of the (N, columns) of x."""
-    if p == 0:
-        return 1.0
-    return dropout_factors(
-        seed, stream, torch.arange(x.shape[0], device=x.device), x.shape[1], p
-    ).to(x.dtype)
-
-
-def _reference_dense(
-    hidden: Tensor,
-    index: Tensor | None,
-    dense_weight: Tensor,
-    dense_bias: Tensor | None,
-    dropout_in_p: float,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """The rows that are read, dropped out, the dense layer's result, and the factors."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    x = (hidden if index is None else hidden[index]).to(wide)
-    factors = _dropped(x, dropout_in_p, seed, 1)
-    x = x * factors
-    return (
-        x,
-        F.linear(x, dense_weight.to(wide), None if dense_bias is None else dense_bias.to(wide)),
-        factors,
-    )
-
-
-def _reference_forward(
-    hidden: Tensor,
-    index: Tensor | None,
-    dense_weight: Tensor,
-    dense_bias: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    dropout_in_p: float,
-    seed: int,
-) -> Tensor:
-    """The specification, any dtype."""
-    _, dense, _ = _reference_dense(hidden, index, dense_weight, dense_bias, dropout_in_p, seed)
-    active, _ = _active(dense, activation)
-    active = active * _dropped(active, dropout_p, seed, 0)
-    scores = F.linear(
-        active, out_weight.to(dense.dtype), None if out_bias is None else out_bias.to(dense.dtype)
-    )
-    return scores.squeeze(1)
-
-
-def _reference_backward(
-    grad_scores: Tensor,
-    hidden: Tensor,
-    index: Tensor | None,
-    dense_weight: Tensor,
-    dense_bias: Tensor | None,
-    out_weight: Tensor,
-    wants: list[bool],
-    activation: str,
-    dropout_p: float,
-    dropout_in_p: float,
-    seed: int,
-) -> Gradients:
-    x, dense, factors = _reference_dense(
-        hidden, index, dense_weight, dense_bias, dropout_in_p, seed
-    )
-    active, slope = _active(dense, activation)
-    kept = grad_scores[:, None] * _dropped(active, dropout_p, seed, 0)
-    d_dense = kept * out_weight.to(dense.dtype) * slope
-    grads = [hidden.new_empty(0) for _ in wants]
-    if wants[0]:
-        d_rows = d_dense @ dense_weight.to(dense.dtype) * factors
-        grads[0] = (
-            d_rows
-            if index is None
-            else d_rows.new_zeros(hidden.shape).index_copy(0, index.long(), d_rows)
-        )
-    if wants[1]:
-        grads[1] = d_dense.t() @ x
-    if wants[2]:
-        grads[2] = d_dense.sum(dim=0)
-    if wants[3]:
-        grads[3] = (kept * active).sum(dim=0, keepdim=True)
-    if wants[4]:
-        grads[4] = grad_scores.sum(dim=0, keepdim=True)
-    return tuple(grad.to(hidden.dtype) for grad in grads)  # type: ignore[return-value]
-
-
+@declare("score_head", fake=_fake_forward)
 def _forward(
     hidden: Tensor,
     index: Tensor | None,
@@ -191,22 +90,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if index is not None:
         _check_rows(index, hidden.shape[0])
-    # Triton is imported when it is first asked for.
-    forward: Any = _reference_forward
-    if backend == "cpu":
-        forward = cpu.score_head_forward
-    elif backend == "triton":
-        from rerank_fast.ops.triton import score_head as triton_forward
-
-        forward = triton_forward.forward
+    forward, _ = _BACKENDS[backend]
     vectors = (dense_weight, dense_bias, out_weight, out_bias)
     weights = (None if tensor is None else tensor.contiguous() for tensor in vectors)
     options = (activation, dropout_p, dropout_in_p, seed)
     with _outside_autocast(hidden.device.type):
-        result = forward(_rows_contiguous(hidden), index, *weights, *options)
-    return result if isinstance(result, tuple) else (result, hidden.new_empty(0))
+        return forward(_rows_contiguous(hidden), index, *weights, *options)
 
 
+@declare("score_head_backward", fake=_fake_backward)
 def _backward(
     grad_scores: Tensor,
     hidden: Tensor,
@@ -221,32 +113,24 @@ def _backward(
     dropout_in_p: float,
     seed: int,
     backend: str,
-) -> Gradients:
-    backward: Any = _reference_backward
-    if backend == "cpu":
-        backward = cpu.score_head_backward
-    elif backend == "triton":
-        from rerank_fast.ops.triton import score_head_backward as triton_backward
-
-        backward = triton_backward.backward
+) -> _Gradients:
+    """wants: of hidden, dense_weight, dense_bias, out_weight, out_bias; the gradient of what is not
+    wanted is empty.
+    """
+    _, backward = _BACKENDS[backend]
     bias = None if dense_bias is None else dense_bias.contiguous()
     weights = (dense_weight.contiguous(), bias, out_weight.contiguous())
     options = (activation, dropout_p, dropout_in_p, seed)
-    saved = (dense,) if backend == "cpu" else ()
     with _outside_autocast(hidden.device.type):
         return backward(
             grad_scores.contiguous(),
             _rows_contiguous(hidden),
             index,
             *weights,
-            *saved,
+            dense,
             wants,
             *options,
         )
-
-
-_LIBRARY.impl("score_head", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("score_head_backward", _backward, "CompositeExplicitAutograd")
 
 
 def _outside_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -274,7 +158,7 @@ class _ScoreHead(torch.autograd.Function):
         out_bias: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        scores, dense = torch.ops.rerank_fast.score_head.default(
+        scores, dense = _forward(
             hidden, index, dense_weight, dense_bias, out_weight, out_bias, *options
         )
         # Inputs are alive anyway. On a CPU the dense layer's result is kept, elsewhere backward
@@ -288,9 +172,7 @@ class _ScoreHead(torch.autograd.Function):
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         hidden, _, *weights, _ = ctx.needs_input_grad
         wants = [hidden, *weights]
-        grads = torch.ops.rerank_fast.score_head_backward.default(
-            grad_scores, *ctx.saved_tensors, wants, *ctx.options
-        )
+        grads = _backward(grad_scores, *ctx.saved_tensors, wants, *ctx.options)
         d_hidden, *rest = (grad if want else None for grad, want in zip(grads, wants, strict=True))
         return d_hidden, None, *rest, None
 
@@ -352,11 +234,6 @@ def _check_rows(index: Tensor, num_hidden: int) -> None:
             f"first_token_index must hold different rows from 0 to {num_hidden - 1}, got "
             f"{index.tolist()[:8]} ..."
         )
-
-
-def _unserved(backend: str, hidden: Tensor) -> str:
-    """Why the kernels don't take this; empty where they do."""
-    return "" if hidden.dtype in _KERNEL_DTYPES else f"takes fp32, bf16 or fp16, got {hidden.dtype}"
 
 
 def score_head(
@@ -423,10 +300,7 @@ def score_head(
     check_flag("training", training)
     after, before = check_share("dropout_p", dropout_p), check_share("dropout_in_p", dropout_in_p)
     shares = (after, before) if training else (0.0, 0.0)
-    resolved = backends.resolve(
-        "score_head", backend, hidden, unserved=partial(_unserved, hidden=hidden)
-    )
-    options = (activation, *shares, check_seed(seed), resolved)
+    options = (activation, *shares, check_seed(seed), _BACKENDS.resolve(backend, hidden))
     return _ScoreHead.apply(
         hidden, first_token_index, dense_weight, dense_bias, out_weight, out_bias, options
     )

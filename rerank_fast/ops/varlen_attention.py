@@ -4,15 +4,15 @@ varlen_attention().
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, backends, cpu, flash, ragged
+from rerank_fast.ops import attention_reference, cpu, flash
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.dropout import check_rows
 from rerank_fast.ops.options import (
     check_flag,
     check_lengths,
@@ -21,30 +21,89 @@ from rerank_fast.ops.options import (
     check_share,
     check_window,
 )
+from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_attention import RelativeAttention
 from rerank_fast.ops.relative_positions import RelativePositions
 
 Backend = Literal["reference", "cpu", "triton", "flash"]
-_BACKENDS = get_args(Backend)
-
-_LIBRARY = torch.library.Library("rerank_fast", "FRAGMENT")
-_OPTIONS = (
-    "float scale, int window_left, int window_right, float dropout_p, SymInt seed, str backend"
-)
-_LIBRARY.define(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"Tensor? rows, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "varlen_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
-    f"grad_out, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rows, {_OPTIONS}) -> (Tensor "
-    "dq, Tensor dk, Tensor dv)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
-@torch.library.register_fake("rerank_fast::varlen_attention", lib=_LIBRARY)
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _cpu_refusal(q: Tensor, *library_call: Any) -> str:
+    served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
+    return (
+        "" if served else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
+    )
+
+
+def _triton_refusal(
+    q: Tensor,
+    k: Tensor | None = None,
+    scale: float = 1.0,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    max_seqlens: tuple[int, int] | None = None,
+    has_relative: bool = False,
+) -> str:
+    widest = (64 if q.dtype == torch.float32 else 128) if has_relative else 256
+    if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
+        return ""
+    of_what = f"{widest} with relative positions" if has_relative else widest
+    return f"takes fp16, bf16 or fp32 of head size up to {of_what}, got {_what(q)}"
+
+
+def _flash_refusal(
+    q: Tensor,
+    k: Tensor | None = None,
+    scale: float = 1.0,
+    window: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+    max_seqlens: tuple[int, int] | None = None,
+    has_relative: bool = False,
+) -> str:
+    if has_relative:
+        return "has no relative positions"
+    if not q.is_cuda or torch.version.hip is not None:
+        return f"takes tensors on an NVIDIA GPU, got {_what(q)}"
+    if dropout_p > 0 or max_seqlens is None or k is None:
+        return "has no dropout and needs max_seqlens"
+    if q.shape[0] == 0:
+        return "takes one query at least, got none"
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
+        return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
+    if _capability(q.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or above"
+    return flash.refusal(q, k, scale, window)
+
+
+def _what(q: Tensor) -> str:
+    return f"{q.dtype} on {q.device} of head size {q.shape[2]}"
+
+
+def _triton() -> tuple[Callable[..., Any], ...]:
+    from rerank_fast.ops.triton import varlen_attention, varlen_attention_backward
+
+    return varlen_attention.forward, varlen_attention_backward.backward
+
+
+def _libraries() -> tuple[Callable[..., Any], ...]:
+    """A library's function has its own gradient; which one it is follows from the call."""
+    return ()
+
+
+_BACKENDS = Backends(
+    "varlen_attention",
+    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
+    cpu=Served(lambda: (cpu.varlen_attention_forward, cpu.varlen_attention_backward), _cpu_refusal),
+    triton=Served(_triton, _triton_refusal),
+    flash=Served(_libraries, _flash_refusal),
+)
+
+
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -52,14 +111,14 @@ def _fake_forward(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
-@torch.library.register_fake("rerank_fast::varlen_attention_backward", lib=_LIBRARY)
 def _fake_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _forward(
+@declare("varlen_attention", fake=_fake_forward)
+def unchecked_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,21 +132,13 @@ def _forward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference" or (backend == "triton" and q.is_cpu):
-        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    forward: Any = attention_reference.forward
-    if backend == "cpu":  # which checks them itself
-        forward = cpu.varlen_attention_forward
-    elif backend == "triton":  # imported when it is first asked for
-        from rerank_fast.ops.triton import varlen_attention as triton_forward
-
-        forward = triton_forward.forward
+    forward, _ = _BACKENDS[backend]
     q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
     places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
     return forward(q, k, v, *places, scale, window_left, window_right, dropout_p, seed)
 
 
+@declare("varlen_attention_backward", fake=_fake_backward)
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -105,13 +156,7 @@ def _backward(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward: Any = attention_reference.backward
-    if backend == "cpu":
-        backward = cpu.varlen_attention_backward
-    elif backend == "triton":
-        from rerank_fast.ops.triton import varlen_attention_backward as triton_backward
-
-        backward = triton_backward.backward
+    _, backward = _BACKENDS[backend]
     q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
     return backward(
@@ -119,35 +164,13 @@ def _backward(
     )
 
 
-_LIBRARY.impl("varlen_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("varlen_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-def unchecked_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The op for a caller that keeps its contract, outside of tracing: only meta tensors take the
-    dispatcher's way.
-
-    Arguments are those of its schema.
-    """
-    return (torch.ops.rerank_fast.varlen_attention.default if q.is_meta else _forward)(q, *rest)
-
-
 def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
     """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row
     contiguous.
     """
-    *tensors, scale, left, right, dropout_p, seed, backend = arguments
-    options = (scale, left, right, dropout_p, seed)
-    if backend == "cpu":
-        cpu.varlen_attention_backward(*tensors, *options, into=into)
-        return
-    if backend == "triton":
-        from rerank_fast.ops.triton.varlen_attention_backward import attention_grads
-
-        attention_grads(*tensors, *into, None, None, *options)
-        return
-    for to, gradient in zip(into, _backward(*arguments), strict=True):
-        to.copy_(gradient)
+    *tensors_and_options, backend = arguments
+    _, backward = _BACKENDS[backend]
+    backward(*tensors_and_options, into=into)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -173,7 +196,7 @@ class _VarlenAttention(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> Tensor:
         ends = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
-        out, lse = torch.ops.rerank_fast.varlen_attention.default(q, k, v, *ends, rows, *options)
+        out, lse = unchecked_forward(q, k, v, *ends, rows, *options)
         ctx.save_for_backward(q, k, v, out, lse, *ends, rows)
         ctx.options = options
         return out
@@ -182,89 +205,15 @@ class _VarlenAttention(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *places = ctx.saved_tensors
-        grads = torch.ops.rerank_fast.varlen_attention_backward.default(
-            q, k, v, out, lse, grad_out, *places, *ctx.options
-        )
+        grads = _backward(q, k, v, out, lse, grad_out, *places, *ctx.options)
         return *grads, None, None, None, None
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _unserved(
-    backend: str,
-    q: Tensor,
-    dropout_p: float,
-    max_seqlens: tuple[int, int] | None,
-    library_call: tuple[Tensor, float, tuple[int, int]] | None = None,  # k, scale, window
-    *,
-    has_relative: bool = False,
-) -> str:
-    """Why a backend doesn't take this; empty where it does."""
-    if has_relative and backend == "flash":
-        return "has no relative positions"
-    if backend == "cpu":
-        served = q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256
-        return (
-            ""
-            if served
-            else f"takes fp32 or bf16 CPU tensors of head size up to 256, got {_what(q)}"
-        )
-    if backend == "triton":
-        widest = (64 if q.dtype == torch.float32 else 128) if has_relative else 256
-        if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
-            return ""
-        of_what = f"{widest} with relative positions" if has_relative else widest
-        return f"takes fp16, bf16 or fp32 of head size up to {of_what}, got {_what(q)}"
-    if backend == "flash":
-        if not q.is_cuda or torch.version.hip is not None:
-            return f"takes tensors on an NVIDIA GPU, got {_what(q)}"
-        if dropout_p > 0 or max_seqlens is None or library_call is None:
-            return "has no dropout and needs max_seqlens"
-        if q.shape[0] == 0:
-            return "takes one query at least, got none"
-        if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[2] > 256 or q.shape[2] % 8:
-            return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
-        if _capability(q.device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 or above"
-        return flash.refusal(q, *library_call)
-    return ""
-
-
-def _what(q: Tensor) -> str:
-    return f"{q.dtype} on {q.device} of head size {q.shape[2]}"
-
-
-def _resolve_backend(
-    backend: str | None,
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    window: tuple[int, int],
-    dropout_p: float,
-    max_seqlens: tuple[int, int] | None,
-    *,
-    has_relative: bool,
-) -> str:
-    unserved = partial(
-        _unserved,
-        q=q,
-        dropout_p=dropout_p,
-        max_seqlens=max_seqlens,
-        library_call=(k, scale, window),
-        has_relative=has_relative,
-    )
-    return backends.resolve("varlen_attention", backend, q, _BACKENDS, unserved)
 
 
 def own_backend_for(q: Tensor) -> str:
     """Of the backends that unchecked_forward takes the one that serves (tokens, heads, head size)
     queries.
     """
-    unserved = partial(_unserved, q=q, dropout_p=0.0, max_seqlens=None)
-    return backends.resolve("varlen_attention", None, q, backends.CHOICES, unserved)
+    return _BACKENDS.resolve(None, q)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -368,7 +317,7 @@ def varlen_attention(
     left, right = check_window(window)
     max_seqlens = check_lengths("max_seqlens", max_seqlens)
     dropout_p, seed = check_share("dropout_p", dropout_p), check_seed(seed)
-    attention_reference.check_rows(rows, q)
+    check_rows(rows, q)
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
@@ -379,16 +328,8 @@ def varlen_attention(
                 "relative positions need causal=False and window=None, "
                 f"got causal={causal} and window={window}"
             )
-    backend_name = _resolve_backend(
-        backend,
-        q,
-        k,
-        scale,
-        (left, right),
-        dropout_p,
-        max_seqlens,
-        has_relative=relative is not None,
-    )
+    call = (k, scale, (left, right), dropout_p, max_seqlens, relative is not None)
+    backend_name = _BACKENDS.resolve(backend, q, *call)
     if backend_name == "flash":
         library = flash.serving(q, k, scale, (left, right))
         assert library is not None

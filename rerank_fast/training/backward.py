@@ -13,7 +13,7 @@ from torch import Tensor
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.devices import empty_cache
-from rerank_fast.model.gradient_cache import Loss, backward_cached, backward_direct
+from rerank_fast.model.gradient_cache import Final, Loss, backward_cached, backward_direct
 from rerank_fast.model.preparation import Preparer
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import is_out_of_memory
@@ -39,6 +39,7 @@ class Backward:
         scale: multiplies the loss before it goes back.
         forget: takes back what has been added.
         max_tokens: of a micro-batch.
+        final: called before the last backward of a step; see gradient_cache.Final.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class Backward:
         scale: Loss,
         forget: Callable[[], None],
         max_tokens: int,
+        final: Final = lambda shared: None,
     ) -> None:
         self.model, self.config, self.objective = model, config, objective
-        self.scale, self.forget = scale, forget
+        self.scale, self.forget, self.final = scale, forget, final
         self.max_tokens = max_tokens
         self.dtype = products_in(config, model.device)
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
@@ -145,7 +147,11 @@ class Backward:
         self, parts: Sequence[TokenizedLists], units: Units, rates: Rates
     ) -> tuple[Tensor, Tensor]:
         self._most_tokens, self._scored = 0, []
-        added = [self._add_part(lists, units, rates) for lists in parts if len(lists)]
+        parts = [lists for lists in parts if len(lists)]
+        added = [
+            self._add_part(lists, units, rates, is_last=number == len(parts))
+            for number, lists in enumerate(parts, start=1)
+        ]
         if not added:
             return torch.zeros((), device=self.model.device), torch.zeros(
                 (), device=self.model.device
@@ -155,7 +161,9 @@ class Backward:
             loss, left = loss + more, left + more_left
         return loss, left
 
-    def _add_part(self, lists: TokenizedLists, units: Units, rates: Rates) -> tuple[Tensor, Tensor]:
+    def _add_part(
+        self, lists: TokenizedLists, units: Units, rates: Rates, *, is_last: bool
+    ) -> tuple[Tensor, Tensor]:
         config, objective, device = self.config, self.objective, self.model.device
         labels, offsets = (upload(array, device) for array in (lists.labels, lists.list_offsets))
         left = torch.zeros((), device=device)  # units under the cut
@@ -200,6 +208,8 @@ class Backward:
                 gradient_checkpointing=config.gradient_checkpointing,
             )
         options: dict[str, Any] = {"device": device, "skip_below": limit} if cached else {}
+        if is_last:
+            options["final"] = self.final
         push: Any = backward_cached if cached else backward_direct
         pushed = push(prepared, plan, loss, scale=self.scale, **options)
         self._scored.append((pushed.scores, offsets))

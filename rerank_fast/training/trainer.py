@@ -151,8 +151,9 @@ class Trainer:
         )
         dtype = precision.products_in(config, self.model.device)
         tokens = config.max_tokens_per_microbatch or probe_max_tokens(self.model, dtype)
-        scale, forget = self.scaler.scale, self.trained.forget_gradients
-        self.backward = Backward(self.model, config, self.objective, scale, forget, tokens)
+        trained = self.trained
+        scale, forget, final = self.scaler.scale, trained.forget_gradients, trained.final
+        self.backward = Backward(self.model, config, self.objective, scale, forget, tokens, final)
         # An emulated dtype's scores cost as much as its training: those of fp32 are better and
         # faster.
         self.evaluated_in = arithmetic(dtype, self.model.device)

@@ -5,7 +5,7 @@ average.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives
+from rerank_fast.training.distributed.buckets import GradientBuckets
 from rerank_fast.training.freezing import freeze, layer_depths
 from rerank_fast.training.lora import WithState, add_lora, remove_lora, save_lora
 from rerank_fast.training.optimizer import make_optimizer, state_like
@@ -65,6 +66,10 @@ class TrainedWeights:
         self.weights: dict[str, Tensor] = (
             self.masters.weights if self.masters else dict(self.parameters)
         )
+        self.buckets: GradientBuckets | None = None
+        if collectives.several() and not shards:
+            sources = zip(self.weights.values(), self.parameters.values(), strict=True)
+            self.buckets = GradientBuckets(list(sources))
         self.average = WeightAverage(self.weights, config.ema_decay) if config.ema_decay else None
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -103,6 +108,8 @@ class TrainedWeights:
             self.shards.dissolve()
         if self.masters:
             self.masters.release()
+        if self.buckets is not None:
+            self.buckets.release()
         for weight in self.parameters.values():
             weight.grad = None  # of a step that did not come to its end
         if self.lora is not None and (together or not self.shards):
@@ -119,14 +126,19 @@ class TrainedWeights:
         if self.shards is not None:
             collectives.sum_over_processes([totals])
             return self.shards.sum_gradients()
+        if self.buckets is not None:
+            return self.buckets.finish(totals)
         for weight in self.weights.values():
-            if (
-                weight.grad is None
-            ):  # every process sums the same tensors, and decay acts on every weight
+            if weight.grad is None:  # decay acts on every weight
                 weight.grad = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        collectives.sum_over_processes([*gradients, totals])
-        return gradients
+        return [weight.grad for weight in self.weights.values() if weight.grad is not None]
+
+    def final(self, shared: Sequence[Tensor]) -> None:
+        """The next backward is this process's last one of the step, but for what follows through
+        the graphs of shared tensors: gradients may be summed.
+        """
+        if self.buckets is not None:
+            self.buckets.final(shared)
 
     def forget_gradients(self) -> None:
         """As if nothing had gone back yet; before the processes sum."""
@@ -134,6 +146,8 @@ class TrainedWeights:
             weight.grad = None
         if self.shards:
             self.shards.forget_gradients()
+        if self.buckets is not None:
+            self.buckets.begin_anew()
 
     def after_step(self) -> None:
         """What follows a step of the optimizer."""

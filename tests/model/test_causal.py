@@ -13,8 +13,16 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -24,13 +32,18 @@ from transformers import (
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.packed.architectures import find_answer_head, find_architecture
+from rerank_fast.model.packed.architectures import (
+    find_answer_head,
+    find_architecture,
+    reason_to_pad,
+)
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.tokens.packing import plan_micro_batches
 from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
 from tests.model.packed.test_encoder import (
     DECODER,
+    GEMMA3,
     LENGTHS,
     PLANS,
     SLIDING,
@@ -54,6 +67,10 @@ MODELS = {
         Qwen2Config(**SLIDING, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=True)),
+    "llama-both-ways": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, is_causal=False)),
+    "mistral-sliding": lambda: MistralForCausalLM(MistralConfig(**DECODER, sliding_window=8)),
+    "gemma-tied": lambda: GemmaForCausalLM(GemmaConfig(**DECODER)),
+    "gemma3-tied": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3)),
 }
 
 
@@ -266,6 +283,15 @@ def test_a_head_that_is_more_than_a_product_is_called():
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
     assert find_answer_head(model, Answers(1, 2)) is None
     assert find_architecture(model, Answers(1, 2)) is None
+
+
+def test_logits_that_are_capped_are_padded():
+    capped = Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA3, final_logit_softcapping=30.0))
+    assert find_architecture(capped, Answers(1, 2)) is None
+    assert "caps its logits" in reason_to_pad(capped, Answers(1, 2))
+    second = Gemma2ForCausalLM(Gemma2Config(**DECODER))
+    assert find_architecture(second, Answers(1, 2)) is None
+    assert "caps its logits" in reason_to_pad(second, Answers(1, 2))
 
 
 def test_encoders_have_no_answers(tmp_path: Path):

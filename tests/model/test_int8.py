@@ -188,8 +188,25 @@ def test_what_the_op_refuses():
 @pytest.mark.parametrize(
     "name",
     [
-        *("bert", "roberta", "electra", "distilbert", "modernbert", "llama", "qwen3"),
-        *("deberta-v2", "deberta-v3"),
+        "bert",
+        "roberta",
+        "electra",
+        "distilbert",
+        "modernbert",
+        "llama",
+        "qwen3",
+        "data2vec",
+        "xmod",
+        "roberta-prelayernorm",
+        "nomic-bert",
+        "gte",
+        "jina",
+        "eurobert",
+        "mistral",
+        "gemma",
+        "gemma3",
+        "deberta-v2",
+        "deberta-v3",
     ],
 )
 def test_packed_models_in_int8(name: str):

@@ -169,14 +169,56 @@ def test_prompts(prompt: str | None, tmp_path: Path):
     np.testing.assert_allclose(theirs.predict(PAIRS, prompt=prompt), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_pooling_without_the_prompt_is_refused_with_one(tmp_path: Path):
-    head = ettin("mean")
+@pytest.mark.parametrize("mode", ["cls", "mean", "max", "weightedmean", "lasttoken"])
+@pytest.mark.parametrize("encoder", ["modernbert", "qwen3"])
+def test_pooling_without_the_tokens_of_a_prompt(encoder: str, mode: str, tmp_path: Path):
+    head = ettin(mode)
     head[0].include_prompt = False  # type: ignore[assignment]
-    peer = make_peer(tmp_path, head)
+    peer = make_peer(tmp_path, head, encoder)
     model = CrossEncoder(tmp_path / "model", device="cpu")
-    np.testing.assert_allclose(model.predict(PAIRS), peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="pools without the tokens of a prompt"):
-        model.predict(PAIRS, prompt="query: ")
+    for prompt in (None, "is it of the sea: "):
+        expected = peer.predict(PAIRS, prompt=prompt)
+        found = model.predict(PAIRS, prompt=prompt, batch_size=2)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    head[0].include_prompt = True  # type: ignore[assignment]
+    differs = np.abs(peer.predict(PAIRS, prompt=prompt) - expected).max() > 1e-4
+    assert differs or mode == "lasttoken"
+
+
+def test_texts_are_lowered_and_limited_as_the_transformer_says(tmp_path: Path):
+    from tokenizers.normalizers import NFD
+
+    peer = make_peer(tmp_path, ettin("mean"))
+    path = tmp_path / "model"
+    peer.tokenizer.backend_tokenizer.normalizer = NFD()
+    peer.save_pretrained(str(path))
+    file = path / "sentence_bert_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"do_lower_case": True, "processing_kwargs": {"text": {"max_length": 20}}}
+    pairs = [(query.upper(), document) for query, document in PAIRS]
+    unlike = CrossEncoder(path, device="cpu").predict(pairs)
+    file.write_text(json.dumps(config), encoding="utf-8")
+    model = CrossEncoder(path, device="cpu")
+    assert model.max_length == 20
+    expected = PeerCrossEncoder(str(path), device="cpu").predict(pairs)
+    np.testing.assert_allclose(model.predict(pairs), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(unlike - expected).max() > 1e-4
+    model.save_pretrained(tmp_path / "saved")
+    again = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(again.predict(pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["bert", "qwen3"])
+def test_the_first_token_of_any_encoder_is_read_alone(encoder: str, tmp_path: Path):
+    """Of a causal one it sees nothing but itself."""
+    peer = make_peer(tmp_path, ettin("cls"), encoder)
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    tokens = model.tokenize(PAIRS)
+    step = model.prepare(tokens)
+    assert step.layers[-1].one_token
+    with torch.inference_mode():
+        packed = step(np.arange(len(PAIRS))).numpy()
+    np.testing.assert_allclose(packed, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from rerank_fast.losses import BaseWeightingScheme, NDCGLoss2PPScheme
 from rerank_fast.objectives.lambda_loss import LambdaLoss
 from rerank_fast.ops.lambda_loss import lambda_loss
-from rerank_fast.ops.reference import pair_weights
+from rerank_fast.ops.reference.lambda_loss import pair_weights
 
 SIZES = [3, 0, 7, 1, 12]
 

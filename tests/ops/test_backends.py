@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rerank_fast.ops import backends, cpu, reference
+from rerank_fast.ops import cpu, registry
 from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
+from rerank_fast.ops.reference import lambda_loss as reference
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.score_head import score_head
 from rerank_fast.ops.varlen_attention import varlen_attention
@@ -45,7 +46,7 @@ def require_triton():
 def forward(backend, scores, labels, offsets, **options):
     if backend == "cpu":
         assert cpu.available(), cpu.unavailable_reason()
-        return cpu.forward(scores, labels, offsets, **options)
+        return cpu.lambda_loss_forward(scores, labels, offsets, **options)
     require_triton()
     from rerank_fast.ops.triton import lambda_loss
 
@@ -203,7 +204,7 @@ def test_one_long_list_and_threads_agree_with_the_reference():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(cpu.forward(scores, labels, offsets, **OPTIONS))
+            results.append(cpu.lambda_loss_forward(scores, labels, offsets, **OPTIONS))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -311,20 +312,20 @@ OPS = ["approx_ranks", "lambda_loss", "ndcg", "residual_norm", "score_head", "va
 @pytest.fixture
 def chosen(monkeypatch):
     names = []
-    resolve = backends.resolve
+    resolve = registry.Backends.resolve
 
-    def recording(*arguments, **options):
-        names.append(resolve(*arguments, **options))
+    def recording(*arguments):
+        names.append(resolve(*arguments))
         return names[-1]
 
-    monkeypatch.setattr(backends, "resolve", recording)
+    monkeypatch.setattr(registry.Backends, "resolve", recording)
     return names
 
 
 @pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("op", OPS)
 def test_a_gpu_without_triton_takes_the_reference(op, has_triton, chosen, monkeypatch):
-    monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(registry, "HAS_TRITON", has_triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with FakeTensorMode():  # shapes and devices alone: needs no GPU
         call(op, "cuda")
@@ -343,7 +344,7 @@ def test_without_the_compiled_module_an_op_says_so_once(op, chosen, monkeypatch)
     call(op, "cpu")
     assert chosen.pop() == "cpu"
     monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(backends, "_warned", [])
+    monkeypatch.setattr(registry, "_warned", [])
     with pytest.warns(
         RuntimeWarning, match=f"runs {op} and its other ops through slower eager PyTorch: the"
     ):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rerank_fast.ops import reference
+from rerank_fast.ops.reference import lambda_loss as reference
 from tests.ops import test_varlen_attention as attention
 from tests.ops.test_lambda_loss import SCHEMES, ragged
 

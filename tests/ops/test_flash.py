@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import flash
+from rerank_fast.ops import flash, registry
 from rerank_fast.ops import varlen_attention as op
 from rerank_fast.ops.flash import PackageFlash, TorchFlash
 from rerank_fast.ops.varlen_attention import varlen_attention
@@ -122,13 +122,12 @@ KINDS: dict[str, tuple[dict[str, Any], bool, dict[str, str]]] = {
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors pass for a GPU's, for whoever asks whether FlashAttention serves."""
 
-    def unserved(backend: str, **call: Any) -> str:
-        if backend != "flash":
-            return "no"
-        return flash.refusal(call["q"], *call["library_call"])
+    def refusal(q: torch.Tensor, k: torch.Tensor, scale: float, window: Any, *rest: Any) -> str:
+        return flash.refusal(q, k, scale, window)
 
-    monkeypatch.setattr(op, "_unserved", unserved)
-    monkeypatch.setattr(op.backends, "_refusal", lambda backend, device: "")
+    served = {**op._BACKENDS._served, "flash": registry.Served(lambda: (), refusal)}
+    monkeypatch.setattr(op._BACKENDS, "_served", served)
+    monkeypatch.setattr(registry, "_refusal", lambda backend, device: "")
     CALLS.clear()
 
 
@@ -261,7 +260,7 @@ class TestChoice:
             )
 
         q, k = tensor(heads), tensor(kv_heads)
-        return op._resolve_backend(None, q, k, size**-0.5, (-1, -1), dropout_p, lengths)
+        return op._BACKENDS.resolve(None, q, k, size**-0.5, (-1, -1), dropout_p, lengths)
 
     @pytest.mark.parametrize(
         ("options", "backend"),

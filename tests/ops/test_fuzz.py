@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from rerank_fast.ops import reference
 from rerank_fast.ops.approx_ranks import approx_ranks
 from rerank_fast.ops.int8_linear import int8_linear, quantize_rows, quantize_weight
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
 from rerank_fast.ops.ndcg import ndcg
+from rerank_fast.ops.reference import lambda_loss as reference
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.score_head import score_head
 from rerank_fast.ops.varlen_attention import varlen_attention

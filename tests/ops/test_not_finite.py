@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rerank_fast.objectives.lambda_loss import LambdaLoss
-from rerank_fast.ops import cpu, reference
+from rerank_fast.ops import cpu
 from rerank_fast.ops.int8_linear import int8_gelu, int8_linear, int8_norm, quantize_weight
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss
+from rerank_fast.ops.reference import lambda_loss as reference
 from rerank_fast.ops.residual_norm import residual_norm
 from rerank_fast.ops.score_head import score_head
 from rerank_fast.ops.varlen_attention import varlen_attention

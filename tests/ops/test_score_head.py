@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rerank_fast.ops import cpu
-from rerank_fast.ops.attention_reference import dropout_factors
+from rerank_fast.ops.dropout import dropout_factors
 from rerank_fast.ops.score_head import score_head
 from tests.ops.test_backends import require_triton
 

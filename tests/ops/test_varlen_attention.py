@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rerank_fast.ops import attention_reference, cpu
+from rerank_fast.ops import cpu
+from rerank_fast.ops import dropout as specification
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 HAS_GPU = torch.cuda.is_available()
@@ -364,7 +365,7 @@ def test_reference_equals_torch_on_each_sequence():
 
 
 def test_dropout_is_of_its_rate_and_without_pattern():
-    factors = attention_reference.dropout_factors(SEED, 3, torch.arange(400), 500, 0.3)
+    factors = specification.dropout_factors(SEED, 3, torch.arange(400), 500, 0.3)
     kept = factors > 0
     assert torch.equal(factors[kept], torch.full_like(factors[kept], 1 / 0.7))
     share = kept.double()
@@ -474,6 +475,6 @@ def test_dropout_scalars_are_the_references():
     for seed in (0, 1, SEED, 2**62 - 1):
         mixed, threshold, rescale = dropout.scalars(0.25, seed)
         low, high = (torch.tensor(part & 0xFFFFFFFF) for part in (seed, seed >> 32))
-        expected = attention_reference._mix(low ^ attention_reference._mix(high))
+        expected = specification._mix(low ^ specification._mix(high))
         assert np.uint32(mixed & 0xFFFFFFFF) == expected.item()
         assert (threshold, rescale) == (2**30, 1 / 0.75)

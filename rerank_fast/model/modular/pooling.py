@@ -4,6 +4,7 @@ padding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,14 +61,14 @@ def _mean_sqrt(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
     )
 
 
-def _weighted_mean(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
-    """Weights rise with the place of a token: 1, 2, 3, ..."""
-    place = torch.arange(1, len(rows) + 1, device=rows.device) - ends[:-1].long().index_select(
-        0, owner
-    )
+def _weighted_mean(rows: Tensor, ends: Tensor, owner: Tensor, before: int = 0) -> Tensor:
+    """Weights rise with the place of a token: 1, 2, 3, ...; the first has the place before + 1."""
+    first = ends[:-1].long().index_select(0, owner)
+    place = torch.arange(1 + before, len(rows) + 1 + before, device=rows.device) - first
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     lengths = _lengths(ends)
-    return _summed(wide * place[:, None], ends, owner) / (lengths * (lengths + 1) // 2)
+    total = lengths * (lengths + 1) // 2 + lengths * before
+    return _summed(wide * place[:, None], ends, owner) / total
 
 
 _POOLS: dict[str, Pool] = {
@@ -80,11 +81,15 @@ _POOLS: dict[str, Pool] = {
 }
 
 
-def pool_by(modes: Sequence[str]) -> Pool:
-    """What pools a flat run of sequences by each of the modes, results side by side."""
+def pool_by(modes: Sequence[str], before: int = 0) -> Pool:
+    """What pools a flat run of sequences by each of the modes, results side by side.
+
+    before: of each sequence, the tokens in front of it that were left out.
+    """
+    pools = _POOLS | {"weightedmean": functools.partial(_weighted_mean, before=before)}
 
     def pool(rows: Tensor, ends: Tensor, owner: Tensor) -> Tensor:
-        return torch.cat([_POOLS[mode](rows, ends, owner).to(rows.dtype) for mode in modes], dim=1)
+        return torch.cat([pools[mode](rows, ends, owner).to(rows.dtype) for mode in modes], dim=1)
 
     return pool
 
@@ -107,8 +112,9 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Pooling(nn.Module):
-    """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes *
-    H).
+    """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes * H).
+
+    Without include_prompt the first prompt_length (B,) tokens of each are passed over.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -117,10 +123,14 @@ class Pooling(nn.Module):
         self.include_prompt = bool(config.get("include_prompt", True))
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = features["attention_mask"].bool()
+        mask, before = features["attention_mask"].bool(), 0
+        if not self.include_prompt and "prompt_length" in features:
+            before = int(features["prompt_length"][0])
+            mask = mask & (mask.cumsum(dim=1) > before)
         ends = F.pad(mask.sum(dim=1).cumsum(0), (1, 0))
         owner = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-        pooled = pool_by(self.pooling_mode)(features["token_embeddings"][mask], ends, owner)
+        pool = pool_by(self.pooling_mode, before)
+        pooled = pool(features["token_embeddings"][mask], ends, owner)
         return features | {"sentence_embedding": pooled}
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rerank_fast.model.packed.layers import run_layer
-from rerank_fast.ops.backends import HAS_TRITON
+from rerank_fast.ops.registry import HAS_TRITON
 
 Compiler = str | Callable[..., Any]  # a backend of torch.compile
 

@@ -221,13 +221,16 @@ class PackedPairs:
         in dropout.
         """
         device, words = self.device, self._rows_of_tokens[flat]
+        # Before the first pre-norm layer nothing is left to be added.
+        pre_norm = isinstance(self.layers[0], PreNormStep)
         tokens = None if places is None else upload(places.astype(np.int32), device)
         if self._embeddings is not None:
             if places is not None:
                 words, positions, types = words[places], positions[places], types[places]
             table = self._embeddings.positions
             found = TokenPlaces.of(words, positions, types, len(self._rows), table, device)
-            return *self._embeddings(self._rows, found, tokens, self.dtype), found.ids[1:2], tokens
+            wide, narrow = self._embeddings(self._rows, found, tokens, self.dtype)
+            return wide, None if pre_norm else narrow, found.ids[1:2], tokens
         position_ids = upload(positions, device)[None]
         embedded = self.architecture.embed(
             F.embedding(upload(words, device), self._rows)[None],
@@ -243,13 +246,7 @@ class PackedPairs:
         wide = embedded.to(
             torch.promote_types(self.dtype, torch.float32), copy=self.compiled is not None
         )
-        # Before the first pre-norm layer nothing is left to be added.
-        return (
-            wide,
-            None if isinstance(self.layers[0], PreNormStep) else wide.to(self.dtype),
-            position_ids,
-            tokens,
-        )
+        return wide, None if pre_norm else wide.to(self.dtype), position_ids, tokens
 
     def separate(self) -> list[tuple[Tensor, Tensor]]:
         """Cut what the micro-batches share off from the weights, so that each can have a backward

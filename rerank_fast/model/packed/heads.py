@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.linear import is_gelu, leaf_for, must_be_called
-from rerank_fast.ops.score_head import Activation, score_head
+from rerank_fast.ops.choices import Activation
+from rerank_fast.ops.score_head import score_head
 
 Head = Callable[[Tensor], Tensor]  # (N, H) hidden states of the tokens that are read -> (N,) scores
 

@@ -183,6 +183,7 @@ class StepLinear:
     ) -> None:
         self.activation = activation
         self.modules: Sequence[nn.Module] | None = None
+        self._sources: list[tuple[nn.Module, Tensor, torch.dtype]] = []
         self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
         self.int8: Int8Weight | None = None
         quantized = [
@@ -196,11 +197,13 @@ class StepLinear:
         if not all(type(module) is nn.Linear and not must_be_called(module) for module in modules):
             self.modules = modules  # an adapter's, or hooked: it must be called
             return
-        self._owners = modules
         self.weights: list[Tensor] = [module.weight for module in modules]  # type: ignore[misc]
         biases: list[Any] = [module.bias for module in modules]
         self.biases: list[Tensor] = [] if biases[0] is None else biases
-        self._dtypes = [one.dtype for one in self.weights]
+        self._sources = [
+            (module, weight, weight.dtype)
+            for module, weight in zip(modules, self.weights, strict=True)
+        ]
         self._sizes = [one.shape[0] for one in self.weights]
         self.narrow: tuple[Tensor, Tensor | None] | None = None
         if len(self.weights) > 1 or self.weights[0].dtype != dtype:
@@ -227,12 +230,10 @@ class StepLinear:
 
     def is_current(self) -> bool:
         """Whether the weights are still its modules'."""
-        if not self.has_weight:
-            return True
-        return all(
-            module.weight is weight and module.weight.dtype == dtype
-            for module, weight, dtype in zip(self._owners, self.weights, self._dtypes, strict=True)
-        )
+        for module, weight, dtype in self._sources:  # a step asks every layer
+            if module._parameters.get("weight") is not weight or weight.dtype != dtype:
+                return False
+        return True
 
     def weight_gradients(self, grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
         """Of each weight, from the product's gradient and its rows."""

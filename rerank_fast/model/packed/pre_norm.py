@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rerank_fast.model.packed.architectures import PreNormLayer
 from rerank_fast.model.packed.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
 from rerank_fast.ops import varlen_attention
-from rerank_fast.ops.backends import HAS_TRITON
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.registry import HAS_TRITON
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import LayerBatch

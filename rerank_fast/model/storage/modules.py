@@ -4,7 +4,7 @@ encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +22,7 @@ from rerank_fast.model.texts import shown
 
 TRANSFORMER_CONFIG = "sentence_bert_config.json"
 # Settings of a Transformer that change what is read of a text, in ways that nothing here follows.
-_UNREAD = ("processing_kwargs", "do_lower_case", "query_expansion", "tokenizer_name_or_path")
+_UNREAD = ("query_expansion", "tokenizer_name_or_path")
 
 
 def read_entries(checkpoint: Checkpoint) -> list[Entry]:
@@ -67,6 +67,7 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
     for name in _UNREAD:
         if first.config.get(name):
             raise ValueError(f"{where}: {name} is not supported, got {shown(first.config[name])}")
+    text_limit(where, first.config)
     task = first.config.get("transformer_task", "feature-extraction")
     if task == "feature-extraction":
         return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
@@ -75,6 +76,31 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
     raise ValueError(
         f"{where}: expected the transformer_task feature-extraction, got {shown(task)}"
     )
+
+
+def text_limit(where: str, config: Mapping[str, Any]) -> int | None:
+    """The max_length of a Transformer's processing_kwargs, which is before the tokenizer's own.
+
+    Raises:
+        ValueError: they change what is read of a text in another way.
+    """
+    kwargs = config.get("processing_kwargs") or {}
+    expected = (
+        "expected processing_kwargs of text alone, with max_length, and padding and truncation "
+        f"that are true, got {shown(kwargs)}"
+    )
+    if not isinstance(kwargs, dict) or kwargs.keys() - {"text"}:
+        raise ValueError(f"{where}: {expected}")
+    text = kwargs.get("text") or {}
+    known = {"padding": (True, "longest"), "truncation": (True, "longest_first")}
+    if not isinstance(text, dict) or text.keys() - {"max_length", *known}:
+        raise ValueError(f"{where}: {expected}")
+    limit = text.get("max_length")
+    if limit is not None and (type(limit) is not int or limit < 4):
+        raise ValueError(f"{where}: expected max_length to be at least 4, got {shown(limit)}")
+    if any(text.get(name, True) not in values for name, values in known.items()):
+        raise ValueError(f"{where}: {expected}")
+    return limit
 
 
 def assemble(checkpoint: Checkpoint, entries: Sequence[Entry], encoder: Any) -> ModularReranker:

@@ -22,11 +22,16 @@ from rerank_fast.model.storage.files import (
     Checkpoint,
     quiet_transformers,
 )
-from rerank_fast.model.storage.modules import keep_in_fp32, read_entries
+from rerank_fast.model.storage.modules import (
+    TRANSFORMER_CONFIG,
+    keep_in_fp32,
+    read_entries,
+    text_limit,
+)
 from rerank_fast.model.storage.names import named_shortly
 from rerank_fast.model.storage.opening import is_causal, open_model, read_config
 from rerank_fast.model.storage.positions import max_positions
-from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer
+from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer, lower_case
 from rerank_fast.model.texts import check_text, shown
 
 logger = logging.getLogger(__name__)
@@ -100,8 +105,12 @@ def load(
     if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = max_positions(path_or_hub_id, model)
-    own = entries[0].config.get("max_seq_length") if entries else None
-    known = (tokenizer.model_max_length, positions, own)
+    settings = entries[0].config if entries else {}
+    where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
+    limit = text_limit(where, settings) or tokenizer.model_max_length
+    known = (limit, positions, settings.get("max_seq_length"))
+    if settings.get("do_lower_case"):
+        lower_case(tokenizer)
     limits = [one for one in known if isinstance(one, int | float) and one < sys.maxsize]
     return LoadedModel(
         model,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer
 
 from rerank_fast.model.storage.files import Checkpoint, named
@@ -116,6 +117,19 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
             f"{shown(limit)}"
         )
     return tokenizer
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Let a tokenizer lower its texts first, as sentence-transformers' do_lower_case does."""
+    if not tokenizer.is_fast:
+        tokenizer.do_lower_case = True
+        return
+    backend = tokenizer.backend_tokenizer
+    there: Any = backend.normalizer
+    several = isinstance(there, Sequence)
+    steps = list(there) if several else [] if there is None else [there]
+    if not any(isinstance(step, Lowercase) for step in steps):
+        backend.normalizer = Sequence([Lowercase(), *steps])
 
 
 def _check_numbers(

@@ -22,6 +22,7 @@ class TokenizedPairs:
     input_ids: np.ndarray  # (T,) int32
     token_type_ids: np.ndarray | None  # (T,) int8; None where the tokenizer gives none
     offsets: np.ndarray  # (N + 1,) int64
+    prompt_length: int = 0  # first tokens of each pair that a model's pooling leaves out
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,6 +48,7 @@ class TokenizedPairs:
             np.concatenate(
                 [[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]
             ).astype(np.int64),
+            max(part.prompt_length for part in parts),
         )
 
     @staticmethod
@@ -58,6 +60,7 @@ class TokenizedPairs:
             features["input_ids"].cpu().numpy()[mask].astype(np.int32),
             None if types is None else types.cpu().numpy()[mask].astype(np.int8),
             np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int64),
+            int(torch.as_tensor(features.get("prompt_length", 0)).max()),
         )
 
     def flat_index(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +76,7 @@ class TokenizedPairs:
         """The pairs at the given (M,) indices, in that order."""
         flat, offsets = self.flat_index(indices)
         types = None if self.token_type_ids is None else self.token_type_ids[flat]
-        return TokenizedPairs(self.input_ids[flat], types, offsets)
+        return TokenizedPairs(self.input_ids[flat], types, offsets, self.prompt_length)
 
     def without_trailing(self, token_id: int) -> TokenizedPairs:
         """The pairs without the run of this token that a pair may end in; the first token always
@@ -88,7 +91,7 @@ class TokenizedPairs:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         flat = np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
         types = None if self.token_type_ids is None else self.token_type_ids[flat]
-        return TokenizedPairs(self.input_ids[flat], types, offsets)
+        return TokenizedPairs(self.input_ids[flat], types, offsets, self.prompt_length)
 
     def pad(
         self,
@@ -117,6 +120,8 @@ class TokenizedPairs:
             padded = np.full(filled.shape, padding, np.int64)
             padded[filled] = values
             batch[name] = torch.from_numpy(padded)
+        if self.prompt_length:
+            batch["prompt_length"] = torch.full((len(chosen),), self.prompt_length)
         if device is None:
             return batch
         return {name: upload(tensor, torch.device(device)) for name, tensor in batch.items()}

@@ -142,6 +142,11 @@ class PairTokenizer:
             texts += query_ids, document_ids
         return self.framed(texts) if fast else self._prepared(texts, max_length), truncated
 
+    def prompt_length(self, prompt: str) -> int:
+        """The tokens of a prompt before any text, with the special one that begins a pair."""
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+
     def _end_of_text(self) -> list[int]:
         known = (
             self.tokenizer.eos_token_id,

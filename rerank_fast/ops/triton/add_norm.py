@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
 
@@ -101,7 +101,7 @@ def add_norm_grad_kernel(
         tl.store(sums + program * sums_stride + width + e, bias_sum, mask=there)
 
 
-@launcher()
+@declare("add_norm")
 def add_norm(
     residual: Tensor,
     x: Tensor | None,
@@ -140,7 +140,7 @@ def add_norm(
     return total, normed, mean, rstd
 
 
-@launcher(mutates=("sums",))
+@declare("add_norm_grads", mutates=("sums",))
 def add_norm_grads(
     total: Tensor,
     weight: Tensor,

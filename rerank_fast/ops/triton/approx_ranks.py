@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rerank_fast.ops import ragged
 from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
 LAUNCH = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True}
@@ -72,6 +73,8 @@ def approx_ranks_kernel(
 
 def _launch(scores: Tensor, grad_ranks: Tensor | None, offsets: Tensor, alpha: float) -> Tensor:
     guard.require_gpu(scores)
+    if offsets.is_cpu:
+        ragged.check_offsets(offsets, scores.shape[0])
     out = torch.empty_like(scores)
     n = scores.shape[0]
     if n:
@@ -81,7 +84,7 @@ def _launch(scores: Tensor, grad_ranks: Tensor | None, offsets: Tensor, alpha: f
         grads = scores if grad_ranks is None else grad_ranks
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(scores):
-            kernel[lambda meta: (triton.cdiv(n, meta["ROWS"]),)](
+            kernel[lambda meta: (cdiv(n, meta["ROWS"]),)](
                 scores,
                 grads,
                 offsets,

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
 LAUNCH: dict[str, Any] = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "enable_fp_fusion": True}
@@ -58,14 +59,14 @@ def column_sums_kernel(
         _sum_columns(c, c_rows, c_width, block - b_blocks, out + a_width + b_width, ROWS, COLUMNS)
 
 
-@launcher()
+@declare("column_sums")
 def column_sums(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
     """The sums over the rows of contiguous fp32 matrices, one after the other."""
     matrices = (a, b, c)
     rows, widths = zip(*((0, 0) if one is None else one.shape for one in matrices), strict=True)
     out = a.new_empty(sum(widths))
     if not a.is_meta:
-        blocks = sum(triton.cdiv(width, LAUNCH["COLUMNS"]) for width in widths)
+        blocks = sum(cdiv(width, LAUNCH["COLUMNS"]) for width in widths)
         with torch.cuda.device_of(a):
             column_sums_kernel[(blocks,)](
                 *(a if one is None else one for one in matrices), out, *rows, *widths, **LAUNCH

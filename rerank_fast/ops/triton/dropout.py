@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -47,6 +49,7 @@ def tile_factors(seed, STREAM: tl.constexpr, rows, columns, threshold, rescale):
     return factors(streams[:, None], columns[None, :], threshold, rescale)
 
 
+@functools.lru_cache(maxsize=256)  # backward asks for forward's
 def scalars(dropout_p: float, seed: int) -> tuple[int, int, float]:
     """(seed, threshold, rescale) as the kernels take them; both numbers are 32 bits, passed as
     int32.

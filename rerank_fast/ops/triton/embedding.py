@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import dropout
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
 
@@ -169,7 +170,7 @@ def segment_sums_kernel(
     tl.store(out + segment * width + e, tl.sum(total, axis=0), mask=e < width)
 
 
-@launcher()
+@declare("embed_norm")
 def embed_norm(
     words: Tensor,
     positions: Tensor,
@@ -226,7 +227,7 @@ def embed_norm(
     return y, narrow, mean, rstd
 
 
-@launcher()
+@declare("embed_norm_grads")
 def embed_norm_grads(
     words: Tensor,
     positions: Tensor,
@@ -274,7 +275,7 @@ def embed_norm_grads(
     return d_total, sums
 
 
-@launcher()
+@declare("segment_sums")
 def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     """(S, H) sums of rows of x (T, H) fp32: of segment s those at order[starts[s]:starts[s + 1]],
     all int32.
@@ -283,7 +284,7 @@ def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     out = x.new_empty(num_segments, width)
     if out.numel() and not x.is_meta:
         with torch.cuda.device_of(x):
-            segment_sums_kernel[(num_segments, triton.cdiv(width, SEGMENTS["COLUMNS"]))](
+            segment_sums_kernel[(num_segments, cdiv(width, SEGMENTS["COLUMNS"]))](
                 x, order, starts, out, width, **SEGMENTS
             )
     return out

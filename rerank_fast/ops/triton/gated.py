@@ -12,18 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton.gelu import gelu
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-ACTIVATIONS = {"gelu": 0, "silu": 1}
+ACTIVATIONS = ("gelu", "silu")
 LAUNCH: dict[str, Any] = {"COLUMNS": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """The activation and its slope."""
-    if ACTIVATION == 0:
+    if ACTIVATION == "gelu":
         y, slope = gelu(x)
     else:
         share = 1.0 / (1.0 + tl.exp(-x))
@@ -62,7 +63,7 @@ def gated_grad_kernel(
     )
 
 
-@launcher()
+@declare("gated")
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of (T, 2 I) gates and what they are multiplied with, contiguous: (T,
     I).
@@ -71,31 +72,31 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
         with torch.cuda.device_of(out):
-            gated_kernel[(len(out), triton.cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, out, width, ACTIVATION=ACTIVATIONS[activation], **LAUNCH
+            gated_kernel[(len(out), cdiv(width, LAUNCH["COLUMNS"]))](
+                gate_up, out, width, ACTIVATION=activation, **LAUNCH
             )
     return out
 
 
-@launcher()
+@declare("gated_grad")
 def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
     """The gradient of gate_up (T, 2 I) from that of the result (T, I)."""
     result = torch.empty_like(gate_up)
     if grad.numel() and not grad.is_meta:
         width = grad.shape[1]
         with torch.cuda.device_of(grad):
-            gated_grad_kernel[(len(grad), triton.cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, grad, result, width, ACTIVATION=ACTIVATIONS[activation], **LAUNCH
+            gated_grad_kernel[(len(grad), cdiv(width, LAUNCH["COLUMNS"]))](
+                gate_up, grad, result, width, ACTIVATION=activation, **LAUNCH
             )
     return result
 
 
 def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
-        for activation, code in ACTIVATIONS.items():
+        for activation in ACTIVATIONS:
             for kernel in (gated_kernel, gated_grad_kernel):
                 types = {one: "i32" if one == "width" else f"*{name}" for one in kernel.arg_names}
-                constants = {"ACTIVATION": code}
+                constants = {"ACTIVATION": activation}
                 yield Variant(
                     f"{kernel.__name__}-{name}_{activation}", kernel, types, LAUNCH, constants
                 )

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS
 from rerank_fast.ops.triton.variant import Variant
 
@@ -49,7 +50,7 @@ def gelu_grad_kernel(
     tl.store(sums + program * sums_stride + e, tl.sum(result, axis=0), mask=e < width)
 
 
-@launcher(mutates=("sums",))
+@declare("gelu_grad", mutates=("sums",))
 def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
     """The gradient of x (T, H), all contiguous; sums (programs, H) fp32 get those of ROWS rows
     each.
@@ -57,7 +58,7 @@ def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     if x.numel() and not x.is_meta:
         with torch.cuda.device_of(x):
-            gelu_grad_kernel[(sums.shape[0], triton.cdiv(x.shape[1], LAUNCH["COLUMNS"]))](
+            gelu_grad_kernel[(sums.shape[0], cdiv(x.shape[1], LAUNCH["COLUMNS"]))](
                 x, grad, dx, sums, sums.stride(0), *x.shape, **LAUNCH
             )
     return dx

@@ -34,6 +34,8 @@ def refusal(device: torch.device) -> str:
 
 
 def require_gpu(tensor: Tensor) -> None:
-    """Raises ValueError for a tensor that is not on a GPU, outside the interpreter."""
-    if not tensor.is_cuda and (reason := refusal(tensor.device)):
+    """Raises ValueError for a tensor that is not on a GPU, outside the interpreter; one on meta
+    stands for a GPU's.
+    """
+    if not (tensor.is_cuda or tensor.is_meta) and (reason := refusal(tensor.device)):
         raise ValueError(f"backend 'triton' {reason}")

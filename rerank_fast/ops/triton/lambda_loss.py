@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops import ragged
+from rerank_fast.ops.choices import Scheme
 from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 from rerank_fast.ops.triton.variant import Variant
 
-_SCHEMES = {"none": 0, "ndcg1": 1, "ndcg2": 2, "lambdarank": 3, "ndcg2pp": 4}
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger
 # one those of at most SHORT_LIST documents. Longer ones are ordered by a launch before: that costs
 # less than once in each of their blocks. Which lists are long is decided on the device: the host
@@ -187,6 +189,8 @@ def forward(
     interpreter.
     """
     guard.require_gpu(scores)
+    if offsets.is_cpu:
+        ragged.check_offsets(offsets, scores.shape[0])
     compute_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     dtype: Any = tl.float64 if compute_dtype == torch.float64 else tl.float32
     n, num_lists = scores.shape[0], offsets.shape[0] - 1
@@ -198,8 +202,8 @@ def forward(
     launch = launch_config(compute_dtype == torch.float64)
     longest = SMALL_BATCH if n <= SMALL_BATCH else SHORT_LIST
     ordered = n > longest
-    num_blocks = triton.cdiv(n, launch["BLOCK"])
-    stride = triton.cdiv(n, 64) * 64  # rows aligned whatever n: one compiled kernel
+    num_blocks = cdiv(n, launch["BLOCK"])
+    stride = cdiv(n, 64) * 64  # rows aligned whatever n: one compiled kernel
     device = scores.device
     slots = torch.empty((5, stride), dtype=compute_dtype, device=device)
     ranks = torch.empty(stride, dtype=torch.int32, device=device)
@@ -247,7 +251,7 @@ def forward(
             list_steps,
             n.bit_length(),
             n,
-            SCHEME=_SCHEMES[scheme],
+            SCHEME=scheme,
             PER_SLOT=per_list,
             ORDERED=ordered,
             dtype=dtype,
@@ -259,7 +263,7 @@ def forward(
             )
         else:
             over_pairs = reduction == "pairs"
-            grid = (triton.cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
+            grid = (cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
             mean_kernel[grid](
                 loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH
             )
@@ -278,7 +282,7 @@ def backward(
     grad_scores = torch.empty(n, dtype=dtype, device=grad.device)
     if n:
         with torch.cuda.device_of(grad):
-            backward_kernel[(triton.cdiv(n, FINISH["BLOCK"]),)](
+            backward_kernel[(cdiv(n, FINISH["BLOCK"]),)](
                 grad,
                 grad_loss,
                 offsets,
@@ -339,9 +343,9 @@ def shipped() -> Iterator[Variant]:
         config = launch_config(scores == "fp64")
         yield variant(order_kernel, scores, config)
         # The half precisions differ in one load: one scheme shows it.
-        for scheme in range(5) if scores.startswith("fp") and scores != "fp16" else [4]:
+        for scheme in get_args(Scheme) if scores in ("fp32", "fp64") else ["ndcg2pp"]:
             for per_slot, ordered in [(False, True), (True, True), (False, False)][
-                : 3 if scheme == 4 else 1
+                : 3 if scheme == "ndcg2pp" else 1
             ]:
                 options = {"SCHEME": scheme, "PER_SLOT": per_slot, "ORDERED": ordered}
                 yield variant(pair_kernel, scores, config, **options)

@@ -62,20 +62,20 @@ def _visit(
         in_j = j < high
         s_j = tl.load(slots + j, mask=in_j, other=0.0)[None, :]
         r_j = tl.load(ranks + j, mask=in_j, other=1)[None, :]
-        if SCHEME != 0:
+        if SCHEME != "none":
             g_j = tl.load(slots + 2 * stride + j, mask=in_j, other=0.0)[None, :]
-        if SCHEME != 0 and SCHEME != 2:
+        if SCHEME != "none" and SCHEME != "ndcg2":
             inverse_j = tl.load(slots + 3 * stride + j, mask=in_j, other=0.0)[None, :]
         j = j[None, :]
         counts = (j >= from_i) & (j < to_i) & (top_i | (r_j <= k))
-        if SCHEME >= 2:
-            if SCHEME != 3:
+        if SCHEME != "none" and SCHEME != "ndcg1":
+            if SCHEME != "lambdarank":
                 delta = tl.load(deltas + tl.abs(r_i - r_j))
-            if SCHEME == 2:
+            if SCHEME == "ndcg2":
                 weight = delta
             else:
                 weight = tl.abs(inverse_i - inverse_j)
-                if SCHEME == 4:
+                if SCHEME == "ndcg2pp":
                     weight = mu * delta + weight
             weight = weight * (g_j - g_i if COLUMNS == "better" else g_i - g_j)
         if COLUMNS == "better":
@@ -86,20 +86,20 @@ def _visit(
                 lost = tl.where(x >= 0, t, 1.0) * reciprocal(1.0 + t, dtype)
             else:  # where 2^x overflows it is 0
                 lost = 1.0 / (1.0 + tl.exp2(x))
-            pull += tl.where(counts, -lost if SCHEME == 0 else -weight * lost, 0.0)
+            pull += tl.where(counts, -lost if SCHEME == "none" else -weight * lost, 0.0)
         else:
             x = slope * (s_i - s_j)
             t = tl.exp2(-tl.abs(x))
             inverse = reciprocal(1.0 + t, dtype)
             term = tl.where(x < 0, -x, 0.0) + log2_1p(t, dtype)
             lost = tl.where(x >= 0, t, 1.0) * inverse
-            if SCHEME == 1:
+            if SCHEME == "ndcg1":
                 weight = g_i * inverse_i
                 # Every ordered pair, as (i, j) and as (j, i).
                 both = weight * lost - g_j * inverse_j * (tl.where(x <= 0, t, 1.0) * inverse)
             else:
-                both = lost if SCHEME == 0 else weight * lost
-            loss += tl.where(counts, term if SCHEME == 0 else weight * term, 0.0)
+                both = lost if SCHEME == "none" else weight * lost
+            loss += tl.where(counts, term if SCHEME == "none" else weight * term, 0.0)
             pull += tl.where(counts, both, 0.0)
             count += counts.to(tl.int32)
     return tl.sum(loss, axis=1), tl.sum(pull, axis=1), tl.sum(count, axis=1)
@@ -226,7 +226,7 @@ def pair_kernel(
     inverse_i = tl.load(slots + 3 * stride + own)[:, None]
     r_i = tl.load(ranks + own)[:, None]
     last = tl.max(to_i, axis=0)
-    if SCHEME == 1:
+    if SCHEME == "ndcg1":
         loss_i, pull_i, count_i = _visit(
             slots, stride, ranks, deltas, 0, last, from_i[:, None], to_i[:, None], s_i, g_i,
             inverse_i, r_i,
@@ -254,7 +254,7 @@ def pair_kernel(
     pull_i *= tl.full([], pull_scale, dtype)
     # Of the first slot the gain is 1 - 2^-max label, or NaN where the list diverged.
     first_gain_i = tl.load(slots + 2 * stride + from_i)
-    if SCHEME == 0:
+    if SCHEME == "none":
         diverged_i = first_gain_i != first_gain_i
         loss_i = tl.where(diverged_i, first_gain_i, loss_i)
         pull_i = tl.where(diverged_i, first_gain_i, pull_i)

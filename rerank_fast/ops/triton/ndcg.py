@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops import ragged
 from rerank_fast.ops.triton import autotune, guard
 from rerank_fast.ops.triton.variant import Variant
 
@@ -103,6 +104,8 @@ def ndcg_kernel(
 def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
     """The backend contract: (Q,) in the dtype of scores and labels, fp32 or fp64."""
     guard.require_gpu(scores)
+    if offsets.is_cpu:
+        ragged.check_offsets(offsets, scores.shape[0])
     num_lists = offsets.shape[0] - 1
     result = torch.empty(num_lists, dtype=scores.dtype, device=scores.device)
     if num_lists:

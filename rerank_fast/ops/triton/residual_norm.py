@@ -8,6 +8,7 @@ order: no atomics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import autotune, dropout, guard
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.triton.grid import cdiv, next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 
 MAX_WIDTH = 4096
@@ -27,11 +29,12 @@ CASE = ("width", "HAS_NARROW", "HAS_DROPOUT")
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_warps": 8})
 
 
+@functools.cache
 def launch(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
     """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the
     widest.
     """
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     most = 16 if hip else 32  # of 64 or of 32 threads
     return {"WIDTH": block, "num_warps": min(most, max(4, block // 128)), "enable_fp_fusion": True}
 
@@ -222,10 +225,10 @@ def backward(
 
 def programs(num_rows: int) -> int:
     """Of a launch of backward over so many rows: each leaves a row of sums."""
-    return triton.cdiv(num_rows, ROWS)
+    return cdiv(num_rows, ROWS)
 
 
-@launcher(mutates=("sums",))
+@declare("residual_norm_grads", mutates=("sums",))
 def residual_norm_grads(
     x: Tensor,
     residual: Tensor,

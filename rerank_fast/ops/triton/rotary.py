@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton.launcher import launcher
+from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton.grid import cdiv, next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 
 TOKENS = 8  # a program
 
 
+@functools.cache
 def launch(head_size: int) -> dict[str, Any]:
     return {
         "TOKENS": TOKENS,
         "HEAD_SIZE": head_size,
-        "HALF": triton.next_power_of_2(head_size // 2),
+        "HALF": next_power_of_2(head_size // 2),
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
@@ -173,7 +176,7 @@ def _store_sums(sums, left, right, first, there, HEAD_SIZE: tl.constexpr, HALF: 
     tl.store(own + HEAD_SIZE // 2, right, mask=there)
 
 
-@launcher(mutates=("out",))
+@declare("rotary", mutates=("out",))
 def rotary(
     x: Tensor,
     out: Tensor,
@@ -198,14 +201,14 @@ def rotary(
     num_tokens, num_heads, head_size = x.shape
     if x.numel() and not x.is_meta:
         with torch.cuda.device_of(x):
-            rotary_kernel[(triton.cdiv(num_tokens, TOKENS),)](
+            rotary_kernel[(cdiv(num_tokens, TOKENS),)](
                 *(x, x.stride(0), out, out.stride(0), cos, sin, weights),
                 *(num_tokens, num_heads, num_queries, eps),
                 **launch(head_size),
             )
 
 
-@launcher(mutates=("grad",))
+@declare("rotary_grad", mutates=("grad",))
 def rotary_grad(
     grad: Tensor,
     x: Tensor | None,
@@ -225,7 +228,7 @@ def rotary_grad(
         (programs, 2 head size) fp32 rows of sums of the gradient of weights; empty without.
     """
     num_tokens, num_heads, head_size = grad.shape
-    programs = triton.cdiv(num_tokens, TOKENS)
+    programs = cdiv(num_tokens, TOKENS)
     sums = cos.new_empty(0 if weights is None else programs, 2 * head_size)
     if grad.numel() and not grad.is_meta:
         with torch.cuda.device_of(grad):

@@ -8,19 +8,20 @@ is stored.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.choices import Activation
 from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
 # Of the dropout after the activation, and of the one before the dense layer.
 STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
-ACTIVATIONS = {"none": 0, "tanh": 1, "gelu": 2, "relu": 3}
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go
 # to tensor cores; fp32 ones are fused multiply-adds in registers.
@@ -67,14 +68,14 @@ def _tanh(x):
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation and its slope."""
-    if ACTIVATION == 1:
+    if ACTIVATION == "tanh":
         y = _tanh(x)
         slope = 1.0 - y * y
-    elif ACTIVATION == 2:
+    elif ACTIVATION == "gelu":
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         y = x * cdf
         slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    elif ACTIVATION == 3:
+    elif ACTIVATION == "relu":
         y = tl.where(x < 0.0, 0.0, x)
         slope = tl.where(x <= 0.0, 0.0, 1.0)
     else:
@@ -229,7 +230,7 @@ def split(
     widened = hidden.dtype == torch.bfloat16 and guard.interpreted()
     flags = {
         "dot_dtype": tl.float32 if widened else DTYPES[hidden.dtype],
-        "ACTIVATION": ACTIVATIONS[activation],
+        "ACTIVATION": activation,
         "DROP": dropout_p > 0,
         "DROP_IN": dropout_in_p > 0,
     }
@@ -246,9 +247,9 @@ def forward(
     out_weight: Tensor,  # (1, D)
     out_bias: Tensor | None,  # (1,)
     *options: Any,
-) -> Tensor:
-    """The backend contract: the scores (N,) fp32. Raises ValueError for CPU tensors outside the
-    interpreter.
+) -> tuple[Tensor, Tensor]:
+    """The backend contract: the scores (N,) fp32, and nothing for backward. Raises ValueError for
+    CPU tensors outside the interpreter.
     """
     guard.require_gpu(hidden)
     index = None if index is None else index.contiguous()
@@ -260,7 +261,7 @@ def forward(
         kernel, rest = autotune.choose(forward_kernel, launch, AROUND, CASE)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(hidden):
-            kernel[(triton.cdiv(n, launch["ROWS"]),)](
+            kernel[(cdiv(n, launch["ROWS"]),)](
                 hidden,
                 hidden.stride(0),
                 hidden.shape[0],
@@ -278,7 +279,7 @@ def forward(
                 **flags,
                 **rest,
             )
-    return scores
+    return scores, hidden.new_empty(0)
 
 
 def variants(
@@ -307,13 +308,13 @@ def variants(
         "index": "*i64"
     }
     for dtype in DTYPES.values():
-        for activation, code in ACTIVATIONS.items():
+        for activation in get_args(Activation):
             for gathers, drops in ((False, False), (True, True), (False, True)):
                 if activation != "tanh" and (drops or name == "grads"):
                     continue  # the activation shows in one of them
                 constants = {
                     "dot_dtype": dtype,
-                    "ACTIVATION": code,
+                    "ACTIVATION": activation,
                     "DROP": drops,
                     "DROP_IN": drops,
                 }

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.triton import autotune, dropout, guard, score_head
+from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.score_head import (
     IN_STREAM,
     STREAM,
@@ -275,6 +276,7 @@ def backward(
     dense_weight: Tensor,
     dense_bias: Tensor | None,
     out_weight: Tensor,
+    kept_dense: Tensor,  # empty: it is computed again
     wants: list[bool],
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -301,7 +303,7 @@ def backward(
         launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
         wide_launch = LAUNCH_FP32_DROPOUT if flags["DROP_IN"] else LAUNCH_FP32
         second = guard.for_vendor(wide_launch if wide else LAUNCH)
-        num_parts = triton.cdiv(n, launch["ROWS"])
+        num_parts = cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
         dense_grad, launch = autotune.choose(
@@ -310,15 +312,15 @@ def backward(
         all_grads, second = autotune.choose(grads_kernel, second, AROUND, CASE)
 
         def programs(blocks: dict[str, Any]) -> tuple[int]:
-            across = triton.cdiv(width, blocks["COLUMNS"])
+            across = cdiv(width, blocks["COLUMNS"])
             return (
-                wants[0] * triton.cdiv(n, blocks["ROWS"]) * across
-                + wants[1] * triton.cdiv(size, blocks["ROWS"]) * across
-                + any(wants[2:]) * triton.cdiv(size, blocks["COLUMNS"]),
+                wants[0] * cdiv(n, blocks["ROWS"]) * across
+                + wants[1] * cdiv(size, blocks["ROWS"]) * across
+                + any(wants[2:]) * cdiv(size, blocks["COLUMNS"]),
             )
 
         with torch.cuda.device_of(hidden):
-            dense_grad[lambda blocks: (num_parts, triton.cdiv(size, blocks["COLUMNS"]))](
+            dense_grad[lambda blocks: (num_parts, cdiv(size, blocks["COLUMNS"]))](
                 grad_scores,
                 hidden,
                 hidden.stride(0),

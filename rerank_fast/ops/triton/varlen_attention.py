@@ -11,6 +11,7 @@ on, so that tokens // BLOCK + N programs suffice for any lengths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops import ragged
 from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 
 MAX_HEAD_SIZE = 256
@@ -30,6 +33,7 @@ Part = Literal["forward", "queries", "keys"]
 _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 128}
 
 
+@functools.cache
 def launch(
     head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
 ) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def launch(
     kernels run. More of it takes smaller tiles, and those more instructions: with 16 keys for 32,
     1.6 times as many a score. More warps on the same rows, 8 on 64, compute every score twice.
     """
-    width = max(16, triton.next_power_of_2(head_size))
+    width = max(16, next_power_of_2(head_size))
     warps, stages = (
         8 if width > {"forward": MAX_HEAD_SIZE, "queries": 64, "keys": 32}[part] else 4,
         2,
@@ -362,6 +366,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     guard.require_gpu(q)
+    if q.is_cpu:
+        ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1

@@ -8,15 +8,15 @@ of q, k and v have their gradients, it leaves in a row of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import autotune, dropout, guard
-from rerank_fast.ops.triton.launcher import launcher
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
     CASE,
@@ -308,10 +308,11 @@ def backward(
     window_right: int,
     dropout_p: float,
     seed: int,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend contract: the gradients of q, k and v."""
+    """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
     guard.require_gpu(q)
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+    grads = into or [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (scale, window_left, window_right, dropout_p, seed)
     attention_grads(q, k, v, out, lse, grad_out, *places, *grads, None, None, *options)
@@ -328,7 +329,7 @@ def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     """
     made = []
     for tensor, part, block, count in ((q, "queries", "BLOCK_M", 1), (k, "keys", "BLOCK_N", 2)):
-        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]  # type: ignore[arg-type]
+        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]
         programs, width = (
             tensor.shape[0] // rows + num_sequences,
             count * tensor.shape[1] * tensor.shape[2],
@@ -337,7 +338,7 @@ def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-@launcher(mutates=("dq", "dk", "dv", "q_sums", "kv_sums"))
+@declare("attention_grads", mutates=("dq", "dk", "dv", "q_sums", "kv_sums"))
 def attention_grads(
     q: Tensor,
     k: Tensor,

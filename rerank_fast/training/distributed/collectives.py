@@ -17,6 +17,7 @@ from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.tokens.packing import TokenizedPairs, upload
 
 _MESSAGE = 32 * 2**20  # elements
+_ALIGNED = 16  # elements
 
 
 def join_processes(timeout: float) -> PartialState:
@@ -45,55 +46,60 @@ def join_processes(timeout: float) -> PartialState:
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in few large messages.
-
-    In place of DistributedDataParallel: its hooks sit on a module's forward, which packed execution
-    does not call, and it takes the mean over processes, where the loss of a global batch needs the
-    sum (each process's share is divided by the pairs of all).
-    """
+    """Replace each tensor by its sum over all processes, in few large messages."""
     if not several():
         return
-    under_way: _Message | None = None
+    under_way: list[tuple[list[Tensor], Message]] = []
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [one for one in tensors if one.dtype == dtype]
         for part in messages(alike):
-            message = _Message(alike[part])  # copied in while the one before travels
-            if under_way is not None:
-                under_way.finish()
-            under_way = message
-    if under_way is not None:
-        under_way.finish()
+            message = Message(alike[part])  # copied in while the one before travels
+            if under_way:
+                _receive(*under_way.pop())
+            under_way.append((alike[part], message))
+    for one in under_way:
+        _receive(*one)
 
 
-def messages(tensors: Sequence[Tensor]) -> list[slice]:
-    """Where tensors are cut into messages: of one tensor, or as many as stay below a size."""
+def _receive(tensors: list[Tensor], message: Message) -> None:
+    torch._foreach_copy_(tensors, message.wait())
+
+
+def messages(tensors: Sequence[Tensor], most: int | None = None) -> list[slice]:
+    """Where tensors are cut into messages: of one tensor, or as many as stay below a number of
+    elements.
+    """
+    most = _MESSAGE if most is None else most
     parts, start, size = [], 0, 0
     for end, tensor in enumerate(tensors):
-        if end > start and size + tensor.numel() > _MESSAGE:
+        if end > start and size + tensor.numel() > most:
             parts.append(slice(start, end))
             start, size = end, 0
         size += tensor.numel()
     return [*parts, slice(start, len(tensors))]
 
 
-class _Message:
-    """Tensors of one dtype on their way to be summed; in and out by a copy of all of them at
-    once.
+class Message:
+    """Tensors of one dtype on their way to be summed over all processes, copied in by one copy of
+    all of them.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         sizes = [tensor.numel() for tensor in tensors]
-        flat = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
-        self._tensors = tensors
-        self._parts = [
-            part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)
+        # Each begins where kernels take several elements at once.
+        rooms = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+        flat = tensors[0].new_empty(sum(rooms))
+        self._sums = [
+            part[:size].view(tensor.shape)
+            for part, size, tensor in zip(flat.split(rooms), sizes, tensors, strict=True)
         ]
-        torch._foreach_copy_(self._parts, tensors)
+        torch._foreach_copy_(self._sums, list(tensors))
         self._work: Any = dist.all_reduce(flat, async_op=True)
 
-    def finish(self) -> None:
+    def wait(self) -> list[Tensor]:
+        """The sums, in the order of the tensors; work that is enqueued from here on has them."""
         self._work.wait()
-        torch._foreach_copy_(self._tensors, self._parts)
+        return self._sums
 
 
 class LateFlag:

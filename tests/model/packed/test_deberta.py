@@ -17,7 +17,17 @@ from rerank_fast.model.packed.architectures.deberta import _slots
 from rerank_fast.model.packed.heads import DenseHead
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.model.preparation import Preparer
-from tests.model.packed.test_encoder import deberta, make_model
+from tests.model.packed.test_encoder import (
+    LENGTHS,
+    PLANS,
+    deberta,
+    gradients,
+    make_model,
+    make_tokens,
+    packed_scores,
+    padded_scores,
+    relative_errors,
+)
 from tests.model.test_gradient_cache import push
 from tests.model_factory import make_tiny_deberta
 from tests.training.conftest import make_lists
@@ -105,3 +115,19 @@ def test_what_is_refused_says_why_and_heads_are_fused_where_they_can_be() -> Non
     listened.deberta.encoder.rel_embeddings.register_forward_hook(lambda *_: None)
     assert "encoder.rel_embeddings has hooks" in reason_to_pad(listened)
     assert isinstance(find_architecture(make_model("deberta-v3")).head, DenseHead)
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "deberta-v3"])
+def test_projections_that_somebody_listens_to_are_called_for_positions_too(name: str) -> None:
+    model = make_model(name).eval()
+    own = "key_proj" if name == "deberta-v3" else "pos_key_proj"
+    for layer in model.deberta.encoder.layer:
+        projection = getattr(layer.attention.self, own)
+        projection.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    tokens = make_tokens(LENGTHS, types=False)
+    expected = padded_scores(model, tokens)
+    actual = packed_scores(model, tokens, PLANS["several"])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(len(tokens))
+    found = gradients(model, actual, upstream)
+    assert max(relative_errors(found, gradients(model, expected, upstream)).values()) < 1e-4

@@ -89,15 +89,20 @@ def launch(launcher: list[str], port: int, arguments: list[str]) -> subprocess.P
     )
 
 
-def in_two_processes(runs: list[dict], directory: Path, port: int) -> subprocess.CompletedProcess:
-    (directory / "runs.json").write_text(json.dumps(runs))
-    command = [
-        *TORCHRUN,
-        str(port),
-        "-m",
-        "tests.training.distributed.sharded_run",
-        str(directory / "runs.json"),
-    ]
+def in_two_processes(
+    runs: list[dict],
+    directory: Path,
+    port: int,
+    *,
+    program: str = "sharded_run",
+    arguments: list[Path] | None = None,
+) -> subprocess.CompletedProcess:
+    """A program beside this one, by default with the runs in a file."""
+    if arguments is None:
+        arguments = [directory / "runs.json"]
+        arguments[0].write_text(json.dumps(runs))
+    command = [*TORCHRUN, str(port), "-m", f"tests.training.distributed.{program}"]
+    command += map(str, arguments)
     return subprocess.run(
         command, env=environment(), capture_output=True, text=True, check=False, timeout=180
     )
@@ -306,7 +311,7 @@ def test_messages_are_summed_while_the_next_is_copied_in(monkeypatch: pytest.Mon
     expected = [2 * one for one in tensors]
     collectives.sum_over_processes(tensors)
     assert not under_way
-    assert sizes == [16, 40, 16, 24, 5, 6]
+    assert sizes == [32, 48, 32, 32, 16, 16]  # each tensor begins at a multiple of 16
     assert all(torch.equal(one, two) for one, two in zip(tensors, expected, strict=True))
 
 

@@ -166,6 +166,8 @@ def _reading(model: Any, answers: Answers | None) -> Reading | str | None:
     head = find_answer_head(model, answers)
     if head is None and own_class(model).__name__ not in CAUSAL_FAMILIES:
         return _unknown(model)
+    if head is None and getattr(model.config, "final_logit_softcapping", None) is not None:
+        return f"this {own_class(model).__name__} caps its logits"
     return None if head is None else Reading(head=head, reads="last")
 
 

@@ -21,6 +21,7 @@ CAUSAL_FAMILIES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
 )
 
@@ -115,6 +116,7 @@ def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
     if (
         not own_class(model).__module__.startswith("transformers.models.")
         or vocabulary._forward_hooks
+        or getattr(model.config, "final_logit_softcapping", None) is not None
     ):
         return None
     ids = [answers.true_token_id] + (

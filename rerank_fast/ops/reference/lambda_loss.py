@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rerank_fast.ops import ragged
+
 
 def ranks(scores: Tensor) -> Tensor:
     """1-based rank of each of the (D,) scores, highest first; ties keep the input order, NaN comes
@@ -159,7 +161,11 @@ def forward(
     Loss and gradient, for an upstream one of 1, are in fp32 or, for fp64 scores, fp64; the number
     is of all lists, () int64. The gradient is the closed form, since autograd does not record below
     the dispatcher.
+
+    Raises:
+        ValueError: offsets that do not rise from 0 to N.
     """
+    ragged.check_offsets(offsets, scores.shape[0])
     compute_dtype = torch.promote_types(scores.dtype, torch.float32)
     scores, labels, bounds = scores.to(compute_dtype), labels.to(compute_dtype), offsets.tolist()
     scale = 1 / math.log(2) if reduction_log == "binary" else 1.0

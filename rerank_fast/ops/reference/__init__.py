@@ -1,0 +1,1 @@
+"""The specifications: eager PyTorch, any dtype and device, as the formulas are written."""

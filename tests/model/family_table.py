@@ -1,0 +1,112 @@
+"""The table of docs/families.md, found out from tiny models: python -m tests.model.family_table
+
+That rewrites the table between its two marks; tests/model/test_family_table.py compares it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rerank_fast.model.packed.architectures import find_architecture
+from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
+from rerank_fast.model.precision.int8 import Int8Linear, quantize_linears
+from tests.model.packed.test_encoder import make_model, make_tokens, padded_scores
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+BEGIN, END = "<!-- table: python -m tests.model.family_table -->", "<!-- end of table -->"
+# Published name, and the tiny model that stands for it.
+FAMILIES = {
+    "BERT": "bert",
+    "RoBERTa": "roberta",
+    "XLM-RoBERTa": "xlm-roberta",
+    "CamemBERT": "camembert",
+    "Data2Vec": "data2vec",
+    "X-MOD": "xmod",
+    "RoBERTa-PreLayerNorm": "roberta-prelayernorm",
+    "ELECTRA": "electra",
+    "DistilBERT": "distilbert",
+    "NomicBERT": "nomic-bert",
+    "GTE": "gte",
+    "Jina XLM-RoBERTa": "jina",
+    "ModernBERT": "modernbert",
+    "EuroBERT": "eurobert",
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Qwen2": "qwen2-sliding",
+    "Qwen3": "qwen3",
+    "Gemma": "gemma",
+    "Gemma 3 (text)": "gemma3",
+}
+# What torch's exporter makes a file of that scores as PyTorch does: the slow test tries each.
+ONNX = {"bert": "yes", "xmod": "yes", "gte": "yes"}
+HEAD = "| Family | Class | Packed | Trained | A layer on a CPU | A layer on a GPU | int8 | ONNX |"
+
+
+def rows() -> list[str]:
+    return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(row(name) for name in FAMILIES)]
+
+
+def row(family: str) -> str:
+    """What a family's model does: scores, gradients and int8 beside the padded model's."""
+    name = FAMILIES[family]
+    model: Any = make_model(name).eval()
+    tokens = make_tokens([5, 17, 3], types=False)
+    packed = find_architecture(model) is not None
+    expected = padded_scores(model, tokens)
+    cells = [family, f"`{type(model).__name__}`", _mark(packed and _equal(model, expected))]
+    expected.sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    _packed(model).sum().backward()
+    norm = max(float(grad.norm()) for grad in grads.values())
+    trained = all(
+        (dict(model.named_parameters())[n].grad - grad).norm() < 1e-4 * norm
+        for n, grad in grads.items()
+    )
+    on_gpu = make_model(name).to("meta")
+    cells += [_mark(trained), _layers(model), _layers(on_gpu)]
+    quantize_linears(model)
+    linear = [m for m in model.base_model.modules() if isinstance(m, Int8Linear)]
+    with torch.inference_mode():
+        near = (_packed(model) - expected).abs().max() < 0.2 * expected.abs().max() + 0.2
+    cells += [_mark(bool(linear) and bool(near)), ONNX.get(name, "not tried")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mark(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def _packed(model: Any) -> torch.Tensor:
+    architecture = find_architecture(model)
+    assert architecture is not None
+    tokens = make_tokens([5, 17, 3], types=False)
+    return PackedPairs(architecture, tokens, dtype=torch.float32)(np.arange(3))
+
+
+def _equal(model: Any, expected: torch.Tensor) -> bool:
+    return torch.allclose(_packed(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def _layers(model: Any) -> str:
+    """Whether autograd sees a trained layer as one function, or as its parts."""
+    architecture = find_architecture(model)
+    assert architecture is not None
+    ready = ReadyLayers(architecture, torch.float32, 100, compiles=False)
+    whole = [bool(getattr(layer, "trained", None)) for layer in ready.layers]
+    return "one function" if all(whole) else "composed"
+
+
+def page(text: str) -> str:
+    """The text with the table as it is found to be."""
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return "\n".join([before + BEGIN, "", *rows(), "", END + after])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
