@@ -49,7 +49,7 @@ def _triton_refusal(
     max_seqlens: tuple[int, int] | None = None,
     has_relative: bool = False,
 ) -> str:
-    widest = 128 if has_relative else 256
+    widest = (64 if q.dtype == torch.float32 else 128) if has_relative else 256
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
         return ""
     of_what = f"{widest} with relative positions" if has_relative else widest
