@@ -42,7 +42,29 @@ FAMILIES = {
     "Gemma 3 (text)": "gemma3",
 }
 # What torch's exporter makes a file of that scores as PyTorch does: the slow test tries each.
-ONNX = {"bert": "yes", "xmod": "yes", "gte": "yes"}
+ONNX = dict.fromkeys(
+    [
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "data2vec",
+        "xmod",
+        "roberta-prelayernorm",
+        "electra",
+        "distilbert",
+        "nomic-bert",
+        "gte",
+        "jina",
+        "modernbert",
+        "eurobert",
+        "llama",
+        "mistral",
+        "qwen3",
+        "gemma",
+        "gemma3",
+    ],
+    "yes",
+)
 HEAD = "| Family | Class | Packed | Trained | A layer on a CPU | A layer on a GPU | int8 | ONNX |"
 
 

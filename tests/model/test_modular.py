@@ -325,3 +325,29 @@ def test_their_logits_of_answers_are_packed(tmp_path: Path, monkeypatch: pytest.
     values = [kind(peer)([QUERIES, DOCS], LABELS).item() for kind in (PeerLambdaLoss, LambdaLoss)]
     assert steps
     assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_a_transformer_in_a_directory_of_its_own(tmp_path: Path):
+    """As older releases of sentence-transformers saved it."""
+    peer = make_peer(tmp_path, ettin("mean"))
+    path = tmp_path / "model"
+    folder = path / "0_Transformer"
+    folder.mkdir()
+    for file in list(path.iterdir()):
+        kept = ("modules.json", "config_sentence_transformers.json", "README.md")
+        if file.is_file() and file.name not in kept:
+            file.rename(folder / file.name)
+    modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+    modules[0]["path"] = folder.name
+    (path / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    expected = PeerCrossEncoder(str(path), device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(expected, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
+    model = CrossEncoder(path, device="cpu")
+    np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    again = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(again.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    modules[0]["path"] = "missing"
+    (path / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"got 'missing'|got str 'missing'"):
+        CrossEncoder(path, device="cpu")

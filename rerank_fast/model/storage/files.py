@@ -76,6 +76,22 @@ class Checkpoint:
             )
         return name
 
+    def folder(self, name: str) -> Checkpoint:
+        """A directory of this one as a checkpoint of its own; this one where the name is empty.
+
+        Raises:
+            ValueError: the checkpoint is on the hub, or has no such directory.
+        """
+        if not name:
+            return self
+        path = Path(self.name, name)
+        if not self.is_local or not path.is_dir():
+            raise ValueError(
+                f"{self.name}/modules.json: expected a Transformer in the model's own directory, "
+                f"or in one that a local model has, got {shown(name)}"
+            )
+        return Checkpoint(str(path), self.revision, self.token)
+
 
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:

@@ -32,7 +32,7 @@ def read_entries(checkpoint: Checkpoint) -> list[Entry]:
         ValueError: it is damaged, or names files outside of the checkpoint.
     """
     modules = checkpoint.read_json("modules.json", list) or []
-    entries = []
+    entries: list[Entry] = []
     for index, module in enumerate(modules):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
             raise ValueError(
@@ -41,7 +41,8 @@ def read_entries(checkpoint: Checkpoint) -> list[Entry]:
         path, name = module.get("path") or "", str(module.get("name", index))
         file = TRANSFORMER_CONFIG
         if path:
-            file = f"{checkpoint.inside(path, 'modules.json')}/config.json"
+            place = checkpoint.inside(path, "modules.json")
+            file = f"{place}/{'config.json' if entries else TRANSFORMER_CONFIG}"
         config = checkpoint.read_json(file) or {}
         entries.append(Entry(name, module["type"], path, config, tuple(module.get("kwargs") or ())))
     return entries
@@ -59,10 +60,10 @@ def encoder_loader(checkpoint: Checkpoint, entries: Sequence[Entry], config: Any
         ValueError: the first module is none that can be opened here; says why.
     """
     first, where = entries[0], f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
-    if first.kind != "Transformer" or first.path:
+    if first.kind != "Transformer":
         raise ValueError(
-            f"{checkpoint.name}/modules.json: expected a Transformer in the model's own directory "
-            f"as the first module, got {first.type} in {first.path or 'it'}"
+            f"{checkpoint.name}/modules.json: expected a Transformer as the first module, got "
+            f"{first.type}"
         )
     for name in _UNREAD:
         if first.config.get(name):

@@ -27,6 +27,7 @@ def is_causal(config: Any) -> bool:
 
 def open_model(
     checkpoint: Checkpoint,
+    encoder: Checkpoint,
     base: Checkpoint,
     config: Any,
     entries: Sequence[Entry],
@@ -36,7 +37,8 @@ def open_model(
     """The model, and the weights of its head that start from random values.
 
     Args:
-        checkpoint: of the modules, and of the adapter where base is another one.
+        checkpoint: of the modules.
+        encoder: of their Transformer, and of the adapter where base is another one.
         base: of config.json and the weights.
         config: the base's.
         entries: sentence-transformers' modules; none for a Hugging Face model.
@@ -75,10 +77,17 @@ def open_model(
     if not modular:
         _check_labels(name, model, report["mismatched_keys"])
     check_weights(name, model, files.dtypes, report["mismatched_keys"])
-    if base is not checkpoint:
-        model, missing = merged(checkpoint, base, model, missing)
+    if base is not encoder:
+        model, missing = merged(encoder, base, model, missing)
     # The pooler of an encoder whose tokens are read is none of the head.
     return (assemble(checkpoint, entries, model), set()) if modular else (model, missing)
+
+
+def check_place(checkpoint: Checkpoint) -> None:
+    """That a name which can be none of the hub's is that of a directory."""
+    name = checkpoint.name
+    if not checkpoint.is_local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"model directory {name} does not exist")
 
 
 def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: bool) -> Any:
@@ -90,8 +99,7 @@ def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: boo
     name = checkpoint.name
     if checkpoint.is_local and not Path(name, "config.json").is_file():
         raise ValueError(f"expected a model directory with a config.json, got {name}")
-    if not checkpoint.is_local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"model directory {name} does not exist")
+    check_place(checkpoint)
     if checkpoint.is_local:
         checkpoint.read_json("config.json")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from rerank_fast.model.storage.modules import (
     text_limit,
 )
 from rerank_fast.model.storage.names import named_shortly
-from rerank_fast.model.storage.opening import is_causal, open_model, read_config
+from rerank_fast.model.storage.opening import check_place, is_causal, open_model, read_config
 from rerank_fast.model.storage.positions import max_positions
 from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer, lower_case
 from rerank_fast.model.texts import check_text, shown
@@ -75,19 +75,23 @@ def load(
         "token": token,
     }
     checkpoint = Checkpoint(path_or_hub_id, revision, token)
-    base = adapter_base(checkpoint) or checkpoint
-    if base is not checkpoint:
-        hub["revision"] = None  # which is the adapter's
-    config = read_config(base, hub, check_dtype=dtype is None)
+    check_place(checkpoint)
     saved = checkpoint.read_json(SENTENCE_TRANSFORMERS_CONFIG) or {}
     # Else its prompts and modules are an embedder's.
     is_reranker = saved.get("model_type") == "CrossEncoder"
     entries = read_entries(checkpoint) if is_reranker else []
+    encoder = checkpoint.folder(entries[0].path) if entries else checkpoint
+    base = adapter_base(encoder) or encoder
+    if base is not encoder:
+        hub["revision"] = None  # which is the adapter's
+    config = read_config(base, hub, check_dtype=dtype is None)
+    if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
+        entries[0] = replace(entries[0], path="")
     prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)
     with quiet_transformers():
-        model, untrained = open_model(checkpoint, base, config, entries, dtype, hub)
-        own_tokenizer = base is checkpoint or checkpoint.file("tokenizer_config.json") is not None
-        tokenizer = load_tokenizer(checkpoint if own_tokenizer else base, model, hub)
+        model, untrained = open_model(checkpoint, encoder, base, config, entries, dtype, hub)
+        own_tokenizer = base is encoder or encoder.file("tokenizer_config.json") is not None
+        tokenizer = load_tokenizer(encoder if own_tokenizer else base, model, hub)
     if untrained:
         logger.warning(
             "%s has no trained score head: %s start from random values, so train before you rank.",
