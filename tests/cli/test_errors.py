@@ -312,6 +312,7 @@ def test_ctrl_c_ends_every_command_with_130(
         "train": "--model m --train t", "evaluate": "--model m",
         "score": "--model m --input i --output o",
         "mine": "--queries q --output o", "export": "--model m",
+        "convert": "--model m --output o",
     }  # fmt: skip
     monkeypatch.setattr(cli._FILES[name], "run", interrupt)
     assert cli.main([name, *needed.get(name, "").split()]) == 130
