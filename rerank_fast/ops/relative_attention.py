@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, cpu_relative
+from rerank_fast.ops import cpu_relative
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.reference import varlen_attention as reference
 from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
 
@@ -52,7 +53,7 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 # Which one runs is varlen_attention's choice.
 _BACKENDS = Backends(
     "relative_attention",
-    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
+    reference=Served(lambda: (reference.forward, reference.backward)),
     cpu=Served(
         lambda: (
             cpu_relative.relative_attention_forward,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import attention_reference, cpu, flash
+from rerank_fast.ops import cpu, flash
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.dropout import check_rows
 from rerank_fast.ops.options import (
@@ -21,6 +21,7 @@ from rerank_fast.ops.options import (
     check_share,
     check_window,
 )
+from rerank_fast.ops.reference import varlen_attention as reference
 from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_attention import RelativeAttention
 from rerank_fast.ops.relative_positions import RelativePositions
@@ -97,7 +98,7 @@ def _libraries() -> tuple[Callable[..., Any], ...]:
 
 _BACKENDS = Backends(
     "varlen_attention",
-    reference=Served(lambda: (attention_reference.forward, attention_reference.backward)),
+    reference=Served(lambda: (reference.forward, reference.backward)),
     cpu=Served(lambda: (cpu.varlen_attention_forward, cpu.varlen_attention_backward), _cpu_refusal),
     triton=Served(_triton, _triton_refusal),
     flash=Served(_libraries, _flash_refusal),

@@ -148,15 +148,15 @@ class PostNormStep:
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
         shares = [
-            _p(layer.attention_dropout, layer.attention_dropout_p),
-            _p(layer.attention_out_dropout),
-            _p(layer.down_dropout),
+            share_of(layer.attention_dropout, layer.attention_dropout_p),
+            share_of(layer.attention_out_dropout),
+            share_of(layer.down_dropout),
         ]
         if layer.adapter is not None:
-            shares.append(_p(layer.down_dropout))
+            shares.append(share_of(layer.down_dropout))
         relative = self.relative
-        *seeds, last = _seeds([*shares, 0.0 if relative is None else relative.dropout_p])
-        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        *seeds, last = draw_seeds([*shares, 0.0 if relative is None else relative.dropout_p])
+        prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
         if layer.rotary is not None:
             prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if relative is None:
@@ -195,7 +195,7 @@ class PostNormStep:
             batch.cu_queries,
             batch.cu_keys,
             scale=layer.scale,
-            dropout_p=_p(layer.attention_dropout, layer.attention_dropout_p),
+            dropout_p=share_of(layer.attention_dropout, layer.attention_dropout_p),
             seed=batch.seeds[0],
             rows=batch.rows,
             relative=relative,
@@ -252,7 +252,7 @@ class PostNormStep:
             self._backends = own_backend_for(heads), backend_for(rows, wide)
         attention_backend, backend = self._backends
         dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
-        drawn = [(_p(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
+        drawn = [(share_of(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
         numbers = [batch.rows if p > 0 else None for p, _ in drawn]
         places = batch.cu_queries, batch.cu_keys, numbers[0]
         return (
@@ -286,7 +286,7 @@ def _ready_norm(
     )
 
 
-def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
+def layer_batch_of(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
     if one_token:
         return LayerBatch(
@@ -295,14 +295,14 @@ def _layer_batch(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> Lay
     return LayerBatch(ends, ends, (longest, longest), tuple(seeds), rows=batch.token_rows)
 
 
-def _p(module: nn.Module | None, p: float | None = None) -> float:
+def share_of(module: nn.Module | None, p: float | None = None) -> float:
     """Of a dropout that an op does itself; p is the module's own where it is a Dropout."""
     if module is None or not module.training:
         return 0.0
     return float(module.p) if isinstance(module, nn.Dropout) else p or 0.0
 
 
-def _seeds(shares: list[float]) -> list[int]:
+def draw_seeds(shares: list[float]) -> list[int]:
     """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0
     for one of 0.
     """
@@ -336,8 +336,15 @@ def _add_norm(
 ) -> tuple[Tensor, Rows]:
     """norm(wide + dropout(linear(x))) in wide's dtype and in what products read."""
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-    if linear.int8 is not None and _p(dropout) == 0:
+    if linear.int8 is not None and share_of(dropout) == 0:
         return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
     return residual_norm(
-        linear(x), wide, weight, bias, eps=norm.eps, dropout_p=_p(dropout), seed=seed, rows=rows
+        linear(x),
+        wide,
+        weight,
+        bias,
+        eps=norm.eps,
+        dropout_p=share_of(dropout),
+        seed=seed,
+        rows=rows,
     )

@@ -14,11 +14,11 @@ from rerank_fast.model.packed.architectures import PreNormLayer
 from rerank_fast.model.packed.layers import (
     LayerBatch,
     MicroBatch,
-    _layer_batch,
-    _p,
-    _seeds,
+    draw_seeds,
     dropped,
+    layer_batch_of,
     rotated,
+    share_of,
 )
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
 from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
@@ -65,8 +65,8 @@ class PreNormStep:
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer = self.layer
-        seeds = _seeds([_p(layer.attention, layer.attention_dropout)])
-        prepared = _layer_batch(batch, seeds, one_token=self.one_token)
+        seeds = draw_seeds([share_of(layer.attention, layer.attention_dropout)])
+        prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
         if layer.rotary is not None:
             prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and not batch.reads_last and (layer.causal or layer.window is not None):
@@ -81,7 +81,7 @@ class PreNormStep:
         """What the unchecked attention takes behind its tensors."""
         layer = self.layer
         left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
-        dropout_p = _p(layer.attention, layer.attention_dropout)
+        dropout_p = share_of(layer.attention, layer.attention_dropout)
         places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
         return (
             *places,
@@ -97,7 +97,10 @@ class PreNormStep:
         self, wide: Tensor, x: Tensor | None, batch: LayerBatch
     ) -> tuple[Tensor, Tensor | None]:
         layer = self.layer
-        if self.parts is not None and _p(layer.attention_out_dropout) == _p(layer.mlp_dropout) == 0:
+        if (
+            self.parts is not None
+            and share_of(layer.attention_out_dropout) == share_of(layer.mlp_dropout) == 0
+        ):
             return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
         wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
@@ -109,6 +112,7 @@ class PreNormStep:
             query, key = layer.query_norm(query), layer.key_norm(key)
         if batch.rotary is not None:
             query, key = rotated(query, *batch.rotary), rotated(key, *batch.rotary)
+        query, key = query.to(self.dtype), key.to(self.dtype)  # a norm has its weights' dtype
         window = layer.window
         if batch.read is not None:
             wide, query = wide.index_select(0, batch.read), query.index_select(0, batch.read)
@@ -124,7 +128,7 @@ class PreNormStep:
             scale=layer.scale,
             causal=layer.causal,
             window=window,
-            dropout_p=_p(layer.attention, layer.attention_dropout),
+            dropout_p=share_of(layer.attention, layer.attention_dropout),
             seed=batch.seeds[0],
             rows=batch.rows,
             max_seqlens=batch.max_seqlens,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rerank_fast.ops import ragged
 from rerank_fast.ops.dropout import dropout_factors
+from rerank_fast.ops.reference.relative_attention import RelativeGradients, relative_scores
 from rerank_fast.ops.relative_positions import RelativePositions
-from rerank_fast.ops.relative_reference import RelativeGradients, relative_scores
 
 
 def _allowed(
