@@ -15,13 +15,15 @@ import torch
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from benchmarks.test_predict import BATCH, describe, make_pairs
-from benchmarks.workload import encoder, make_steps, marco_like_lists
+from benchmarks.steps.test_predict import BATCH, describe, make_pairs
+from benchmarks.steps.training import make_peer_step, make_step
+from benchmarks.workload import marco_like_lists
 from rerank_fast import CrossEncoder
+from rerank_fast.demo import encoder_directory
 
 
 def make_deberta(directory: Path, *, max_length: int = 256) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(encoder(), model_max_length=max_length)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_directory(), model_max_length=max_length)
     config = DebertaV2Config(
         vocab_size=len(tokenizer),
         hidden_size=768,
@@ -46,11 +48,10 @@ def make_deberta(directory: Path, *, max_length: int = 256) -> str:
 
 @pytest.mark.slow
 def test_step(compare: Callable, tmp_path: Path) -> None:
-    model = make_deberta(tmp_path / "model")
-    out = str(tmp_path / "out")
-    steps = make_steps(marco_like_lists(6), out, mini_batch_size=16, model=model)
-    name = f"step deberta-v3-base, {steps.describe}, peer 16 a forward"
-    compare(name, steps.ours, steps.peer, rounds=3)
+    model, lists = make_deberta(tmp_path / "model"), marco_like_lists(6)
+    ours = make_step(lists, str(tmp_path / "out"), model=model)
+    peer = make_peer_step(lists, model=model)
+    compare(f"step deberta-v3-base, {ours.describe}", ours.run, peer.run, rounds=2)
 
 
 @pytest.mark.slow
@@ -63,5 +64,5 @@ def test_predict(compare: Callable, tmp_path: Path) -> None:
         f"predict deberta-v3-base fp32, {describe(model, pairs)}",
         lambda: model.predict(pairs),
         lambda: peer.predict(pairs, batch_size=BATCH),
-        rounds=3,
+        rounds=2,
     )
