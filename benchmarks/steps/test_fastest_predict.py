@@ -52,7 +52,7 @@ def task(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Datase
     )
     Trainer(encoder_directory(), train, config=config).train()
     model = CrossEncoder(output, max_length=256)
-    model.save_pretrained(output)
+    model.save_pretrained(output, overwrite=True)
     return output, held_out.select(range(min(LISTS, len(held_out))))
 
 
