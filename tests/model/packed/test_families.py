@@ -88,7 +88,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["gte", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("gte", marks=pytest.mark.slow), "gemma3"])
 def test_compiled_layers_give_the_eager_numbers(name: str) -> None:
     model, found = training(name), []
     for compiler in (None, "aot_eager"):
