@@ -66,7 +66,6 @@ def ndcg_of(predict: Callable[[Pairs], np.ndarray], lists: Dataset) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.report
 def test_fastest_predict(interleaved, note, task: tuple[str, Dataset], tmp_path: Path) -> None:
     directory, lists = task
     raw = {"device": "cpu", "activation_fn": nn.Identity()}

@@ -157,7 +157,7 @@ def measure(environment: dict[str, str], only: str | None) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         chosen = ["-k", only] if only else []
-        command = ["benchmarks/", "--benchmark-only", "-m", "not slow or report", "-q", *chosen]
+        command = ["benchmarks/", "--benchmark-only", "-q", *chosen]
         # What inductor compiled for another set would be loaded from its cache, and crash.
         environment = {"TORCHINDUCTOR_CACHE_DIR": folder} | environment
         done = subprocess.run(
