@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rerank_fast.ops import cpu_relative
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.layout import contiguous, rows_contiguous
 from rerank_fast.ops.reference import varlen_attention as reference
 from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
@@ -86,7 +87,7 @@ def _forward(
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
-    q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
+    q, k, v = (rows_contiguous(tensor) for tensor in (q, k, v))
     return forward(q, k, v, *places, scale, -1, -1, dropout_p, seed, relative)
 
 
@@ -116,7 +117,7 @@ def _backward(
     places, relative = _laid_out(
         cu_seqlens_q, cu_seqlens_k, rows, slots, keys, queries, bias, query_positions
     )
-    q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    q, k, v, grad_out = (rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     found = backward(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative)
     return tuple(q.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
@@ -132,21 +133,13 @@ def _laid_out(
     query_positions: Tensor | None,
 ) -> tuple[list[Any], RelativePositions]:
     """As kernels read them: of the tables each row of a head is one run of memory, the rest is."""
-    places = [
-        None if one is None else one.contiguous() for one in (cu_seqlens_q, cu_seqlens_k, rows)
-    ]
-    return places, RelativePositions(
+    return contiguous(cu_seqlens_q, cu_seqlens_k, rows), RelativePositions(
         slots.contiguous(),
-        None if keys is None else _rows_contiguous(keys),
-        None if queries is None else _rows_contiguous(queries),
+        None if keys is None else rows_contiguous(keys),
+        None if queries is None else rows_contiguous(queries),
         None if bias is None else bias.contiguous(),
         None if query_positions is None else query_positions.contiguous(),
     )
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Heads and tokens may lie anywhere, but each row of a head must be one run of memory."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
 class RelativeAttention(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from rerank_fast.ops import cpu
 from rerank_fast.ops.choices import Activation
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.layout import rows_contiguous
 from rerank_fast.ops.options import check_choice, check_flag, check_seed, check_share
 from rerank_fast.ops.reference import score_head as reference
 from rerank_fast.ops.registry import Backend, Backends, Served, declare
@@ -95,7 +96,7 @@ def _forward(
     weights = (None if tensor is None else tensor.contiguous() for tensor in vectors)
     options = (activation, dropout_p, dropout_in_p, seed)
     with _outside_autocast(hidden.device.type):
-        return forward(_rows_contiguous(hidden), index, *weights, *options)
+        return forward(rows_contiguous(hidden), index, *weights, *options)
 
 
 @declare("score_head_backward", fake=_fake_backward)
@@ -124,7 +125,7 @@ def _backward(
     with _outside_autocast(hidden.device.type):
         return backward(
             grad_scores.contiguous(),
-            _rows_contiguous(hidden),
+            rows_contiguous(hidden),
             index,
             *weights,
             dense,
@@ -137,13 +138,6 @@ def _outside_autocast(device_type: str) -> AbstractContextManager[Any]:
     """What is narrow was made so by the caller: an autocast region changes nothing here."""
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
-
-
-def _rows_contiguous(hidden: Tensor) -> Tensor:
-    """Rows may lie anywhere, as the first tokens of a padded batch do, but each must be one run of
-    memory.
-    """
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
 class _ScoreHead(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import Tensor
 from rerank_fast.ops import cpu, flash
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.dropout import check_rows
+from rerank_fast.ops.layout import contiguous, rows_contiguous
 from rerank_fast.ops.options import (
     check_flag,
     check_lengths,
@@ -134,8 +135,8 @@ def unchecked_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     forward, _ = _BACKENDS[backend]
-    q, k, v = (_rows_contiguous(tensor) for tensor in (q, k, v))
-    places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
+    q, k, v = (rows_contiguous(tensor) for tensor in (q, k, v))
+    places = contiguous(cu_seqlens_q, cu_seqlens_k, rows)
     return forward(q, k, v, *places, scale, window_left, window_right, dropout_p, seed)
 
 
@@ -158,8 +159,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, backward = _BACKENDS[backend]
-    q, k, v, grad_out = (_rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
-    places = _contiguous(cu_seqlens_q, cu_seqlens_k, rows)
+    q, k, v, grad_out = (rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    places = contiguous(cu_seqlens_q, cu_seqlens_k, rows)
     return backward(
         q, k, v, out, lse, grad_out, *places, scale, window_left, window_right, dropout_p, seed
     )
@@ -172,15 +173,6 @@ def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
     *tensors_and_options, backend = arguments
     _, backward = _BACKENDS[backend]
     backward(*tensors_and_options, into=into)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Heads and tokens may lie anywhere, but each row of a head must be one run of memory."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -336,7 +328,7 @@ def varlen_attention(
         assert library is not None
         assert max_seqlens is not None
         return library(
-            *(_rows_contiguous(tensor) for tensor in (q, k, v)),
+            *(rows_contiguous(tensor) for tensor in (q, k, v)),
             *(ends.contiguous() for ends in (cu_seqlens_q, cu_seqlens_k)),
             *max_seqlens,
             scale=scale,

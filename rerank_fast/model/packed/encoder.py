@@ -18,8 +18,9 @@ from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, T
 from rerank_fast.model.packed.heads import cut, cut_head
 from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, Rows, run_layer
 from rerank_fast.model.packed.linear import NarrowCopies
+from rerank_fast.model.packed.norm import norm
 from rerank_fast.model.packed.pre_norm import has_kernels
-from rerank_fast.model.packed.pre_norm_step import PreNormStep, norm
+from rerank_fast.model.packed.pre_norm_step import PreNormStep
 from rerank_fast.model.random_state import nothing_drawn, random_state
 from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up, upload
 

@@ -21,16 +21,17 @@ from rerank_fast.model.packed.layers import (
     share_of,
 )
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.norm import norm
 from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 
 class PreNormStep:
-    """A PreNormLayer likewise. It leaves the last addition to the stream to whoever follows: the
-    second result.
+    """A PreNormLayer with its weights made ready for one step. The last addition to the stream is
+    left to whoever follows: the second result.
 
-    trains: as one function of autograd, on a GPU, where all parts are known and nothing is dropped
-    but attention's weights.
+    one_token computes only the token that is read. trains: as one function of autograd, on a GPU,
+    where all parts are known and nothing is dropped but attention's weights.
     """
 
     def __init__(
@@ -143,14 +144,6 @@ class PreNormStep:
             hidden = layer.activation(hidden)
         added = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
         return wide + _normed(added, layer.post_mlp_norm), None
-
-
-def norm(wide: Tensor, module: nn.Module) -> Tensor:
-    """The norm of the residual stream, in the stream's dtype whatever the weights'."""
-    if not isinstance(module, nn.LayerNorm):
-        return module(wide)
-    weight, bias = (None if p is None else p.to(wide.dtype) for p in (module.weight, module.bias))
-    return F.layer_norm(wide, module.normalized_shape, weight, bias, module.eps)
 
 
 def _normed(x: Tensor, module: nn.Module | None) -> Tensor:

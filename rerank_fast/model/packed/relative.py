@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rerank_fast.model.packed.architectures.views import RelativeTerms
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.norm import norm
 from rerank_fast.ops.relative_positions import RelativePositions
 
 
@@ -68,12 +68,11 @@ class RelativeStep:
     def __call__(self, batch: RelativeBatch) -> RelativePositions:
         """As attention takes them."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        rows, norm = self.terms.embeddings.weight.to(wide), self.terms.norm
+        rows = self.terms.embeddings.weight.to(wide)
         if self.key is None and self.query is None:
             return RelativePositions(batch.slots, None, None, rows, batch.query_positions)
-        if norm is not None:
-            weight, bias = (None if one is None else one.to(wide) for one in _vectors(norm))
-            rows = F.layer_norm(rows, norm.normalized_shape, weight, bias, norm.eps)
+        if self.terms.norm is not None:
+            rows = norm(rows, self.terms.norm)
         if batch.factors is not None:
             rows = rows * batch.factors
         rows = rows.to(self.dtype)
@@ -82,7 +81,3 @@ class RelativeStep:
             for one in (self.key, self.query)
         )
         return RelativePositions(batch.slots, keys, queries, None, batch.query_positions)
-
-
-def _vectors(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias
