@@ -188,12 +188,25 @@ def quantity(value: float, unit: str) -> str:
     return f"{digits} {unit}"
 
 
-def processor() -> str:
-    """Its name, as Linux knows it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name as Linux knows it; AMD's, which virtual machines call EPYC alone, with the core."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    said = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    name = said.get("model name", platform.machine())
+    core = _zen(int(said.get("cpu family", 0)), int(said.get("model", 0)))
+    return f"{name} (Zen {core})" if said.get("vendor_id") == "AuthenticAMD" and core else name
+
+
+_ZEN4 = (range(0x10, 0x20), range(0x60, 0x80), range(0xA0, 0xB0))  # models of family 25
+
+
+def _zen(family: int, model: int) -> int | None:
+    """The generation of an AMD core, by the ranges of numbers that Linux tells them by."""
+    if family == 23:
+        return 1 if model < 0x30 else 2
+    if family == 25:
+        return 4 if any(model in of for of in _ZEN4) else 3
+    return 5 if family == 26 else None
 
 
 def _version(package: str) -> str:

@@ -141,3 +141,21 @@ def test_memory_rows_are_named_as_those_that_are_kept():
     objectives = [(case("cached", 1, 8, objective=name), value) for name in ("lambda_loss", "mse")]
     (one,) = compared(objectives)
     assert one.case == "1 list of 8, gradient_cache on, mse, peer lambda_loss"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "said"),
+    [
+        ("AuthenticAMD", 25, 0x11, "AMD EPYC (Zen 4)"),
+        ("AuthenticAMD", 25, 0x01, "AMD EPYC (Zen 3)"),
+        ("AuthenticAMD", 23, 0x01, "AMD EPYC (Zen 1)"),
+        ("AuthenticAMD", 99, 0x01, "AMD EPYC"),
+        ("GenuineIntel", 25, 0x11, "AMD EPYC"),
+    ],
+)
+def test_a_processor_is_named_with_its_core(tmp_path, vendor, family, model, said):
+    (tmp_path / "cpuinfo").write_text(
+        f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
+        "model name\t: AMD EPYC\nflags\t\t: fpu avx2\npower management:\n"
+    )
+    assert results.processor(tmp_path / "cpuinfo") == said

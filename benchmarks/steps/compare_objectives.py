@@ -115,6 +115,7 @@ def train(
             batch_size=options.batch_size,
             max_steps=options.steps,
             max_length=options.max_length,
+            max_docs_per_list=options.max_docs,
             learning_rate=options.learning_rate,
             precision=options.precision,
             seed=seed,
@@ -212,7 +213,7 @@ def table(rows: Sequence[Row], sets: dict[str, int], settings: dict[str, Any]) -
     for row in rows:
         cells = [row.cells[name].text(best[name] if row.source else None) for name in sets]
         lines.append(f"| {' | '.join([row.title, row.source, *cells])} |")
-    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    said = "; ".join(f"{name} {value}" for name, value in settings.items())
     means = "NDCG@10: mean ± deviation between seeds [95 % bootstrap interval over queries]."
     return "\n".join([*lines, "", f"{means} {said}.", ""])
 
@@ -271,6 +272,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=16)
     add("--learning_rate", type=float, default=1e-4)
     add("--max_length", type=int, default=256, help="longest pair in tokens")
+    add("--max_docs", type=int, default=10, help="documents of a list that are trained on")
     add("--precision", default="auto")
     add("--output", type=Path, required=True, help="directory; what is there goes on")
     return parser.parse_args(arguments)
@@ -283,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [one for one in chosen if not options.only or one.name in options.only]
     lists, sets = read_sets(options)
     names = ["train", "eval", "held_out", "model", "steps", "batch_size", "learning_rate"]
-    names += ["max_length", "precision"]
+    names += ["max_length", "max_docs", "precision"]
     runs = Runs(options.output / "runs.json", {name: getattr(options, name) for name in names})
     sources = {"labels": lists}
     if options.teacher:
@@ -308,7 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.keep(f"{one.key}, {seed}", own)
             print(f"{one.key}, seed {seed}: {seconds:.0f} s", flush=True)
     rows = summarise(runs, chosen, options.seeds, list(sets))
-    shown = {"steps": options.steps, "seeds": options.seeds, "learning rate": options.learning_rate}
+    paths = ("train", "eval", "model")
+    shown = {name: value for name, value in runs.settings.items() if name not in paths}
+    shown["seeds"] = ", ".join(map(str, options.seeds))
     text = table(rows, {name: len(held) for name, held in sets.items()}, shown)
     (options.output / "comparison.md").write_text(text, encoding="utf-8")
     print(text)
