@@ -200,7 +200,7 @@ class Trainer:
         """One optimizer step on a global batch.
 
         Returns:
-            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes
+            (8,) on the device, the loss of the whole batch, the norm of its gradient, processes
             that were interrupted, 1 where fp16 overflowed and the step was left out, and of a step
             that is logged spread_of_lists.
         """
