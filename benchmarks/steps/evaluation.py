@@ -13,6 +13,7 @@ metrics of both are compared. Nothing else should use the machine.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -78,13 +79,7 @@ def main() -> None:
     options = parser.parse_args()
 
     lists = _lists(options.data, options.queries)
-    torch.manual_seed(SEED)
-    with tempfile.TemporaryDirectory() as directory:
-        CrossEncoder(
-            options.model or encoder_directory(), max_length=options.max_length
-        ).save_pretrained(directory)
-        model = CrossEncoder(directory)
-        peer = PeerCrossEncoder(directory, max_length=options.max_length)
+    model, peer = _models(options.model or encoder_directory(), options.max_length)
     theirs = CrossEncoderRerankingEvaluator(
         _samples(lists), batch_size=options.batch_size, always_rerank_positives=False
     )
@@ -106,33 +101,7 @@ def main() -> None:
     timed.warm_up()
     medians = timed.run(options.rounds)
     pairs = ours.set.pairs
-    lengths = model.tokenize(pairs).lengths
-    print(Run.here("").describe())
-    print(
-        f"{len(lists)} queries, {len(pairs)} pairs of "
-        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
-        f"peer {options.batch_size} a forward"
-    )
-    print(f"{'':<24} {'pairs/s':>9} {'ratio':>7}")
-    titles = {
-        "peer": "sentence-transformers",
-        "first": "rerank_fast, first",
-        "again": "rerank_fast, again",
-    }
-    for name, title in titles.items():
-        print(
-            f"{title:<24} {len(pairs) / medians[name]:>9.1f} "
-            f"{medians['peer'] / medians[name]:>6.2f}x"
-        )
-    texts = f"{len(lists)} lists, {len(pairs)} pairs of {lengths.min()}-{lengths.max()} tokens"
-    peer_rate = len(pairs) / medians["peer"]
-    rows = [
-        Row(
-            "steps/evaluation", f"{name}, {texts}", peer_rate, len(pairs) / medians[name], "pairs/s"
-        )
-        for name in ("first", "again")
-    ]
-    Run.of_script(options.rows, "benchmarks.steps.evaluation", rows)
+    _report(options, len(lists), model.tokenize(pairs).lengths, medians)
     peer_scores = peer.predict(
         pairs, batch_size=options.batch_size, activation_fn=torch.nn.Identity()
     )
@@ -144,6 +113,53 @@ def main() -> None:
         "largest difference of a metric "
         f"{max(abs(got['ours'][name] - value) for name, value in got['peer'].items()):.1e}"
     )
+
+
+def _models(directory: str, max_length: int) -> tuple[CrossEncoder, PeerCrossEncoder]:
+    """Ours and theirs, of one set of weights: a fresh head is random."""
+    torch.manual_seed(SEED)
+    with tempfile.TemporaryDirectory() as saved:
+        CrossEncoder(directory, max_length=max_length).save_pretrained(saved)
+        return CrossEncoder(saved), PeerCrossEncoder(saved, max_length=max_length)
+
+
+def _report(
+    options: argparse.Namespace,
+    num_lists: int,
+    lengths: np.ndarray,  # (pairs,) tokens
+    medians: dict[str, float],  # seconds of all pairs
+) -> None:
+    """Print the rates, and add them to the rows' file where one was named."""
+    print(Run.here("").describe())
+    print(
+        f"{num_lists} queries, {len(lengths)} pairs of "
+        f"{lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens, "
+        f"peer {options.batch_size} a forward"
+    )
+    print(f"{'':<24} {'pairs/s':>9} {'ratio':>7}")
+    titles = {
+        "peer": "sentence-transformers",
+        "first": "rerank_fast, first",
+        "again": "rerank_fast, again",
+    }
+    for name, title in titles.items():
+        print(
+            f"{title:<24} {len(lengths) / medians[name]:>9.1f} "
+            f"{medians['peer'] / medians[name]:>6.2f}x"
+        )
+    texts = f"{num_lists} lists, {len(lengths)} pairs of {lengths.min()}-{lengths.max()} tokens"
+    peer_rate = len(lengths) / medians["peer"]
+    rows = [
+        Row(
+            "steps/evaluation",
+            f"{name}, {texts}",
+            peer_rate,
+            len(lengths) / medians[name],
+            "pairs/s",
+        )
+        for name in ("first", "again")
+    ]
+    Run.of_script(options.rows, "benchmarks.steps.evaluation", rows)
 
 
 if __name__ == "__main__":

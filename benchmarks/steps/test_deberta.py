@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from benchmarks.steps.test_predict import BATCH, describe, make_pairs
+from benchmarks.steps.test_predict import compare_predict, make_pairs
 from benchmarks.steps.training import make_peer_step, make_step
 from benchmarks.workload import marco_like_lists
-from rerank_fast import CrossEncoder
 from rerank_fast.demo import encoder_directory
 
 
@@ -56,13 +53,6 @@ def test_step(compare: Callable, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_predict(compare: Callable, tmp_path: Path) -> None:
-    directory, pairs = make_deberta(tmp_path / "model"), make_pairs(100)
-    model, peer = CrossEncoder(directory, device="cpu"), PeerCrossEncoder(directory, device="cpu")
-    few = pairs[:20]
-    np.testing.assert_allclose(model.predict(few), peer.predict(few), rtol=1e-4, atol=1e-4)
-    compare(
-        f"predict deberta-v3-base fp32, {describe(model, pairs)}",
-        lambda: model.predict(pairs),
-        lambda: peer.predict(pairs, batch_size=BATCH),
-        rounds=2,
+    compare_predict(
+        compare, "deberta-v3-base", make_deberta(tmp_path / "model"), make_pairs(100), rounds=2
     )

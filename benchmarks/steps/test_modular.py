@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
@@ -19,10 +18,9 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from torch import nn
 from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
 
-from benchmarks.steps.test_predict import BATCH, describe, make_pairs
+from benchmarks.steps.test_predict import compare_predict, make_pairs
 from benchmarks.steps.training import make_peer_step, make_step
 from benchmarks.workload import marco_like_lists
-from rerank_fast import CrossEncoder
 from rerank_fast.demo import encoder_directory
 
 # Width, layers, heads, width of the feed-forward.
@@ -72,13 +70,4 @@ def test_step(compare: Callable, tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_predict(compare: Callable, tmp_path: Path, name: str) -> None:
-    directory, pairs = make_ettin(name, tmp_path), make_pairs(400)
-    model, peer = CrossEncoder(directory, device="cpu"), PeerCrossEncoder(directory, device="cpu")
-    few = pairs[:40]
-    np.testing.assert_allclose(model.predict(few), peer.predict(few), rtol=1e-4, atol=1e-4)
-    compare(
-        f"predict {name} fp32, {describe(model, pairs)}",
-        lambda: model.predict(pairs),
-        lambda: peer.predict(pairs, batch_size=BATCH),
-        rounds=3,
-    )
+    compare_predict(compare, name, make_ettin(name, tmp_path), make_pairs(400), rounds=3)

@@ -63,6 +63,21 @@ def peer_predict(directory: str, dtype: str, pairs: Pairs) -> Callable[[], np.nd
     return lambda: model.predict(pairs, batch_size=BATCH)
 
 
+def compare_predict(
+    compare: Callable, name: str, directory: str, pairs: Pairs, *, rounds: int
+) -> None:
+    """A family in fp32 on both sides, once both score a tenth of the pairs alike."""
+    model, peer = CrossEncoder(directory, device="cpu"), PeerCrossEncoder(directory, device="cpu")
+    few = pairs[::10]
+    np.testing.assert_allclose(model.predict(few), peer.predict(few), rtol=1e-4, atol=1e-4)
+    compare(
+        f"predict {name} fp32, {describe(model, pairs)}",
+        lambda: model.predict(pairs),
+        lambda: peer.predict(pairs, batch_size=BATCH),
+        rounds=rounds,
+    )
+
+
 def test_predict(interleaved, note, directory: str) -> None:
     """fp32 on both sides, int8, and where the processor has it bf16, which is what auto takes."""
     pairs, few = make_pairs(), make_pairs()[:50]

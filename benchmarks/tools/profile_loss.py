@@ -16,6 +16,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.timing import Interleaved
 from rerank_fast.ops import cpu
 from rerank_fast.ops import lambda_loss as op
+from rerank_fast.ops.cpu import lists as cpu_lists
 
 OPTIONS = ("ndcg2pp", 0, 1.0, 10.0, 1e-10, "binary", "pairs", "cpu")
 NAMES = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
@@ -53,19 +54,19 @@ def main() -> None:
     address = plain.data_ptr(), labels.data_ptr(), offsets.data_ptr(), documents
     loss, grad = torch.empty(()), torch.empty(documents)
     counted = torch.empty((), dtype=torch.int64)
-    options = cpu._lambda_loss_options(*OPTIONS[:-1], torch.get_num_threads())
+    options = cpu_lists.lambda_loss_options(*OPTIONS[:-1], torch.get_num_threads())
     outputs = loss.data_ptr(), grad.data_ptr(), counted.data_ptr()
     layers: dict[str, Callable[[], object]] = {
-        "the kernel, called with addresses": lambda: cpu._C.lambda_loss_float(
+        "the kernel, called with addresses": lambda: cpu.compiled().lambda_loss_float(
             options, *address, arguments.lists, *outputs
         ),
-        "+ allocation of the outputs, conversions (cpu.lambda_loss_forward)": lambda: (
-            cpu.lambda_loss_forward(plain, labels, offsets, **named)
+        "+ allocation of the outputs, conversions (cpu_lists.lambda_loss_forward)": lambda: (
+            cpu_lists.lambda_loss_forward(plain, labels, offsets, **named)
         ),
         "+ the dispatcher (tracing only)": lambda: torch.ops.rerank_fast.lambda_loss.default(
             plain, labels, offsets, *OPTIONS
         ),
-        "cpu.lambda_loss_forward + autograd.Function": lambda: op._LambdaLoss.apply(
+        "cpu_lists.lambda_loss_forward + autograd.Function": lambda: op._LambdaLoss.apply(
             scores, labels, offsets, OPTIONS, False
         ),
         "+ checks (lambda_loss)": lambda: op.lambda_loss(scores, labels, offsets),

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
-from rerank_fast.data import load_lists
-from rerank_fast.data.held_out import hold_out
+from rerank_fast.data import hold_out, load_lists
 
 # From wherever you have them: a query, its candidates, and a label for each of these.
 judged = [

@@ -8,8 +8,7 @@ python published_run.py --lists train.jsonl      # any lists instead; a tenth of
 import argparse
 
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
-from rerank_fast.data import load_lists, load_ms_marco
-from rerank_fast.data.held_out import hold_out
+from rerank_fast.data import hold_out, load_lists, load_ms_marco
 from rerank_fast.evaluation import NanoBEIREvaluator
 
 parser = argparse.ArgumentParser()

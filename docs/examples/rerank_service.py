@@ -3,6 +3,7 @@
 import asyncio
 import os
 import uuid
+from typing import Literal
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,9 +14,8 @@ from torch import nn
 from rerank_fast import CrossEncoder
 
 NAME = os.environ["RERANKER"]
-app, model = FastAPI(), CrossEncoder(NAME)
-waiting: list[tuple[str, list[str], asyncio.Future]] = []
-at_work = asyncio.Lock()
+app, model = FastAPI(), CrossEncoder(NAME, activation_fn=nn.Sigmoid())
+waiting, at_work = [], asyncio.Lock()
 
 
 class Document(BaseModel):
@@ -23,7 +23,7 @@ class Document(BaseModel):
 
 
 class RerankRequest(BaseModel):
-    model: str = NAME
+    model: Literal[NAME] = NAME
     query: str = Field(min_length=1)
     documents: list[str | Document] = Field(min_length=1, max_length=1000)
     top_n: int | None = Field(None, ge=1)
@@ -32,19 +32,20 @@ class RerankRequest(BaseModel):
 
 async def rank(query: str, documents: list[str]) -> list[dict]:
     """What comes in while the model is at work is ranked together, in its next call."""
-    answer: asyncio.Future = asyncio.Future()
+    answer = asyncio.Future()
     waiting.append((query, documents, answer))
     async with at_work:  # in the order in which they came
         if not answer.done():
             queries, lists, answers = zip(*waiting[:32], strict=True)
             del waiting[:32]
-            call = asyncio.to_thread(model.rank_many, queries, lists, activation_fn=nn.Sigmoid())
-            (ranked,) = await asyncio.gather(call, return_exceptions=True)
-            for i, one in enumerate(answers):
-                one.set_result(ranked if isinstance(ranked, Exception) else ranked[i])
-    if isinstance(answer.result(), Exception):
-        raise answer.result()
-    return answer.result()
+            try:
+                ranked = await asyncio.to_thread(model.rank_many, queries, lists)
+                for one, hits in zip(answers, ranked, strict=True):
+                    one.set_result(hits)
+            except Exception as error:
+                for one in answers:
+                    one.set_exception(error)
+    return await answer
 
 
 @app.exception_handler(RequestValidationError)
@@ -57,14 +58,10 @@ async def refuse(_, error: RequestValidationError) -> JSONResponse:
 @app.post("/v1/rerank")
 @app.post("/v2/rerank")
 async def rerank(request: RerankRequest):
-    if request.model != NAME:
-        message = f"model {request.model!r} is not served here; {NAME!r} is"
-        return JSONResponse({"message": message}, status_code=404)
     texts = [one if isinstance(one, str) else one.text for one in request.documents]
     results = []
     for hit in (await rank(request.query, texts))[: request.top_n]:
-        result = {"index": hit["corpus_id"], "relevance_score": hit["score"]}
+        results.append({"index": hit["corpus_id"], "relevance_score": hit["score"]})
         if request.return_documents:
-            result["document"] = {"text": texts[hit["corpus_id"]]}
-        results.append(result)
+            results[-1]["document"] = {"text": texts[hit["corpus_id"]]}
     return {"id": str(uuid.uuid4()), "results": results, "meta": {"api_version": {"version": "2"}}}

@@ -11,6 +11,25 @@ from rerank_fast.cli.parser import CommandParser, command_parser
 _ENCODERS = (
     "query_prompt", "corpus_prompt", "similarity", "cache_folder", "embedding_dtype", "use_faiss",
 )  # fmt: skip
+# In which --help shows the options.
+_GROUPS = {
+    "data": ["queries", "corpus", "columns"],
+    "first stage": ["retriever", *_ENCODERS],
+    "rescoring": ["cross_encoder", "max_length", "dtype"],
+    "choice of negatives": [
+        "num_negatives",
+        "sampling_strategy",
+        "seed",
+        "range_min",
+        "range_max",
+        "max_score",
+        "min_score",
+        "absolute_margin",
+        "relative_margin",
+    ],
+    "batch": ["batch_size", "query_batch_size"],
+    "output": ["output", "labels", "overwrite", "show_progress_bar"],
+}
 
 
 def make_parser() -> CommandParser:
@@ -23,6 +42,15 @@ def make_parser() -> CommandParser:
             "  --cross_encoder my-reranker --relative_margin 0.05"
         ),
     )
+    _add_data(mine)
+    _add_scorers(mine)
+    _add_choice(mine)
+    _add_output(mine)
+    mine.finish(_GROUPS)
+    return mine
+
+
+def _add_data(mine: CommandParser) -> None:
     mine.add_argument(
         "--queries",
         type=Source,
@@ -37,15 +65,15 @@ def make_parser() -> CommandParser:
         help="text and id; left out: the texts that the queries have",
     )
     mine.add_argument(
-        "--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists"
-    )
-    mine.add_argument("--overwrite", action="store_true", help="begin anew where output exists")
-    mine.add_argument(
         "--columns",
         type=dict[str, str] | None,
         default=None,
         help="""the sources' own names, e.g. '{"query": "question", "text": "passage"}'""",
     )
+
+
+def _add_scorers(mine: CommandParser) -> None:
+    """Who finds candidates, and who scores them anew."""
     mine.add_argument(
         "--retriever", type=str, default="bm25", help="bm25, or a sentence-transformers model"
     )
@@ -80,7 +108,18 @@ def make_parser() -> CommandParser:
     mine.add_argument(
         "--dtype", type=str | None, default=None, help="of its weights; auto: the fastest"
     )
+
+
+def _add_choice(mine: CommandParser) -> None:
+    """Which of the candidates become negatives."""
     mine.add_argument("--num_negatives", type=int, default=9, help="most per list")
+    mine.add_argument(
+        "--sampling_strategy",
+        type=Literal["top", "random"],
+        default="top",
+        help="which of the candidates that are left: the best ones, or any",
+    )
+    mine.add_argument("--seed", type=int, default=12, help="of random sampling")
     mine.add_argument(
         "--range_min", type=int, default=0, help="skip this many of the best candidates"
     )
@@ -105,19 +144,9 @@ def make_parser() -> CommandParser:
         default=None,
         help="the same as a fraction of the positive's score",
     )
-    mine.add_argument(
-        "--sampling_strategy",
-        type=Literal["top", "random"],
-        default="top",
-        help="which of the candidates that are left: the best ones, or any",
-    )
-    mine.add_argument(
-        "--labels",
-        type=Literal["relevance", "teacher", "scores"],
-        default="relevance",
-        help="teacher: the cross-encoder's scores scaled per list to 0-4; scores: as they are",
-    )
-    mine.add_argument("--seed", type=int, default=12, help="of random sampling")
+
+
+def _add_output(mine: CommandParser) -> None:
     mine.add_argument(
         "--batch_size", type=int | None, default=None, help="texts or pairs per forward pass"
     )
@@ -125,32 +154,21 @@ def make_parser() -> CommandParser:
         "--query_batch_size", type=int, default=1024, help="queries searched together"
     )
     mine.add_argument(
+        "--output", type=str, required=True, help=".jsonl or .parquet; continued where it exists"
+    )
+    mine.add_argument(
+        "--labels",
+        type=Literal["relevance", "teacher", "scores"],
+        default="relevance",
+        help="teacher: the cross-encoder's scores scaled per list to 0-4; scores: as they are",
+    )
+    mine.add_argument("--overwrite", action="store_true", help="begin anew where output exists")
+    mine.add_argument(
         "--show_progress_bar",
         type=bool,
         default=sys.stderr.isatty(),
         help="by default where there is a terminal",
     )
-    mine.finish(
-        {
-            "data": ["queries", "corpus", "columns"],
-            "first stage": ["retriever", *_ENCODERS],
-            "rescoring": ["cross_encoder", "max_length", "dtype"],
-            "choice of negatives": [
-                "num_negatives",
-                "sampling_strategy",
-                "seed",
-                "range_min",
-                "range_max",
-                "max_score",
-                "min_score",
-                "absolute_margin",
-                "relative_margin",
-            ],
-            "batch": ["batch_size", "query_batch_size"],
-            "output": ["output", "labels", "overwrite", "show_progress_bar"],
-        }
-    )
-    return mine
 
 
 def run(options: dict[str, Any]) -> None:

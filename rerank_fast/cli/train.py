@@ -125,6 +125,16 @@ def make_parser() -> CommandParser:
             "rerank-fast train --config run.yaml --resume"
         ),
     )
+    _add_sources(parser)
+    _add_start(parser)
+    parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
+    parser.set_defaults({"show_progress_bar": sys.stderr.isatty()})
+    parser.finish(_GROUPS)
+    return parser
+
+
+def _add_sources(parser: CommandParser) -> None:
+    """What is trained, and on what: by name, or piece by piece."""
     parser.add_argument(
         "--recipe",
         type=str | None,
@@ -156,6 +166,10 @@ def make_parser() -> CommandParser:
         default="relevance",
         help="of --train, where its rows have both: labels, or a teacher's scores for distillation",
     )
+
+
+def _add_start(parser: CommandParser) -> None:
+    """What is said of one start, and stands in no recipe."""
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -193,10 +207,6 @@ def make_parser() -> CommandParser:
         help="where the log goes beside train_log.jsonl: tensorboard, or several as in "
         "tensorboard,wandb",
     )
-    parser.add_class_arguments(TrainingConfig, skip={*_OF_A_START, "trackers"})
-    parser.set_defaults({"show_progress_bar": sys.stderr.isatty()})
-    parser.finish(_GROUPS)
-    return parser
 
 
 def check(

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rerank_fast.data.held_out import hold_out as hold_out
     from rerank_fast.data.lists import ListStream as ListStream
     from rerank_fast.data.lists import load_lists as load_lists
     from rerank_fast.data.mining import BM25Retriever as BM25Retriever
@@ -22,6 +23,7 @@ _ROOMS = {
     "ListStream": "lists",
     "MiningResult": "mining",
     "TokenizedLists": "tokenized",
+    "hold_out": "held_out",
     "load_lists": "lists",
     "load_ms_marco": "ms_marco",
     "mine_hard_negatives": "mining",

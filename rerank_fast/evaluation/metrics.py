@@ -82,7 +82,7 @@ def ranking_metrics(
         metrics: further ones, as `parse_metric` reads them.
 
     Returns:
-        {"map", "mrr@k", "ndcg@k" and the further names}: float64 arrays (Q,).
+        Arrays (Q,) of float64 by name, which are map, mrr@k, ndcg@k and the further ones.
 
     Raises:
         ValueError: a score is NaN, a label is not finite, or a list's scores and labels differ in

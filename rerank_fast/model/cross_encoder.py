@@ -365,7 +365,7 @@ class CrossEncoder(nn.Module):
             packed: False pads whatever the architecture.
 
         Returns:
-            the pairs with the weights as they are now: after an optimizer's step they are prepared
+            The pairs with the weights as they are now; after an optimizer's step they are prepared
             anew.
 
         Raises:
@@ -529,8 +529,8 @@ class CrossEncoder(nn.Module):
         sentence-transformers.
 
         Returns:
-            [{"corpus_id": index in documents, "score": float[, "text": document]}], the top_k of
-            them.
+            The top_k of them, each with "corpus_id" (an index of documents), "score" (a float) and,
+            with return_documents, "text".
         """
         options: dict[str, Any] = {
             "prompt_name": prompt_name,

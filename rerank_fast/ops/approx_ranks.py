@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu, ragged
+from rerank_fast.ops import ragged
+from rerank_fast.ops.cpu import lists as cpu_lists
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_positive
 from rerank_fast.ops.registry import Backend, Backends, Served, declare
@@ -58,7 +59,7 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "approx_ranks",
     reference=Served(lambda: (_reference_forward, _reference_backward)),
-    cpu=Served(lambda: (cpu.approx_ranks_forward, cpu.approx_ranks_backward)),
+    cpu=Served(lambda: (cpu_lists.approx_ranks_forward, cpu_lists.approx_ranks_backward)),
     triton=Served(_triton),
 )
 

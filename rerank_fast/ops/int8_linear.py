@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rerank_fast.ops import cpu
+from rerank_fast.ops.cpu import int8_rows
 from rerank_fast.ops.options import check_positive
 from rerank_fast.ops.registry import Backends, Served
 
@@ -121,7 +122,7 @@ def quantize_rows(x: Tensor) -> Int8Rows:
     """(T, K) fp32 or bf16 as rows of int8; one that holds NaN or an infinity has the scale NaN."""
     levels = activation_levels()
     if x.device.type == "cpu" and cpu.available():
-        return Int8Rows(*cpu.quantize_rows(x.contiguous(), levels), x.dtype)
+        return Int8Rows(*int8_rows.quantize_rows(x.contiguous(), levels), x.dtype)
     scale = x.float().abs().amax(dim=1) / levels
     scale = scale.masked_fill(~scale.isfinite(), torch.nan)
     rounded = (
@@ -174,12 +175,12 @@ def _reference_norm(
 
 
 def _fused_linear(rows: Int8Rows, weight: Int8Weight) -> Tensor:
-    return cpu.scale_rows_(_product(rows, weight), rows.scale, weight.added)
+    return int8_rows.scale_rows_(_product(rows, weight), rows.scale, weight.added)
 
 
 def _fused_gelu(rows: Int8Rows, weight: Int8Weight) -> Int8Rows:
     product = _product(rows, weight)
-    values = cpu.gelu_rows(product, rows.scale, weight.added, activation_levels())
+    values = int8_rows.gelu_rows(product, rows.scale, weight.added, activation_levels())
     return Int8Rows(*values, rows.dtype)
 
 
@@ -188,7 +189,9 @@ def _fused_norm(
 ) -> tuple[Tensor, Int8Rows]:
     product = _product(rows, weight), rows.scale, weight.added
     residual, scale, shift = residual.contiguous(), scale.contiguous(), shift.contiguous()
-    y, values, row_scale = cpu.norm_rows(*product, residual, scale, shift, eps, activation_levels())
+    y, values, row_scale = int8_rows.norm_rows(
+        *product, residual, scale, shift, eps, activation_levels()
+    )
     return y, Int8Rows(values, row_scale, rows.dtype)
 
 

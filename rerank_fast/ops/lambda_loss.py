@@ -8,8 +8,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu, ragged
+from rerank_fast.ops import ragged
 from rerank_fast.ops.choices import Reduction, ReductionLog, Scheme
+from rerank_fast.ops.cpu import lists as cpu_lists
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.options import check_choice, check_cut, check_number, check_positive
 from rerank_fast.ops.reference import lambda_loss as reference
@@ -53,7 +54,7 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "lambda_loss",
     reference=Served(lambda: (reference.forward, _product)),
-    cpu=Served(lambda: (cpu.lambda_loss_forward, _product)),
+    cpu=Served(lambda: (cpu_lists.lambda_loss_forward, _product)),
     triton=Served(_triton),
 )
 

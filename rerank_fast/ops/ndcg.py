@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu, ragged
+from rerank_fast.ops import ragged
+from rerank_fast.ops.cpu import lists as cpu_lists
 from rerank_fast.ops.options import check_cut
 from rerank_fast.ops.reference import lambda_loss as reference
 from rerank_fast.ops.registry import Backend, Backends, Served, declare
@@ -53,7 +54,7 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "ndcg",
     reference=Served(lambda: (_reference_forward,)),
-    cpu=Served(lambda: (cpu.ndcg_forward,)),
+    cpu=Served(lambda: (cpu_lists.ndcg_forward,)),
     triton=Served(_triton),
 )
 

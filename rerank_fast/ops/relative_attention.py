@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu_relative
+from rerank_fast.ops.cpu import relative_attention as cpu_relative
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.layout import contiguous, rows_contiguous
 from rerank_fast.ops.reference import varlen_attention as reference
@@ -19,7 +19,8 @@ from rerank_fast.ops.registry import Backends, Served, declare
 from rerank_fast.ops.relative_positions import RelativePositions
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Of attention with relative positions and without: out, and lse (heads, tokens)."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
@@ -65,7 +66,7 @@ _BACKENDS = Backends(
 )
 
 
-@declare("relative_attention", fake=_fake_forward)
+@declare("relative_attention", fake=fake_forward)
 def _forward(
     q: Tensor,
     k: Tensor,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu
+from rerank_fast.ops.cpu import rows as cpu_rows
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.dropout import check_rows
 from rerank_fast.ops.options import check_positive, check_seed, check_share
@@ -47,7 +47,9 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "residual_norm",
     reference=Served(lambda: (reference.forward, reference.backward)),
-    cpu=Served(lambda: (cpu.residual_norm_forward, cpu.residual_norm_backward), _cpu_refusal),
+    cpu=Served(
+        lambda: (cpu_rows.residual_norm_forward, cpu_rows.residual_norm_backward), _cpu_refusal
+    ),
     triton=Served(_triton, _triton_refusal),
 )
 

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu
 from rerank_fast.ops.choices import Activation
+from rerank_fast.ops.cpu import rows as cpu_rows
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.layout import rows_contiguous
 from rerank_fast.ops.options import check_choice, check_flag, check_seed, check_share
@@ -39,7 +39,7 @@ def _triton() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "score_head",
     reference=Served(lambda: (reference.forward, reference.backward)),
-    cpu=Served(lambda: (cpu.score_head_forward, cpu.score_head_backward), _refusal),
+    cpu=Served(lambda: (cpu_rows.score_head_forward, cpu_rows.score_head_backward), _refusal),
     triton=Served(_triton, _refusal),
 )
 

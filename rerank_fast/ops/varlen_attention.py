@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu, flash
+from rerank_fast.ops import flash
+from rerank_fast.ops.cpu import attention as cpu_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.dropout import check_rows
 from rerank_fast.ops.layout import contiguous, rows_contiguous
@@ -24,7 +25,7 @@ from rerank_fast.ops.options import (
 )
 from rerank_fast.ops.reference import varlen_attention as reference
 from rerank_fast.ops.registry import Backends, Served, declare
-from rerank_fast.ops.relative_attention import RelativeAttention
+from rerank_fast.ops.relative_attention import RelativeAttention, fake_forward
 from rerank_fast.ops.relative_positions import RelativePositions
 
 Backend = Literal["reference", "cpu", "triton", "flash"]
@@ -100,17 +101,13 @@ def _libraries() -> tuple[Callable[..., Any], ...]:
 _BACKENDS = Backends(
     "varlen_attention",
     reference=Served(lambda: (reference.forward, reference.backward)),
-    cpu=Served(lambda: (cpu.varlen_attention_forward, cpu.varlen_attention_backward), _cpu_refusal),
+    cpu=Served(
+        lambda: (cpu_attention.varlen_attention_forward, cpu_attention.varlen_attention_backward),
+        _cpu_refusal,
+    ),
     triton=Served(_triton, _triton_refusal),
     flash=Served(_libraries, _flash_refusal),
 )
-
-
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 def _fake_backward(
@@ -119,7 +116,7 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@declare("varlen_attention", fake=_fake_forward)
+@declare("varlen_attention", fake=fake_forward)
 def unchecked_forward(
     q: Tensor,
     k: Tensor,

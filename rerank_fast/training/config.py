@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from rerank_fast.objectives import check_name
 from rerank_fast.ops.choices import BatchReduction, ReductionLog, Scheme
+from rerank_fast.training.config_checks import check
 
 # Those of transformers' names that need no metric.
 Schedule = Literal[
@@ -38,12 +37,6 @@ Optimizer = Literal[
 
 # The settings that are options of LambdaLoss alone.
 LAMBDA_LOSS = ("scheme", "k", "sigma", "mu", "eps", "reduction_log", "reduction")
-
-# fp32's smallest normal number and its largest.
-_TINY, _LARGEST = (
-    2.0**-126,
-    (2 - 2.0**-23) * 2.0**127,
-)
 
 
 @dataclass
@@ -222,160 +215,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field, for a value out of its range."""
-        hints = get_type_hints(type(self))
-        for name, hint in hints.items():
-            if hint in _KINDS and not _KINDS[hint](getattr(self, name)):
-                raise ValueError(
-                    f"{name} must be a finite {hint.__name__}, got {getattr(self, name)!r}"
-                )
-        at_least = {
-            "batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "shuffle_buffer": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "logging_steps": 1,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "skip_below": 0,
-            "freeze_layers": 0,
-            "lora_rank": 0,
-            "in_batch_negatives": 0,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in (
-            "learning_rate",
-            "adam_epsilon",
-            "lora_alpha",
-            "distributed_timeout",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name, smallest in (("sigma", _TINY), ("eps", _TINY), ("mu", 0.0)):
-            if not smallest <= getattr(self, name) <= _LARGEST:
-                bound = "above 0" if smallest else "of at least 0"
-                raise ValueError(
-                    f"{name} must be a finite fp32 number {bound}, got {getattr(self, name)}"
-                )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
-        if self.max_length is not None and self.max_length < 4:
-            raise ValueError(f"max_length must be None or at least 4, got {self.max_length}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise ValueError(f"max_steps must be -1 or at least 1, got {self.max_steps}")
-        if self.max_steps <= 0 and not self.num_epochs > 0:
-            raise ValueError(
-                f"num_epochs must be above 0 unless max_steps is set, got {self.num_epochs}"
-            )
-        if self.streaming and self.max_steps <= 0:
-            raise ValueError("max_steps must be set with streaming: a stream's length is not known")
-        for name in ("ema_decay", "lora_dropout", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        if not 0 < self.layer_lr_decay <= 1:
-            raise ValueError(
-                f"layer_lr_decay must be above 0 and at most 1, got {self.layer_lr_decay}"
-            )
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        for name, hint in hints.items():
-            value, allowed = getattr(self, name), get_args(hint)
-            if get_origin(hint) is Literal and value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        none_or_at_least = {
-            "k": 0,
-            "warmup_steps": 0,
-            "mini_batch_size": 1,
-            "max_tokens_per_microbatch": 1,
-            "max_docs_per_list": 2,
-            "early_stopping_patience": 1,
-        }
-        for name, least in none_or_at_least.items():
-            value = getattr(self, name)
-            if value is not None and not (_is_integer(value) and value >= least):
-                raise ValueError(
-                    f"{name} must be None or at least {least} and below 2**63, got {value!r}"
-                )
-        if self.schedule == "constant" and self.warmup_steps:
-            raise ValueError(
-                f"schedule must be another one with warmup_steps {self.warmup_steps}, as "
-                "constant_with_warmup: constant has no warmup"
-            )
-        for name in ("freeze", "trackers", "lora_target_modules"):
-            value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, list) and all(isinstance(one, str) for one in value)
-            ):
-                raise ValueError(f"{name} must be a list of strings, got {value!r}")
-        for name in ("schedule_options", "optimizer_options", "objective_options"):
-            if not isinstance(value := getattr(self, name), dict):
-                raise ValueError(f"{name} must be a mapping of names to values, got {value!r}")
-        if self.lora_rank and (self.freeze_layers or self.freeze):
-            raise ValueError(
-                "freeze_layers and freeze must be off with lora_rank: LoRA freezes the encoder "
-                "itself"
-            )
-        if self.lora_rank and self.precision == "bf16-pure":
-            raise ValueError(
-                "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got "
-                "bf16-pure"
-            )
-        if not isinstance(self.resume, str) or not self.resume:
-            raise ValueError(
-                f"resume must be auto, never or a checkpoint's path, got {self.resume!r}"
-            )
-        metric = self.metric_for_best
-        if not isinstance(metric, str) or not metric or re.search(r"@0+$", metric):
-            raise ValueError(
-                f"metric_for_best must be a metric's name, its cut at least 1, got {metric!r}"
-            )
-        if not self.output:
-            raise ValueError("output must name a directory")
-        self._check_objective()
-
-    def _check_objective(self) -> None:
-        several, options = isinstance(self.objective, list), self.objective_options
-        for one in (
-            self.objective if isinstance(self.objective, list) else [{"name": self.objective}]
-        ):
-            if not isinstance(one, dict) or "name" not in one:
-                raise ValueError(
-                    f"objective must be a name or a list of mappings with a name, got {one!r} in it"
-                )
-            check_name(one["name"])
-        if not self.objective:
-            raise ValueError("objective must name at least one loss, got an empty list")
-        if options and (several or self.objective == "lambda_loss"):
-            where = (
-                "beside each name in objective"
-                if several
-                else "settings of their own, as scheme and k"
-            )
-            raise ValueError(
-                f"objective_options must be empty here, got {options}: options are {where}"
-            )
+        check(self)
 
     @property
     def at_k(self) -> int:
         """Cut of the evaluation's MRR and NDCG: metric_for_best's, else 10."""
         found = re.search(r"(?:^|_)(?:mrr|ndcg)@([1-9]\d*)$", self.metric_for_best)
         return int(found[1]) if found else 10
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # nor a whole number that no float can be
-
-
-_KINDS = {int: _is_integer, float: _is_finite, bool: lambda value: isinstance(value, bool)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -100,50 +101,19 @@ class Trainer:
         self.processes = collectives.join_processes(config.distributed_timeout)
         if told:
             self.say(f"As accelerate launch was told: {', '.join(told)}.")
-        self.resumed_from = checkpoints.check_output(
-            self.output, resume=config.resume, overwrite=config.overwrite, say=self.say
-        )
-        if self.processes.is_main_process and self.output.is_dir():
-            with checkpoints.opened(
-                self.output
-            ):  # not in use now; a run holds it from its beginning
-                pass
+        self.resumed_from = self._check_output()
         self.same_run = checkpoints.is_of(self.resumed_from, self.output)
-        self.lists = open_lists(train_lists, streaming=config.streaming)
+        self.lists = self._open_lists(train_lists)
         self.card = RunCard(
             self.lists, names_of(train_lists), [] if eval is None else names_of(eval)
         )
-        if isinstance(self.lists, ListStream) and config.max_steps <= 0:
-            raise ValueError("max_steps must be set to train on a stream: its length is not known")
-        if not isinstance(self.lists, ListStream):  # a stream's are checked as they are read
-            advice = check_all_labels(self.objective, self.lists)
-            if advice and self.processes.is_main_process:
-                logger.warning("%s", advice)
         self.validation = Validation(eval, evaluator, config, self.objective)
         set_seed(config.seed)  # before the model: a fresh head is random
-        self.model = (
-            model
-            if isinstance(model, CrossEncoder)
-            else CrossEncoder(model, device=self.processes.device)
-        )
-        if self.processes.num_processes > 1:
-            self.model.to(self.processes.device)
+        self.model = self._open_model(model)
         self.config = config = precision.settle(config, self.model.device, self.resumed_from)
-        if config.max_length is not None:
-            self.model.max_length = config.max_length
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        if config.torch_compile:
-            self.model.compile()
         self.trained = TrainedWeights(self.model, config)
         self.weights = self.trained.weights
-        self.num_batches = None  # of an epoch; not known of a stream
-        if not isinstance(self.lists, ListStream):
-            self.num_batches = math.ceil(len(self.lists) / config.batch_size)
-        self.num_steps = config.max_steps
-        if config.max_steps <= 0:
-            assert self.num_batches is not None
-            self.num_steps = math.ceil(config.num_epochs * self.num_batches)
+        self.num_batches, self.num_steps = self._count_steps()
         self.optimizer = self.trained.make_optimizer()
         self.scheduler = make_schedule(self.optimizer, config, self.num_steps)
         self.scaler = torch.amp.GradScaler(
@@ -166,6 +136,57 @@ class Trainer:
         self.described: dict[str, Any] = {}  # the run's settings and data, from its beginning on
         self.stops = self._ran = False
 
+    # -- what a run begins with -------------------------------------------------------------------
+
+    def _check_output(self) -> Path | None:
+        """The checkpoint to go on from, of an output that this run may write."""
+        config = self.config
+        resumed_from = checkpoints.check_output(
+            self.output, resume=config.resume, overwrite=config.overwrite, say=self.say
+        )
+        if self.processes.is_main_process and self.output.is_dir():
+            # Not in use now; a run holds it from its beginning.
+            with checkpoints.opened(self.output):
+                pass
+        return resumed_from
+
+    def _open_lists(self, source: Source | ListStream) -> Dataset | ListStream:
+        lists = open_lists(source, streaming=self.config.streaming)
+        if isinstance(lists, ListStream):  # whose labels are checked as they are read
+            if self.config.max_steps <= 0:
+                raise ValueError(
+                    "max_steps must be set to train on a stream: its length is not known"
+                )
+            return lists
+        advice = check_all_labels(self.objective, lists)
+        if advice and self.processes.is_main_process:
+            logger.warning("%s", advice)
+        return lists
+
+    def _open_model(self, model: CrossEncoder | str | Path) -> CrossEncoder:
+        """On this process's device, as the settings have it."""
+        config, processes = self.config, self.processes
+        if not isinstance(model, CrossEncoder):
+            model = CrossEncoder(model, device=processes.device)
+        if processes.num_processes > 1:
+            model.to(processes.device)
+        if config.max_length is not None:
+            model.max_length = config.max_length
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if config.torch_compile:
+            model.compile()
+        return model
+
+    def _count_steps(self) -> tuple[int | None, int]:
+        """Batches of an epoch, not known of a stream, and steps of the run."""
+        config = self.config
+        if isinstance(self.lists, ListStream):
+            return None, config.max_steps
+        batches = math.ceil(len(self.lists) / config.batch_size)
+        steps = math.ceil(config.num_epochs * batches)
+        return batches, config.max_steps if config.max_steps > 0 else steps
+
     # -- one step ---------------------------------------------------------------------------------
 
     def step(
@@ -179,7 +200,7 @@ class Trainer:
         """One optimizer step on a global batch.
 
         Returns:
-            (8,) on the device: the loss of the whole batch, the norm of its gradient, processes
+            (8,) on the device, the loss of the whole batch, the norm of its gradient, processes
             that were interrupted, 1 where fp16 overflowed and the step was left out, and of a step
             that is logged spread_of_lists.
         """

@@ -180,7 +180,7 @@ def test_the_service_answers_in_coheres_schema(client: Any):
         ({"documents": ["a", 3]}, 422, "body.documents.1"),
         ({"documents": ["a"] * 1001}, 422, "body.documents"),
         ({"top_n": 0}, 422, "body.top_n"),
-        ({"model": "another"}, 404, "'bert' is"),
+        ({"model": "another"}, 422, "body.model: Input should be 'bert'"),
     ],
 )
 def test_the_service_says_what_is_wrong(

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rerank_fast.ops import cpu, registry
 from rerank_fast.ops.approx_ranks import approx_ranks
+from rerank_fast.ops.cpu import lists as cpu_lists
 from rerank_fast.ops.lambda_loss import lambda_loss
 from rerank_fast.ops.ndcg import ndcg
 from rerank_fast.ops.reference import lambda_loss as reference
@@ -46,7 +47,7 @@ def require_triton():
 def forward(backend, scores, labels, offsets, **options):
     if backend == "cpu":
         assert cpu.available(), cpu.unavailable_reason()
-        return cpu.lambda_loss_forward(scores, labels, offsets, **options)
+        return cpu_lists.lambda_loss_forward(scores, labels, offsets, **options)
     require_triton()
     from rerank_fast.ops.triton import lambda_loss
 
@@ -204,7 +205,7 @@ def test_one_long_list_and_threads_agree_with_the_reference():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(cpu.lambda_loss_forward(scores, labels, offsets, **OPTIONS))
+            results.append(cpu_lists.lambda_loss_forward(scores, labels, offsets, **OPTIONS))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from rerank_fast.ops import cpu
 from rerank_fast.ops.choices import Activation, Reduction, ReductionLog, Scheme
+from rerank_fast.ops.cpu import lists as cpu_lists
 from rerank_fast.ops.lambda_loss import count_pairs, lambda_loss, summed_lambda_loss
 from rerank_fast.ops.reference import lambda_loss as reference
 
@@ -371,7 +372,7 @@ def test_the_sum_comes_with_the_pairs_that_it_is_over(k):
 def test_c_has_the_words_of_options():
     assert list(get_args(Scheme)) == cpu._C.SCHEMES
     assert list(get_args(Reduction)) == cpu._C.REDUCTIONS
-    assert cpu._SCALES.keys() == set(get_args(ReductionLog))
+    assert cpu_lists.SCALES.keys() == set(get_args(ReductionLog))
     assert set(get_args(Activation)) == set(cpu._C.ACTIVATIONS)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from rerank_fast.ops import cpu
 from rerank_fast.ops import dropout as specification
+from rerank_fast.ops.cpu import attention as cpu_attention
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 HAS_GPU = torch.cuda.is_available()
@@ -230,10 +231,12 @@ def test_the_kernels_themselves_refuse_sequences_that_do_not_fit(cut):
     bad = torch.tensor(cut, dtype=torch.int32)
     options = (1.0, -1, -1, 0.0, 0)
     with pytest.raises(ValueError, match="must rise from 0 to 9 tokens, got"):
-        cpu.varlen_attention_forward(q, k, v, ends[0], bad, None, *options)
-    out, lse = cpu.varlen_attention_forward(q, k, v, *ends, None, *options)
+        cpu_attention.varlen_attention_forward(q, k, v, ends[0], bad, None, *options)
+    out, lse = cpu_attention.varlen_attention_forward(q, k, v, *ends, None, *options)
     with pytest.raises(ValueError, match="must rise from 0 to 9 tokens, got"):
-        cpu.varlen_attention_backward(q, k, v, out, lse, grad, bad, ends[1], None, *options)
+        cpu_attention.varlen_attention_backward(
+            q, k, v, out, lse, grad, bad, ends[1], None, *options
+        )
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -126,14 +126,31 @@ def mine_hard_negatives(
             was written before stays.
     """
     path = Path(output)
-    check_output(path)
-    for source in (queries, corpus):
-        if isinstance(source, str | Path) and Path(source).resolve() == path.resolve():
-            raise ValueError(f"output {path} is one of the inputs: expected another file")
+    _check_output(path, queries, corpus)
     selection = Selection(
         num_negatives, range_min, range_max, max_score, min_score,
         absolute_margin, relative_margin, sampling_strategy, seed,
     )  # fmt: skip
+    _check_options(labels, cross_encoder, query_batch_size)
+    first_stage = _retriever(retriever)
+    with locked(path):
+        collection = load_collection(queries, corpus, columns=columns)
+        selection = selection.with_range(
+            max(map(len, collection.positives)), rescored=cross_encoder is not None
+        )
+        miner = _Miner(collection, first_stage, cross_encoder, selection, labels, batch_size)
+        writer = ListWriter(path, miner.settings(), collection.queries, overwrite=overwrite)
+        return _mine(miner, writer, query_batch_size, show_progress_bar)
+
+
+def _check_output(path: Path, queries: Any, corpus: Any) -> None:
+    check_output(path)
+    for source in (queries, corpus):
+        if isinstance(source, str | Path) and Path(source).resolve() == path.resolve():
+            raise ValueError(f"output {path} is one of the inputs: expected another file")
+
+
+def _check_options(labels: str, cross_encoder: Any, query_batch_size: int) -> None:
     if labels not in ("relevance", "teacher", "scores"):
         raise ValueError(f"labels must be relevance, teacher or scores, got {labels!r}")
     if labels == "teacher" and cross_encoder is None:
@@ -142,55 +159,6 @@ def mine_hard_negatives(
         raise ValueError(f"query_batch_size must be at least 1, got {query_batch_size}")
     if cross_encoder is not None and not hasattr(cross_encoder, "predict"):
         raise ValueError(f"cross_encoder must have predict, got {type(cross_encoder).__name__}")
-    first_stage = _retriever(retriever)
-    with locked(path):
-        collection = load_collection(queries, corpus, columns=columns)
-        selection = selection.with_range(
-            max(map(len, collection.positives)), rescored=cross_encoder is not None
-        )
-        settings = {
-            **first_stage.settings(),
-            "cross_encoder": None if cross_encoder is None else model_fingerprint(cross_encoder),
-            **selection.settings(),
-            "labels": labels,
-            "corpus": text_fingerprint(collection.corpus),
-            "queries": text_fingerprint([*collection.queries, *map(repr, collection.positives)]),
-        }
-        writer = ListWriter(path, settings, collection.queries, overwrite=overwrite)
-        result = MiningResult(
-            str(path),
-            lists=writer.lists,
-            resumed_lists=writer.lists,
-            documents=len(collection.corpus),
-            duplicate_documents=collection.duplicates,
-            queries=len(collection.queries),
-            queries_without_positive=collection.without_positive,
-        )
-        if collection.without_positive:
-            logger.warning("queries without a positive, left out: %d", collection.without_positive)
-        if writer.complete:
-            logger.info("%s is complete: nothing to do", path)
-            return result
-        if writer.position:
-            logger.info("%s: going on after %d lists", path, writer.lists)
-        with writer:
-            if writer.position < len(collection.queries):
-                first_stage.index(
-                    collection.corpus, collection.queries, show_progress_bar=show_progress_bar
-                )
-                miner = _Miner(
-                    collection, first_stage, cross_encoder, selection, labels, batch_size
-                )
-                miner.run(writer, result, query_batch_size, show_progress_bar)
-            if not writer.lists:
-                raise ValueError(
-                    f"no candidate passed for any of the {len(collection.queries)} queries; "
-                    f"skipped: {dict(selection.skipped) or 'none, the retriever found nothing'}"
-                )
-            writer.finish()
-        result.lists = writer.lists
-        result.skipped_candidates = dict(selection.skipped)
-        return result
 
 
 def _retriever(retriever: Any) -> Retriever:
@@ -203,6 +171,45 @@ def _retriever(retriever: Any) -> Retriever:
     return retriever if isinstance(retriever, Retriever) else DenseRetriever(retriever)
 
 
+def _mine(
+    miner: _Miner, writer: ListWriter, query_batch_size: int, show_progress_bar: bool
+) -> MiningResult:
+    """The lists that are not in the file yet."""
+    collection, path = miner.collection, writer.output
+    result = MiningResult(
+        str(path),
+        lists=writer.lists,
+        resumed_lists=writer.lists,
+        documents=len(collection.corpus),
+        duplicate_documents=collection.duplicates,
+        queries=len(collection.queries),
+        queries_without_positive=collection.without_positive,
+    )
+    if collection.without_positive:
+        logger.warning("queries without a positive, left out: %d", collection.without_positive)
+    if writer.complete:
+        logger.info("%s is complete: nothing to do", path)
+        return result
+    if writer.position:
+        logger.info("%s: going on after %d lists", path, writer.lists)
+    skipped = miner.selection.skipped
+    with writer:
+        if writer.position < len(collection.queries):
+            miner.retriever.index(
+                collection.corpus, collection.queries, show_progress_bar=show_progress_bar
+            )
+            miner.run(writer, result, query_batch_size, show_progress_bar)
+        if not writer.lists:
+            raise ValueError(
+                f"no candidate passed for any of the {len(collection.queries)} queries; "
+                f"skipped: {dict(skipped) or 'none, the retriever found nothing'}"
+            )
+        writer.finish()
+    result.lists = writer.lists
+    result.skipped_candidates = dict(skipped)
+    return result
+
+
 @dataclass
 class _Miner:
     collection: Collection
@@ -211,6 +218,18 @@ class _Miner:
     selection: Selection
     labels: Literal["relevance", "teacher", "scores"]
     batch_size: int | None
+
+    def settings(self) -> dict[str, Any]:
+        """What the file depends on: one that others wrote is not gone on with."""
+        collection, cross_encoder = self.collection, self.cross_encoder
+        return {
+            **self.retriever.settings(),
+            "cross_encoder": None if cross_encoder is None else model_fingerprint(cross_encoder),
+            **self.selection.settings(),
+            "labels": self.labels,
+            "corpus": text_fingerprint(collection.corpus),
+            "queries": text_fingerprint([*collection.queries, *map(repr, collection.positives)]),
+        }
 
     def run(
         self,

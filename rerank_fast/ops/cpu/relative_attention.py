@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_fast.ops import cpu
+from rerank_fast.ops.cpu import address, compiled
+from rerank_fast.ops.cpu.attention import attention_shape, refuse_ends, rows_of
 from rerank_fast.ops.relative_positions import RelativePositions
 
 # A part's gradients of the tables are kept until all are added up: as many parts as keep some
@@ -16,14 +17,14 @@ _MOST_PARTS, _SEQUENCES_PER_PART = 8, 8
 
 
 def _terms(relative: RelativePositions, num_parts: int) -> Any:
-    return cpu.compiled().RelativeTerms(
+    return compiled().RelativeTerms(
         slots=relative.slots.data_ptr(),
         reach=relative.reach,
         num_slots=relative.num_slots,
-        query_positions=cpu.address(relative.query_positions),
-        keys=cpu.rows_of(relative.keys),
-        queries=cpu.rows_of(relative.queries),
-        bias=cpu.address(relative.bias),
+        query_positions=address(relative.query_positions),
+        keys=rows_of(relative.keys),
+        queries=rows_of(relative.queries),
+        bias=address(relative.bias),
         num_parts=num_parts,
     )
 
@@ -37,7 +38,7 @@ def _refuse(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, relative: RelativePositions
 ) -> None:
     """Says what the kernel refused, and why."""
-    cpu.refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
+    refuse_ends(q, k, cu_seqlens_q, cu_seqlens_k)
     relative.check_slots()
 
 
@@ -54,10 +55,10 @@ def relative_attention_forward(
     *options, relative = options_and_relative
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = cpu.attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, tuple(options))
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, tuple(options))
     terms = _terms(relative, _num_parts(cu_seqlens_q))
-    tensors = (cpu.rows_of(one) for one in (q, k, v, out))
-    if not cpu.compiled().relative_forward(shape, terms, *tensors, lse.data_ptr()):
+    tensors = (rows_of(one) for one in (q, k, v, out))
+    if not compiled().relative_forward(shape, terms, *tensors, lse.data_ptr()):
         _refuse(q, k, cu_seqlens_q, cu_seqlens_k, relative)
     return out, lse
 
@@ -79,7 +80,7 @@ def relative_attention_backward(
     """
     *options, relative = options_and_relative
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
-    shape = cpu.attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, tuple(options))
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, tuple(options))
     parts = _num_parts(cu_seqlens_q)
     tables = (relative.keys, relative.queries, relative.bias)
     sums = [
@@ -88,11 +89,11 @@ def relative_attention_backward(
         else torch.empty(parts, one.shape[1], one.shape[0], *one.shape[2:], dtype=torch.float32)
         for one in tables
     ]
-    forward = (*(cpu.rows_of(one) for one in (q, k, v, out)), lse.data_ptr())
-    grads = (cpu.rows_of(one) for one in (grad_out, dq, dk, dv))
-    addresses = (cpu.address(one) for one in sums)
+    forward = (*(rows_of(one) for one in (q, k, v, out)), lse.data_ptr())
+    grads = (rows_of(one) for one in (grad_out, dq, dk, dv))
+    addresses = (address(one) for one in sums)
     terms = _terms(relative, parts)
-    if not cpu.compiled().relative_backward(shape, terms, *forward, *grads, *addresses):
+    if not compiled().relative_backward(shape, terms, *forward, *grads, *addresses):
         _refuse(q, k, cu_seqlens_q, cu_seqlens_k, relative)
     d_tables = [
         None if total is None else total.sum(0).transpose(0, 1).to(own.dtype).contiguous()
