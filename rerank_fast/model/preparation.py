@@ -52,6 +52,9 @@ class Preparer:
             autocast.
         answers: of a causal language model.
         compiler: of packed execution; see PackedPairs.
+        adds_gradients: layers that train as one function add the gradients of their weights to
+            `.grad` themselves, and each time call what register_post_accumulate_grad_hook left
+            there: for scores that only backward() goes back through, with no inputs named.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class Preparer:
         packed_dtype: torch.dtype | None = None,
         answers: Answers | None = None,
         compiler: Compiler | None = None,
+        adds_gradients: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.adds_gradients = adds_gradients
         self.dtype, self.packed_dtype = dtype, dtype or packed_dtype
         self.answers, self.compiler = answers, compiler
         self.recomputes = _recomputes(model)
@@ -99,7 +104,11 @@ class Preparer:
         dtype = self.packed_dtype or _own_dtype(self.model)
         if torch.is_grad_enabled() and (self._ready is None or not self._ready.is_current(dtype)):
             self._ready = ReadyLayers(
-                self.architecture, dtype, len(tokens.input_ids), compiles=self.compiler is not None
+                self.architecture,
+                dtype,
+                len(tokens.input_ids),
+                compiles=self.compiler is not None,
+                adds_gradients=self.adds_gradients,
             )
         architecture = self.architecture
         if self.answers is not None:  # this head has rows of the weights

@@ -21,6 +21,7 @@ from rerank_fast.model.tokens.packing import plan_micro_batches, upload
 from rerank_fast.objectives.base import Objective, Units
 from rerank_fast.training.collapse import spread_of_lists
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.memory import activation_bytes, available_bytes
 from rerank_fast.training.precision import products_in
 from rerank_fast.training.run_log import Rates
@@ -184,7 +185,10 @@ class Backward:
             return config.skip_below * left / max(uncut, 1)
 
         if self._prepare is None:  # not before the first: the run then has its weights and adapters
-            self._prepare = self.model.preparer(dtype=self.dtype)
+            # Of several processes each sends a gradient when autograd has it whole.
+            self._prepare = self.model.preparer(
+                dtype=self.dtype, adds_gradients=not collectives.several()
+            )
         prepared = self._prepare(lists.pairs)
         lengths = prepared.tokens.lengths
         plan = plan_micro_batches(

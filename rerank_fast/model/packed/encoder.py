@@ -34,10 +34,17 @@ class ReadyLayers:
         dtype: of products and attention.
         num_tokens: about how many a step has.
         compiles: whether torch.compile traces the layers.
+        adds_gradients: see Preparer.
     """
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, num_tokens: int, *, compiles: bool
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        num_tokens: int,
+        *,
+        compiles: bool,
+        adds_gradients: bool = False,
     ) -> None:
         grads, on_cpu = (
             torch.is_grad_enabled(),
@@ -53,6 +60,7 @@ class ReadyLayers:
                 "one_token": one_token,
                 "copies": self._copies,
                 "trains": grads and not compiles,
+                "adds_gradients": adds_gradients,
             }
             self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
 

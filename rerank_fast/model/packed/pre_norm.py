@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PreNormLayer
-from rerank_fast.model.packed.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
+from rerank_fast.model.packed.linear import NarrowCopies, is_gelu, must_be_called, pass_on
 from rerank_fast.ops import varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.registry import HAS_TRITON
@@ -278,7 +278,7 @@ class TrainedPreNorm(torch.autograd.Function):
             one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
         ]
         d_biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
-        found = in_own_dtypes([*d_weights, *d_biases, *vectors], step.trained)
+        found = pass_on(step, [*d_weights, *d_biases, *vectors], ctx.needs_input_grad[4:])
         return d_wide, d_x if ctx.has_x else None, None, None, *found
 
 

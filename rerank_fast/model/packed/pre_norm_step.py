@@ -20,7 +20,7 @@ from rerank_fast.model.packed.layers import (
     rotated,
     share_of,
 )
-from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, parameters_through
 from rerank_fast.model.packed.norm import norm
 from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
 from rerank_fast.ops.varlen_attention import varlen_attention
@@ -31,7 +31,8 @@ class PreNormStep:
     left to whoever follows: the second result.
 
     one_token computes only the token that is read. trains: as one function of autograd, on a GPU,
-    where all parts are known and nothing is dropped but attention's weights.
+    where all parts are known and nothing is dropped but attention's weights. adds_gradients: see
+    Preparer.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class PreNormStep:
         one_token: bool,
         copies: NarrowCopies | None = None,
         trains: bool = False,
+        adds_gradients: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
         few = 0 if one_token else num_tokens
         self.layer, self.one_token, self.dtype = layer, one_token, dtype
+        self.adds_gradients = adds_gradients
         self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
@@ -102,7 +105,7 @@ class PreNormStep:
             self.parts is not None
             and share_of(layer.attention_out_dropout) == share_of(layer.mlp_dropout) == 0
         ):
-            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
+            return TrainedPreNorm.apply(wide, x, self, batch, *parameters_through(self, wide))
         wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)

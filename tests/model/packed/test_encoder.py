@@ -843,3 +843,27 @@ def test_an_activation_joins_its_product_only_where_nobody_listens() -> None:
             score(prepare_packed(model, tokens)), expected, rtol=1e-5, atol=1e-5
         )
     assert len(called) == 3  # one a layer
+
+
+@pytest.mark.parametrize("frozen", ["", "embeddings", "layer.1", "query"])
+def test_layers_add_their_gradients_themselves(frozen: str) -> None:
+    model = make_model("bert").eval()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or frozen not in name)
+
+    def bound(weight: torch.Tensor) -> None:
+        weight.grad.clamp_(max=0.01)
+
+    model.bert.encoder.layer[0].output.dense.weight.register_post_accumulate_grad_hook(bound)
+    tokens, plan = make_tokens([3, 10, 7]), [np.array([1]), np.array([0, 2])]
+
+    def added(*, adds_gradients: bool) -> dict[str, torch.Tensor]:
+        step = Preparer(model, None, adds_gradients=adds_gradients)(tokens)
+        model.zero_grad()
+        for indices in plan:  # each adds to what the one before has left
+            step(indices).sum().backward(retain_graph=True)
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, actual = added(adds_gradients=False), added(adds_gradients=True)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
