@@ -379,6 +379,7 @@ class CrossEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         packed: bool = True,
         adds_gradients: bool = False,
+        graph_seed: int | None = None,
     ) -> Preparer:
         """What prepares batch after batch while the model's modules stay what they are: finds its
         parts once.
@@ -392,6 +393,7 @@ class CrossEncoder(nn.Module):
             answers=self.answers,
             compiler=self._compiler,
             adds_gradients=adds_gradients,
+            graph_seed=graph_seed,
         )
 
     @contextlib.contextmanager

@@ -120,6 +120,9 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in backward: less memory, more time.
         torch_compile: run the layers of packed execution through torch.compile; the first steps
             build the kernels.
+        cuda_graphs: experimental: capture what a step's layers launch, for numbers of tokens that
+            are rounded up to few, and replay it; on one NVIDIA GPU, of BERT's kin. Memory: the
+            gradients of all weights up to eight times.
         seed: of the order of the lists, the fresh head and dropout.
         objective: the loss by its name, or several that are added up: a list of {"name": ...,
             "weight": 1} with the options of each beside.
@@ -196,6 +199,7 @@ class TrainingConfig:
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 12
     objective: list[dict[str, Any]] | str = "lambda_loss"
     objective_options: dict[str, Any] = field(default_factory=dict)
@@ -326,6 +330,9 @@ class TrainingConfig:
                 "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got "
                 "bf16-pure"
             )
+        if self.cuda_graphs and (self.torch_compile or self.gradient_checkpointing):
+            other = "torch_compile" if self.torch_compile else "gradient_checkpointing"
+            raise ValueError(f"{other} must be off with cuda_graphs")
         if not isinstance(self.resume, str) or not self.resume:
             raise ValueError(
                 f"resume must be auto, never or a checkpoint's path, got {self.resume!r}"

@@ -1,6 +1,5 @@
 """Packed execution against the padded Hugging Face model it stands for."""
 
-import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +51,6 @@ from transformers import (
     XmodForSequenceClassification,
 )
 
-from rerank_fast.model.packed import encoder, layers, pre_norm_step
 from rerank_fast.model.packed.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.preparation import Preparer, prepare_packed
@@ -376,25 +374,6 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
     torch.testing.assert_close(
         packed_scores(model, tokens, [np.arange(4)]), expected, rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.fixture
-def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers take the kernels of a GPU: the device, which without one is that of Triton's
-    interpreter.
-    """
-    pytest.importorskip("triton")
-    for module, op in (
-        (layers, "varlen_attention"),
-        (layers, "residual_norm"),
-        (pre_norm_step, "varlen_attention"),
-    ):
-        monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
-    for choose in ("backend_for", "own_backend_for"):
-        monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
-    for module in (encoder, pre_norm_step):
-        monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
