@@ -60,7 +60,7 @@ class ReadyLayers:
             options = {
                 "one_token": one_token,
                 "copies": self._copies,
-                "trains": grads and not compiles,
+                "trains": not compiles and (grads or make is PreNormStep),
                 "adds_gradients": adds_gradients,
             }
             self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
