@@ -35,6 +35,7 @@ _GROUPS = {
         "precision",
         "gradient_checkpointing",
         "torch_compile",
+        "cuda_graphs",
         "freeze_layers",
         "freeze",
         "lora_rank",

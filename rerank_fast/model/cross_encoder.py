@@ -373,7 +373,14 @@ class CrossEncoder(nn.Module):
         """
         return self.preparer(dtype=dtype, packed=packed)(tokens)
 
-    def preparer(self, *, dtype: torch.dtype | None = None, packed: bool = True) -> Preparer:
+    def preparer(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        packed: bool = True,
+        adds_gradients: bool = False,
+        graph_seed: int | None = None,
+    ) -> Preparer:
         """What prepares batch after batch while the model's modules stay what they are: finds its
         parts once.
         """
@@ -385,6 +392,8 @@ class CrossEncoder(nn.Module):
             packed_dtype=self._precision.compute,
             answers=self.answers,
             compiler=self._compiler,
+            adds_gradients=adds_gradients,
+            graph_seed=graph_seed,
         )
 
     @contextlib.contextmanager

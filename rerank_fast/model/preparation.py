@@ -19,6 +19,7 @@ from rerank_fast.model.packed.architectures import (
 )
 from rerank_fast.model.packed.compilation import Compiler
 from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
+from rerank_fast.model.packed.graphs import EncoderGraphs
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.padded import PaddedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
@@ -52,6 +53,11 @@ class Preparer:
             autocast.
         answers: of a causal language model.
         compiler: of packed execution; see PackedPairs.
+        adds_gradients: layers that train as one function add the gradients of their weights to
+            `.grad` themselves, and each time call what register_post_accumulate_grad_hook left
+            there: for scores that only backward() goes back through, with no inputs named.
+        graph_seed: of the dropout of layers that are captured as CUDA graphs, for such scores; None
+            captures none. See EncoderGraphs.
     """
 
     def __init__(
@@ -64,8 +70,12 @@ class Preparer:
         packed_dtype: torch.dtype | None = None,
         answers: Answers | None = None,
         compiler: Compiler | None = None,
+        adds_gradients: bool = False,
+        graph_seed: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.adds_gradients, self.graph_seed = adds_gradients, graph_seed
+        self._graphs: EncoderGraphs | None = None
         self.dtype, self.packed_dtype = dtype, dtype or packed_dtype
         self.answers, self.compiler = answers, compiler
         self.recomputes = _recomputes(model)
@@ -99,8 +109,15 @@ class Preparer:
         dtype = self.packed_dtype or _own_dtype(self.model)
         if torch.is_grad_enabled() and (self._ready is None or not self._ready.is_current(dtype)):
             self._ready = ReadyLayers(
-                self.architecture, dtype, len(tokens.input_ids), compiles=self.compiler is not None
+                self.architecture,
+                dtype,
+                len(tokens.input_ids),
+                compiles=self.compiler is not None,
+                adds_gradients=self.adds_gradients and self.graph_seed is None,
             )
+            if self.graph_seed is not None:
+                layers = self._ready.layers
+                self._graphs = EncoderGraphs(self.architecture, layers, dtype, seed=self.graph_seed)
         architecture = self.architecture
         if self.answers is not None:  # this head has rows of the weights
             head = find_answer_head(self.model, self.answers)
@@ -113,6 +130,7 @@ class Preparer:
             gradient_checkpointing=recomputes,
             compiler=self.compiler,
             ready=self._ready if torch.is_grad_enabled() else None,
+            graphs=self._graphs if torch.is_grad_enabled() else None,
         )
 
 

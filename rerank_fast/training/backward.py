@@ -21,6 +21,7 @@ from rerank_fast.model.tokens.packing import plan_micro_batches, upload
 from rerank_fast.objectives.base import Objective, Units
 from rerank_fast.training.collapse import spread_of_lists
 from rerank_fast.training.config import TrainingConfig
+from rerank_fast.training.distributed import collectives
 from rerank_fast.training.memory import activation_bytes, available_bytes
 from rerank_fast.training.precision import products_in
 from rerank_fast.training.run_log import Rates
@@ -40,6 +41,9 @@ class Backward:
         forget: takes back what has been added.
         max_tokens: of a micro-batch.
         final: called before the last backward of a step; see gradient_cache.Final.
+
+    Raises:
+        ValueError: CUDA graphs are asked for where there are none.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Backward:
         self.scale, self.forget, self.final = scale, forget, final
         self.max_tokens = max_tokens
         self.dtype = products_in(config, model.device)
+        self._graph_seed = _graph_seed(config, model.device)
         # Gradients and both of AdamW's moments are still to come, 4 bytes each.
         state = 12 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         self.memory = (available_bytes(model.device) - state) // 2
@@ -184,7 +189,12 @@ class Backward:
             return config.skip_below * left / max(uncut, 1)
 
         if self._prepare is None:  # not before the first: the run then has its weights and adapters
-            self._prepare = self.model.preparer(dtype=self.dtype)
+            # Of several processes each sends a gradient when autograd has it whole.
+            self._prepare = self.model.preparer(
+                dtype=self.dtype,
+                adds_gradients=not collectives.several(),
+                graph_seed=self._graph_seed,
+            )
         prepared = self._prepare(lists.pairs)
         lengths = prepared.tokens.lengths
         plan = plan_micro_batches(
@@ -218,3 +228,16 @@ class Backward:
         rates.tokens += int(lengths.sum())
         rates.padded_tokens += sum(sizes)
         return pushed.loss, left
+
+
+def _graph_seed(config: TrainingConfig, device: torch.device) -> int | None:
+    """Of the dropout inside CUDA graphs; None without them."""
+    if not config.cuda_graphs:
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got a model on {device}")
+    if collectives.several():
+        raise ValueError(
+            "cuda_graphs must be off with several processes: gradients leave while backward runs"
+        )
+    return config.seed

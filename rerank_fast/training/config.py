@@ -113,6 +113,9 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in backward: less memory, more time.
         torch_compile: run the layers of packed execution through torch.compile; the first steps
             build the kernels.
+        cuda_graphs: experimental: capture what a step's layers launch, for numbers of tokens that
+            are rounded up to few, and replay it; on one NVIDIA GPU, of BERT's kin. Memory: the
+            gradients of all weights up to eight times.
         seed: of the order of the lists, the fresh head and dropout.
         objective: the loss by its name, or several that are added up: a list of {"name": ...,
             "weight": 1} with the options of each beside.
@@ -189,6 +192,7 @@ class TrainingConfig:
     sharding: Literal["auto", "none", "fsdp2"] = "auto"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 12
     objective: list[dict[str, Any]] | str = "lambda_loss"
     objective_options: dict[str, Any] = field(default_factory=dict)

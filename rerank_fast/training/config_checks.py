@@ -154,6 +154,9 @@ def _check_together(config: TrainingConfig) -> None:
         raise ValueError(
             "precision must be fp32, bf16 or fp16 with lora_rank: adapters are fp32, got bf16-pure"
         )
+    if config.cuda_graphs and (config.torch_compile or config.gradient_checkpointing):
+        other = "torch_compile" if config.torch_compile else "gradient_checkpointing"
+        raise ValueError(f"{other} must be off with cuda_graphs")
 
 
 def _check_objective(objective: list[dict[str, Any]] | str, options: dict[str, Any]) -> None:

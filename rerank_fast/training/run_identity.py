@@ -36,7 +36,7 @@ _FREE = (
 # rounding and for what dropout draws. The number of processes is of this kind too.
 _EXECUTION = (
     "gradient_accumulation_steps", "gradient_cache", "mini_batch_size", "max_tokens_per_microbatch",
-    "sharding", "gradient_checkpointing", "torch_compile",
+    "sharding", "gradient_checkpointing", "torch_compile", "cuda_graphs",
 )  # fmt: skip
 
 

@@ -74,11 +74,38 @@ class TokenPlaces:
         device: torch.device,
     ) -> TokenPlaces:
         """One upload of all of them."""
+        found = TokenPlaces.values(words, positions, types, num_words, positions_table)
+        return TokenPlaces.within(upload(found, device), len(words), num_words)
+
+    @staticmethod
+    def size(num_tokens: int, num_words: int, num_positions: int) -> int:
+        """How many values() there are."""
+        return 5 * num_tokens + 1 + num_words + num_positions
+
+    @staticmethod
+    def within(values: Tensor, num_tokens: int, num_words: int) -> TokenPlaces:
+        """The parts of uploaded values()."""
+        rest = len(values) - 5 * num_tokens
+        flat, tokens, starts = values.split_with_sizes([3 * num_tokens, 2 * num_tokens, rest])
+        return TokenPlaces(flat.view(3, num_tokens), tokens, starts, num_words)
+
+    @staticmethod
+    def values(
+        words: np.ndarray,
+        positions: np.ndarray,
+        types: np.ndarray,
+        num_words: int,
+        positions_table: nn.Embedding,
+        words_unread: int | None = None,
+    ) -> np.ndarray:
+        """int32 ids, order and starts, one after the other; tokens of unread rows are in no row's
+        order, and zeros make up for them at its end.
+        """
         num_tokens, padding = len(words), positions_table.padding_idx
         order: list[np.ndarray] = []
         counts: list[np.ndarray] = []
         for ids, count, unread in (
-            (words, num_words, None),
+            (words, num_words, words_unread),
             (positions, positions_table.num_embeddings, padding),
         ):
             small = ids.astype(np.uint16) if count <= 2**16 else ids  # sorted by radix
@@ -89,18 +116,12 @@ class TokenPlaces:
                 found[unread] = 0
             order.append(placed)
             counts.append(found)
+        unplaced = 2 * num_tokens - sum(map(len, order))
         parts = [
-            words,
-            positions,
-            types,
-            *order,
-            np.zeros(1, int),
+            *(words, positions, types, *order, np.zeros(unplaced + 1, int)),
             np.cumsum(np.concatenate(counts)),
         ]
-        values = upload(np.concatenate(parts).astype(np.int32), device)
-        lengths = [3 * num_tokens, sum(map(len, order)), 1 + sum(map(len, counts))]
-        flat, tokens, starts = values.split_with_sizes(lengths)
-        return TokenPlaces(flat.view(3, num_tokens), tokens, starts, num_words)
+        return np.concatenate(parts).astype(np.int32)
 
 
 class FusedEmbeddings:

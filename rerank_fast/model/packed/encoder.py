@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
 from rerank_fast.model.packed.compilation import Compiler, compiled_layer
 from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
+from rerank_fast.model.packed.graphs import EncoderGraphs
 from rerank_fast.model.packed.heads import cut, cut_head
 from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, Rows, run_layer
 from rerank_fast.model.packed.linear import NarrowCopies
@@ -34,10 +35,17 @@ class ReadyLayers:
         dtype: of products and attention.
         num_tokens: about how many a step has.
         compiles: whether torch.compile traces the layers.
+        adds_gradients: see Preparer.
     """
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, num_tokens: int, *, compiles: bool
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        num_tokens: int,
+        *,
+        compiles: bool,
+        adds_gradients: bool = False,
     ) -> None:
         grads, on_cpu = (
             torch.is_grad_enabled(),
@@ -52,7 +60,8 @@ class ReadyLayers:
             options = {
                 "one_token": one_token,
                 "copies": self._copies,
-                "trains": grads and not compiles,
+                "trains": not compiles and (grads or make is PreNormStep),
+                "adds_gradients": adds_gradients,
             }
             self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
 
@@ -86,6 +95,7 @@ class PackedPairs:
             gradients they are eager all the same: oneDNN's own products are faster there than what
             is compiled.
         ready: the layers of an earlier step, whose graph is done with; None makes new ones.
+        graphs: of these layers, run them.
 
     Attributes:
         draws_by_row: whether all that was dropped inside the layers so far follows from a seed and
@@ -105,10 +115,13 @@ class PackedPairs:
         gradient_checkpointing: bool = False,
         compiler: Compiler | None = None,
         ready: ReadyLayers | None = None,
+        graphs: EncoderGraphs | None = None,
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
-        self.draws_by_row, self._looks_at_draws = True, torch.is_grad_enabled()
+        self._graphs = graphs
+        # Where graphs number the rows, one run of them all has another number than of some.
+        self.draws_by_row, self._looks_at_draws = graphs is None, torch.is_grad_enabled()
         weight = architecture.word_embeddings.weight
         self.device, self.width = weight.device, weight.shape[1]
         kind = self.device.type
@@ -128,7 +141,7 @@ class PackedPairs:
         ready.fill()
         self.layers = ready.layers
         self._rows, self._rows_of_tokens = weight, tokens.input_ids
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if graphs is None and torch.is_grad_enabled() and weight.requires_grad:
             used, self._rows_of_tokens = _distinct(tokens.input_ids, len(weight))
             padding = architecture.word_embeddings.padding_idx
             unread = padding if padding is not None and padding in used else None
@@ -147,14 +160,20 @@ class PackedPairs:
         flat, starts = self.tokens.flat_index(indices)
         device, num_pairs = self._rows.device, len(indices)
         positions = self._positions(flat, starts)
+        types = self.tokens.token_type_ids
+        type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
+        if self._graphs is not None and num_pairs:
+            read = self._graphs(self.tokens.input_ids[flat], positions, type_ids, starts)
+            scores = self.architecture.head(read).float()
+            if keep is None or keep.all():
+                return scores
+            return scores.index_select(0, upload(np.flatnonzero(keep), device))
         # What is added stands behind the pairs: theirs are the places, and so the dropout, that
         # they have without.
         fills = device.type == "cpu" and num_pairs > 0
         if fills:
             filled, starts = fill_up(starts)
-            flat, positions = flat[filled], positions[filled]
-        types = self.tokens.token_type_ids
-        type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
+            flat, positions, type_ids = flat[filled], positions[filled], type_ids[filled]
         architecture = self.architecture
         places: np.ndarray | None = None
         pairs: Tensor | None = None

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PostNormLayer
-from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
+from rerank_fast.model.packed.linear import (
+    NarrowCopies,
+    StepLinear,
+    joins_product,
+    parameters_through,
+)
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
 from rerank_fast.model.packed.relative import RelativeBatch, RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
@@ -80,7 +85,7 @@ class PostNormStep:
     that is read.
 
     trains: as one function of autograd, where no module of the layer must be called and its
-    activation is GELU.
+    activation is GELU. adds_gradients: see Preparer.
     """
 
     def __init__(
@@ -92,10 +97,11 @@ class PostNormStep:
         one_token: bool,
         copies: NarrowCopies | None = None,
         trains: bool = False,
+        adds_gradients: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
         few = 0 if one_token else num_tokens
-        self.layer, self.one_token = layer, one_token
+        self.layer, self.one_token, self.adds_gradients = layer, one_token, adds_gradients
         if one_token:
             keys = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
             self.projections = [StepLinear([layer.query], dtype, 0, copies=copies), keys]
@@ -170,7 +176,8 @@ class PostNormStep:
         if self.trains:
             # By the dtype: checkpointing's second run has two tensors for one.
             narrow_rows = None if x.dtype == wide.dtype else x
-            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, self, batch, *self.trained)
+            through = parameters_through(self, wide)
+            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, self, batch, *through)
             return result, result if narrow is None else narrow
         queries_of = x
         if batch.read is not None:

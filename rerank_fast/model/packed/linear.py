@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,46 @@ def in_own_dtypes(
         else gradient.to(weight.dtype)
         for gradient, weight in zip(gradients, parameters, strict=True)
     ]
+
+
+class Trained(Protocol):
+    """A layer's step that is one function of autograd."""
+
+    trained: list[Tensor]
+    adds_gradients: bool
+
+
+def parameters_through(step: Trained, wide: Tensor) -> list[Tensor]:
+    """The parameters that autograd is to know of: none where the function adds their gradients
+    itself, which it is asked for only if its rows have one.
+    """
+    return [] if step.adds_gradients and wide.requires_grad else step.trained
+
+
+def pass_on(
+    step: Trained, gradients: Sequence[Tensor | None], needs_input_grad: Sequence[bool]
+) -> list[Tensor | None]:
+    """A function's gradients of the parameters that it was given by parameters_through."""
+    found = in_own_dtypes(gradients, step.trained)
+    if needs_input_grad:
+        return found
+    add_gradients(found, step.trained)
+    return []
+
+
+def add_gradients(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    """Add gradients to what their parameters have, as the nodes of autograd that end in these do,
+    which take ten times as long for each: theirs is a fifth of the host's time of a backward pass.
+    """
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is None or not parameter.requires_grad:
+            continue
+        before = parameter.grad
+        parameter.grad = gradient if before is None else before.add_(gradient)
+        hooks: Any = parameter._post_accumulate_grad_hooks
+        if hooks:
+            for hook in hooks.values():
+                hook(parameter)
 
 
 def _widens(grad: Tensor, dtype: torch.dtype) -> bool:

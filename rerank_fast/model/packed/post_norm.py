@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.linear import in_own_dtypes
+from rerank_fast.model.packed.linear import pass_on
 from rerank_fast.model.packed.vector_gradients import vector_gradients
 from rerank_fast.ops import residual_norm, varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
@@ -113,8 +113,9 @@ class TrainedPostNorm(torch.autograd.Function):
         weights = [
             one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
         ]
-        found = in_own_dtypes([*weights, *vectors.all()], step.trained)
-        if not any(ctx.needs_input_grad[:2]):
+        needs_wide, needs_x, _, _, *needs = ctx.needs_input_grad
+        found = pass_on(step, [*weights, *vectors.all()], needs)
+        if not (needs_wide or needs_x):
             return None, None, None, None, *found
         if ctx.read is None:
             inputs = _through_product(d_wide, d_projected[0], in_weights[0], into_wide=ctx.is_wide)

@@ -6,16 +6,16 @@ operations there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PreNormLayer
-from rerank_fast.model.packed.linear import NarrowCopies, in_own_dtypes, is_gelu, must_be_called
+from rerank_fast.model.packed.linear import NarrowCopies, is_gelu, must_be_called, pass_on
 from rerank_fast.ops import varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.registry import HAS_TRITON
@@ -188,6 +188,38 @@ class TrainedParts:
         return [*self.mlp_norm.gradients(sums[0]), *first, *heads]
 
 
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def fused_layer(
+    step: PreNormStep, wide: Tensor, x: Tensor | None, batch: LayerBatch, attend: Attend
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """A layer's stream, what is still to be added to it, and what its backward reads.
+
+    attend gives attention's result, and behind it what its own backward needs.
+    """
+    from rerank_fast.ops.triton.gated import gated
+
+    parts = step.parts
+    assert parts is not None
+    total, normed, *stats = _add_norm(wide, x, parts.attention_norm, step.dtype)
+    projected = F.linear(normed, *step.projections.ready)
+    query, key, value = _rotated(step, projected, batch)
+    if batch.kept is not None:
+        key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
+    total_read = total
+    if batch.read is not None:
+        total_read, query = total.index_select(0, batch.read), query.index_select(0, batch.read)
+    attended, *own = attend(query, key, value)
+    added = F.linear(attended.flatten(1), *step.attention_out.ready)
+    result, last_normed, *last_stats = _add_norm(total_read, added, parts.mlp_norm, step.dtype)
+    gate_up = F.linear(last_normed, *step.gate_up.ready)
+    active = gated(gate_up, parts.gate)
+    down = F.linear(active, *step.down.ready)
+    saved = (total, normed, *stats, projected, query, key, value, attended, *own)
+    return result, down, (*saved, result, last_normed, *last_stats, gate_up, active)
+
+
 class TrainedPreNorm(torch.autograd.Function):
     """A layer's stream and what is still to be added to it.
 
@@ -204,32 +236,17 @@ class TrainedPreNorm(torch.autograd.Function):
         batch: LayerBatch,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from rerank_fast.ops.triton.gated import gated
-
-        parts = step.parts
-        assert parts is not None
-        total, normed, *stats = _add_norm(wide, x, parts.attention_norm, step.dtype)
-        projected = F.linear(normed, *step.projections.ready)
-        query, key, value = _rotated(step, projected, batch)
-        if batch.kept is not None:
-            key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
-        if batch.read is not None:
-            total_read, query = total.index_select(0, batch.read), query.index_select(0, batch.read)
         attention = step.options(batch)
-        attended, lse = varlen_attention.unchecked_forward(query, key, value, *attention)
-        added = F.linear(attended.flatten(1), *step.attention_out.ready)
-        result, last_normed, *last_stats = _add_norm(
-            total if batch.read is None else total_read, added, parts.mlp_norm, step.dtype
+        result, down, saved = fused_layer(
+            step,
+            wide,
+            x,
+            batch,
+            lambda *heads: varlen_attention.unchecked_forward(*heads, *attention),
         )
-        gate_up = F.linear(last_normed, *step.gate_up.ready)
-        active = gated(gate_up, parts.gate)
-        down = F.linear(active, *step.down.ready)
         ctx.step, ctx.batch, ctx.options, ctx.has_x = step, batch, attention, x is not None
-        saved = (total, normed, *stats, projected, query, key, value, attended, lse)
         # With the weights: their change would be noticed.
-        ctx.save_for_backward(
-            *saved, result, last_normed, *last_stats, gate_up, active, *step.weights
-        )
+        ctx.save_for_backward(*saved, *step.weights)
         ctx.set_materialize_grads(False)
         return result, down
 
@@ -278,7 +295,7 @@ class TrainedPreNorm(torch.autograd.Function):
             one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
         ]
         d_biases = [one for linear, grad, _ in products for one in linear.bias_gradients(grad)]
-        found = in_own_dtypes([*d_weights, *d_biases, *vectors], step.trained)
+        found = pass_on(step, [*d_weights, *d_biases, *vectors], ctx.needs_input_grad[4:])
         return d_wide, d_x if ctx.has_x else None, None, None, *found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,14 @@ from rerank_fast.model.packed.layers import (
     rotated,
     share_of,
 )
-from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, parameters_through
 from rerank_fast.model.packed.norm import norm
-from rerank_fast.model.packed.pre_norm import TrainedParts, TrainedPreNorm, has_kernels
+from rerank_fast.model.packed.pre_norm import (
+    TrainedParts,
+    TrainedPreNorm,
+    fused_layer,
+    has_kernels,
+)
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 
@@ -30,8 +36,10 @@ class PreNormStep:
     """A PreNormLayer with its weights made ready for one step. The last addition to the stream is
     left to whoever follows: the second result.
 
-    one_token computes only the token that is read. trains: as one function of autograd, on a GPU,
-    where all parts are known and nothing is dropped but attention's weights.
+    one_token computes only the token that is read. trains: through kernels on a GPU, with gradients
+    as one function of autograd, where all parts are known and nothing is dropped but attention's
+    weights. adds_gradients: see
+    Preparer.
     """
 
     def __init__(
@@ -43,10 +51,14 @@ class PreNormStep:
         one_token: bool,
         copies: NarrowCopies | None = None,
         trains: bool = False,
+        adds_gradients: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
         few = 0 if one_token else num_tokens
         self.layer, self.one_token, self.dtype = layer, one_token, dtype
+        self.adds_gradients = adds_gradients
+        # A step with gradients has one attention, also where a cache runs it first without.
+        self.infers = not torch.is_grad_enabled()
         self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
@@ -102,7 +114,11 @@ class PreNormStep:
             self.parts is not None
             and share_of(layer.attention_out_dropout) == share_of(layer.mlp_dropout) == 0
         ):
-            return TrainedPreNorm.apply(wide, x, self, batch, *self.trained)
+            if self.infers:
+                reach = layer.window if batch.kept is None else None
+                attend = functools.partial(self._attended, batch, reach)
+                return fused_layer(self, wide, x, batch, attend)[:2]
+            return TrainedPreNorm.apply(wide, x, self, batch, *parameters_through(self, wide))
         wide = wide if x is None else wide + x
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
@@ -120,20 +136,7 @@ class PreNormStep:
         if batch.kept is not None:
             key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
             window = None
-        attended = varlen_attention(
-            query,
-            key,
-            value,
-            batch.cu_queries,
-            batch.cu_keys,
-            scale=layer.scale,
-            causal=layer.causal,
-            window=window,
-            dropout_p=share_of(layer.attention, layer.attention_dropout),
-            seed=batch.seeds[0],
-            rows=batch.rows,
-            max_seqlens=batch.max_seqlens,
-        )
+        (attended,) = self._attended(batch, window, query, key, value)
         added = dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
         wide = wide + _normed(added, layer.post_attention_norm)
         hidden = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype))
@@ -144,6 +147,25 @@ class PreNormStep:
             hidden = layer.activation(hidden)
         added = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
         return wide + _normed(added, layer.post_mlp_norm), None
+
+    def _attended(
+        self, batch: LayerBatch, window: tuple[int, int] | None, *heads: Tensor
+    ) -> tuple[Tensor]:
+        """Attention by whichever backend serves best."""
+        layer = self.layer
+        out = varlen_attention(
+            *heads,
+            batch.cu_queries,
+            batch.cu_keys,
+            scale=layer.scale,
+            causal=layer.causal,
+            window=window,
+            dropout_p=share_of(layer.attention, layer.attention_dropout),
+            seed=batch.seeds[0],
+            rows=batch.rows,
+            max_seqlens=batch.max_seqlens,
+        )
+        return (out,)
 
 
 def _normed(x: Tensor, module: nn.Module | None) -> Tensor:

@@ -1,6 +1,5 @@
 """Packed execution against the padded Hugging Face model it stands for."""
 
-import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +51,6 @@ from transformers import (
     XmodForSequenceClassification,
 )
 
-from rerank_fast.model.packed import encoder, layers, pre_norm_step
 from rerank_fast.model.packed.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.preparation import Preparer, prepare_packed
@@ -378,25 +376,6 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
     )
 
 
-@pytest.fixture
-def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers take the kernels of a GPU: the device, which without one is that of Triton's
-    interpreter.
-    """
-    pytest.importorskip("triton")
-    for module, op in (
-        (layers, "varlen_attention"),
-        (layers, "residual_norm"),
-        (pre_norm_step, "varlen_attention"),
-    ):
-        monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
-    for choose in ("backend_for", "own_backend_for"):
-        monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
-    for module in (encoder, pre_norm_step):
-        monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -422,6 +401,13 @@ def test_the_kernels_of_a_gpu_give_the_same(name: str, through_triton: str) -> N
     expected_gradients = gradients(model, expected, upstream.double())
     actual = packed_scores(model.float().to(through_triton), tokens, plan)
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    if name in ("modernbert-last-layer-slides", "qwen3"):  # by what predict takes on a GPU
+        step = Preparer(model, None)(tokens)
+        for layer in step.layers:
+            layer.infers = True
+        with torch.no_grad():
+            inferred = step(plan[0])[np.argsort(plan[0])]
+        torch.testing.assert_close(inferred.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     actual_gradients = gradients(model, actual, upstream.to(through_triton))
     assert_gradients_close(
         actual_gradients,
@@ -843,3 +829,27 @@ def test_an_activation_joins_its_product_only_where_nobody_listens() -> None:
             score(prepare_packed(model, tokens)), expected, rtol=1e-5, atol=1e-5
         )
     assert len(called) == 3  # one a layer
+
+
+@pytest.mark.parametrize("frozen", ["", "embeddings", "layer.1", "query"])
+def test_layers_add_their_gradients_themselves(frozen: str) -> None:
+    model = make_model("bert").eval()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or frozen not in name)
+
+    def bound(weight: torch.Tensor) -> None:
+        weight.grad.clamp_(max=0.01)
+
+    model.bert.encoder.layer[0].output.dense.weight.register_post_accumulate_grad_hook(bound)
+    tokens, plan = make_tokens([3, 10, 7]), [np.array([1]), np.array([0, 2])]
+
+    def added(*, adds_gradients: bool) -> dict[str, torch.Tensor]:
+        step = Preparer(model, None, adds_gradients=adds_gradients)(tokens)
+        model.zero_grad()
+        for indices in plan:  # each adds to what the one before has left
+            step(indices).sum().backward(retain_graph=True)
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, actual = added(adds_gradients=False), added(adds_gradients=True)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
