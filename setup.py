@@ -48,6 +48,9 @@ class Compiler:
         machine = target.split("-")[0]
         machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
         self.sets = self._known(INSTRUCTION_SETS.get(machine, {"portable": []}))
+        # Fewer of them, for .ci/sanitize, whose build and tests take long.
+        if asked := os.environ.get("RERANK_FAST_SETS", "").split():
+            self.sets = {name: flags for name, flags in self.sets.items() if name in asked}
         self.tiles = self._known(_TILES if "avx512_bf16" in self.sets and "linux" in target else {})
 
     def sets_of(self, source: Path) -> dict[str, list[str]]:
@@ -124,12 +127,16 @@ class NinjaBuildExt(build_ext):
 
         compiler = Compiler()
         build = Path(self.build_temp).resolve()
+        if self.editable_mode:  # else in a temporary directory, where everything is compiled again
+            build = Path("build", f"editable.{self.plat_name}-{sys.implementation.cache_tag}")
+            build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*ext.extra_compile_args, *compiler.definitions()]
+        flags = [*ext.extra_compile_args, *compiler.definitions(), f"-I{CSRC.resolve()}"]
+        # Bindings alone see pybind11, which lies elsewhere each time that pip builds in isolation.
         includes = [*ext.include_dirs, *self.compiler.include_dirs, *self.include_dirs]
-        flags += [f"-I{Path(path).resolve()}" for path in includes]
+        bindings = [f"-I{Path(path).resolve()}" for path in includes]
         with (build / "build.ninja").open("w") as file:
             ninja: Any = Writer(file, width=10_000)
             ninja.variable("cxx", compiler.command)
@@ -146,7 +153,8 @@ class NinjaBuildExt(build_ext):
             for source in map(Path, ext.sources):
                 for name, own in compiler.sets_of(source).items():
                     objects.append(str(build / f"{source.parent.name}-{source.stem}.{name}.o"))
-                    variables = {"set": [f"-DRERANK_FAST_SET={name}", *own]}
+                    seen = bindings if source.stem == "bindings" else []
+                    variables = {"set": [f"-DRERANK_FAST_SET={name}", *own, *seen]}
                     ninja.build(objects[-1], "compile", str(source.resolve()), variables=variables)
             ninja.build(str(target), "link", objects)
         subprocess.run([str(Path(BIN_DIR) / "ninja"), "--quiet", "-C", str(build)], check=True)
@@ -186,7 +194,7 @@ if __name__ == "__main__":
             Extension(
                 "rerank_fast._C",
                 sources=sorted(str(path) for path in CSRC.rglob("*.cpp")),
-                include_dirs=[str(CSRC), pybind11.get_include()],
+                include_dirs=[pybind11.get_include()],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )

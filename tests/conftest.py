@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: processes of pytest-xdist share the processors.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+from rerank_fast.ops import registry
 
 # Before transformers or datasets are imported: tests never ask a hub for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +32,22 @@ os.environ.setdefault(
 if not torch.cuda.is_available():
     # Read when the kernels are imported: without a GPU they run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if registry.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def _call(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Of a function of a kernel's: the interpreter makes the language its own in every such
+        call, a third of its time, where the launch has done so and a module's first call does.
+        """
+        if self.fn.__module__ in _known:
+            return self.rewrite()(*arguments, **options)
+        _known.add(self.fn.__module__)
+        return _first_call(self, *arguments, **options)
+
+    _known: set[str] = set()
+    _first_call = InterpretedFunction.__call__
+    InterpretedFunction.__call__ = _call
 
 # CI draws the same examples every time; everywhere else new ones are found.
 settings.register_profile("ci", derandomize=True)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from rerank_fast.ops import cpu
+
+
+def each_instruction_set(backend: str = "cpu") -> Iterator[str]:
+    """Chooses the CPU kernels of one set after another and names it; another backend is named once.
+
+    For comparisons with what takes longer than the kernels: it is computed once for all sets.
+    """
+    if backend != "cpu":
+        yield backend
+        return
+    assert cpu.available(), cpu.unavailable_reason()
+    before = cpu.instruction_set()
+    try:
+        for name in cpu.instruction_sets():
+            cpu.choose_instruction_set(name)
+            yield name
+    finally:
+        cpu.choose_instruction_set(before)
 
 
 @pytest.fixture(params=cpu.instruction_sets() or [None])

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rerank_fast.ops import cpu
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.varlen_attention import varlen_attention
 
+from .conftest import each_instruction_set
 from .test_varlen_attention import make
 
 TERMS = ["keys", "queries", "bias"]
@@ -152,11 +152,11 @@ def widened(relative: RelativePositions) -> RelativePositions:
     return RelativePositions(relative.slots, *tables, relative.query_positions)
 
 
-def assert_close(case, relative, *, backend="cpu", **options):
-    """Kernel error <= that of the eager formula in the same dtype, and a few roundings."""
-    assert cpu.available(), cpu.unavailable_reason()
+def assert_close(case, relative, **options):
+    """Error of every instruction set's kernel <= that of the eager formula in the same dtype, and
+    a few roundings.
+    """
     tensors, grad, ends = case
-    actual = run(backend, tensors, grad, ends, relative, **options)
     eager = run("reference", tensors, grad, ends, relative, **options)
     exact = run(
         "reference",
@@ -168,22 +168,21 @@ def assert_close(case, relative, *, backend="cpu", **options):
     )
     # Where all keys have one slot its gradient is 0: the rounding of what cancels is left.
     largest = max(float(true.abs().max()) for true in exact if true.numel())
-    for ours, theirs, true in zip(actual, eager, exact, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape)
-        if true.numel():
-            error = (ours.double() - true).abs().max()
-            eager_error = (theirs.double() - true).abs().max()
-            rounding = (64 if ours.dtype == torch.float32 else 2) * torch.finfo(ours.dtype).eps
-            # A bias is in fp32 where what it is summed from was rounded to bf16 before.
-            rounding = max(rounding, 2 * torch.finfo(tensors[0].dtype).eps)
-            of = max(float(true.abs().max()), 0.1 * largest)
-            assert error <= 1.5 * eager_error + rounding * of + 1e-12, (
-                error,
-                eager_error,
-            )
+    for kernels in each_instruction_set():
+        actual = run("cpu", tensors, grad, ends, relative, **options)
+        for ours, theirs, true in zip(actual, eager, exact, strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape)
+            if true.numel():
+                error = (ours.double() - true).abs().max()
+                eager_error = (theirs.double() - true).abs().max()
+                rounding = (64 if ours.dtype == torch.float32 else 2) * torch.finfo(ours.dtype).eps
+                # A bias is in fp32 where what it is summed from was rounded to bf16 before.
+                rounding = max(rounding, 2 * torch.finfo(tensors[0].dtype).eps)
+                of = max(float(true.abs().max()), 0.1 * largest)
+                budget = 1.5 * eager_error + rounding * of + 1e-12
+                assert error <= budget, (kernels, error, eager_error)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [6, 32, 64])
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -194,7 +193,6 @@ def test_lengths_and_head_sizes(lengths, size, dtype):
     assert_close(case, make_relative(case[0], positions=positions))
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("terms", [[term] for term in TERMS] + [["keys", "queries"]], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_terms_and_dropout(terms, dropout_p):
@@ -203,7 +201,6 @@ def test_terms_and_dropout(terms, dropout_p):
     assert_close(case, make_relative(case[0], terms), **options)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("reach", [0, 1, 5, 300])
 def test_reaches(reach):
     """From one slot for all distances to a table that is larger than any sequence."""
@@ -212,7 +209,6 @@ def test_reaches(reach):
     assert_close(case, make_relative(case[0], slots=slots))
 
 
-@pytest.mark.usefixtures("instruction_set")
 def test_every_length():
     """Blocks, tiles and squares that are full, and that lack one query or one key."""
     lengths = [*range(1, 36), 63, 64, 65, 95, 96, 97, 129]

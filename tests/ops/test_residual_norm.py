@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from rerank_fast.ops import cpu
 from rerank_fast.ops.residual_norm import residual_norm
+from tests.ops.conftest import each_instruction_set
 
 HAS_GPU = torch.cuda.is_available()
 EPS = 1e-5
@@ -58,21 +59,21 @@ def run(backend, tensors, grads, *, uses=(True, True), **options):
 def assert_close(backend, dtype, rows, width, **options):
     require(backend)
     tensors, grads = make(rows, width, dtype)
-    actual = run(backend, tensors, grads, **options)
     exact = run("reference", [t.double() for t in tensors], [g.double() for g in grads], **options)
-    assert [x.dtype for x in actual] == [torch.float32, dtype, dtype, *[torch.float32] * 3]
-    for ours, true in zip(actual, exact, strict=True):
-        eps = torch.finfo(ours.dtype).eps
-        bound = (
-            (64 * eps if ours.dtype == torch.float32 else eps) * true.abs().max().clamp(min=1)
-            if rows
-            else 0
-        )
-        assert ours.shape == true.shape
-        assert rows == 0 or (ours.double() - true).abs().max() <= bound
+    for kernels in each_instruction_set(backend):
+        actual = run(backend, tensors, grads, **options)
+        assert [x.dtype for x in actual] == [torch.float32, dtype, dtype, *[torch.float32] * 3]
+        for ours, true in zip(actual, exact, strict=True):
+            eps = torch.finfo(ours.dtype).eps
+            bound = (
+                (64 * eps if ours.dtype == torch.float32 else eps) * true.abs().max().clamp(min=1)
+                if rows
+                else 0
+            )
+            assert ours.shape == true.shape
+            assert rows == 0 or (ours.double() - true).abs().max() <= bound, kernels
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 17), (70, 48), (33, 384)])

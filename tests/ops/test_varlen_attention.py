@@ -14,6 +14,7 @@ from rerank_fast.ops import cpu
 from rerank_fast.ops import dropout as specification
 from rerank_fast.ops.cpu import attention as cpu_attention
 from rerank_fast.ops.varlen_attention import varlen_attention
+from tests.ops.conftest import each_instruction_set
 
 HAS_GPU = torch.cuda.is_available()
 BACKENDS = ["cpu", "triton"]
@@ -60,34 +61,33 @@ def run(backend, tensors, grad, ends, **options):
 
 
 def assert_close(backend, lengths, *, dtype=torch.float32, heads=1, kv_heads=1, size=16, **options):
-    """Kernel error <= that of the eager formula in the same dtype, and a few roundings."""
+    """Kernel error <= that of the eager formula in the same dtype, and a few roundings; on the CPU
+    of every instruction set's.
+    """
     require(backend, dtype)
     tensors, grad, ends = make(lengths, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
-    actual = run(backend, tensors, grad, ends, **options)
     eager = run("reference", tensors, grad, ends, **options)
     exact = run("reference", [t.double() for t in tensors], grad.double(), ends, **options)
-    for ours, theirs, true in zip(actual, eager, exact, strict=True):
-        assert ours.dtype == dtype
-        assert ours.shape == true.shape
-        if true.numel():
-            error = (ours.double() - true).abs().max()
-            eager_error = (theirs.double() - true).abs().max()
-            # Scores reach some tens, so that 2^score has lost bits that the sums then share.
-            rounding = (64 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
-            assert error <= 1.5 * eager_error + rounding * true.abs().max() + 1e-12, (
-                error,
-                eager_error,
-            )
+    for kernels in each_instruction_set(backend):
+        actual = run(backend, tensors, grad, ends, **options)
+        for ours, theirs, true in zip(actual, eager, exact, strict=True):
+            assert ours.dtype == dtype
+            assert ours.shape == true.shape
+            if true.numel():
+                error = (ours.double() - true).abs().max()
+                eager_error = (theirs.double() - true).abs().max()
+                # Scores reach some tens, so that 2^score has lost bits that the sums then share.
+                rounding = (64 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+                budget = 1.5 * eager_error + rounding * true.abs().max() + 1e-12
+                assert error <= budget, (kernels, error, eager_error)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 64, 96, 128])
 def test_head_sizes(backend, size):
     assert_close(backend, ([5, 35], [5, 35]), size=size)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
@@ -106,7 +106,6 @@ def test_lengths_and_masks(backend, lengths, options):
     assert_close(backend, LENGTHS[lengths], **options)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_grouped_queries(backend, dropout_p):
@@ -121,7 +120,6 @@ def test_grouped_queries(backend, dropout_p):
     )
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", ["same", "one query"])
 @pytest.mark.parametrize("seed", [0, SEED])
@@ -167,7 +165,6 @@ def test_half_precision(backend, dtype, options):
     assert_close(backend, LENGTHS["same"], dtype=dtype, **options)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 48, 64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_bf16_head_sizes(size, lengths):
@@ -177,7 +174,6 @@ def test_bf16_head_sizes(size, lengths):
     assert_close("cpu", LENGTHS[lengths], dtype=torch.bfloat16, size=size)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     "options",
@@ -196,7 +192,6 @@ def test_bf16_masks(lengths, options):
     )
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [(3, 2), (40, 0), (-1, 5)])
 @pytest.mark.parametrize("lengths", [([40], [300]), ([300], [40]), ([150], [150])], ids=str)
@@ -204,7 +199,6 @@ def test_windows_that_leave_whole_blocks_out(dtype, window, lengths):
     assert_close("cpu", lengths, dtype=dtype, size=32, window=window)
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.5])
 def test_scales(dtype, scale):
@@ -215,7 +209,6 @@ def test_scales(dtype, scale):
     )
 
 
-@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_length(dtype):
     """Tiles that are full, and that lack one query or one key."""
