@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <new>
 #include <string>
@@ -98,6 +97,42 @@ int attention(std::istream& in, std::ostream& out) {
   return 0;
 }
 
+// int64 sequences, queries, keys, heads, head_size, bytes of a value, reach, slots of a table, parts; cu_seqlens_q,
+// cu_seqlens_k, slots, query_positions; the bias; q, k, v, the gradient of out, and the tables of keys and queries. Gives
+// out and the gradients of q, k and v, then in fp32 those of the keys, queries and bias of each part.
+int relative(std::istream& in, std::ostream& out) {
+  const auto header = take<std::int64_t>(in, 9);
+  const std::int64_t queries = header[1], keys = header[2], heads = header[3], size = header[4], bytes = header[5],
+                     reach = header[6], num_slots = header[7], parts = header[8];
+  const auto cu_q = take<std::int32_t>(in, header[0] + 1), cu_k = take<std::int32_t>(in, header[0] + 1);
+  const auto slots = take<std::int32_t>(in, 2 * reach + 1), positions = take<std::int32_t>(in, queries);
+  const auto bias = take<float>(in, num_slots * heads);
+  const std::int64_t row = heads * size * bytes;
+  std::vector<char> q = take<char>(in, queries * row), k = take<char>(in, keys * row), v = take<char>(in, keys * row),
+                    grad = take<char>(in, queries * row), key_table = take<char>(in, num_slots * row),
+                    query_table = take<char>(in, num_slots * row);
+  std::vector<char> result(q.size()), dq(q.size()), dk(k.size()), dv(v.size());
+  std::vector<float> lse(static_cast<std::size_t>(queries * heads));
+  std::vector<float> d_keys(static_cast<std::size_t>(parts * heads * num_slots * size)), d_queries(d_keys.size()),
+      d_bias(static_cast<std::size_t>(parts * heads * num_slots));
+  const rerank_fast::AttentionShape shape{header[0],   queries,     keys,    heads, heads, size, cu_q.data(),
+                                          cu_k.data(), nullptr,     bytes == 2, 0.25,  -1,    -1,   0.0,
+                                          0,           1};
+  const auto rows = [heads, size](std::vector<char>& values) {
+    return rerank_fast::Rows{values.data(), heads * size, size};
+  };
+  const rerank_fast::RelativeTerms terms{slots.data(),    reach,             num_slots,   positions.data(),
+                                         rows(key_table), rows(query_table), bias.data(), parts};
+  if (!rerank_fast::sequences_fit(shape) || !rerank_fast::slots_fit(terms)) return 1;
+  rerank_fast::relative_forward(shape, terms, {rows(q), rows(k), rows(v), rows(result), lse.data()});
+  rerank_fast::relative_backward(
+      shape, terms, {rows(q), rows(k), rows(v), rows(result), lse.data(), rows(grad), rows(dq), rows(dk), rows(dv)},
+      {d_keys.data(), d_queries.data(), d_bias.data()});
+  for (const auto* values : {&result, &dq, &dk, &dv}) give(out, *values);
+  for (const auto* values : {&d_keys, &d_queries, &d_bias}) give(out, *values);
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -108,5 +143,7 @@ int main(int count, char** arguments) {
   if (!rerank_fast::choose_instruction_set(arguments[1])) return 2;
   std::ifstream in(arguments[3], std::ios::binary);
   std::ofstream out(arguments[4], std::ios::binary);
-  return std::strcmp(arguments[2], "attention") == 0 ? attention(in, out) : lambda_loss(in, out);
+  const std::string operation = arguments[2];
+  if (operation == "attention") return attention(in, out);
+  return operation == "relative" ? relative(in, out) : lambda_loss(in, out);
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rerank_fast.ops.reference import lambda_loss as reference
+from tests.ops import test_relative_attention as relative_attention
 from tests.ops import test_varlen_attention as attention
 from tests.ops.test_lambda_loss import SCHEMES, ragged
 
@@ -92,6 +93,7 @@ def test_same_numbers_by_other_compilers(compiler, emulator, expected, tmp_path,
         check_lambda_loss(lambda *tensors, name=name: results(name, "lambda_loss", *tensors))
         for dtype in (torch.float32, torch.bfloat16):
             check_attention(lambda *tensors, name=name: results(name, "attention", *tensors), dtype)
+            check_relative(lambda *tensors, name=name: results(name, "relative", *tensors), dtype)
 
 
 def check_lambda_loss(results) -> None:
@@ -144,3 +146,31 @@ def check_attention(results, dtype: torch.dtype) -> None:
             # place.
             rounding = (64 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
             assert error <= 1.5 * (theirs.double() - true).abs().max() + rounding * true.abs().max()
+
+
+def check_relative(results, dtype: torch.dtype) -> None:
+    """All terms of tables that two parts of the sequences share, forward and every gradient."""
+    for lengths, positions, size in (
+        (([150, 97], [150, 97]), [*range(150), *range(97)], 32),
+        (([5, 0, 67, 1], [5, 0, 67, 1]), [*range(5), *range(67), 0], 6),
+        (([4, 40, 3], [9, 66, 17]), [*range(3, 7), *range(0, 80, 2), 9, -7, 40], 20),
+    ):
+        tensors, grad, ends = case = attention.make(lengths, size=size, dtype=dtype)
+        own = relative_attention.make_relative(
+            tensors, positions=torch.tensor(positions, dtype=torch.int32)
+        )
+        heads, parts = tensors[0].shape[1], 2
+        header = [len(lengths[0]), *map(sum, lengths), heads, size, dtype.itemsize]
+        given = (torch.tensor([*header, own.reach, own.num_slots, parts]), *ends)
+        given += (own.slots, own.query_positions, own.bias)
+        found = results(*given, *tensors, grad, own.keys, own.queries)
+        narrow = sum(one.numel() for one in (*tensors, grad))
+        rows = torch.frombuffer(found, dtype=dtype, count=narrow).split(
+            [one.numel() for one in (grad, *tensors)]
+        )
+        tables = torch.frombuffer(found, dtype=torch.float32, offset=narrow * dtype.itemsize)
+        by_part = tables.split([parts * one.numel() for one in (own.keys, own.queries, own.bias)])
+        totals = [
+            one.view(parts, heads, own.num_slots, -1).sum(0).transpose(0, 1) for one in by_part
+        ]
+        relative_attention.assert_near({"": [*rows, *totals]}, case, own, scale=0.25)

@@ -153,8 +153,25 @@ def widened(relative: RelativePositions) -> RelativePositions:
 
 
 def assert_close(case, relative, **options):
-    """Error of every instruction set's kernel <= that of the eager formula in the same dtype, and
-    a few roundings.
+    """Of every instruction set's kernels results are as near as assert_near asks, in the dtypes and
+    shapes of eager's.
+    """
+    tensors, grad, ends = case
+    results = {
+        kernels: run("cpu", tensors, grad, ends, relative, **options)
+        for kernels in each_instruction_set()
+    }
+    eager = assert_near(results, case, relative, **options)
+    for actual in results.values():
+        for ours, theirs in zip(actual, eager, strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+
+
+def assert_near(results, case, relative, **options):
+    """Kernel error <= that of the eager formula in the same dtype, and a few roundings.
+
+    results are, by the name of what made them, out and the gradients of q, k, v and the tables, of
+    any shape. Returns the eager formula's.
     """
     tensors, grad, ends = case
     eager = run("reference", tensors, grad, ends, relative, **options)
@@ -168,19 +185,18 @@ def assert_close(case, relative, **options):
     )
     # Where all keys have one slot its gradient is 0: the rounding of what cancels is left.
     largest = max(float(true.abs().max()) for true in exact if true.numel())
-    for kernels in each_instruction_set():
-        actual = run("cpu", tensors, grad, ends, relative, **options)
+    for name, actual in results.items():
         for ours, theirs, true in zip(actual, eager, exact, strict=True):
-            assert (ours.dtype, ours.shape) == (theirs.dtype, true.shape)
             if true.numel():
-                error = (ours.double() - true).abs().max()
+                error = (ours.reshape(true.shape).double() - true).abs().max()
                 eager_error = (theirs.double() - true).abs().max()
                 rounding = (64 if ours.dtype == torch.float32 else 2) * torch.finfo(ours.dtype).eps
                 # A bias is in fp32 where what it is summed from was rounded to bf16 before.
                 rounding = max(rounding, 2 * torch.finfo(tensors[0].dtype).eps)
                 of = max(float(true.abs().max()), 0.1 * largest)
                 budget = 1.5 * eager_error + rounding * of + 1e-12
-                assert error <= budget, (kernels, error, eager_error)
+                assert error <= budget, (name, error, eager_error)
+    return eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

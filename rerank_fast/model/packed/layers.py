@@ -125,7 +125,9 @@ class PostNormStep:
             )
         self.relative: RelativeStep | None = None
         if layer.relative is not None:
-            self.relative = RelativeStep(layer.relative, layer.num_heads, dtype, copies)
+            terms, on_cpu = layer.relative, layer.relative.embeddings.weight.device.type == "cpu"
+            on_host = on_cpu and (trains or not torch.is_grad_enabled())
+            self.relative = RelativeStep(terms, layer.num_heads, dtype, copies, on_host=on_host)
         further = [] if self.relative is None else self.relative.linears
         self.linears = [*linears, *(self.adapter or ()), *further]
         plain = all(one.has_weight and one.biases for one in linears)
@@ -170,7 +172,8 @@ class PostNormStep:
         # Where the last token is read, it stands beside the last key without being told to.
         of_first = self.one_token and not batch.reads_last
         first_of = len(batch.lengths) if of_first else None
-        return replace(prepared, relative=relative.prepare(first_of, last))
+        longest = int(batch.lengths.max(initial=0))
+        return replace(prepared, relative=relative.prepare(longest, first_of, last))
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:

@@ -14,12 +14,15 @@ from rerank_fast import CrossEncoder
 from rerank_fast.data.tokenized import tokenize_lists
 from rerank_fast.model.packed.architectures import find_architecture, reason_to_pad
 from rerank_fast.model.packed.architectures.deberta import _slots
+from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.heads import DenseHead
+from rerank_fast.model.packed.linear import StepLinear
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.model.preparation import Preparer
 from tests.model.packed.test_encoder import (
     LENGTHS,
     PLANS,
+    POSITIONS,
     deberta,
     gradients,
     make_model,
@@ -94,13 +97,13 @@ def test_dropout_of_the_relative_embeddings_has_its_rate() -> None:
     architecture = find_architecture(model)
     terms = architecture.layers[0].relative
     step = RelativeStep(terms, 4, torch.float32, None)
-    one, two = (step.prepare(None, seed).factors for seed in (1, 2))
-    assert torch.equal(one, step.prepare(None, 1).factors)
+    one, two = (step.prepare(9, None, seed).factors for seed in (1, 2))
+    assert torch.equal(one, step.prepare(9, None, 1).factors)
     assert not torch.equal(one, two)
     assert one.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert abs(float((one == 0).float().mean()) - 0.3) < 5 * (0.21 / one.numel()) ** 0.5
     model.eval()
-    assert step.prepare(None, 1).factors is None
+    assert step.prepare(9, None, 1).factors is None
 
 
 def test_what_is_refused_says_why_and_heads_are_fused_where_they_can_be() -> None:
@@ -131,3 +134,28 @@ def test_projections_that_somebody_listens_to_are_called_for_positions_too(name:
     upstream = torch.randn(len(tokens))
     found = gradients(model, actual, upstream)
     assert max(relative_errors(found, gradients(model, expected, upstream)).values()) < 1e-4
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_embeddings_that_no_distance_names_are_not_projected(grads: bool, monkeypatch) -> None:
+    """And without gradients none of them twice: micro-batches share what is there."""
+    model = make_model("deberta-v2").eval()
+    tokens = make_tokens([3, POSITIONS, 2, 5])
+    projected: list[int] = []
+    project = StepLinear.__call__
+
+    def count(linear: StepLinear, rows: torch.Tensor) -> torch.Tensor:
+        if any(linear is one for layer in step.layers for one in layer.relative.linears):
+            projected.append(len(rows))
+        return project(linear, rows)
+
+    monkeypatch.setattr(StepLinear, "__call__", count)
+    with torch.set_grad_enabled(grads):
+        step = PackedPairs(find_architecture(model), tokens, dtype=torch.float32)
+        scores = [step(np.array(indices)) for indices in ([0, 2], [1], [3])]
+        expected = padded_scores(model, tokens)
+    torch.testing.assert_close(torch.cat(scores), expected[[0, 2, 1, 3]], rtol=1e-5, atol=1e-5)
+    products = 2 * len(step.layers)  # of keys and queries
+    reach = model.config.max_position_embeddings  # 64 tokens or fewer are no farther apart than 64
+    counts = [129, 2 * reach, 129] if grads else [129, 2 * reach]
+    assert projected == [count for count in counts for _ in range(products)]
