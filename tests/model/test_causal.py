@@ -40,7 +40,7 @@ from rerank_fast.model.packed.architectures import (
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.tokens.packing import plan_micro_batches
-from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.templates import QWEN3_RERANKER_TEMPLATE
 from tests.model.packed.test_encoder import (
     DECODER,
     GEMMA3,
