@@ -12,6 +12,9 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaTokenizer,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -185,6 +188,21 @@ def make_tiny_qwen3(
     )
     torch.manual_seed(seed)
     return _save(Qwen3ForCausalLM(config), tokenizer, directory)
+
+
+def make_tiny_gemma(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a 2-layer causal Gemma of width 32 as BAAI/bge-reranker-v2-gemma is published: without a
+    chat template. Its tokenizer has letters and the word Yes.
+    """
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "\n", *map(chr, range(33, 127)), "Ye", "Yes"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("Y", "e"), ("Ye", "s")]
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=512)
+    config = GemmaConfig(
+        **_shape(tokenizer), num_key_value_heads=1, head_dim=16, max_position_embeddings=512
+    )
+    torch.manual_seed(seed)
+    return _save(GemmaForCausalLM(config), tokenizer, directory)
 
 
 def make_tiny_t5(

@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures.t5 import ENCODER_DECODERS, answer_scale
-from rerank_fast.model.packed.architectures.views import Body, PreNormLayer, Reading
+from rerank_fast.model.packed.architectures.views import (
+    Body,
+    HeadParts,
+    PreNormLayer,
+    Reading,
+)
 from rerank_fast.model.packed.heads import AnswerHead, Answers, own_class
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -104,6 +109,7 @@ def decoder_reading(model: Any) -> Reading | None:
         head=lambda last: model.score(last).squeeze(1),
         reads="last",
         unread_token_id=model.config.pad_token_id,
+        parts=HeadParts(pooling="lasttoken", out=model.score),
     )
 
 
