@@ -12,6 +12,9 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaTokenizer,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -20,6 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
 _WORDS = [
@@ -182,6 +188,53 @@ def make_tiny_qwen3(
     )
     torch.manual_seed(seed)
     return _save(Qwen3ForCausalLM(config), tokenizer, directory)
+
+
+def make_tiny_gemma(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a 2-layer causal Gemma of width 32 as BAAI/bge-reranker-v2-gemma is published: without a
+    chat template. Its tokenizer has letters and the word Yes.
+    """
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "\n", *map(chr, range(33, 127)), "Ye", "Yes"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("Y", "e"), ("Ye", "s")]
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=512)
+    config = GemmaConfig(
+        **_shape(tokenizer), num_key_value_heads=1, head_dim=16, max_position_embeddings=512
+    )
+    torch.manual_seed(seed)
+    return _save(GemmaForCausalLM(config), tokenizer, directory)
+
+
+def make_tiny_t5(
+    directory: str | Path, *, gated: bool = False, seed: int = 0, dropout: float = 0.0
+) -> Path:
+    """Save a T5 of two encoder layers and two decoder layers, of width 32, with a tokenizer of T5's
+    kind that has the words true and false; gated is as T5 1.1, whose vocabulary is not scaled.
+    """
+    words = [*_WORDS, "true", "false", "Query:", "Document:", "Relevant:"]
+    pieces = [*(f"▁{word}" for word in words), "▁", *map(chr, range(33, 127))]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(piece, -1.0 - len(piece) / 100) for piece in dict.fromkeys(pieces)]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=64)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=not gated,
+    )
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config)  # whose own weights are spread enough
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
 
 
 def _shape(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

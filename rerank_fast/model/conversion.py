@@ -55,14 +55,15 @@ def convert_head(model: CrossEncoder, kind: HeadKind) -> float:
     """
     if model.answers is not None:
         raise ValueError(
-            f"{model.name_or_path} scores by the logits of its answers, which no other head gives"
+            f"{model.name_or_path} scores by the logits of its answers to a prompt, and with "
+            "another head a pair would be read without that prompt"
         )
     if isinstance(model.model, ModularReranker) is (kind == "modular"):
         raise ValueError(f"{model.name_or_path} has a {kind} head already")
     if model.keep_in_fp32_modules:
         raise ValueError(
-            f"{model.name_or_path} keeps {', '.join(model.keep_in_fp32_modules)} in fp32, which a "
-            "changed head would not: expected none"
+            f"{model.name_or_path} keeps {', '.join(model.keep_in_fp32_modules)} in fp32, which "
+            "modules alone can and by names that change with the head: expected none"
         )
     converted = to_modular(model.model) if kind == "modular" else to_classification(model.model)
     tokens = model.tokenize(_PAIRS)

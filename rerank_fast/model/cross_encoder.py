@@ -52,7 +52,8 @@ class CrossEncoder(nn.Module):
     Opens a bare encoder (with a fresh, untrained head and one warning), any sequence-classification
     checkpoint with one label, and directories saved by sentence-transformers' CrossEncoder. A
     causal language model (Qwen3-Reranker) scores with the logits of "yes" less "no" at the end of
-    its prompt, which is the tokenizer's chat template. Weights are read from safetensors only.
+    its prompt, which is the tokenizer's chat template; T5 (monoT5) with those of "true" less
+    "false" as its answer's first token. Weights are read from safetensors only.
 
     predict, rank, rank_many, score_tokens and evaluators may be called from several threads at
     once, with dropout off in all of them: the model is in evaluation mode until the last one is
@@ -75,6 +76,11 @@ class CrossEncoder(nn.Module):
         trust_remote_code: run model code that the checkpoint brings along.
         revision: branch, tag or commit on the hub.
         token: hub access token.
+        template: of a language model: a Jinja chat template of the roles query, document and, for
+            an instruction, system, in the place of its tokenizer's. It is saved with the model.
+        answers: of a language model: the words whose logits are the score, the first's less the
+            second's, or one whose logit is the score; None takes those of its files, else "yes" and
+            "no", of T5 "true" and "false". They are saved with the model.
 
     Attributes:
         prompts: texts by name, of a directory that sentence-transformers saved with some.
@@ -87,7 +93,8 @@ class CrossEncoder(nn.Module):
             label, or a score head outside of the Hugging Face model; a file of it is damaged, or
             names one outside of its directory; a weight is not finite or not a float; max_length is
             below 4 or above the model's positions; dtype is none of the above; the device is not
-            there.
+            there; template does not carry both texts, an answer is not one token, or the model is
+            no language model.
     """
 
     model_card_data = NoCardData()
@@ -104,6 +111,8 @@ class CrossEncoder(nn.Module):
         trust_remote_code: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        template: str | None = None,
+        answers: str | tuple[str, str] | None = None,
     ) -> None:
         super().__init__()
         if num_labels != 1:
@@ -119,7 +128,13 @@ class CrossEncoder(nn.Module):
         }
         device = choose_device(device)
         self._precision = choose_precision(dtype, device)
-        loaded = storage.load(str(path_or_hub_id), dtype=self._precision.weights, **hub)
+        loaded = storage.load(
+            str(path_or_hub_id),
+            dtype=self._precision.weights,
+            template=template,
+            answers=answers,
+            **hub,
+        )
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
         self.tokenizer, self._tokenizer_settings = loaded.tokenizer, loaded.tokenizer_settings
@@ -131,7 +146,7 @@ class CrossEncoder(nn.Module):
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
         self._truncation = TruncationLog()
-        # a causal model without a template that carries a pair is refused now
+        # a language model without a template that carries a pair is refused now
         self._pair_tokenizer()
         if self._precision.int8:
             quantize_linears(self.model)
@@ -265,7 +280,10 @@ class CrossEncoder(nn.Module):
         return None if prompt is None else check_text(prompt, "prompt")
 
     def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
-        return (PairTokenizer if self.answers is None else PromptTokenizer)(self.tokenizer)
+        if self.answers is None:
+            return PairTokenizer(self.tokenizer)
+        encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        return PromptTokenizer(self.tokenizer, encoder_decoder=encoder_decoder)
 
     # -- text to tokens ---------------------------------------------------------------------------
 
@@ -275,7 +293,7 @@ class CrossEncoder(nn.Module):
         """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
 
         That some were truncated is said once, and counted: see truncated_pairs. The prompt goes
-        before each query; a causal model takes it for the instruction.
+        before each query; a language model takes it for the instruction.
 
         Raises:
             ValueError: an element is not a pair of strings; names its index.
@@ -486,7 +504,7 @@ class CrossEncoder(nn.Module):
                 of two columns or of the columns query and document, zip objects and other iterators
                 that come to an end.
             prompt_name: of the model's prompts, instead of prompt.
-            prompt: goes before each query; the instruction of a causal model. None takes the
+            prompt: goes before each query; the instruction of a language model. None takes the
                 model's default prompt, if it has one.
             batch_size: most pairs per forward pass; None lets their tokens decide.
             show_progress_bar: None shows it when INFO messages are logged.
@@ -623,6 +641,7 @@ class CrossEncoder(nn.Module):
             tokenizer_settings=self._tokenizer_settings,
             entries=getattr(self.model, "entries", ()),
             answers=self.answers,
+            encoder_decoder=bool(self.model.config.is_encoder_decoder),
             prompts=self.prompts,
             default_prompt_name=self.default_prompt_name,
             keep_in_fp32_modules=self.keep_in_fp32_modules,

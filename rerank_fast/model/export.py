@@ -1,10 +1,11 @@
-"""ONNX files of a reranker for onnxruntime, laid out as sentence-transformers reads them, checked
-when written.
+"""ONNX files of a reranker for onnxruntime, checked when written; of a sequence classifier laid out
+as sentence-transformers reads them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
@@ -19,9 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.padded import padded_scores
 from rerank_fast.model.texts import Pair, check_pairs
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,9 @@ logger = logging.getLogger(__name__)
 # sentence-transformers looks for onnx/model.onnx; int8 files it calls by the instruction set they
 # are made for.
 FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_qint8_avx512_vnni.onnx"}
+# Of modules it would take onnx/model.onnx for the encoder alone, and of an encoder-decoder for its
+# logits: a file of the whole reranker has another name.
+_WHOLE_FILES = {name: file.replace("/model", "/reranker") for name, file in FILES.items()}
 # A single file of protocol buffers holds at most 2 GiB.
 _LARGEST_FILE = 1_900_000_000
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
@@ -79,6 +86,18 @@ class _Logits(nn.Module):
         return logits
 
 
+class _Answering(nn.Module):
+    """An encoder-decoder that gives a score, as a sequence classifier does."""
+
+    def __init__(self, model: Any, answers: Answers) -> None:
+        super().__init__()
+        self.model, self.answers = model, answers
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        logits = padded_scores(self.model, inputs, self.answers)[:, None]
+        return SequenceClassifierOutput(logits=logits)
+
+
 def export_onnx(
     model: CrossEncoder,
     directory: str | Path,
@@ -90,6 +109,9 @@ def export_onnx(
 ) -> Exported:
     """Write DIRECTORY/onnx/model.onnx, or model_qint8_avx512_vnni.onnx there, once its scores are
     checked.
+
+    Of a CrossEncoder of modules and of an encoder-decoder the file holds all that there is from
+    token ids to the score, and is called reranker instead of model.
 
     The graph is torch's own export (torch.onnx.export with dynamo) in fp32, batch and length free;
     int8 is dynamic quantisation: weights are int8, activations are quantised as they come.
@@ -105,21 +127,16 @@ def export_onnx(
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: the model consists of modules, a package is missing, the file is there, or the
-            scores differ by more than the tolerance; then nothing is written.
+        ValueError: the pooling leaves out a prompt's tokens, a package is missing, the file is
+            there, or the scores differ by more than the tolerance; then nothing is written.
     """
-    if isinstance(model.model, ModularReranker):
-        raise ValueError(
-            f"{model.name_or_path} is a CrossEncoder of modules, of which no ONNX file is "
-            "written: rerank-fast convert --head classification makes it one that can be "
-            "exported, where that is the same"
-        )
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"export needs {', '.join(missing)}: pip install 'rerank-fast[onnx]'")
-    target = Path(directory) / FILES[dtype]
+    of_classifier = not (isinstance(model.model, ModularReranker) or _answers_by_decoder(model))
+    target = Path(directory) / (FILES if of_classifier else _WHOLE_FILES)[dtype]
     if target.exists() and not overwrite:
         raise ValueError(
             f"{target} is there already; pass overwrite=True (--overwrite) to replace it"
@@ -130,16 +147,21 @@ def export_onnx(
     if not pairs:
         raise ValueError("export needs at least one pair of texts to check with")
     names = list(model.preprocess(pairs[:2]))
-    copy = _copy_in_fp32(model)
+    if "prompt_length" in names:
+        raise ValueError(
+            f"the pooling of {model.name_or_path} leaves out the tokens of a prompt, whose number "
+            "is no input of an ONNX file: expected include_prompt, or no default prompt"
+        )
+    exact = _copy_in_fp32(model)
     new = [path for path in (target.parent, Path(directory)) if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as staging:
             file = Path(staging) / target.name
-            _write(copy, names, model.preprocess(pairs[:2]), file)
+            _write(exact, names, model.preprocess(pairs[:2]), file)
             if dtype == "int8":
                 _quantize(file)
-            exported = _compare(model, copy, names, file, target, dtype, pairs, tolerance)
+            exported = _compare(model, exact, names, file, target, dtype, pairs, tolerance)
             for part in sorted(
                 Path(staging).iterdir(), reverse=True
             ):  # the weights of a large model first
@@ -153,15 +175,33 @@ def export_onnx(
     return exported
 
 
+def _answers_by_decoder(model: CrossEncoder) -> bool:
+    return model.answers is not None and bool(model.model.config.is_encoder_decoder)
+
+
 def _copy_in_fp32(model: CrossEncoder) -> Any:
-    """The Hugging Face model on the CPU in fp32, with the attention that every exporter knows."""
-    kind, config = type(model.model), type(model.model.config)(**model.model.config.to_dict())
+    """The model on the CPU in fp32, with the attention that every exporter knows."""
+    inner = model.model
+    if isinstance(inner, ModularReranker):
+        head = [copy.deepcopy(module).cpu().float() for module in inner.head]
+        encoder = _encoder_in_fp32(inner.encoder)
+        return ModularReranker(encoder, head, output=inner.output).eval()
+    made = _encoder_in_fp32(inner).eval()
+    if _answers_by_decoder(model):
+        assert model.answers is not None
+        return _Answering(made, model.answers).eval()
+    return made
+
+
+def _encoder_in_fp32(model: Any) -> Any:
+    """A Hugging Face model anew."""
+    kind, config = type(model), type(model.config)(**model.config.to_dict())
     config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
-    copy = kind(config)
-    copy.load_state_dict(
-        {name: value.detach().cpu().float() for name, value in model.model.state_dict().items()}
+    made = kind(config)
+    made.load_state_dict(
+        {name: value.detach().cpu().float() for name, value in model.state_dict().items()}
     )
-    return copy.eval()
+    return made
 
 
 @contextlib.contextmanager
@@ -230,7 +270,7 @@ def _quantize(file: Path) -> None:
 
 def _compare(
     model: CrossEncoder,
-    copy: Any,
+    exact: Any,
     names: Sequence[str],
     file: Path,
     target: Path,
@@ -250,7 +290,7 @@ def _compare(
     for batch in batches:
         features = model.preprocess(batch)
         with torch.inference_mode():
-            expected.append(copy(**features).logits.reshape(-1).numpy())
+            expected.append(exact(**features).logits.reshape(-1).numpy())
         inputs = {
             name: features[name].numpy()
             for name in names

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rerank_fast.model.modular.reranker import ModularReranker
-from rerank_fast.model.packed.architectures import (
-    find_answer_head,
-)
+from rerank_fast.model.packed.architectures import find_answer_head, start_token_id
 from rerank_fast.model.packed.heads import AnswerHead, Answers, cut_head
 from rerank_fast.model.tokens.packing import (
     TokenizedPairs,
@@ -164,7 +162,7 @@ def padded_scores(
     answers: Answers | None,
     head: AnswerHead | None = None,
 ) -> Tensor:
-    """(B,) fp32 scores of a padded batch, left-padded where there are answers; head is that of
+    """(B,) fp32 scores of a padded batch, left-padded where a causal model answers; head is that of
     find_answer_head.
     """
     if answers is None:
@@ -182,6 +180,11 @@ def padded_scores(
             ]
             return torch.cat([padded_scores(model, row, None) for row in rows])
         return model(**inputs).logits.reshape(-1).float()
+    if model.config.is_encoder_decoder:
+        ids = inputs["input_ids"]
+        start = torch.full((len(ids), 1), start_token_id(model), device=ids.device)
+        logits = model(**inputs, decoder_input_ids=start, use_cache=False).logits
+        return answers.score(logits[:, -1]).float()
     if head is None:
         return answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
     return head(model.base_model(**inputs).last_hidden_state[:, -1]).float()

@@ -24,8 +24,8 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     """Put adapters into the linear layers of the encoder; they and the score head are what remains
     to train.
 
-    Of a causal model, whose head is its vocabulary, the adapters alone. In place, so that the model
-    keeps its class and runs packed. Returns PEFT's tuner.
+    Of a language model, whose head is its vocabulary, the adapters alone. In place, so that the
+    model keeps its class and runs packed. Returns PEFT's tuner.
 
     Raises:
         ValueError: PEFT is not installed, the model has adapters, no module has one of the names,
@@ -40,16 +40,13 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
         raise ValueError(
             "the model has LoRA adapters already; a Trainer's are merged at the end of its train()"
         )
-    above = [
-        (name, part) for name, part in inner.named_children() if name != inner.base_model_prefix
-    ]
-    heads = [name for name, part in above if next(part.parameters(), None) is not None]
-    # A causal model's is the vocabulary, which may be the word embeddings too: it stays as it is.
+    heads = _heads(inner)
+    # A language model's is the vocabulary, which may be the word embeddings too: it stays as it is.
     trained_whole = None if model.answers is not None else heads
-    targets = settings.lora_target_modules or _linear_names(inner.base_model)
+    targets = settings.lora_target_modules or _linear_names(inner.base_model, heads)
     _check_targets(inner, targets, heads)
     config = LoraConfig(
-        task_type="SEQ_CLS" if model.answers is None else "CAUSAL_LM",
+        task_type=_task(model),
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
@@ -70,6 +67,25 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     for name in trained_whole or []:
         getattr(inner, name).requires_grad_(True)
     return tuner
+
+
+def _task(model: CrossEncoder) -> str:
+    """As PEFT calls it."""
+    if model.answers is None:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _heads(model: Any) -> list[str]:
+    """The modules above the encoder that have weights; of an encoder-decoder the vocabulary."""
+    if model.base_model is model:
+        vocabulary = model.get_output_embeddings()
+        return [name for name, part in model.named_children() if part is vocabulary]
+    return [
+        name
+        for name, part in model.named_children()
+        if name != model.base_model_prefix and next(part.parameters(), None) is not None
+    ]
 
 
 def remove_lora(tuner: Any) -> None:
@@ -113,9 +129,11 @@ def _check_targets(model: nn.Module, targets: list[str], heads: list[str]) -> No
             )
 
 
-def _linear_names(encoder: nn.Module) -> list[str]:
+def _linear_names(encoder: nn.Module, heads: list[str]) -> list[str]:
     names = {
-        name.rpartition(".")[2] for name, part in encoder.named_modules() if type(part) is nn.Linear
+        name.rpartition(".")[2]
+        for name, part in encoder.named_modules()
+        if type(part) is nn.Linear and name not in heads
     }
     return sorted(names)
 

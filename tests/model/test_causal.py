@@ -40,7 +40,7 @@ from rerank_fast.model.packed.architectures import (
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.tokens.packing import plan_micro_batches
-from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.templates import BGE_RERANKER_TEMPLATE, QWEN3_RERANKER_TEMPLATE
 from tests.model.packed.test_encoder import (
     DECODER,
     GEMMA3,
@@ -51,7 +51,7 @@ from tests.model.packed.test_encoder import (
     make_tokens,
     relative_errors,
 )
-from tests.model_factory import make_tiny_bert, make_tiny_qwen3
+from tests.model_factory import make_tiny_bert, make_tiny_gemma, make_tiny_qwen3
 
 PAIRS = [
     ("what is a panda", "a panda is a kind of bear"),
@@ -192,6 +192,46 @@ def test_the_published_usage(tmp_path: Path):
     model.save_pretrained(tmp_path / "saved")  # with a template that sentence-transformers can use
     peer = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose(peer.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_usage_of_bges_gemma(tmp_path: Path):
+    """Whose files have no template: its texts are tokenised one by one, and joined."""
+    directory = make_tiny_gemma(tmp_path / "gemma")
+    with pytest.raises(ValueError, match=r"no token yes or no; expected these, .* or answers="):
+        CrossEncoder(directory)
+    with pytest.raises(ValueError, match=r"chat template can't carry a pair: .* or as template="):
+        CrossEncoder(directory, answers="Yes")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    question = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the "
+        "query by providing a prediction of either 'Yes' or 'No'."
+    )
+    end, question = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", question)
+    )
+    expected, causal = [], AutoModelForCausalLM.from_pretrained(directory).eval()
+    for pair in PAIRS:
+        query, passage = (
+            tokenizer(f"{name}: {text}", add_special_tokens=False)["input_ids"][:384]
+            for name, text in zip("AB", pair, strict=True)
+        )
+        ids = [tokenizer.bos_token_id, *query, *end, *passage][: 512 - len(end) - len(question)]
+        ids += [*end, *question]
+        with torch.inference_mode():
+            expected.append(
+                float(causal(torch.tensor([ids])).logits[0, -1, tokenizer.vocab["Yes"]])
+            )
+    options = {"template": BGE_RERANKER_TEMPLATE, "answers": "Yes", "device": "cpu"}
+    model = CrossEncoder(directory, activation_fn=nn.Identity(), **options)
+    assert not model.prepare(model.tokenize(PAIRS)).padded
+    np.testing.assert_allclose(model.predict(PAIRS), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")  # which needs neither any more
+    again = CrossEncoder(tmp_path / "saved", device="cpu")
+    np.testing.assert_array_equal(again.predict(PAIRS), model.predict(PAIRS))
+    peer = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(peer.predict(PAIRS), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="is no language model: expected template=None"):
+        CrossEncoder(make_tiny_bert(tmp_path / "bert"), answers="Yes")
 
 
 def test_what_is_saved_opens_on_either_side(directory: Path, tmp_path: Path):

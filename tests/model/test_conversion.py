@@ -37,6 +37,7 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("modernbert", {}),
     "modernbert mean": ("modernbert", {"classifier_pooling": "mean", "classifier_bias": True}),
     "modernbert biased norm": ("modernbert", {"norm_bias": True, "classifier_activation": "silu"}),
+    "a decoder": ("qwen3", {}),
 }
 
 
@@ -121,10 +122,10 @@ REFUSED: dict[str, tuple[str, Callable[[], list[nn.Module]], str]] = {
         lambda: ettin(("cls", "mean")),
         "are no sequence classifier's head",
     ),
-    "a decoder": (
+    "a decoder's first token": (
         "qwen3",
-        lambda: [Pooling(WIDTH, "lasttoken"), score(bias=False)],
-        "can be converted",
+        lambda: [Pooling(WIDTH, "cls"), score(bias=False)],
+        "reads its tokens by lasttoken, and the modules by cls",
     ),
 }
 
@@ -149,7 +150,7 @@ def test_heads_that_are_that_kind_already_or_have_no_like(
     for source, kind, message in (
         ("model", "modular", "has a modular head already"),
         ("bert", "classification", "has a classification head already"),
-        ("qwen3", "modular", "scores by the logits of its answers"),
+        ("qwen3", "modular", "its answers to a prompt, and with another"),
     ):
         assert convert(tmp_path / source, tmp_path / "out", kind) == 2
         assert message in capsys.readouterr().err

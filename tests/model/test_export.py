@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from rerank_fast import CrossEncoder, cli
 from rerank_fast.model import export
-from tests.model_factory import make_tiny_bert, make_tiny_roberta
+from tests.model import modular_factory
+from tests.model.modular_factory import WIDTH, ettin, make_peer
+from tests.model_factory import make_tiny_bert, make_tiny_roberta, make_tiny_t5
 
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -180,3 +183,32 @@ def test_wrong_arguments(reranker: Path, capsys: pytest.CaptureFixture):
         cli.main(["export", "--model", str(reranker), "--format", "gguf"])
     assert cli.main(["export", "--model", "no/such-model"]) == 2
     assert "no/such-model" in capsys.readouterr().err
+
+
+@needs_onnx
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_model_of_modules_is_one_file_from_ids_to_score(pooling: str, tmp_path: Path):
+    make_peer(tmp_path, ettin(pooling))
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    done = export.export_onnx(model, tmp_path / "model")
+    assert done.file == tmp_path / "model" / "onnx" / "reranker.onnx"
+    raw = model.predict(PAIRS, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(scores_of(done.file, model, PAIRS), raw, atol=1e-4)
+    small = export.export_onnx(model, tmp_path / "model", dtype="int8").file
+    assert small.name == "reranker_qint8_avx512_vnni.onnx"
+
+
+@needs_onnx
+def test_an_encoder_decoder_is_one_file_from_ids_to_score(tmp_path: Path):
+    model = CrossEncoder(make_tiny_t5(tmp_path), device="cpu")
+    file = export.export_onnx(model, tmp_path).file
+    assert file.name == "reranker.onnx"
+    raw = model.predict(PAIRS, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(scores_of(file, model, PAIRS), raw, atol=1e-4)
+
+
+def test_pooling_that_leaves_a_prompt_out_is_refused(tmp_path: Path):
+    head = [Pooling(WIDTH, "mean", include_prompt=False), modular_factory.score()]
+    make_peer(tmp_path, head, prompts={"ask": "what is "}, default_prompt_name="ask")
+    with pytest.raises(ValueError, match="leaves out the tokens of a prompt, whose number is no"):
+        export.export_onnx(CrossEncoder(tmp_path / "model", device="cpu"), tmp_path)

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from rerank_fast.model import export
-from tests.model.family_table import BEGIN, END, FAMILIES, HEAD, ONNX, PAGE, row
-from tests.model.packed.test_encoder import make_model
+from tests.model.family_table import (
+    BEGIN,
+    END,
+    FAMILIES,
+    HEAD,
+    ONNX,
+    PAGE,
+    answers_of,
+    made,
+    row,
+)
 
 
 def committed() -> dict[str, str]:
@@ -35,7 +44,10 @@ def test_a_family_is_exported(name: str, tmp_path: Path):
     """At another batch size and length than those of the example."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(name).eval()
+    model = made(name).eval()
+    if answers_of(model) is not None:
+        model = export._Answering(model, answers_of(model)).eval()
+        model.config = model.model.config
     ids, mask = torch.randint(4, 97, (3, 17)), torch.ones(3, 17, dtype=torch.int64)
     example = {"input_ids": ids[:2, :9], "attention_mask": mask[:2, :9]}
     try:

@@ -312,7 +312,7 @@ def test_a_module_with_a_hook_must_be_called(place: int, tmp_path: Path):
 
 
 def test_their_logits_of_answers_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+    from rerank_fast.model.tokens.templates import QWEN3_RERANKER_TEMPLATE
     from tests.model_factory import make_tiny_qwen3
 
     path = make_tiny_qwen3(tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE)

@@ -23,7 +23,7 @@ from rerank_fast.model import preparation
 from rerank_fast.model.packed.linear import StepLinear
 from rerank_fast.model.precision import hardware
 from rerank_fast.model.scoring import is_out_of_memory
-from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.templates import QWEN3_RERANKER_TEMPLATE
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3, make_tokenizer
 
 CPU = torch.device("cpu")

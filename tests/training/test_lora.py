@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rerank_fast import CrossEncoder, Trainer
-from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.templates import QWEN3_RERANKER_TEMPLATE
 from rerank_fast.training.events import Event, TrainingInterrupted
 from tests.model_factory import make_tiny_qwen3, make_tiny_roberta
 from tests.training.conftest import config_for, make_lists, weights

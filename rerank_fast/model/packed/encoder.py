@@ -4,7 +4,10 @@ read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
+from rerank_fast.model.packed.architectures import Architecture, Decoder, PostNormLayer
 from rerank_fast.model.packed.compilation import Compiler, compiled_layer
 from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
 from rerank_fast.model.packed.graphs import EncoderGraphs
 from rerank_fast.model.packed.heads import cut, cut_head
-from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, Rows, run_layer
+from rerank_fast.model.packed.layers import (
+    EncodedBatch,
+    LayerBatch,
+    MicroBatch,
+    PostNormStep,
+    Rows,
+    dropped,
+    run_layer,
+)
 from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.norm import norm
 from rerank_fast.model.packed.pre_norm import has_kernels
@@ -51,24 +62,32 @@ class ReadyLayers:
             torch.is_grad_enabled(),
             architecture.word_embeddings.weight.device.type == "cpu",
         )
-        self._dtype, self.layers = dtype, []
+        self._dtype = dtype
+        self.layers: list[PostNormStep | PreNormStep] = []
+        self.decoder_layers: list[PreNormStep] = []
         # Without gradients a CPU lays weights out anew, one by one.
         self._copies = NarrowCopies() if grads or not on_cpu else None
+        options: dict[str, Any] = {"copies": self._copies, "adds_gradients": adds_gradients}
+        decoder = architecture.decoder
+        reads_one = architecture.pool is None and decoder is None
         for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = depth == len(architecture.layers) and architecture.pool is None
+            one_token = reads_one and depth == len(architecture.layers)
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            options = {
-                "one_token": one_token,
-                "copies": self._copies,
-                "trains": not compiles and (grads or make is PreNormStep),
-                "adds_gradients": adds_gradients,
-            }
-            self.layers.append(make(layer, dtype, num_tokens, **options))  # type: ignore[arg-type]
+            trains = not compiles and (grads or make is PreNormStep)
+            self.layers.append(
+                make(layer, dtype, num_tokens, one_token=one_token, trains=trains, **options)  # type: ignore[arg-type]
+            )
+        for decoders in () if decoder is None else decoder.layers:
+            self.decoder_layers.append(
+                PreNormStep(decoders, dtype, num_tokens, one_token=False, **options)
+            )
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether the modules have the weights still that they had, and products the dtype."""
         return dtype == self._dtype and all(
-            one.is_current() for layer in self.layers for one in layer.linears
+            one.is_current()
+            for layer in (*self.layers, *self.decoder_layers)
+            for one in layer.linears
         )
 
     def fill(self) -> None:
@@ -139,10 +158,13 @@ class PackedPairs:
                 architecture, dtype, len(tokens.input_ids), compiles=self.compiled is not None
             )
         ready.fill()
-        self.layers = ready.layers
-        self._rows, self._rows_of_tokens = weight, tokens.input_ids
+        self.layers, self.decoder_layers = ready.layers, ready.decoder_layers
+        ids = tokens.input_ids
+        if architecture.decoder is not None:  # behind them all: its row is gathered with theirs
+            ids = np.append(ids, architecture.decoder.start_token_id)
+        self._rows, self._rows_of_tokens = weight, ids
         if graphs is None and torch.is_grad_enabled() and weight.requires_grad:
-            used, self._rows_of_tokens = _distinct(tokens.input_ids, len(weight))
+            used, self._rows_of_tokens = _distinct(ids, len(weight))
             padding = architecture.word_embeddings.padding_idx
             unread = padding if padding is not None and padding in used else None
             self._rows = DistinctRows.apply(weight, upload(used, weight.device), unread)
@@ -203,24 +225,16 @@ class PackedPairs:
             reads_last=architecture.reads == "last",
         )
         prepared = [layer.prepare(batch) for layer in self.layers]
+        of_decoder = self._prepare_decoder(batch)
         before = random_state(device) if self._looks_at_draws else None
-        for layer, layer_batch in zip(self.layers, prepared, strict=True):
-            # One row to compute is no dynamic number of them: it would be a graph of its own.
-            run = (
-                run_layer
-                if self.compiled is None or (layer.one_token and len(lengths) == 1)
-                else self.compiled
-            )
-            if self.gradient_checkpointing:
-                wide, x = checkpoint(run, layer, wide, x, layer_batch, use_reentrant=False)
-            else:
-                wide, x = run(layer, wide, x, layer_batch)
-        if before is not None and not nothing_drawn(before, random_state(device)):
-            self.draws_by_row = False
-        if isinstance(self.layers[-1], PreNormStep) and isinstance(x, Tensor):
-            wide = wide + x
+        wide = self._run(self.layers, prepared, wide, x)
         if architecture.final_norm is not None:
             wide = norm(wide, architecture.final_norm)
+        wide = dropped(wide, architecture.final_dropout)
+        if architecture.decoder is not None:
+            wide = self._decoded(architecture.decoder, wide, of_decoder, batch)
+        if before is not None and not nothing_drawn(before, random_state(device)):
+            self.draws_by_row = False
         if architecture.pool is not None:
             owner = upload(np.repeat(np.arange(len(lengths)), lengths), device)
             wide = architecture.pool(wide, cu_seqlens, owner)
@@ -231,6 +245,47 @@ class PackedPairs:
         among_all = read.new_zeros(num_sequences, read.shape[1])
         among_all = among_all.index_copy(0, pairs, read[: len(pairs)])
         return architecture.head(among_all).to(wide.dtype).index_select(0, pairs)
+
+    def _run(
+        self,
+        layers: Sequence[PostNormStep | PreNormStep],
+        prepared: Sequence[LayerBatch],
+        wide: Tensor,
+        x: Rows | None,
+    ) -> Tensor:
+        """The residual stream behind all layers."""
+        for layer, batch in zip(layers, prepared, strict=True):
+            # One row to compute is no dynamic number of them: it would be a graph of its own.
+            one_row = len(batch.cu_queries) == 2 and batch.max_seqlens[0] == 1
+            run = run_layer if self.compiled is None or one_row else self.compiled
+            if self.gradient_checkpointing:
+                wide, x = checkpoint(run, layer, wide, x, batch, use_reentrant=False)
+            else:
+                wide, x = run(layer, wide, x, batch)
+        return wide + x if isinstance(layers[-1], PreNormStep) and isinstance(x, Tensor) else wide
+
+    def _prepare_decoder(self, batch: MicroBatch) -> list[LayerBatch]:
+        """For its one token of each sequence."""
+        single = replace(
+            batch,
+            cu_seqlens=batch.one_each,
+            lengths=np.ones_like(batch.lengths),
+            token_rows=batch.sequence_rows,
+        )
+        return [layer.prepare(single) for layer in self.decoder_layers]
+
+    def _decoded(
+        self, decoder: Decoder, encoded: Tensor, prepared: list[LayerBatch], batch: MicroBatch
+    ) -> Tensor:
+        """(N, H) of the token that the decoder starts with, from (T, H) of the encoder."""
+        # Wide enough for the stream, whatever the weights of the last norm are in.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        start = self._rows.narrow(0, int(self._rows_of_tokens[-1]), 1)
+        wide = decoder.embed(start.expand(len(batch.lengths), -1)).to(dtype)
+        reads = EncodedBatch(encoded.to(dtype), batch.cu_seqlens, int(batch.lengths.max()))
+        prepared = [replace(one, encoded=reads) for one in prepared]
+        wide = norm(self._run(self.decoder_layers, prepared, wide, None), decoder.final_norm)
+        return dropped(wide.to(dtype), decoder.final_dropout)
 
     def _embed(
         self, flat: np.ndarray, positions: np.ndarray, types: np.ndarray, places: np.ndarray | None

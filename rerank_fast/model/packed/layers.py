@@ -51,6 +51,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class EncodedBatch:
+    """What a decoder's layer reads beside its own rows."""
+
+    states: Tensor  # (T, H) of the encoder
+    cu_seqlens: Tensor  # (N + 1,) int32
+    longest: int  # most tokens of a sequence
+
+
+@dataclass(frozen=True)
 class LayerBatch:
     """What one layer reads of a micro-batch, made on the host: torch.compile traces what takes it.
 
@@ -69,6 +78,7 @@ class LayerBatch:
         None  # int32: the numbers in the dropout of the tokens that go on; None: their places
     )
     relative: RelativeBatch | None = None
+    encoded: EncodedBatch | None = None
 
 
 def run_layer(

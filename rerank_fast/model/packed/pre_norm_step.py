@@ -1,4 +1,4 @@
-"""One layer of a packed encoder that norms before each sublayer, as ModernBERT and decoders do."""
+"""One layer that norms before each sublayer, as ModernBERT, decoders and T5 do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.architectures import PreNormLayer
+from rerank_fast.model.packed.architectures import CrossAttention, PreNormLayer
 from rerank_fast.model.packed.layers import (
+    EncodedBatch,
     LayerBatch,
     MicroBatch,
     draw_seeds,
@@ -29,6 +30,7 @@ from rerank_fast.model.packed.pre_norm import (
     fused_layer,
     has_kernels,
 )
+from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.ops.varlen_attention import varlen_attention
 
 
@@ -53,17 +55,30 @@ class PreNormStep:
         trains: bool = False,
         adds_gradients: bool = False,
     ) -> None:
-        # Of the last layer most is computed for one token of each pair.
-        few = 0 if one_token else num_tokens
+        # Of the last layer most is computed for one token of each pair, of a decoder's all but keys
+        # and values of the encoded text.
+        few = 0 if one_token or layer.cross is not None else num_tokens
         self.layer, self.one_token, self.dtype = layer, one_token, dtype
         self.adds_gradients = adds_gradients
         # A step with gradients has one attention, also where a cache runs it first without.
         self.infers = not torch.is_grad_enabled()
-        self.projections = StepLinear(layer.projections, dtype, num_tokens, copies=copies)
+        rows = num_tokens if layer.cross is None else 0
+        self.projections = StepLinear(layer.projections, dtype, rows, copies=copies)
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
         self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
-        self.linears = linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        linears = [self.down, self.gate_up, self.attention_out, self.projections]
+        self.cross: CrossStep | None = None
+        if layer.cross is not None:
+            self.cross = CrossStep(layer, layer.cross, dtype, num_tokens, copies)
+        self.relative: RelativeStep | None = None
+        if layer.relative is not None:
+            self.relative = RelativeStep(layer.relative, layer.num_heads, dtype, copies)
+        self.linears = [
+            *linears,
+            *(() if self.cross is None else self.cross.linears),
+            *(() if self.relative is None else self.relative.linears),
+        ]
         self.parts: TrainedParts | None = None
         self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
         if not trains or copies is None or not all(one.has_weight for one in linears):
@@ -77,9 +92,20 @@ class PreNormStep:
             self.trained += self.parts.parameters
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
-        layer = self.layer
-        seeds = draw_seeds([share_of(layer.attention, layer.attention_dropout)])
+        layer, relative = self.layer, self.relative
+        seeds = draw_seeds(
+            [
+                share_of(layer.attention, layer.attention_dropout),
+                0.0 if self.cross is None else self.cross.dropout_p,
+                0.0 if relative is None else relative.dropout_p,
+            ]
+        )
         prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
+        if relative is not None:
+            # Where the last token is read, it stands beside the last key without being told to.
+            of_first = self.one_token and not batch.reads_last
+            first_of = len(batch.lengths) if of_first else None
+            prepared = replace(prepared, relative=relative.prepare(first_of, seeds[2]))
         if layer.rotary is not None:
             prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and not batch.reads_last and (layer.causal or layer.window is not None):
@@ -139,6 +165,8 @@ class PreNormStep:
         (attended,) = self._attended(batch, window, query, key, value)
         added = dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
         wide = wide + _normed(added, layer.post_attention_norm)
+        if self.cross is not None and batch.encoded is not None:
+            wide = wide + self.cross(wide, batch.encoded, batch)
         hidden = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype))
         if layer.gated:
             gate, up = hidden.chunk(2, dim=1)
@@ -152,7 +180,9 @@ class PreNormStep:
         self, batch: LayerBatch, window: tuple[int, int] | None, *heads: Tensor
     ) -> tuple[Tensor]:
         """Attention by whichever backend serves best."""
-        layer = self.layer
+        layer, relative = self.layer, None
+        if self.relative is not None and batch.relative is not None:
+            relative = self.relative(batch.relative)
         out = varlen_attention(
             *heads,
             batch.cu_queries,
@@ -163,9 +193,54 @@ class PreNormStep:
             dropout_p=share_of(layer.attention, layer.attention_dropout),
             seed=batch.seeds[0],
             rows=batch.rows,
+            relative=relative,
             max_seqlens=batch.max_seqlens,
         )
         return (out,)
+
+
+class CrossStep:
+    """A decoder layer's attention over the encoded text, its weights made ready for one step: one
+    query of each sequence.
+    """
+
+    def __init__(
+        self,
+        layer: PreNormLayer,
+        cross: CrossAttention,
+        dtype: torch.dtype,
+        num_tokens: int,
+        copies: NarrowCopies | None,
+    ) -> None:
+        self.layer, self.cross, self.dtype = layer, cross, dtype
+        self.query = StepLinear([cross.query], dtype, 0, copies=copies)
+        self.keys_values = StepLinear(cross.keys_values, dtype, num_tokens, copies=copies)
+        self.out = StepLinear([cross.out], dtype, 0, copies=copies)
+        self.linears = [self.query, self.keys_values, self.out]
+
+    @property
+    def dropout_p(self) -> float:
+        return share_of(self.cross.attention, self.cross.attention_dropout)
+
+    def __call__(self, wide: Tensor, encoded: EncodedBatch, batch: LayerBatch) -> Tensor:
+        """What is added to the (N, H) stream."""
+        cross, layer = self.cross, self.layer
+        query = self.query(norm(wide, cross.norm).to(self.dtype))
+        rows = self.keys_values(encoded.states.to(self.dtype))
+        key, value = rows.view(len(rows), 2, layer.num_heads, -1).unbind(1)
+        attended = varlen_attention(
+            query.view(len(query), layer.num_heads, -1),
+            key,
+            value,
+            batch.cu_queries,
+            encoded.cu_seqlens,
+            scale=layer.scale,
+            dropout_p=self.dropout_p,
+            seed=batch.seeds[1],
+            rows=batch.rows,
+            max_seqlens=(1, encoded.longest),
+        )
+        return dropped(self.out(attended.flatten(1)), cross.out_dropout)
 
 
 def _normed(x: Tensor, module: nn.Module | None) -> Tensor:

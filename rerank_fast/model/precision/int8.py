@@ -46,9 +46,11 @@ def quantize_linears(model: Any) -> None:
 
     The heads (pooler, classifier, vocabulary) stay: they are read once a pair and cost nothing.
     """
-    for name, parent in list(model.base_model.named_modules()):
+    base = model.base_model
+    vocabulary = base.get_output_embeddings() if base is model else None
+    for name, parent in list(base.named_modules()):
         if "pooler" in name.split("."):
             continue
         for child_name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child is not vocabulary:
                 setattr(parent, child_name, Int8Linear(quantize_weight(child.weight, child.bias)))

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from rerank_fast.model.modular.reranker import Entry
 from rerank_fast.model.storage.adapters import merged
@@ -21,8 +26,16 @@ from rerank_fast.model.texts import one_line, shown
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def is_causal(config: Any) -> bool:
-    return bool(config.architectures) and config.architectures[0].endswith("ForCausalLM")
+# Encoder-decoders that are rerankers as language models; others, as BART, classify.
+_ENCODER_DECODERS = tuple(f"{kind}ForConditionalGeneration" for kind in ("T5", "MT5", "UMT5"))
+
+
+def language_model(config: Any) -> Any:
+    """The class of transformers that opens a model which answers with a token; None for another."""
+    first = (config.architectures or [""])[0]
+    if first in _ENCODER_DECODERS:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM if first.endswith("ForCausalLM") else None
 
 
 def open_model(
@@ -62,8 +75,8 @@ def open_model(
     loader: Any = AutoModelForSequenceClassification
     if modular:
         loader = encoder_loader(checkpoint, entries, config)
-    elif is_causal(config):
-        loader = AutoModelForCausalLM
+    elif language_model(config) is not None:
+        loader = language_model(config)
     else:
         config.num_labels = 1
     files = check_weight_files(base, getattr(config, "transformers_weights", None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.card import CARD_FILE, Card, read_card
-from rerank_fast.model.modular.reranker import Entry, ModularReranker
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.storage.activations import is_torchs, make_activation
 from rerank_fast.model.storage.adapters import adapter_base
+from rerank_fast.model.storage.answers import find_answers
 from rerank_fast.model.storage.files import (
     SENTENCE_TRANSFORMERS_CONFIG,
     Checkpoint,
@@ -29,10 +30,16 @@ from rerank_fast.model.storage.modules import (
     text_limit,
 )
 from rerank_fast.model.storage.names import named_shortly
-from rerank_fast.model.storage.opening import check_place, is_causal, open_model, read_config
+from rerank_fast.model.storage.opening import (
+    check_place,
+    language_model,
+    open_model,
+    read_config,
+)
 from rerank_fast.model.storage.positions import max_positions
 from rerank_fast.model.storage.tokenizer import TokenizerSettings, load_tokenizer, lower_case
 from rerank_fast.model.texts import check_text, shown
+from rerank_fast.model.tokens.tokenization import carries_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ class LoadedModel:
     activation_fn: Callable[[Tensor], Tensor] | None
     card: Card | None  # README.md; of the encoder where the checkpoint has no trained head
     has_head: bool
-    answers: Answers | None  # of a causal language model
+    answers: Answers | None  # of a language model
     prompts: dict[str, str]  # by name
     default_prompt_name: str | None
     keep_in_fp32_modules: list[str]  # linear layers, by sentence-transformers' names
@@ -62,8 +69,14 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    template: str | None = None,
+    answers: str | tuple[str, str] | None = None,
 ) -> LoadedModel:
     """Open a checkpoint with one label; see CrossEncoder.
+
+    Args:
+        template: chat template of a language model, in the place of its tokenizer's.
+        answers: the words that a language model answers with, in the place of those of its files.
 
     Raises:
         ValueError: a file is missing, damaged, holds something else than is expected of it, or
@@ -98,8 +111,20 @@ def load(
             path_or_hub_id,
             named_shortly(untrained),
         )
-    causal = not isinstance(model, ModularReranker) and is_causal(config)
-    answers = _answers(checkpoint, tokenizer, entries) if causal else None
+    answers_of: Answers | None = None
+    if not isinstance(model, ModularReranker) and language_model(config) is not None:
+        answers_of = find_answers(checkpoint.name, tokenizer, config, entries, answers)
+    elif template is not None or answers is not None:
+        raise ValueError(
+            f"{path_or_hub_id} is no language model: expected template=None and answers=None"
+        )
+    if template is not None:
+        tokenizer.chat_template = check_text(template, "template")
+        if not carries_pairs(tokenizer):
+            raise ValueError(
+                "template can't carry a pair: expected a chat template that renders messages of "
+                f"the roles query and document, got {shown(template)}"
+            )
     fp32 = keep_in_fp32(
         f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
         model,
@@ -125,7 +150,7 @@ def load(
         _saved_activation(checkpoint, config, saved) if not untrained else None,
         _saved_card(checkpoint),
         not untrained,
-        answers,
+        answers_of,
         prompts,
         default_prompt_name,
         fp32,
@@ -143,29 +168,6 @@ def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, s
     if default is not None and not (isinstance(default, str) and default in prompts):
         raise ValueError(f"{where} names the default prompt {default}, but has {[*prompts]}")
     return prompts, default
-
-
-def _answers(checkpoint: Checkpoint, tokenizer: Any, entries: Sequence[Entry]) -> Answers:
-    """The tokens that a causal model answers with: those that were saved, else yes and no."""
-    for entry in entries:
-        if entry.kind == "LogitScore":
-            file, saved = f"{entry.path}/config.json", entry.config
-            answers: list[Any] = [saved.get("true_token_id"), saved.get("false_token_id")]
-            known = [type(one) is int and 0 <= one < len(tokenizer) for one in answers]
-            if not known[0] or not (known[1] or answers[1] is None):
-                raise ValueError(
-                    f"{checkpoint.name}/{file}: expected true_token_id and false_token_id below "
-                    f"{len(tokenizer)}, the tokens of the vocabulary, got {answers[0]!r:.40} and "
-                    f"{answers[1]!r:.40}"
-                )
-            return Answers(*answers)
-    vocabulary = tokenizer.get_vocab()
-    if "yes" not in vocabulary or "no" not in vocabulary:
-        raise ValueError(
-            f"{checkpoint.name} is a causal language model whose tokenizer has no token yes or no; "
-            "expected these, or a LogitScore module as sentence-transformers saves it"
-        )
-    return Answers(vocabulary["yes"], vocabulary["no"])
 
 
 def _saved_activation(

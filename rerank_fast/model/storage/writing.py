@@ -45,6 +45,7 @@ def save(
     tokenizer_settings: TokenizerSettings,
     entries: Sequence[Entry],
     answers: Answers | None,
+    encoder_decoder: bool,
     prompts: Mapping[str, str],
     default_prompt_name: str | None,
     keep_in_fp32_modules: list[str],
@@ -65,7 +66,7 @@ def save(
         with quiet_transformers():
             model.save_pretrained(staging)
             tokenizer_settings.save(tokenizer, staging, max_length)
-        files = _module_files(entries or _plain_entries(answers))
+        files = _module_files(entries or _plain_entries(answers, encoder_decoder))
         files[SENTENCE_TRANSFORMERS_CONFIG] = _settings(
             activation_fn, prompts, default_prompt_name, keep_in_fp32_modules
         )
@@ -124,7 +125,7 @@ def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
     return files
 
 
-def _plain_entries(answers: Answers | None) -> list[Entry]:
+def _plain_entries(answers: Answers | None, encoder_decoder: bool) -> list[Entry]:
     """The modules of a Hugging Face model that gives the score itself, or the logits of answers."""
     transformer = "sentence_transformers.base.modules.transformer.Transformer"
     output = {"method": "forward", "method_output_name": "logits"}
@@ -136,7 +137,8 @@ def _plain_entries(answers: Answers | None) -> list[Entry]:
         }
         return [Entry("0", transformer, "", config)]
     config = {
-        "transformer_task": "text-generation",
+        # Of the second sentence-transformers knows nothing, and says so.
+        "transformer_task": "text2text-generation" if encoder_decoder else "text-generation",
         "modality_config": {"text": output, "message": output | {"format": "flat"}},
         "module_output_name": "causal_logits",
     }

@@ -18,27 +18,11 @@ from tokenizers import Encoding
 
 from rerank_fast.model.texts import Pair
 from rerank_fast.model.tokens.packing import TokenizedPairs
+from rerank_fast.model.tokens.templates import MONO_T5_TEMPLATE, QWEN3_RERANKER_TEMPLATE
 
 CHUNK = 1024  # pairs tokenised together: enough for a tokenizer's threads, little memory for ids
 CHARACTERS = 1 << 20  # of a tokenizer call's texts; until these are cut, each takes 100 bytes
 _QUERY, _DOCUMENT = 2**32 - 1, 2**32 - 2  # ids that no vocabulary has
-
-# Qwen3-Reranker's published prompt, as a chat template with the roles that sentence-transformers
-# gives a pair. Its instruction is a system message.
-QWEN3_RERANKER_TEMPLATE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
-    "the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: {{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | "
-    "first "
-    "| default('Given a web search query, retrieve relevant passages that answer the query') }}\n"
-    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first "
-    "}}\n"
-    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | "
-    "first }}"
-    # Jinja drops a newline at the end of a template.
-    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>{{ '\\n\\n' }}"
-)
 
 
 def chunks(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
@@ -205,45 +189,31 @@ class PairTokenizer:
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """The same for a causal reranker: the tokenizer's chat template is filled with the roles query
+    """The same for a language model: the tokenizer's chat template is filled with the roles query
     and document.
+
+    One that can't carry a pair gives way to monoT5's where there is an encoder, else to
+    Qwen3-Reranker's.
     """
 
     tokenizer: Any
+    encoder_decoder: bool = False
 
     def __post_init__(self) -> None:
-        if not _carries_pairs(self._render):
-            if "<|im_start|>" not in self.tokenizer.get_vocab():
+        if not carries_pairs(self.tokenizer):
+            if self.encoder_decoder:
+                self.tokenizer.chat_template = MONO_T5_TEMPLATE
+            elif "<|im_start|>" in self.tokenizer.get_vocab():
+                self.tokenizer.chat_template = QWEN3_RERANKER_TEMPLATE
+            else:
                 raise ValueError(
                     "the tokenizer's chat template can't carry a pair: expected one that renders "
-                    "messages of the roles query and document, and the one that Qwen3-Reranker "
-                    "has needs the token <|im_start|>"
+                    "messages of the roles query and document, in the files or as template=, and "
+                    "the one that Qwen3-Reranker has needs the token <|im_start|>"
                 )
-            self.tokenizer.chat_template = QWEN3_RERANKER_TEMPLATE
-        # The score is read from the last token, which must be the prompt's own.
-        self.tokenizer.padding_side = "left"
-
-    def _render(self, pair: Pair, prompt: str | None = None) -> str:
-        messages = [{"role": "query", "content": pair[0]}, {"role": "document", "content": pair[1]}]
-        if prompt:
-            messages.insert(0, {"role": "system", "content": prompt})
-        if self._structured:
-            messages = [
-                {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}  # type: ignore[dict-item]
-                for message in messages
-            ]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
-
-    @property
-    def _structured(self) -> bool:
-        """Whether the template wants each content as a list of parts; read as sentence-transformers
-        reads it.
-        """
-        template = str(self.tokenizer.chat_template)
-        return any(
-            part in template
-            for part in ("content[0]", ".type", "'type'", '"type"', "message.content[")
-        )
+        if not self.encoder_decoder:
+            # The score is read from the last token, which must be the prompt's own.
+            self.tokenizer.padding_side = "left"
 
     def __call__(
         self, pairs: Sequence[Pair], max_length: int, prompt: str | None = None
@@ -253,7 +223,7 @@ class PromptTokenizer:
         Of these the end of the pair goes, and the prompt's stays; where the tokenizer's truncation
         side is left, the beginning goes. The prompt, or instruction, is a system message.
         """
-        texts = (self._render(pair, prompt) for pair in pairs)
+        texts = (_rendered(self.tokenizer, pair, prompt) for pair in pairs)
         side = self.tokenizer.truncation_side
         rows, truncated = [], []
         for n, ids in enumerate(_tokens(self.tokenizer, texts)):
@@ -268,7 +238,7 @@ class PromptTokenizer:
 
     def _ending(self, prompt: str | None) -> list[int]:
         """The tokens that follow every document."""
-        texts = [self._render((text, text), prompt) for text in ("0", "1 2 3 4")]
+        texts = [_rendered(self.tokenizer, (text, text), prompt) for text in ("0", "1 2 3 4")]
         one, other = _tokens(self.tokenizer, texts)
         same = 0
         while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
@@ -276,15 +246,37 @@ class PromptTokenizer:
         return one[len(one) - same :]
 
 
-def _carries_pairs(render: Any) -> bool:
-    """Whether both texts reach the prompt."""
+def carries_pairs(tokenizer: Any) -> bool:
+    """Whether both texts of a pair reach the prompt that a tokenizer's chat template makes."""
     try:
         base, query, document = (
-            render(pair) for pair in (("a1", "b2"), ("c3", "b2"), ("a1", "d4"))
+            _rendered(tokenizer, pair) for pair in (("a1", "b2"), ("c3", "b2"), ("a1", "d4"))
         )
     except Exception:  # no template, or one that refuses the roles
         return False
     return base not in (query, document)
+
+
+def _rendered(tokenizer: Any, pair: Pair, prompt: str | None = None) -> str:
+    """The template with a pair, and a prompt as its system message."""
+    messages = [{"role": "query", "content": pair[0]}, {"role": "document", "content": pair[1]}]
+    if prompt:
+        messages.insert(0, {"role": "system", "content": prompt})
+    if _structured(str(tokenizer.chat_template)):
+        messages = [
+            {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}  # type: ignore[dict-item]
+            for message in messages
+        ]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _structured(template: str) -> bool:
+    """Whether a template wants each content as a list of parts; read as sentence-transformers reads
+    it.
+    """
+    return any(
+        part in template for part in ("content[0]", ".type", "'type'", '"type"', "message.content[")
+    )
 
 
 def _flat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,22 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from rerank_fast import CrossEncoder, score
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
 from rerank_fast.model.packed import compilation
 from rerank_fast.model.packed.compilation import check_compiler
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.preparation import prepare_packed
 from rerank_fast.model.tokens.packing import plan_micro_batches
-from tests.model.packed.test_encoder import WITHOUT_TYPES, make_model, make_tokens, relative_errors
+from tests.model.modular_factory import PAIRS, ettin, make_peer
+from tests.model.packed.test_encoder import (
+    WITHOUT_TYPES,
+    gradients,
+    make_model,
+    make_tokens,
+    relative_errors,
+)
+from tests.model.test_encoder_decoders import ANSWERS, make_t5
 
 DROPOUT = {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.2}
 
@@ -145,6 +155,32 @@ def test_debertas_relative_positions(new_graphs: Callable[[], int]):
     expected = two_steps(model, dtype=torch.float32)
     assert_the_same(two_steps(model, dtype=torch.float32, compiler="aot_eager"), expected)
     assert new_graphs() == 2
+
+
+def test_the_layers_under_modules(tmp_path: Path, new_graphs: Callable[[], int]):
+    make_peer(tmp_path, ettin("cls"), "bert")
+    found = []
+    new_graphs()
+    for compiler in (None, "aot_eager"):
+        model = CrossEncoder(tmp_path / "model", device="cpu")
+        if compiler is not None:
+            model.compile(backend=compiler)
+        scores = score(model.prepare(model.tokenize(PAIRS)))
+        found.append((scores.detach(), gradients(model, scores, torch.ones(len(PAIRS)))))
+    assert_the_same(found[1], found[0])
+    assert new_graphs() == 2
+
+
+def test_t5s_relative_bias_and_attention_over_what_is_encoded(new_graphs: Callable[[], int]):
+    model, found = make_t5("t5-1.1", num_layers=1, num_decoder_layers=1).eval(), []
+    new_graphs()
+    tokens = make_tokens([9, 4, 1, 7], types=False)
+    for compiler in (None, "aot_eager"):
+        step = prepare_packed(model, tokens, answers=ANSWERS, compiler=compiler)
+        scores = torch.cat([step(np.arange(3)), step(np.arange(2, 4))])
+        found.append((scores.detach(), gradients(model, scores, torch.ones(5))))
+    assert_the_same(found[1], found[0])
+    assert new_graphs() <= 2  # a layer of the encoder, and of the decoder
 
 
 def test_inductor_gives_the_eager_numbers(bert: torch.nn.Module, new_graphs: Callable[[], int]):

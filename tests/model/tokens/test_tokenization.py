@@ -28,7 +28,8 @@ from transformers import (
 from rerank_fast import CrossEncoder
 from rerank_fast.model.tokens import tokenization
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.model.tokens.tokenization import QWEN3_RERANKER_TEMPLATE, PairTokenizer
+from rerank_fast.model.tokens.templates import QWEN3_RERANKER_TEMPLATE
+from rerank_fast.model.tokens.tokenization import PairTokenizer
 from tests.model_factory import make_tiny_bert, make_tiny_qwen3, make_tokenizer
 
 MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("r", "a"), ("ra", "in")]

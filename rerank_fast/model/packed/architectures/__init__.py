@@ -36,9 +36,17 @@ from rerank_fast.model.packed.architectures.roberta_kin import (
     xmod_body,
 )
 from rerank_fast.model.packed.architectures.rotary_bert import rotary_bert_body
+from rerank_fast.model.packed.architectures.t5 import (
+    ENCODER_DECODERS,
+    start_token_id,
+    t5_body,
+    t5_encoder_body,
+)
 from rerank_fast.model.packed.architectures.views import (
     Architecture,
     Body,
+    CrossAttention,
+    Decoder,
     HeadParts,
     PostNormLayer,
     PreNormLayer,
@@ -49,6 +57,8 @@ from rerank_fast.model.packed.linear import must_be_called
 
 __all__ = [
     "Architecture",
+    "CrossAttention",
+    "Decoder",
     "HeadParts",
     "PostNormLayer",
     "PreNormLayer",
@@ -56,6 +66,7 @@ __all__ = [
     "find_architecture",
     "find_head_parts",
     "reason_to_pad",
+    "start_token_id",
 ]
 
 T = TypeVar("T")
@@ -85,6 +96,10 @@ _BODIES: dict[str, Callable[[Any], Body | str | None]] = {
     "GemmaModel": gemma_body,
     "Gemma2Model": gemma2_body,
     "Gemma3TextModel": gemma3_body,
+    "T5EncoderModel": t5_encoder_body,
+    "MT5EncoderModel": t5_encoder_body,
+    "T5ForConditionalGeneration": t5_body,
+    "MT5ForConditionalGeneration": t5_body,
 }
 
 _READINGS: dict[str, Callable[[Any], Reading | str | None]] = {
@@ -163,11 +178,11 @@ def _reading(model: Any, answers: Answers | None) -> Reading | str | None:
         return modular_reading(model)
     if answers is None:
         return _of_transformers(model, _READINGS)
-    head = find_answer_head(model, answers)
-    if head is None and own_class(model).__name__ not in CAUSAL_FAMILIES:
+    head, name = find_answer_head(model, answers), own_class(model).__name__
+    if head is None and name not in (*CAUSAL_FAMILIES, *ENCODER_DECODERS):
         return _unknown(model)
     if head is None and getattr(model.config, "final_logit_softcapping", None) is not None:
-        return f"this {own_class(model).__name__} caps its logits"
+        return f"this {name} caps its logits"
     return None if head is None else Reading(head=head, reads="last")
 
 
@@ -200,11 +215,8 @@ def _unknown_part(model: Any, found: Architecture) -> str:
     without hooks.
     """
     base = model.base_model
-    heads = [
-        part
-        for part in (*model.children(), getattr(base, "pooler", None))
-        if part not in (None, base)
-    ]
+    above = [model.get_output_embeddings()] if base is model else model.children()
+    heads = [part for part in (*above, getattr(base, "pooler", None)) if part not in (None, base)]
     others = (
         getattr(base, name, None) for name in ("embeddings", "embeddings_project", "rotary_emb")
     )
@@ -247,7 +259,7 @@ def _asks_for_gradients(module: nn.Module) -> bool:
 
 def _called(found: Architecture) -> Iterator[nn.Module]:
     """What packed execution calls of the layers and after them."""
-    for layer in found.layers:
+    for layer in (*found.layers, *(() if found.decoder is None else found.decoder.layers)):
         parts = [layer.attention_out, layer.activation, layer.down]
         if isinstance(layer, PostNormLayer):
             parts += [layer.query, layer.key, layer.value, layer.up, layer.gate, layer.mlp_dropout]
@@ -259,11 +271,14 @@ def _called(found: Architecture) -> Iterator[nn.Module]:
             parts += [*layer.projections, *layer.gate_up, layer.query_norm, layer.key_norm]
             parts += [layer.attention_out_dropout, layer.mlp_dropout, layer.down_dropout]
             parts += [layer.post_attention_norm, layer.post_mlp_norm]
-            parts += [
-                one
-                for one in (layer.attention_norm, layer.mlp_norm)
-                if not isinstance(one, nn.LayerNorm)
-            ]
+            norms = [layer.attention_norm, layer.mlp_norm]
+            if layer.cross is not None:
+                parts += [layer.cross.query, *layer.cross.keys_values, layer.cross.out]
+                parts.append(layer.cross.out_dropout)
+                norms.append(layer.cross.norm)
+            parts += [one for one in norms if not isinstance(one, nn.LayerNorm)]
         yield from (part for part in parts if isinstance(part, nn.Module))
     if found.final_norm is not None and not isinstance(found.final_norm, nn.LayerNorm):
         yield found.final_norm
+    if found.decoder is not None:
+        yield found.decoder.final_norm

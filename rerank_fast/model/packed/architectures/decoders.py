@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.architectures.views import Body, PreNormLayer, Reading
+from rerank_fast.model.packed.architectures.t5 import ENCODER_DECODERS, answer_scale
+from rerank_fast.model.packed.architectures.views import (
+    Body,
+    HeadParts,
+    PreNormLayer,
+    Reading,
+)
 from rerank_fast.model.packed.heads import AnswerHead, Answers, own_class
 
 # Their logits are the last hidden states times the vocabulary and nothing else.
@@ -103,15 +109,16 @@ def decoder_reading(model: Any) -> Reading | None:
         head=lambda last: model.score(last).squeeze(1),
         reads="last",
         unread_token_id=model.config.pad_token_id,
+        parts=HeadParts(pooling="lasttoken", out=model.score),
     )
 
 
 def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
-    """The head of a causal model whose score is the last hidden state times the vocabulary; None
+    """The head of a language model whose score is the last hidden state times the vocabulary; None
     for another.
     """
-    vocabulary = model.get_output_embeddings()
-    if own_class(model).__name__ not in CAUSAL_FAMILIES or type(vocabulary) is not nn.Linear:
+    vocabulary, name = model.get_output_embeddings(), own_class(model).__name__
+    if name not in (*CAUSAL_FAMILIES, *ENCODER_DECODERS) or type(vocabulary) is not nn.Linear:
         return None
     if (
         not own_class(model).__module__.startswith("transformers.models.")
@@ -123,5 +130,7 @@ def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
         [] if answers.false_token_id is None else [answers.false_token_id]
     )
     rows = F.embedding(torch.tensor(ids, device=vocabulary.weight.device), vocabulary.weight)
+    if name in ENCODER_DECODERS:
+        rows = rows * answer_scale(model)
     bias = None if vocabulary.bias is None else vocabulary.bias[ids]
     return AnswerHead(rows, bias)

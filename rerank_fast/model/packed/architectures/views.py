@@ -67,8 +67,23 @@ class PostNormLayer:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """A decoder's attention over the encoded text: norm, attention, add. Its heads are as many and
+    as wide as those of the layer's own attention.
+    """
+
+    norm: nn.Module
+    query: nn.Module
+    keys_values: list[nn.Module]  # the keys', and the values'
+    attention: nn.Module  # says whether it is training
+    attention_dropout: float
+    out: nn.Module
+    out_dropout: nn.Module | None
+
+
+@dataclass(frozen=True)
 class PreNormLayer:
-    """A layer as ModernBERT, Llama and Qwen have it: norm, attention, add; norm, feed-forward,
+    """A layer as ModernBERT, Llama, Qwen and T5 have it: norm, attention, add; norm, feed-forward,
     add.
     """
 
@@ -96,9 +111,24 @@ class PreNormLayer:
     gated: bool = True  # False: gate_up is one module, and nothing is multiplied
     post_attention_norm: nn.Module | None = None  # of what attention adds
     post_mlp_norm: nn.Module | None = None  # of what the feed-forward adds
+    relative: RelativeTerms | None = None  # of a layer neither causal nor with a window
+    cross: CrossAttention | None = None  # between attention and feed-forward
 
 
 Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Of an encoder-decoder that answers with one token: what it makes of the token it starts with
+    is what the head sees.
+    """
+
+    start_token_id: int
+    embed: Callable[[Tensor], Tensor]  # rows of the word embeddings, (N, H) -> (N, H)
+    layers: Sequence[PreNormLayer]
+    final_norm: nn.Module
+    final_dropout: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +140,8 @@ class Body:
     embed: Callable[[Tensor, Tensor, Tensor], Tensor]
     layers: Sequence[PostNormLayer | PreNormLayer]
     final_norm: nn.Module | None = None
+    final_dropout: nn.Module | None = None
+    decoder: Decoder | None = None
     rotary: Rotary | None = None  # hidden states and positions -> cosines and sines by name
     pad_position: int | None = (
         None  # RoBERTa and its kin count positions from here + 1, a padding token has this
