@@ -177,14 +177,21 @@ class PreNormStep:
         return wide + _normed(added, layer.post_mlp_norm), None
 
     def _attended(
-        self, batch: LayerBatch, window: tuple[int, int] | None, *heads: Tensor
+        self,
+        batch: LayerBatch,
+        window: tuple[int, int] | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor]:
         """Attention by whichever backend serves best."""
         layer, relative = self.layer, None
         if self.relative is not None and batch.relative is not None:
             relative = self.relative(batch.relative)
         out = varlen_attention(
-            *heads,
+            query,
+            key,
+            value,
             batch.cu_queries,
             batch.cu_keys,
             scale=layer.scale,
