@@ -18,7 +18,9 @@ _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?:\w+\.)?([^']+)'.*")
 _PLAINLY = (
     (r'Parser key "(?:\w+\.)?(\w+)":?', r"--\1:"),
     (r"^argument (--\w+)(?:/--[\w-]+)*:", r"\1:"),
-    (r"^(Unexpected config|Problems parsing config)", r"--config: \1"),
+    (r"^Unexpected config: ?(.*)", r"--config: expected settings as in {seed: 1}, got '\1'"),
+    (r"^Problems parsing config", r"--config: not YAML"),
+    (r' in "<unicode string>"', ""),
     (r"<class 'NoneType'>|NoneType", "null"),
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.Literal\[", "one of ["),

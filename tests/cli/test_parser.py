@@ -77,8 +77,9 @@ def test_a_wrong_usage_is_answered_in_two_lines(
         ("lerning_rate: 3", "unknown key lerning_rate; did you mean learning_rate?"),
         ("lerning-rate: 3", "did you mean learning_rate?"),
         ("max_steps: many", "--max_steps: "),
-        ("[1, 2]", "--config: "),
-        ("a: [", "--config: "),
+        ("[1, 2]", "--config: expected settings as in {seed: 1}, got '[1, 2]'"),
+        ("", "--config: expected settings as in {seed: 1}, got ''"),
+        ("a: [", "--config: not YAML: "),
     ],
 )
 def test_so_is_a_wrong_yaml_file(text: str, expected: str, tmp_path, capsys: pytest.CaptureFixture):
