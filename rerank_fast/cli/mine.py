@@ -232,8 +232,11 @@ def _sentence_transformer(path: str) -> Any:
             "--retriever with a model needs sentence-transformers: pip install "
             "sentence-transformers"
         ) from error
+    from rerank_fast.model.storage.files import quiet_transformers
+
     try:
-        return SentenceTransformer(path)
+        with quiet_transformers():
+            return SentenceTransformer(path)
     except Exception as error:  # of many kinds: network, missing files, wrong configuration
         raise ValueError(
             f"--retriever {path} is no sentence-transformers model: {error}"

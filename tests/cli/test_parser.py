@@ -58,8 +58,13 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["train", "--max_steps", "many"], "--max_steps: "),
         (["train", "--precision", "fp8"], "--precision: "),
         (["train", "--max_steps"], "--max_steps: expected"),
-        (["score", "--model", "m"], "--input, --output"),
-        (["train", "--model", "m"], "train needs --model and --train, or --recipe"),
+        (["score", "--model", "m"], "rerank-fast score: error: --input, --output must be given"),
+        (["train"], "rerank-fast train: error: train needs --model and --train, or --recipe"),
+        (["--completion", "fish"], "error: --completion: expected one of 'bash', 'zsh', got fish"),
+        (
+            ["convert", "--model", "m", "--output", "o", "--head", "x"],
+            "--head: expected one of ['modular', 'classification', null], got x",
+        ),
         (["evaluate", "--model", "m", "--columns", "[1]"], "--columns: "),
     ],
 )
