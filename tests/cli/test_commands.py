@@ -385,6 +385,7 @@ def test_mine_with_an_encoder_and_a_cross_encoder(
             "2",
         ),
     )
+    capsys.readouterr()
     assert cli.main(arguments) == 0
     said = capsys.readouterr()
     assert "candidates skipped by max_score 0.9999" in said.out
