@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "train":
             # A setting that has its default may have been asked for all the same.
             given = parser.parse_args(arguments, defaults=False).train
-            train.check(options, given.as_dict(), parser.error)
+            train.check(options, given.as_dict(), parser.of_command(command).error)
         _FILES[command].run(dict(options))
     except KeyboardInterrupt:
         return 130

@@ -65,7 +65,10 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     parser.add_argument(
-        "--max_length", type=int | None, default=None, help="longest pair in tokens"
+        "--max_length",
+        type=int | None,
+        default=None,
+        help="longest pair in tokens; the model's own if left out",
     )
     parser.add_argument(
         "--dtype",
@@ -77,7 +80,10 @@ def make_parser() -> CommandParser:
         "one",
     )
     parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="most pairs per forward pass"
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="most pairs per forward pass; left out, their tokens decide",
     )
     parser.finish(
         {

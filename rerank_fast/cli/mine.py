@@ -96,14 +96,17 @@ def _add_scorers(mine: CommandParser) -> None:
         "--embedding_dtype",
         type=Literal["float32", "float16"],
         default="float32",
-        help="in which they are kept",
+        help="of the embeddings that are kept",
     )
     mine.add_argument("--use_faiss", action="store_true", help="search with FAISS instead of torch")
     mine.add_argument(
         "--cross_encoder", type=str | None, default=None, help="rescores: directory or hub id"
     )
     mine.add_argument(
-        "--max_length", type=int | None, default=None, help="of the cross-encoder's pairs in tokens"
+        "--max_length",
+        type=int | None,
+        default=None,
+        help="longest pair of the cross-encoder in tokens",
     )
     mine.add_argument(
         "--dtype", type=str | None, default=None, help="of its weights; auto: the fastest"
@@ -142,7 +145,7 @@ def _add_choice(mine: CommandParser) -> None:
         "--relative_margin",
         type=float | None,
         default=None,
-        help="the same as a fraction of the positive's score",
+        help="that distance as a fraction of the positive's score",
     )
 
 
@@ -229,8 +232,11 @@ def _sentence_transformer(path: str) -> Any:
             "--retriever with a model needs sentence-transformers: pip install "
             "sentence-transformers"
         ) from error
+    from rerank_fast.model.storage.files import quiet_transformers
+
     try:
-        return SentenceTransformer(path)
+        with quiet_transformers():
+            return SentenceTransformer(path)
     except Exception as error:  # of many kinds: network, missing files, wrong configuration
         raise ValueError(
             f"--retriever {path} is no sentence-transformers model: {error}"

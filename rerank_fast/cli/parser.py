@@ -14,11 +14,14 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from rerank_fast.cli.help import Help, arrange
 
 _REQUIRED = re.compile(r"arguments are required: (.*)")
+_UNKNOWN_COMMAND = re.compile(r"(?<!--completion: )invalid choice: '?([^' ]*)")
 _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?:\w+\.)?([^']+)'.*")
 _PLAINLY = (
     (r'Parser key "(?:\w+\.)?(\w+)":?', r"--\1:"),
     (r"^argument (--\w+)(?:/--[\w-]+)*:", r"\1:"),
-    (r"^(Unexpected config|Problems parsing config)", r"--config: \1"),
+    (r"^Unexpected config: ?(.*)", r"--config: expected settings as in {seed: 1}, got '\1'"),
+    (r"^Problems parsing config", r"--config: not YAML"),
+    (r' in "<unicode string>"', ""),
     (r"<class 'NoneType'>|NoneType", "null"),
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.Literal\[", "one of ["),
@@ -27,6 +30,8 @@ _PLAINLY = (
         r"expected one of \1, got ",
     ),
     (r"Expected an? (.*)\. Got value: ", r"expected \1, got "),
+    (r"expected one of one of \[(.*?)\], null", r"expected one of [\1, null]"),
+    (r"invalid choice: '(.*)' \(choose from (.*)\)", r"expected one of \2, got \1"),
 )
 
 
@@ -38,6 +43,11 @@ class CommandParser(ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
+
+    def of_command(self, name: str) -> CommandParser:
+        """Of one of the commands that were added."""
+        assert self._subcommands_action is not None
+        return self._subcommands_action.choices[name]
 
     def finish(self, groups: Mapping[str, Sequence[str]]) -> None:
         """Once all options are there: hyphens, and the groups in which --help shows them."""
@@ -72,11 +82,17 @@ class CommandParser(ArgumentParser):
         return super()._check_value_key(action, value, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
+        parser = getattr(ex, "subcommand_parser", None) or self._asked(message)
         prog = parser.prog.replace(" [options]", "")
         print(f"{prog}: error: {parser._explained(message)}", file=sys.stderr)
         print(f"{prog} --help shows what there is", file=sys.stderr)
         self.exit(2)
+
+    def _asked(self, message: str) -> CommandParser:
+        """The parser of the command that lacks an argument; this one for any other message."""
+        missing = _REQUIRED.search(message)
+        known = self._subcommands_action.choices if self._subcommands_action else {}
+        return known.get(missing[1].partition(".")[0], self) if missing else self
 
     def _explained(self, message: str) -> str:
         message = " ".join(message.split())
@@ -91,7 +107,7 @@ class CommandParser(ArgumentParser):
         if match := _UNKNOWN_KEY.search(message):
             return f"unknown key {match[1]}{_nearest(match[1], names)}"
         commands = list(self._subcommands_action.choices) if self._subcommands_action else []
-        if commands and (match := re.search(r"invalid choice: '?([^' ]*)", message)):
+        if commands and (match := _UNKNOWN_COMMAND.search(message)):
             known = f"; there are {', '.join(commands)}"
             return f"unknown command {match[1]}{_nearest(match[1], commands) or known}"
         if commands and "was not provided" in message:

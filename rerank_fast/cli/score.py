@@ -50,10 +50,16 @@ def make_parser() -> CommandParser:
         help="auto, int8, bfloat16 ...; the checkpoint's own if left out",
     )
     parser.add_argument(
-        "--max_length", type=int | None, default=None, help="longest pair in tokens"
+        "--max_length",
+        type=int | None,
+        default=None,
+        help="longest pair in tokens; the model's own if left out",
     )
     parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="most pairs per forward pass"
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="most pairs per forward pass; left out, their tokens decide",
     )
     parser.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
     parser.add_argument("--prompt", type=str | None, default=None, help="goes before each query")

@@ -59,8 +59,10 @@ def parse_address(source: str, split: str | None = None) -> Address:
     """A path or NAME:CONFIG[SPLIT]; a directory may have a split too.
 
     Raises:
-        ValueError: both the name and the caller give a split, and not the same.
+        ValueError: both the name and the caller give a split, and not the same; the name is empty.
     """
+    if not source:  # of a shell's variable that is not set; as a path it is this directory
+        raise ValueError("expected a path or a hub id, got ''")
     if os.path.exists(source):
         return Address(source, split=split)
     name, config, own = source, None, None

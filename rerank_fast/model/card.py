@@ -21,7 +21,7 @@ from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.heads import own_class
 
 if TYPE_CHECKING:
-    from rerank_fast.model.cross_encoder import CrossEncoder
+    from rerank_fast.model.pretrained import PretrainedModel
 
 CARD_FILE = "README.md"
 PLOT_FILE = "training.png"
@@ -195,7 +195,7 @@ def _architecture(model: Any) -> str:
     return ", ".join(own_class(part).__name__ for part in parts)
 
 
-def details(model: CrossEncoder) -> str:
+def details(model: PretrainedModel) -> str:
     """What the model is, as a list."""
     config, metadata = model.model.config, model.card_metadata
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -224,7 +224,7 @@ def details(model: CrossEncoder) -> str:
     return "\n".join(["## Model details", "", *lines])
 
 
-def sources_and_architecture(model: CrossEncoder) -> str:
+def sources_and_architecture(model: PretrainedModel) -> str:
     """Where the libraries that load the model are described, and the model as PyTorch prints it."""
     hub = "https://huggingface.co/models?library=sentence-transformers&other=cross-encoder"
     lines = [
@@ -246,7 +246,7 @@ def sources_and_architecture(model: CrossEncoder) -> str:
 
 
 def make_card(
-    model: CrossEncoder,
+    model: PretrainedModel,
     name: str,
     sections: Sequence[str],
     *,
@@ -273,13 +273,13 @@ def make_card(
     return Card(text, name, plot)
 
 
-def title(model: CrossEncoder) -> str:
+def title(model: PretrainedModel) -> str:
     """Also the name under which results stand in the metadata."""
     name = hub_id(model.name_or_path) or Path(model.name_or_path).resolve().name
     return f"CrossEncoder based on {name}"
 
 
-def short_card(model: CrossEncoder, name: str) -> Card:
+def short_card(model: PretrainedModel, name: str) -> Card:
     """The card of a model of whose training nothing is known."""
     loads = "rerank_fast, sentence-transformers and transformers"
     if isinstance(model.model, ModularReranker):

@@ -1,51 +1,38 @@
-"""CrossEncoder: load, predict, rank, save. Directories are exchangeable with
-sentence-transformers.
-"""
+"""CrossEncoder: from text to tokens to scores. What it opens and saves: pretrained.py."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
-import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from rerank_fast.model import storage
-from rerank_fast.model.calls import NoCardData, with_older_names
-from rerank_fast.model.card import Card, known_metadata, short_card
-from rerank_fast.model.devices import choose_device
-from rerank_fast.model.digest import sample_digest
-from rerank_fast.model.eval_mode import EvalMode
+from rerank_fast.model.calls import with_older_names
 from rerank_fast.model.modular.reranker import ModularReranker
-from rerank_fast.model.packed.architectures import find_answer_head, reason_to_pad
-from rerank_fast.model.packed.compilation import Compiler, check_compiler
+from rerank_fast.model.packed.architectures import find_answer_head
 from rerank_fast.model.padded import padded, padded_scores
-from rerank_fast.model.precision.hardware import arithmetic, name_of
-from rerank_fast.model.precision.int8 import quantize_linears
-from rerank_fast.model.precision.names import Precision, choose_precision
 from rerank_fast.model.preparation import Prepared, Preparer
+from rerank_fast.model.pretrained import PretrainedModel
 from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import score
 from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
 from rerank_fast.model.tokens.ahead import ahead
 from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.model.tokens.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
-from rerank_fast.model.tokens.truncation import TruncationLog
 
 logger = logging.getLogger(__name__)
 
 
-class CrossEncoder(nn.Module):
+class CrossEncoder(PretrainedModel):
     """A Hugging Face sequence-classification model with one label that scores (query, document)
     pairs.
 
@@ -97,174 +84,6 @@ class CrossEncoder(nn.Module):
             no language model.
     """
 
-    model_card_data = NoCardData()
-
-    def __init__(
-        self,
-        path_or_hub_id: str | Path,
-        *,
-        num_labels: int = 1,
-        max_length: int | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | Precision | None = None,
-        activation_fn: Callable[[Tensor], Tensor] | None = None,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        template: str | None = None,
-        answers: str | tuple[str, str] | None = None,
-    ) -> None:
-        super().__init__()
-        if num_labels != 1:
-            raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
-        if not isinstance(path_or_hub_id, str | os.PathLike):
-            raise ValueError(
-                f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}"
-            )
-        hub: dict[str, Any] = {
-            "trust_remote_code": trust_remote_code,
-            "revision": revision,
-            "token": token,
-        }
-        device = choose_device(device)
-        self._precision = choose_precision(dtype, device)
-        loaded = storage.load(
-            str(path_or_hub_id),
-            dtype=self._precision.weights,
-            template=template,
-            answers=answers,
-            **hub,
-        )
-        self.name_or_path = str(path_or_hub_id)
-        self.model = loaded.model
-        self.tokenizer, self._tokenizer_settings = loaded.tokenizer, loaded.tokenizer_settings
-        self.answers = loaded.answers
-        self.prompts = loaded.prompts
-        self.default_prompt_name = loaded.default_prompt_name
-        self.keep_in_fp32_modules = loaded.keep_in_fp32_modules
-        self._compiler: Compiler | None = None
-        self._dtype_of_steps: torch.dtype | None = None
-        self._eval_mode = EvalMode()
-        self._truncation = TruncationLog()
-        # a language model without a template that carries a pair is refused now
-        self._pair_tokenizer()
-        if self._precision.int8:
-            quantize_linears(self.model)
-        self._max_positions = loaded.max_positions
-        # An encoder's card says nothing of the reranker that is made from it, but its license holds
-        # on.
-        self.card = loaded.card if loaded.has_head else None
-        self.card_metadata = known_metadata(loaded.card)
-        self.max_length = loaded.max_length if max_length is None else max_length
-        # Set past nn.Module, which would register a module's parameters as the model's own.
-        object.__setattr__(
-            self, "activation_fn", activation_fn or loaded.activation_fn or nn.Sigmoid()
-        )
-        self.to(device)
-        self.eval()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation_fn":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def max_length(self) -> int | None:
-        """Longest pair in tokens, special tokens included; None where there is no limit."""
-        return self._max_length
-
-    @max_length.setter
-    def max_length(self, value: int | None) -> None:
-        value = plain(value)
-        if value is None:
-            value = self._max_positions
-        elif not isinstance(value, int) or value < 4:
-            raise ValueError(
-                f"max_length must leave room for two texts and their separators, got {value!r}"
-            )
-        elif self._max_positions is not None and value > self._max_positions:
-            raise ValueError(
-                f"max_length is {value}, but {self.name_or_path} has {self._max_positions} "
-                "positions"
-            )
-        self._max_length = value
-
-    @property
-    def card(self) -> Card | None:
-        """README.md as it will be saved; None, for a short one, once the weights are others than
-        those it is of.
-        """
-        return (
-            self._card
-            if self._card is not None and self._digest() == self._digest_of_card
-            else None
-        )
-
-    @card.setter
-    def card(self, value: Card | None) -> None:
-        self._card, self._digest_of_card = value, None if value is None else self._digest()
-
-    def _digest(self) -> str:
-        # In bf16: a card stays with its model where only the dtype changes.
-        return sample_digest(dict(self.model.named_parameters()), torch.bfloat16)
-
-    @property
-    def truncated_pairs(self) -> dict[int, int]:
-        """How many pairs were longer than max_length and truncated so far, {max_length: pairs}.
-
-        They are counted in every method that takes texts, and in training and evaluation; a
-        warning is logged at the first of each max_length only. Ask
-        `model.truncated_pairs.get(model.max_length, 0)` before and after a call for its own.
-        """
-        return dict(self._truncation.truncated)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype_name(self) -> str:
-        """Of the arithmetic: float32, bfloat16, float16 or int8."""
-        if self._precision.int8:
-            return "int8"
-        own = arithmetic(next(self.model.parameters()).dtype, self.device)
-        return name_of(self._dtype_of_steps or own)
-
-    @property
-    def num_labels(self) -> int:
-        return 1
-
-    def compile(self, *, backend: Compiler = "inductor") -> None:
-        """From now on run the layers of packed execution through torch.compile; padded execution
-        stays eager.
-
-        The first steps build the kernels. Lengths and numbers of pairs are symbols in them: other
-        batches build no more. On a CPU only steps with gradients are compiled.
-
-        Raises:
-            ValueError: inductor lacks a compiler here.
-        """
-        if backend == "inductor":
-            check_compiler(self.device)
-        self._compiler = backend
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute activations in the backward pass: less memory, more time."""
-        inner: Any = self.model
-        if not getattr(inner, "supports_gradient_checkpointing", True) and not reason_to_pad(
-            inner, self.answers
-        ):
-            inner.gradient_checkpointing = True  # packed layers need nothing of transformers for it
-        elif hasattr(
-            inner, "activation_checkpointing_enable"
-        ):  # transformers' newer name; the older one warns
-            inner.activation_checkpointing_enable(gradient_checkpointing_kwargs)
-        else:
-            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
     def _prompt(self, prompt: str | None, name: str | None = None) -> str | None:
         """The one given, or that of the name, or the default one.
 
@@ -278,12 +97,6 @@ class CrossEncoder(nn.Module):
                 )
             prompt = self.prompts[name]
         return None if prompt is None else check_text(prompt, "prompt")
-
-    def _pair_tokenizer(self) -> PairTokenizer | PromptTokenizer:
-        if self.answers is None:
-            return PairTokenizer(self.tokenizer)
-        encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        return PromptTokenizer(self.tokenizer, encoder_decoder=encoder_decoder)
 
     # -- text to tokens ---------------------------------------------------------------------------
 
@@ -603,72 +416,3 @@ class CrossEncoder(nn.Module):
             show_progress_bar=show_progress_bar,
         )
         return rankings(all_scores, lists, top_k, return_documents)
-
-    # -- to disk and hub --------------------------------------------------------------------------
-
-    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to
-        a directory.
-
-        README.md is the card that the model was loaded with or trained to, else a short one. Set
-        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
-        beforehand.
-
-        Raises:
-            ValueError: the directory holds a model and overwrite is False, or can't be written.
-        """
-        self.save_as(Path(path), Path(path).resolve().name, overwrite=overwrite)
-
-    def save_as(
-        self, directory: Path, name: str, *, overwrite: bool = False, model: Any = None
-    ) -> None:
-        """save_pretrained under a name that its card gives, with another model's weights than its
-        own if given.
-        """
-        if self._precision.int8:
-            raise ValueError(
-                "int8 weights are for inference and can't be saved; load the model with another "
-                "dtype"
-            )
-        card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
-        storage.save(
-            self.model if model is None else model,
-            self.tokenizer,
-            self.activation_fn,
-            self.max_length,
-            card,
-            directory,
-            tokenizer_settings=self._tokenizer_settings,
-            entries=getattr(self.model, "entries", ()),
-            answers=self.answers,
-            encoder_decoder=bool(self.model.config.is_encoder_decoder),
-            prompts=self.prompts,
-            default_prompt_name=self.default_prompt_name,
-            keep_in_fp32_modules=self.keep_in_fp32_modules,
-            overwrite=overwrite,
-        )
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool = True, token: str | bool | None = None
-    ) -> str:
-        """Upload what save_pretrained writes to the hub, to a private repository unless told
-        otherwise.
-
-        Args:
-            repo_id: user/name or organization/name; made where it is not there, else as public as
-                it is.
-            private: of a repository that is made.
-            token: hub access token; None takes HF_TOKEN or that of `hf auth login`.
-
-        Returns:
-            The commit's URL.
-
-        Raises:
-            ValueError: the hub is offline or refuses.
-        """
-        return storage.push(
-            lambda directory: self.save_as(directory, repo_id),
-            repo_id,
-            private=private,
-            token=token,
-        )

@@ -86,8 +86,8 @@ class TrainingConfig:
         optimizer_options: further arguments of it, as {"momentum": 0.9} for sgd.
         adam_beta1: of the optimizers named after Adam: share of the gradient's average that a step
             keeps.
-        adam_beta2: and of that of its square.
-        adam_epsilon: added to its root.
+        adam_beta2: of those optimizers: share of the squared gradient's average that a step keeps.
+        adam_epsilon: of those optimizers: added to the root of that average.
         weight_decay: of weight matrices; biases and norms are never decayed.
         layer_lr_decay: each layer learns this times as fast as the one above it; 1 is off.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
@@ -125,7 +125,8 @@ class TrainingConfig:
             label 0, drawn from the seed; none that is one of the list's own or of a list of its
             query. 0 adds none.
         scheme: LambdaLoss weighting.
-        k: LambdaLoss cut; None counts all pairs.
+        k: LambdaLoss cut: a pair counts where one of its documents is among the first k; None
+            counts all pairs.
         sigma: LambdaLoss sigmoid slope.
         mu: share of NDCGLoss2 in ndcg2pp.
         eps: least ideal DCG.

@@ -58,8 +58,13 @@ def answer(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         (["train", "--max_steps", "many"], "--max_steps: "),
         (["train", "--precision", "fp8"], "--precision: "),
         (["train", "--max_steps"], "--max_steps: expected"),
-        (["score", "--model", "m"], "--input, --output"),
-        (["train", "--model", "m"], "train needs --model and --train, or --recipe"),
+        (["score", "--model", "m"], "rerank-fast score: error: --input, --output must be given"),
+        (["train"], "rerank-fast train: error: train needs --model and --train, or --recipe"),
+        (["--completion", "fish"], "error: --completion: expected one of 'bash', 'zsh', got fish"),
+        (
+            ["convert", "--model", "m", "--output", "o", "--head", "x"],
+            "--head: expected one of ['modular', 'classification', null], got x",
+        ),
         (["evaluate", "--model", "m", "--columns", "[1]"], "--columns: "),
     ],
 )
@@ -77,8 +82,9 @@ def test_a_wrong_usage_is_answered_in_two_lines(
         ("lerning_rate: 3", "unknown key lerning_rate; did you mean learning_rate?"),
         ("lerning-rate: 3", "did you mean learning_rate?"),
         ("max_steps: many", "--max_steps: "),
-        ("[1, 2]", "--config: "),
-        ("a: [", "--config: "),
+        ("[1, 2]", "--config: expected settings as in {seed: 1}, got '[1, 2]'"),
+        ("", "--config: expected settings as in {seed: 1}, got ''"),
+        ("a: [", "--config: not YAML: "),
     ],
 )
 def test_so_is_a_wrong_yaml_file(text: str, expected: str, tmp_path, capsys: pytest.CaptureFixture):

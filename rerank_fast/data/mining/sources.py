@@ -18,7 +18,7 @@ from rerank_fast.data.layouts.lists import documents
 from rerank_fast.data.layouts.parts import find_parts
 from rerank_fast.data.layouts.row import Options, Row
 from rerank_fast.data.layouts.sources import read_lists
-from rerank_fast.data.rows import Placed, read_rows
+from rerank_fast.data.rows import Placed, name_of, read_rows
 from rerank_fast.model.texts import check_text, plain, shown
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def load_collection(
             known[query] = len(relevant)
             relevant.append(found)
     if not rows:
-        raise ValueError("there is no query")
+        raise ValueError(f"queries: {name_of(queries)} holds no query")
     for query, i in known.items():
         if relevant[i]:
             collection.queries.append(query)
@@ -154,7 +154,7 @@ def _documents(
     corpus = plain(corpus) if isinstance(corpus, np.ndarray) else corpus
     if isinstance(corpus, Mapping) and not isinstance(corpus, DatasetDict):
         if not corpus:
-            raise ValueError("the corpus holds no document")
+            raise ValueError(f"corpus: {name_of(corpus)} holds no document")
         for key, text in corpus.items():
             yield f"corpus, id {key!r}", str(plain(key)), check_text(text, f"corpus, id {key!r}")
         return
@@ -182,7 +182,7 @@ def _documents(
             check_text(row[column], f"{place}, field {column}"),
         )
     if not rows:
-        raise ValueError("the corpus holds no document")
+        raise ValueError(f"corpus: {name_of(corpus)} holds no document")
 
 
 def _positives(

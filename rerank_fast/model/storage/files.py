@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +31,15 @@ class Checkpoint:
     @property
     def is_local(self) -> bool:
         return Path(self.name).exists()
+
+    @property
+    def may_be_on_hub(self) -> bool:
+        """Whether its name is such as the hub gives."""
+        try:
+            validate_repo_id(self.name)
+        except HFValidationError:
+            return False
+        return True
 
     def file(self, name: str) -> Path | None:
         """Where a file of the checkpoint is; None if it has none."""

@@ -97,10 +97,14 @@ def open_model(
 
 
 def check_place(checkpoint: Checkpoint) -> None:
-    """That a name which can be none of the hub's is that of a directory."""
+    """That a name is that of a directory, or can be one of the hub's."""
     name = checkpoint.name
-    if not checkpoint.is_local and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"model directory {name} does not exist")
+    if name and checkpoint.is_local:
+        if not Path(name).is_dir():
+            raise ValueError(f"expected a model directory with a config.json, got the file {name}")
+    elif not checkpoint.may_be_on_hub:
+        name = name or "''"  # of a shell's variable that is not set
+        raise ValueError(f"model directory {name} does not exist, and it is no hub id (user/name)")
 
 
 def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: bool) -> Any:

@@ -473,6 +473,18 @@ def test_a_glob_without_a_file(tmp_path: Path):
         load_lists(str(tmp_path / "none-*.jsonl"))
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a shell gives it for a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.jsonl").write_text('{"id": "d", "text": "b"}\n')
+    Path("queries.jsonl").write_text('{"id": "q", "text": "a"}\n')
+    Path("qrels.tsv").write_text("q\td\t1\n")
+    Path("run.tsv").write_text("q\td\t1\n")
+    for source in ("", ["corpus.jsonl", ""]):
+        with pytest.raises(ValueError, match="expected a path or a hub id, got ''"):
+            load_lists(source)
+
+
 def test_a_corpus_without_a_header_is_mined(tmp_path: Path):
     corpus = tsv(tmp_path / "collection.tsv.gz", {"1": "bear", "2": 'a "fish'})
     found = load_collection([{"query": "q", "positive_ids": [2]}], corpus)

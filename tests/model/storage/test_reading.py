@@ -18,6 +18,23 @@ from tests.model.storage.damage import edit, refused
 _OLD_NAME = "sbert_ce_default_activation_function"
 
 
+@pytest.mark.parametrize("name", ["", "/no/such", "./no", "a/b/c", "two words"])
+def test_a_name_that_is_neither_a_directorys_nor_the_hubs(name: str):
+    shown = name or "''"
+    with pytest.raises(
+        ValueError, match=f"model directory {shown} does not exist, and it is no hub"
+    ):
+        CrossEncoder(name)
+
+
+def test_a_file_in_place_of_a_directory(tmp_path: Path):
+    for file in (tmp_path / "lists.jsonl", Path("/dev/null")):
+        if file.parent == tmp_path:
+            file.write_text("{}")
+        with pytest.raises(ValueError, match=f"with a config.json, got the file {file}"):
+            CrossEncoder(file)
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "config_sentence_transformers.json", "modules.json"]
 )
