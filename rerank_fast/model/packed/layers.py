@@ -123,7 +123,8 @@ class PostNormStep:
         if layer.gate is None:
             self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
         else:
-            self.up = StepLinear([layer.gate, layer.up], dtype, few, copies=copies)
+            gate_up = [layer.gate, layer.up]
+            self.up = StepLinear(gate_up, dtype, few, layer.activation, copies, gated=True)
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.up, self.attention_out, *self.projections]
         self.adapter: tuple[StepLinear, StepLinear] | None = None
@@ -231,8 +232,7 @@ class PostNormStep:
         if layer.gate is None:
             widened = self.up.before(self.down, x)
         else:
-            gate, up = self.up(x).chunk(2, dim=1)
-            widened = dropped(layer.activation(gate) * up, layer.mlp_dropout)
+            widened = dropped(self.up(x), layer.mlp_dropout)
         last = self.down
         if layer.adapter is not None and self.adapter is not None:
             before = (layer.adapter.norm, layer.down_dropout, batch.seeds[3], batch.rows)
@@ -340,9 +340,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, heads, head size) with rotary positions of (T, head size), in x's dtype, computed in
     fp32: a head's halves are pairs of coordinates.
     """
+    dtype = x.dtype
+    cos, sin = cos[:, None], sin[:, None]
+    if x.is_cpu and not torch.is_grad_enabled():  # in half as many passes over memory
+        x, half = x.to(cos.dtype), x.shape[2] // 2
+        turned = x * cos
+        turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return turned.to(dtype)
     left, right = x.to(cos.dtype).chunk(2, dim=2)
-    turned = x * cos[:, None] + torch.cat([-right, left], dim=2) * sin[:, None]
-    return turned.to(x.dtype)
+    turned = x * cos + torch.cat([-right, left], dim=2) * sin
+    return turned.to(dtype)
 
 
 def _add_norm(

@@ -209,6 +209,8 @@ class StepLinear:
         dtype: of the product.
         num_tokens: about how many rows it will be given in all.
         activation: is applied to the product.
+        gated: it is applied to the first half of the product's columns, and the result multiplied
+            with the second.
         copies: makes the narrow copies of many such products together, before the first is asked
             for; None makes these now.
     """
@@ -220,11 +222,15 @@ class StepLinear:
         num_tokens: int,
         activation: Activation | None = None,
         copies: NarrowCopies | None = None,
+        *,
+        gated: bool = False,
     ) -> None:
-        self.activation = activation
+        self.activation, self._gated = activation, gated
         self.modules: Sequence[nn.Module] | None = None
         self._sources: list[tuple[nn.Module, Tensor, torch.dtype]] = []
         self.inference: tuple[Any, ...] | None = None  # what follows x in oneDNN's product
+        # And in that with the gate's half of the weight, where both halves are products of oneDNN.
+        self._gate: tuple[Any, ...] | None = None
         self.int8: Int8Weight | None = None
         quantized = [
             module
@@ -256,12 +262,25 @@ class StepLinear:
                 own.fill()
         on_cpu = self.weights[0].device.type == "cpu"
         if on_cpu and not torch.is_grad_enabled() and _onednn_multiplies(dtype):
+            fused = joins_product(activation)
+            halves = 2 if gated and fused else 1
             weight, bias = self.ready
+            weights = weight.chunk(halves)
+            biases_of = [None] * halves if bias is None else bias.chunk(halves)
             if num_tokens > MAX_TOKENS:  # worth the new layout
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_TOKENS)
-            self.inference = weight, bias, "none", [], ""
-            if joins_product(activation):
-                self.inference, self.activation = (weight, bias, "gelu", [], "none"), None
+                reorder = torch.ops.mkldnn._reorder_linear_weight
+                weights = [reorder(one, MAX_TOKENS) for one in weights]
+            first = (
+                weights[0],
+                biases_of[0],
+                *(("gelu", [], "none") if fused else ("none", [], "")),
+            )
+            if halves == 1:
+                self.inference = first
+            else:
+                self._gate, self.inference = first, (weights[1], biases_of[1], "mul")
+            if fused:
+                self.activation, self._gated = None, False
 
     @property
     def ready(self) -> tuple[Tensor, Tensor | None]:
@@ -296,7 +315,12 @@ class StepLinear:
 
     def __call__(self, x: Tensor | Int8Rows) -> Tensor:
         product = self._product(x)
-        return product if self.activation is None else self.activation(product)
+        if self.activation is None:
+            return product
+        if not self._gated:
+            return self.activation(product)
+        gate, up = product.chunk(2, dim=1)
+        return self.activation(gate) * up
 
     def before(self, following: StepLinear, x: Tensor | Int8Rows) -> Tensor | Int8Rows:
         """What the following layer reads: rows of int8 where both are int8 and a GELU is between
@@ -318,6 +342,9 @@ class StepLinear:
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
                 outputs = [module(x).to(x.dtype) for module in self.modules]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if self.inference is not None and self._gate is not None:
+            gate = torch.ops.mkldnn._linear_pointwise(x, *self._gate)
+            return torch.ops.mkldnn._linear_pointwise.binary(x, gate, *self.inference)
         if self.inference is not None:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
         if self.narrow is not None and torch.is_grad_enabled():

@@ -65,7 +65,9 @@ class PreNormStep:
         rows = num_tokens if layer.cross is None else 0
         self.projections = StepLinear(layer.projections, dtype, rows, copies=copies)
         self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
-        self.gate_up = StepLinear(layer.gate_up, dtype, few, copies=copies)
+        self.gate_up = StepLinear(
+            layer.gate_up, dtype, few, layer.activation, copies, gated=layer.gated
+        )
         self.down = StepLinear([layer.down], dtype, few, copies=copies)
         linears = [self.down, self.gate_up, self.attention_out, self.projections]
         self.cross: CrossStep | None = None
@@ -155,7 +157,14 @@ class PreNormStep:
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = layer.query_norm(query), layer.key_norm(key)
         if batch.rotary is not None:
-            query, key = rotated(query, *batch.rotary), rotated(key, *batch.rotary)
+            # Where neither was normed they lie side by side.
+            if layer.query_norm is None:
+                turned = rotated(
+                    heads[:, : layer.num_heads + layer.num_key_value_heads], *batch.rotary
+                )
+                query, key = turned.split([layer.num_heads, layer.num_key_value_heads], 1)
+            else:
+                query, key = rotated(query, *batch.rotary), rotated(key, *batch.rotary)
         query, key = query.to(self.dtype), key.to(self.dtype)  # a norm has its weights' dtype
         window = layer.window
         if batch.read is not None:
@@ -169,11 +178,6 @@ class PreNormStep:
         if self.cross is not None and batch.encoded is not None:
             wide = wide + self.cross(wide, batch.encoded, batch)
         hidden = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype))
-        if layer.gated:
-            gate, up = hidden.chunk(2, dim=1)
-            hidden = layer.activation(gate) * up
-        else:
-            hidden = layer.activation(hidden)
         added = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
         return wide + _normed(added, layer.post_mlp_norm), None
 

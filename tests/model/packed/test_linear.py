@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from benchmarks.tools.gpu_counts import counting
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
+from rerank_fast.model.tokens.packing import MAX_TOKENS
 
 _LENGTHS = torch.ones(1, dtype=torch.int64).numpy()
 
@@ -94,3 +96,31 @@ def test_a_gpus_product_and_sum_come_out_in_the_weights_dtype():
     grad: Tensor = torch.empty_like(out)
     counted = launches(lambda: out.backward(grad))
     assert counted == {"mm": 2, "sum": 1}
+
+
+@pytest.mark.parametrize("num_tokens", [0, MAX_TOKENS + 1])  # as they lie, and laid out anew
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_without_gradients_is_the_formula(dtype: torch.dtype, bias: bool, num_tokens: int):
+    """By GELU inside of oneDNN's products, by SiLU behind them; of one module and of two."""
+    torch.manual_seed(0)
+    whole = nn.Linear(37, 2 * 21, bias=bias)
+    parts = [nn.Linear(37, 21, bias=bias) for _ in range(2)]
+    halves = [w.chunk(2) for w in whole.parameters()]
+    for part, weights in zip(parts, zip(*halves, strict=True), strict=True):
+        for own, weight in zip(part.parameters(), weights, strict=True):
+            own.data.copy_(weight)
+    x = torch.randn(13, 37).to(dtype)
+    exact_rows = x.double() @ whole.weight.to(dtype).double().t()
+    if whole.bias is not None:
+        exact_rows += whole.bias.to(dtype).double()
+    gate, up = exact_rows.chunk(2, dim=1)
+    for activation in (GELUActivation(), nn.SiLU()):
+        exact = activation(gate) * up
+        for modules in ([whole], parts):
+            with torch.no_grad():
+                linear = StepLinear(modules, dtype, num_tokens, activation, gated=True)
+                found = linear(x)
+            error = (found.double() - exact).abs().max()
+            assert found.dtype == dtype
+            assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max(), error
