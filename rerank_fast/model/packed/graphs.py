@@ -205,7 +205,9 @@ class EncoderGraphs:
             def encode(given: Tensor) -> Tensor:
                 return self.encode(bucket, given)
 
-            made = CudaGraphs(encode, values, self.weights, self._pool)
+            # The stream that captures is one of the current device.
+            with torch.cuda.device_of(values):
+                made = CudaGraphs(encode, values, self.weights, self._pool)
             self._captured[key] = made, []
         self._captured.move_to_end(key)
         captured, claims = self._captured[key]

@@ -32,8 +32,8 @@ from rerank_fast.ops.triton.variant import Variant
 
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger
 # one, or where its lists have more than SHORT_LIST in the mean, those of at most SHORT_LIST. Longer
-# ones are ordered by a launch before: that costs less than once in each of their blocks. Which lists
-# are long is decided on the device: the host knows N and Q alone.
+# ones are ordered by a launch before: that costs less than once in each of their blocks. Which
+# lists are long is decided on the device: the host knows N and Q alone.
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers,
 # half the occupancy.
