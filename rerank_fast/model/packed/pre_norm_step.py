@@ -149,12 +149,19 @@ class PreNormStep:
         return wide + _normed(added, layer.post_mlp_norm), None
 
     def _attended(
-        self, batch: LayerBatch, window: tuple[int, int] | None, *heads: Tensor
+        self,
+        batch: LayerBatch,
+        window: tuple[int, int] | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor]:
         """Attention by whichever backend serves best."""
         layer = self.layer
         out = varlen_attention(
-            *heads,
+            query,
+            key,
+            value,
             batch.cu_queries,
             batch.cu_keys,
             scale=layer.scale,
