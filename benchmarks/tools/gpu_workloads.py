@@ -232,6 +232,8 @@ class Training:
 
     def __post_init__(self) -> None:
         config = TrainingConfig(precision="bf16", gradient_cache=self.gradient_cache)
+        # Kernels that are not launched leave gradients that may be 0: of no pair is that asked.
+        config.skip_below = -1.0
         self.reranker.train()
         weights = dict(self.reranker.model.named_parameters())
         objective = choose_objective(config, None)

@@ -108,7 +108,7 @@ class CudaGraphs:
 
 
 class _Claim:
-    """Held by the graph of autograd whose activations a capture's buffers hold."""
+    """Held by the graph of autograd whose activations lie in the memory that captures share."""
 
 
 class _Replayed(torch.autograd.Function):
@@ -136,8 +136,9 @@ class EncoderGraphs:
     """Rows of the tokens that are read, by graphs of the buckets that come back; those that were
     not asked for longest make room.
 
-    A bucket whose last graph of autograd is still to be gone back through, as of the micro-batch
-    before, is computed without its capture: the same numbers.
+    While the last graph of autograd is still to be gone back through, as of the micro-batch before,
+    its activations lie in the memory of all captures: what comes meanwhile is computed without one,
+    to the same numbers.
 
     Args:
         architecture: of the model.
@@ -167,9 +168,9 @@ class EncoderGraphs:
         self._architecture, self._embeddings = architecture, embeddings
         self._layers, self._dtype, self._seed = layers, dtype, seed
         self._words = architecture.word_embeddings
-        # By bucket and mode: what is captured, and the claim that was last made on its buffers.
-        self._captured: OrderedDict[Any, tuple[CudaGraphs, list[Any]]] = OrderedDict()
+        self._captured: OrderedDict[Any, CudaGraphs] = OrderedDict()  # by bucket and mode
         self._pool: Any = None
+        self._claim: weakref.ref[_Claim] | None = None  # the last one
         norm = embeddings.norm
         tables = (self._words.weight, embeddings.positions.weight, embeddings.types.weight)
         known = [*tables, norm.weight, norm.bias, *(w for one in layers for w in one.trained)]
@@ -193,7 +194,8 @@ class EncoderGraphs:
         return read[:num_sequences]
 
     def _read(self, bucket: Bucket, values: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and self.weights):
+        is_claimed = self._claim is not None and self._claim() is not None
+        if is_claimed or not (torch.is_grad_enabled() and self.weights):
             return self.encode(bucket, values)
         key = bucket, self._architecture.embeddings.training  # type: ignore[union-attr]
         if key not in self._captured:
@@ -205,15 +207,13 @@ class EncoderGraphs:
             def encode(given: Tensor) -> Tensor:
                 return self.encode(bucket, given)
 
-            made = CudaGraphs(encode, values, self.weights, self._pool)
-            self._captured[key] = made, []
+            # The stream that captures is one of the current device.
+            with torch.cuda.device_of(values):
+                self._captured[key] = CudaGraphs(encode, values, self.weights, self._pool)
         self._captured.move_to_end(key)
-        captured, claims = self._captured[key]
-        if claims and claims[0]() is not None:
-            return self.encode(bucket, values)
-        read = _Replayed.apply(self.weights[0], values, captured, self.weights)
+        read = _Replayed.apply(self.weights[0], values, self._captured[key], self.weights)
         read.grad_fn.claim = claim = _Claim()
-        claims[:] = [weakref.ref(claim)]
+        self._claim = weakref.ref(claim)
         return read
 
     def encode(self, bucket: Bucket, values: Tensor) -> Tensor:

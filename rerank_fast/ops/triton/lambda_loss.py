@@ -2,9 +2,10 @@
 whatever the lists.
 
 A batch of up to SMALL_BATCH documents takes two: one for ranks, ideal DCG, gains, weights, losses
-and gradients, and one for the mean. A larger batch takes three: the first puts the lists of more
-than SHORT_LIST documents in order, and is launched whether there are any or not, for only the
-device knows the lists. Backward is one launch.
+and gradients, and one for the mean. A larger batch, or one whose lists have more than SHORT_LIST
+documents in the mean, takes three: the first puts the lists of more than SHORT_LIST documents in
+order, and is launched whether there are any or not, for only the device knows the lists. Backward
+is one launch.
 
 The kernels of the first two are in lambda_loss_order.py and lambda_loss_pairs.py; here are the
 mean's, the backward's, and the launchers.
@@ -30,9 +31,9 @@ from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
 from rerank_fast.ops.triton.variant import Variant
 
 # In a batch of at most SMALL_BATCH documents each block puts its lists in order itself, in a larger
-# one those of at most SHORT_LIST documents. Longer ones are ordered by a launch before: that costs
-# less than once in each of their blocks. Which lists are long is decided on the device: the host
-# knows N alone.
+# one, or where its lists have more than SHORT_LIST in the mean, those of at most SHORT_LIST. Longer
+# ones are ordered by a launch before: that costs less than once in each of their blocks. Which
+# lists are long is decided on the device: the host knows N and Q alone.
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers,
 # half the occupancy.
@@ -200,7 +201,9 @@ def forward(
         return loss, scores.to(compute_dtype), offsets.new_zeros(())
 
     launch = launch_config(compute_dtype == torch.float64)
-    longest = SMALL_BATCH if n <= SMALL_BATCH else SHORT_LIST
+    # In the mean, which is all that the host knows of the lists' sizes.
+    has_long = n > SMALL_BATCH or n > SHORT_LIST * num_lists
+    longest = SHORT_LIST if has_long else SMALL_BATCH
     ordered = n > longest
     num_blocks = cdiv(n, launch["BLOCK"])
     stride = cdiv(n, 64) * 64  # rows aligned whatever n: one compiled kernel

@@ -333,12 +333,21 @@ def forward_kernel(
 def constants_of(
     q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float
 ) -> dict[str, Any]:
+    _, heads, size = q.shape
+    sides = window_left >= 0, window_right >= 0
+    return _constants(heads // k.shape[1], size, *sides, dropout_p > 0)
+
+
+@functools.cache
+def _constants(
+    group: int, head_size: int, has_left: bool, has_right: bool, has_dropout: bool
+) -> dict[str, Any]:
     return {
-        "GROUP": q.shape[1] // k.shape[1],
-        "HEAD_SIZE": q.shape[2],
-        "HAS_LEFT": window_left >= 0,
-        "HAS_RIGHT": window_right >= 0,
-        "HAS_DROPOUT": dropout_p > 0,
+        "GROUP": group,
+        "HEAD_SIZE": head_size,
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+        "HAS_DROPOUT": has_dropout,
     }
 
 
@@ -369,8 +378,8 @@ def forward(
     if q.is_cpu:
         ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         ragged.check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
