@@ -5,6 +5,7 @@ What is behind it is replaced by something that notes what it was given, under t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -88,9 +89,15 @@ _VALUES: dict[str, dict[str, Any]] = {
 _NO_OTHER = {("export", "format")}
 
 
+@functools.cache
+def parser_of(command: str) -> Any:
+    """To be asked; it is not what the commands are run by."""
+    return cli.make_parser()._subcommands_action.choices[command]
+
+
 def options_of(command: str) -> list[str]:
     """All of a command, without those of jsonargparse and argparse."""
-    parser = cli.make_parser()._subcommands_action.choices[command]
+    parser = parser_of(command)
     others = ("help", "config", "print_config")
     names = [action.dest for action in parser._actions if action.dest not in others]
     assert len(names) == len(set(names))
@@ -120,7 +127,7 @@ def value_of(command: str, name: str) -> tuple[Any, dict[str, Any]]:
 
 def arguments(command: str, settings: dict[str, Any]) -> list[str]:
     """The command line of settings; a list is several values where the option takes those."""
-    parser = cli.make_parser()._subcommands_action.choices[command]
+    parser = parser_of(command)
     actions = {action.dest: action for action in parser._actions}
     result = [command]
     for name, value in settings.items():
@@ -312,7 +319,7 @@ def test_an_option_arrives(
     capsys: pytest.CaptureFixture,
 ):
     value, others = value_of(command, name)
-    default = cli.make_parser()._subcommands_action.choices[command].get_defaults().get(name)
+    default = parser_of(command).get_defaults().get(name)
     assert value != default or (command, name) in _NO_OTHER
     if command == "export":
         from rerank_fast.data import lists
@@ -339,19 +346,21 @@ def test_every_setting_of_a_run_is_an_option():
 @pytest.mark.parametrize("command", _NEEDED)
 def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Path):
     parser = cli.make_parser()
-    for name in options_of(command):
-        value, others = value_of(command, name)
-        line = arguments(command, {**_NEEDED[command], **others, name: value})
+    values = {name: value_of(command, name) for name in options_of(command)}
+    together = {name: value for name, (value, others) in values.items() if not others}
+    alone = [{**others, name: value} for name, (value, others) in values.items() if others]
+    for given in (together, *alone):
+        settings = {**_NEEDED[command], **given}
+        line = arguments(command, settings)
         spelled = [one.replace("_", "-") if one.startswith("--") else one for one in line]
-        assert parser.parse_args(spelled) == parser.parse_args(line)
+        parsed = parser.parse_args(line)
+        assert parser.parse_args(spelled) == parsed
         file = tmp_path / "settings.yaml"
-        settings = {**_NEEDED[command], **others, name: value}
         hyphened = {key.replace("_", "-"): one for key, one in settings.items()}
         file.write_text(yaml.safe_dump(hyphened))
         from_file = parser.parse_args([command, "--config", str(file)])[command].as_dict()
-        del from_file["config"]
-        from_line = parser.parse_args(line)[command].as_dict()
-        del from_line["config"]
+        from_line = parsed[command].as_dict()
+        del from_file["config"], from_line["config"]
         assert from_file == from_line
 
 

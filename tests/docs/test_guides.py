@@ -92,7 +92,7 @@ def test_an_architecture(monkeypatch: pytest.MonkeyPatch):
     assert "does not know ErnieForSequenceClassification" in architectures.reason_to_pad(model)
     exec(lines, names)
     assert architectures.reason_to_pad(model) == ""
-    test_encoder.test_scores_and_gradients_equal_the_padded_model("ernie", True, "several")
+    test_encoder.test_scores_and_gradients_equal_the_padded_model("ernie", True)
     # A part that is called otherwise, or is gone, is named, and the model padded.
     model.ernie.pooler.fully_connected = model.ernie.pooler._modules.pop("dense")
     assert "dense" in architectures.reason_to_pad(model)
