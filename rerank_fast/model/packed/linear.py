@@ -265,7 +265,7 @@ class StepLinear:
             fused = joins_product(activation)
             halves = 2 if gated and fused else 1
             weight, bias = self.ready
-            weights = weight.chunk(halves)
+            weights: Sequence[Tensor] = weight.chunk(halves)
             biases_of = [None] * halves if bias is None else bias.chunk(halves)
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 reorder = torch.ops.mkldnn._reorder_linear_weight
