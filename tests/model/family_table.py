@@ -72,6 +72,7 @@ ONNX = dict.fromkeys(
         "qwen3",
         "gemma",
         "gemma3",
+        "t5",
     ],
     "yes",
 )
