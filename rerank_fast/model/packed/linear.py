@@ -270,11 +270,8 @@ class StepLinear:
             if num_tokens > MAX_TOKENS:  # worth the new layout
                 reorder = torch.ops.mkldnn._reorder_linear_weight
                 weights = [reorder(one, MAX_TOKENS) for one in weights]
-            first = (
-                weights[0],
-                biases_of[0],
-                *(("gelu", [], "none") if fused else ("none", [], "")),
-            )
+            then: tuple[Any, ...] = ("gelu", [], "none") if fused else ("none", [], "")
+            first: tuple[Any, ...] = (weights[0], biases_of[0], *then)
             if halves == 1:
                 self.inference = first
             else:
