@@ -27,7 +27,7 @@ class RelativeStep:
     """A layer's RelativeTerms with their products' weights ready.
 
     on_host: runs eagerly on a CPU. There only embeddings that some distance names are projected,
-    and without gradients once for all micro-batches.
+    and where the step is made without gradients, once for all of its micro-batches.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class RelativeStep:
         )
         self.linears = [one for one in (self.key, self.query) if one is not None]
         self._on_host = on_host and bool(self.linears)
+        # Not in training, whose steps keep this one while the weights move, and whose cache goes
+        # through a micro-batch first without gradients.
+        self._shares = self._on_host and not torch.is_grad_enabled()
         # The keys and queries of an earlier micro-batch, and which rows they are of.
         self._shared: tuple[tuple[int, int], list[Tensor | None]] | None = None
 
@@ -109,7 +112,7 @@ class RelativeStep:
             None if one is None else one(rows).view(len(rows), self.num_heads, -1)
             for one in (self.key, self.query)
         ]
-        if batch.rows is not None and batch.factors is None and not torch.is_grad_enabled():
+        if self._shares and batch.rows is not None and batch.factors is None:
             self._shared = batch.rows, tables
         return tables
 

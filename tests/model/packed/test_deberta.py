@@ -159,3 +159,23 @@ def test_embeddings_that_no_distance_names_are_not_projected(grads: bool, monkey
     reach = model.config.max_position_embeddings  # 64 tokens or fewer are no farther apart than 64
     counts = [129, 2 * reach, 129] if grads else [129, 2 * reach]
     assert projected == [count for count in counts for _ in range(products)]
+
+
+def test_positions_follow_the_weights_from_step_to_step() -> None:
+    """A run keeps its layers, and a cached step goes through them first without gradients."""
+    model = make_model("deberta-v2").eval()
+    tokens = make_tokens([3, 10, 7])
+    kept = Preparer(model, None)
+    for _ in range(2):
+        model.zero_grad()
+        step = kept(tokens)
+        with torch.no_grad():
+            first = step(np.arange(3))
+        second = step(np.arange(3))
+        second.sum().backward()
+        torch.testing.assert_close(first, padded_scores(model, tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second, first)
+        tables = model.deberta.encoder.layer[0].attention.self.pos_key_proj.weight
+        assert tables.grad.any()
+        with torch.no_grad():
+            tables.mul_(3).add_(0.1)
