@@ -96,7 +96,7 @@ def make_peer_step(
 
     In its fastest precision, unless one is given: bf16 or no.
     """
-    precision = precision or peer_precision()
+    precision = precision or peer_precision(model)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer_model = PeerCrossEncoder(
@@ -129,16 +129,17 @@ def make_peer_step(
 
 
 @functools.cache
-def peer_precision() -> str:
-    """The mixed precision in which sentence-transformers' step is faster here, by a short one of
-    each.
+def peer_precision(model: str | None = None) -> str:
+    """The mixed precision in which sentence-transformers' step of a model is faster here, by a
+    short one of each; of MiniLM-L6, where no directory is given.
 
-    A process takes it from RERANK_FAST_BENCH_PEER_PRECISION, where another one has measured.
+    A process takes MiniLM's from RERANK_FAST_BENCH_PEER_PRECISION, where another one has measured.
     """
-    if measured := os.environ.get("RERANK_FAST_BENCH_PEER_PRECISION"):
+    measured = os.environ.get("RERANK_FAST_BENCH_PEER_PRECISION")
+    if measured and model is None:
         return measured
     lists = marco_like_lists(1, log_words=3.3, most=60)  # an emulated bf16 takes ten times as long
-    steps = {name: make_peer_step(lists, precision=name) for name in ("bf16", "no")}
+    steps = {name: make_peer_step(lists, precision=name, model=model) for name in ("bf16", "no")}
     timed = Interleaved({name: step.run for name, step in steps.items()})
     timed.warm_up({name: step.small for name, step in steps.items()})
     medians = timed.run(2)

@@ -83,9 +83,11 @@ class Trained(Protocol):
 
 def parameters_through(step: Trained, wide: Tensor) -> list[Tensor]:
     """The parameters that autograd is to know of: none where the function adds their gradients
-    itself, which it is asked for only if its rows have one.
+    itself, which it is asked for only if its rows have one. Autograd alone calls what
+    register_hook left with a parameter.
     """
-    return [] if step.adds_gradients and wide.requires_grad else step.trained
+    adds = step.adds_gradients and wide.requires_grad
+    return [] if adds and not any(one._backward_hooks for one in step.trained) else step.trained
 
 
 def pass_on(

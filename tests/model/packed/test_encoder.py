@@ -847,7 +847,10 @@ def test_layers_add_their_gradients_themselves(frozen: str) -> None:
     def bound(weight: torch.Tensor) -> None:
         weight.grad.clamp_(max=0.01)
 
-    model.bert.encoder.layer[0].output.dense.weight.register_post_accumulate_grad_hook(bound)
+    layers = model.bert.encoder.layer
+    layers[0].output.dense.weight.register_post_accumulate_grad_hook(bound)
+    if layers[2].output.dense.weight.requires_grad:
+        layers[2].output.dense.weight.register_hook(lambda gradient: 3 * gradient)
     tokens, plan = make_tokens([3, 10, 7]), [np.array([1]), np.array([0, 2])]
 
     def added(*, adds_gradients: bool) -> dict[str, torch.Tensor]:
