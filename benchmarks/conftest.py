@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.results import Row, Run
+from benchmarks.results import Row, Run, command
 from benchmarks.timing import Call, Interleaved
 from benchmarks.tools.gpu_parts.timing import device_seconds
 
@@ -168,8 +167,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not _ROWS:
         return
     options = terminalreporter.config
-    arguments = [one for one in options.invocation_params.args if not one.startswith("--rows")]
-    run = Run.here(shlex.join(["pytest", *arguments]), _ROWS)
+    run = Run.here(command("pytest", *options.invocation_params.args), _ROWS)
     if options.option.rows:
         run.write(options.option.rows)
     terminalreporter.section("beside sentence-transformers, medians of interleaved runs")

@@ -82,8 +82,7 @@ class Run:
     def of_script(cls, file: Path | None, module: str, rows: Iterable[Row]) -> None:
         """Write what a script has measured to the file of its --rows, if there is one."""
         if file is not None:
-            given = [one for one in sys.argv[1:] if one not in ("--rows", str(file))]
-            cls.here(shlex.join(["python", "-m", module, *given]), rows).write(file)
+            cls.here(command("python", "-m", module, *sys.argv[1:]), rows).write(file)
 
     @property
     def column(self) -> str:
@@ -162,6 +161,16 @@ class Column:
     def rows(self, table: str) -> dict[str, tuple[Run, Row]]:
         """Of a table, by case."""
         return {row.case: (run, row) for run in self.runs for row in run.rows if row.table == table}
+
+
+def command(*words: str) -> str:
+    """As a reader types it: without the file of --rows, and without -q."""
+    kept, of_rows = [], False
+    for word in words:
+        if not (of_rows or word == "-q" or word.startswith("--rows")):
+            kept.append(word)
+        of_rows = word == "--rows"
+    return shlex.join(kept)
 
 
 def columns(directory: Path = KEPT) -> list[Column]:

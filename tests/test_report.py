@@ -159,3 +159,9 @@ def test_a_processor_is_named_with_its_core(tmp_path, vendor, family, model, sai
         "model name\t: AMD EPYC\nflags\t\t: fpu avx2\npower management:\n"
     )
     assert results.processor(tmp_path / "cpuinfo") == said
+
+
+@pytest.mark.parametrize("rows", [["--rows", "a.json"], ["--rows=a.json"], []])
+def test_a_command_is_kept_without_where_its_rows_went(rows):
+    words = ["pytest", "benchmarks/", *rows, "-q", "-k", "loss or step"]
+    assert results.command(*words) == "pytest benchmarks/ -k 'loss or step'"
