@@ -286,7 +286,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lists, sets = read_sets(options)
     names = ["train", "eval", "held_out", "model", "steps", "batch_size", "learning_rate"]
     names += ["max_length", "max_docs", "precision"]
-    runs = Runs(options.output / "runs.json", {name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in names}
+    for name in ("train", "eval"):  # not where they lie: a comparison may go on elsewhere
+        settings[name] = [Path(file).name for file in settings[name]]
+    runs = Runs(options.output / "runs.json", settings)
     sources = {"labels": lists}
     if options.teacher:
         score = functools.partial(
