@@ -173,7 +173,8 @@ class Cell:
 
     def text(self, best: float | None) -> str:
         mean = f"**{self.mean:.3f}**" if self.mean == best else f"{self.mean:.3f}"
-        return f"{mean} ± {self.deviation:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        between = f" ± {self.deviation:.3f}" if self.deviation else ""
+        return f"{mean}{between} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
