@@ -163,17 +163,17 @@ class Cell:
     mean: float
     low: float
     high: float
-    deviation: float  # standard deviation of the seeds' means; 0 of one seed
+    deviation: float | None  # standard deviation of the seeds' means; None of one seed
 
     @classmethod
     def of(cls, values: np.ndarray) -> Cell:
         low, high = bootstrap_interval(values.mean(axis=0))
-        deviation = values.mean(axis=1).std(ddof=1) if len(values) > 1 else 0.0
-        return cls(float(values.mean()), low, high, float(deviation))
+        deviation = float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None
+        return cls(float(values.mean()), low, high, deviation)
 
     def text(self, best: float | None) -> str:
         mean = f"**{self.mean:.3f}**" if self.mean == best else f"{self.mean:.3f}"
-        between = f" ± {self.deviation:.3f}" if self.deviation else ""
+        between = "" if self.deviation is None else f" ± {self.deviation:.3f}"
         return f"{mean}{between} [{self.low:.3f}, {self.high:.3f}]"
 
 
