@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import sys
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import version
@@ -37,14 +37,14 @@ matplotlib.rcParams |= {
 
 def circumstances(command: str) -> dict[str, str]:
     """What a figure carries: date, processor, versions and the command."""
+    sys.path.append(str(HERE.parents[1]))
+    from benchmarks.results import processor
     from rerank_fast.ops import cpu
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "processor": f"{model or platform.processor()}, {cpu.instruction_set()}",
+        "processor": f"{processor()}, {cpu.instruction_set()}",
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "versions": f"rerank_fast {version('rerank-fast')}, {packages}",
         "command": command,

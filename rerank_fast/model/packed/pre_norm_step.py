@@ -40,8 +40,7 @@ class PreNormStep:
 
     one_token computes only the token that is read. trains: through kernels on a GPU, with gradients
     as one function of autograd, where all parts are known and nothing is dropped but attention's
-    weights. adds_gradients: see
-    Preparer.
+    weights. adds_gradients: see Preparer.
     """
 
     def __init__(
