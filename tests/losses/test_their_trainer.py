@@ -104,6 +104,7 @@ def test_in_bf16_their_trainer_runs_it_packed(
 
 
 _IN_TWO_PROCESSES = """
+import gc
 import itertools
 import sys
 import torch
@@ -141,7 +142,9 @@ for found in weights[1:]:
     others = [torch.empty_like(found) for _ in range(2)]
     torch.distributed.all_gather(others, found)
     assert torch.equal(*others)
-# its threads would abort a process that exits before they are done
+# Its threads would abort a process that exits before they are done; DDP's wrapper keeps them.
+del model, loss
+gc.collect()
 torch.distributed.destroy_process_group()
 """
 

@@ -27,8 +27,8 @@ def test_work_is_done_ahead_in_a_thread_and_its_errors_are_raised():
     assert [next(iterator) for _ in range(5)] == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="row 6 is bad"):
         next(iterator)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     another = ahead(iter(range(100)), 2)
     next(another)
     another.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # those of other libraries may end in between
