@@ -399,9 +399,9 @@ def test_dtype_auto_is_what_multiplies_fastest(directory: Path, monkeypatch, cap
 
 def test_the_measurement_of_dtype_auto_is_short_and_made_once():
     product_seconds.cache_clear()
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread alone: others may hold the cores
     first = product_seconds(torch.bfloat16), product_seconds(torch.float32)
-    assert time.perf_counter() - started < 1  # some milliseconds on an idle machine
+    assert time.thread_time() - started < 1  # some milliseconds
     assert (product_seconds(torch.bfloat16), product_seconds(torch.float32)) == first
 
 

@@ -185,14 +185,14 @@ def test_a_pair_of_long_texts_takes_the_time_of_its_texts(queries: int, words: t
     """Truncated by the tokenizer, the first takes 40 times as long and 2 GiB."""
     query, document = ("the rain in paris " * (count // 4) for count in words)
     tokenizer = make_tokenizer()
-    started = time.perf_counter()
+    started = time.process_time()
     tokenizer([query] * queries, add_special_tokens=False)
     tokenizer([document] * queries, add_special_tokens=False)
-    texts = time.perf_counter() - started
-    started = time.perf_counter()
+    texts = time.process_time() - started
+    started = time.process_time()
     pairs = [(query + str(n), document + str(n)) for n in range(queries)]
     found, truncated = PairTokenizer(tokenizer)(pairs, 64)
-    assert time.perf_counter() - started < 4 * texts + 0.1
+    assert time.process_time() - started < 4 * texts + 0.1
     assert (found.lengths.tolist(), truncated) == ([64] * queries, queries)
 
 
