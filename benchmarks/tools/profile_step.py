@@ -8,6 +8,8 @@ the operators are for.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,6 +35,7 @@ _GROUPS = {
     ),
     "attention": (
         "rerank_fast::varlen_attention",
+        "rerank_fast::relative_attention",
         "aten::_scaled_dot_product",
         "aten::_efficient",
         "aten::_flash",
@@ -70,7 +73,7 @@ _GROUPS = {
 }
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     for group, prefixes in _GROUPS.items():
         if name.startswith(prefixes):
             return group
@@ -81,9 +84,12 @@ def name_kernels() -> None:
     """Calls of the compiled kernels under their ops' names: a trained layer makes them without the
     dispatcher.
     """
-    for name, kernel in list(vars(cpu).items()):
-        if name.endswith(("_forward", "_backward")):
-            setattr(cpu, name, _named(f"rerank_fast::{name.removesuffix('_forward')}", kernel))
+    for room in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}."):
+        module = importlib.import_module(room.name)
+        for name, kernel in list(vars(module).items()):
+            if name.endswith(("_forward", "_backward")):
+                label = f"rerank_fast::{name.removesuffix('_forward')}"
+                setattr(module, name, _named(label, kernel))
 
 
 def _named(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +112,7 @@ def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int)
     total = sum(time for _, time, _ in events)
     groups: dict[str, float] = defaultdict(float)
     for key, time, _ in events:
-        groups[_group(key)] += time
+        groups[group_of(key)] += time
     print(f"\n{name}: {total:.0f} ms a step")
     for group, time in sorted(groups.items(), key=lambda item: -item[1]):
         print(f"  {time:8.1f} ms {100 * time / total:5.1f} %  {group}")
@@ -117,6 +123,7 @@ def profile_step(name: str, step: Callable[[], object], *, steps: int, top: int)
 def main() -> None:
     parser = make_parser(__name__)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--lists", type=int, default=16, help="of the step")
     parser.add_argument("--top", type=int, default=12, help="operators listed")
     parser.add_argument(
         "--mini_batch_size", type=int, default=16, help="of sentence-transformers' loss"
@@ -125,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     name_kernels()
     with tempfile.TemporaryDirectory() as output:
-        lists = marco_like_lists(16)
+        lists = marco_like_lists(options.lists)
         ours = make_step(lists, output)
         print(f"{ours.describe}, {torch.get_num_threads()} threads")
         if options.only != "peer":
