@@ -20,6 +20,7 @@
 #include "rows/int8_rows.h"
 #include "rows/residual_norm.h"
 #include "rows/score_head.h"
+#include "rows/transposed.h"
 
 namespace py = pybind11;
 
@@ -240,6 +241,13 @@ void bind_residual_norm(py::module_& module) {
              });
 }
 
+void bind_transposed(py::module_& module) {
+  module.def("transpose", [](std::int64_t rows, std::int64_t columns, int num_threads, Address from, Address to) {
+    py::gil_scoped_release release;
+    transpose({rows, columns, num_threads}, at<std::uint16_t>(from), at<std::uint16_t>(to));
+  });
+}
+
 void bind_score_head(py::module_& module) {
   module.attr("ACTIVATIONS") = kActivations;
   py::class_<ScoreHeadShape>(module, "ScoreHeadShape")
@@ -321,5 +329,6 @@ PYBIND11_MODULE(_C, module) {
   bind_attention(module);
   bind_residual_norm(module);
   bind_score_head(module);
+  bind_transposed(module);
   bind_int8_rows(module);
 }

@@ -17,6 +17,7 @@ from rerank_fast.model.precision.int8 import Int8Linear
 from rerank_fast.model.tokens.packing import MAX_TOKENS
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
+from rerank_fast.ops.weight_gradient import weight_gradient
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -129,7 +130,7 @@ def _widens(grad: Tensor, dtype: torch.dtype) -> bool:
 def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if _widens(grad, dtype):
         return torch.mm(grad.t(), x, out_dtype=dtype)
-    return (grad.t() @ x).to(dtype)
+    return weight_gradient(grad, x).to(dtype)
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:

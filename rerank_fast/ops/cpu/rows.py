@@ -1,4 +1,4 @@
-"""Residual norm and score head through the C++ kernels."""
+"""Residual norm, score head and transposed copies through the C++ kernels."""
 
 from __future__ import annotations
 
@@ -166,3 +166,10 @@ def score_head_backward(
         if wants[place]:
             grads[place] = grad.to(hidden.dtype)
     return tuple(grads)  # type: ignore[return-value]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A (columns, rows) copy of a contiguous (rows, columns) matrix of 16-bit numbers."""
+    result = x.new_empty(x.shape[1], x.shape[0])
+    compiled().transpose(*x.shape, torch.get_num_threads(), x.data_ptr(), result.data_ptr())
+    return result
