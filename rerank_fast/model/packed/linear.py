@@ -287,6 +287,22 @@ class StepLinear:
         """The product's weight and bias, as copies where they are not a module's own."""
         return self.narrow or (self.weights[0], self.biases[0] if self.biases else None)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x's product, of which autograd knows nothing: for functions with a backward of their own.
+
+        In bf16 F.linear writes the bias into every row before oneDNN adds the product to it; oneDNN
+        by itself adds it to what is in registers.
+        """
+        weight, bias = self.ready
+        if (
+            bias is not None
+            and x.is_cpu
+            and x.dtype == torch.bfloat16
+            and _onednn_multiplies(x.dtype)
+        ):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
+
     def is_current(self) -> bool:
         """Whether the weights are still its modules'."""
         for module, weight, dtype in self._sources:  # a step asks every layer

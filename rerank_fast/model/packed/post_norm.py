@@ -39,18 +39,17 @@ class TrainedPostNorm(torch.autograd.Function):
         if batch.read is not None:
             queries_of, wide = keys_of.index_select(0, batch.read), wide.index_select(0, batch.read)
         projected = [
-            F.linear(rows, *linear.ready)
-            for linear, rows in step.projections_of(queries_of, keys_of)
+            linear.product(rows) for linear, rows in step.projections_of(queries_of, keys_of)
         ]
         attention, first_norm, second_norm = step.options(batch, keys_of, wide)
         attended, lse = varlen_attention.unchecked_forward(*step.heads_of(projected), *attention)
-        added = F.linear(attended.flatten(1), *step.attention_out.ready)
+        added = step.attention_out.product(attended.flatten(1))
         y, narrow, *stats = residual_norm.unchecked_forward(
             added, wide, *_vectors(step.attention_norm), *first_norm
         )
-        hidden = F.linear(y if x is None else narrow, *step.up.ready)
+        hidden = step.up.product(y if x is None else narrow)
         active = F.gelu(hidden)
-        down = F.linear(active, *step.down.ready)
+        down = step.down.product(active)
         result, result_narrow, *last_stats = residual_norm.unchecked_forward(
             down, y, *_vectors(step.output_norm), *second_norm
         )
