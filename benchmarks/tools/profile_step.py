@@ -60,6 +60,7 @@ _GROUPS = {
         "aten::cat",
         "aten::clone",
         "aten::contiguous",
+        "rerank_fast::transposed",
     ),
     "sums, fills, pointwise": (
         "aten::add",
@@ -87,7 +88,7 @@ def name_kernels() -> None:
     for room in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}."):
         module = importlib.import_module(room.name)
         for name, kernel in list(vars(module).items()):
-            if name.endswith(("_forward", "_backward")):
+            if name.endswith(("_forward", "_backward", "transposed")):
                 label = f"rerank_fast::{name.removesuffix('_forward')}"
                 setattr(module, name, _named(label, kernel))
 
