@@ -95,7 +95,10 @@ def table(name: str, kept: Sequence[Column]) -> str:
 
 def _cell(row: Row) -> str:
     peer = "can't" if row.peer is None else quantity(row.peer, row.unit)
-    sides = f"{peer} → {quantity(row.ours, row.unit)}"
+    # A figure stays with its unit, however narrow the column.
+    sides = f"{peer} → {quantity(row.ours, row.unit)}".replace(" ", "\u00a0").replace(
+        "\u00a0→\u00a0", " → "
+    )
     gain = "" if row.gain is None else f"**{_times(row.gain)}** "
     return f"{gain}{sides}{f', {row.remark}' if row.remark else ''}"
 

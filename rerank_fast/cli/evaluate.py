@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_fast.cli.lists import LISTS, Source, add_columns, lists_of, refuse
-from rerank_fast.cli.parser import CommandParser, command_parser
+from rerank_fast.cli.parser import CommandParser, add_limits, command_parser
 
 
 def make_parser() -> CommandParser:
@@ -65,12 +65,6 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--at_k", type=int, default=10, help="cut of MRR and NDCG")
     parser.add_argument(
-        "--max_length",
-        type=int | None,
-        default=None,
-        help="longest pair in tokens; the model's own if left out",
-    )
-    parser.add_argument(
         "--dtype",
         type=str,
         nargs="+",
@@ -79,12 +73,7 @@ def make_parser() -> CommandParser:
         help="auto, int8, bfloat16 ...; given twice, the model is compared with itself in another "
         "one",
     )
-    parser.add_argument(
-        "--batch_size",
-        type=int | None,
-        default=None,
-        help="most pairs per forward pass; left out, their tokens decide",
-    )
+    add_limits(parser)
     parser.finish(
         {
             "data": ["data", "columns", "nano_beir", "nano_beir_id", "rerank_k"],

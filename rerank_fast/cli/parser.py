@@ -130,6 +130,22 @@ def _nearest(unknown: str, known: Sequence[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
+def add_limits(parser: CommandParser) -> None:
+    """What bounds a pair and a forward pass, of the commands that score."""
+    parser.add_argument(
+        "--max_length",
+        type=int | None,
+        default=None,
+        help="longest pair in tokens; the model's own if left out",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="most pairs per forward pass; left out, their tokens decide",
+    )
+
+
 def command_parser(
     description: str,
     kind: type[CommandParser] = CommandParser,

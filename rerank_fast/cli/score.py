@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rerank_fast.cli.parser import CommandParser, command_parser
+from rerank_fast.cli.parser import CommandParser, add_limits, command_parser
 
 
 def make_parser() -> CommandParser:
@@ -49,18 +49,7 @@ def make_parser() -> CommandParser:
         default=None,
         help="auto, int8, bfloat16 ...; the checkpoint's own if left out",
     )
-    parser.add_argument(
-        "--max_length",
-        type=int | None,
-        default=None,
-        help="longest pair in tokens; the model's own if left out",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int | None,
-        default=None,
-        help="most pairs per forward pass; left out, their tokens decide",
-    )
+    add_limits(parser)
     parser.add_argument("--rows_per_part", type=int, default=4096, help="rows in memory at a time")
     parser.add_argument("--prompt", type=str | None, default=None, help="goes before each query")
     parser.add_argument(

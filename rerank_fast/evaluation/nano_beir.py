@@ -47,9 +47,10 @@ class NanoBEIREvaluator:
         aggregate_key: its name.
 
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
-    {"NanoMSMARCO_R100_ndcg@10": ..., "NanoBEIR_R100_mean_ndcg@10": ...} and so on for map, mrr@k
-    and the same with "base_" for BM25. In sentence-transformers' CrossEncoderTrainer it goes in as
-    evaluator=[NanoBEIREvaluator(...)]. Ties count as in RerankingEvaluator.
+    {"NanoMSMARCO_R100_ndcg@10": ..., "NanoBEIR_R100_mean_ndcg@10": ...} and so on for map and
+    mrr@k, and each with "base_" for BM25. In sentence-transformers' CrossEncoderTrainer it goes in
+    as evaluator=[NanoBEIREvaluator(...)]. Where documents tie in score every metric is its expected
+    value over the orders of the tie.
 
     Raises:
         ValueError: an unknown set or metric (lists those that there are), or data that can't be

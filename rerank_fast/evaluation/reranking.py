@@ -50,8 +50,8 @@ class RerankingEvaluator:
             result then has it as eval_loss, or NAME_loss.
 
     Calling it with a model (this package's or sentence-transformers' CrossEncoder) returns
-    {"map", "mrr@k", "ndcg@k"} and the same with "base_" for the given order, as means over all
-    queries. In sentence-transformers' CrossEncoderTrainer it goes in as
+    {"map", "mrr@k", "ndcg@k"} and each with "base_" before it for the given order, as means over
+    all queries. In sentence-transformers' CrossEncoderTrainer it goes in as
     evaluator=[RerankingEvaluator(...)].
 
     Where documents tie in score every metric is its expected value over the orders of the tie (see

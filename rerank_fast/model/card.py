@@ -49,11 +49,11 @@ class Card:
     plot: bytes | None = None  # PNG
 
     def named(self, name: str) -> Card:
-        """The same with code that loads the model by another name."""
+        """This card, its code loading the model by another name."""
         return replace(self, name=name, text=self.text.replace(_loads(self.name), _loads(name)))
 
     def with_metadata(self, metadata: Mapping[str, Any]) -> Card:
-        """The same with these values in its front matter."""
+        """This card with these values in its front matter."""
         if not metadata:
             return self
         card = ModelCard(self.text, ignore_metadata_errors=True)

@@ -236,7 +236,7 @@ def _configure(config: Any, wanted: HeadParts) -> None:
 
 
 def _torch_activation(activation: nn.Module | None) -> nn.Module:
-    """The same of torch.nn, which a file can name."""
+    """Its counterpart in torch.nn, which a file can name."""
     if activation is None:
         return nn.Identity()
     if is_gelu(activation):

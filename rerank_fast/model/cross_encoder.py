@@ -1,38 +1,32 @@
-"""CrossEncoder: from text to tokens to scores. What it opens and saves: pretrained.py."""
+"""CrossEncoder: tokens to scores. Text to tokens: tokenizing.py; opening and saving:
+pretrained.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import pickle
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rerank_fast.model.calls import with_older_names
-from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.architectures import find_answer_head
-from rerank_fast.model.padded import padded, padded_scores
+from rerank_fast.model.padded import padded_scores
 from rerank_fast.model.preparation import Prepared, Preparer
-from rerank_fast.model.pretrained import PretrainedModel
 from rerank_fast.model.ranking import check_lists, rankings
 from rerank_fast.model.scoring import score
-from rerank_fast.model.texts import Pair, check_pairs, check_text, plain
-from rerank_fast.model.tokens.ahead import ahead
+from rerank_fast.model.texts import Pair, check_pairs, plain
+from rerank_fast.model.tokenizing import TokenizingModel
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.model.tokens.tokenization import CHUNK, PairTokenizer, PromptTokenizer, chunks
 
 logger = logging.getLogger(__name__)
 
 
-class CrossEncoder(PretrainedModel):
+class CrossEncoder(TokenizingModel):
     """A Hugging Face sequence-classification model with one label that scores (query, document)
     pairs.
 
@@ -73,7 +67,7 @@ class CrossEncoder(PretrainedModel):
         prompts: texts by name, of a directory that sentence-transformers saved with some.
         default_prompt_name: of the prompt that stands for prompt=None in every method; None for no
             prompt.
-        truncated_pairs: how many pairs were truncated so far, by max_length; see its docstring.
+        truncated_pairs: how many pairs were truncated so far, by max_length.
 
     Raises:
         ValueError: the model is missing, has no safetensors weights or tokenizer, more than one
@@ -83,99 +77,6 @@ class CrossEncoder(PretrainedModel):
             there; template does not carry both texts, an answer is not one token, or the model is
             no language model.
     """
-
-    def _prompt(self, prompt: str | None, name: str | None = None) -> str | None:
-        """The one given, or that of the name, or the default one.
-
-        Raises:
-            ValueError: it is no string, or not valid Unicode; there is none of the name.
-        """
-        if prompt is None and (name := name or self.default_prompt_name) is not None:
-            if name not in self.prompts:
-                raise ValueError(
-                    f"there is no prompt {name!r}: expected {', '.join(self.prompts) or 'none'}"
-                )
-            prompt = self.prompts[name]
-        return None if prompt is None else check_text(prompt, "prompt")
-
-    # -- text to tokens ---------------------------------------------------------------------------
-
-    def tokenize(
-        self, pairs: Iterable[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
-    ) -> TokenizedPairs:
-        """Token ids of all pairs, without padding, truncated to max_length (the longer text first).
-
-        That some were truncated is said once, and counted: see truncated_pairs. The prompt goes
-        before each query; a language model takes it for the instruction.
-
-        Raises:
-            ValueError: an element is not a pair of strings; names its index.
-        """
-        tokens, truncated = self.tokenize_counting(
-            pairs, show_progress_bar=show_progress_bar, prompt=prompt
-        )
-        self.warn_of_truncation(truncated, len(tokens))
-        return tokens
-
-    def tokenize_counting(
-        self, pairs: Iterable[Pair], *, show_progress_bar: bool = False, prompt: str | None = None
-    ) -> tuple[TokenizedPairs, int]:
-        """The same, with the number of pairs that were truncated in place of the warning."""
-        checked, prompt = check_pairs(pairs), self._prompt(prompt)
-        parts, truncated = [], 0
-        tokenize = self._pair_tokenizer()
-        for chunk in tqdm(chunks(checked), desc="Tokenizing", disable=not show_progress_bar):
-            part, cut = self._tokenized(tokenize, chunk, prompt)
-            parts.append(part)
-            truncated += cut
-        return TokenizedPairs.concatenate(parts), truncated
-
-    def _tokenized(
-        self, tokenize: PairTokenizer | PromptTokenizer, pairs: Sequence[Pair], prompt: str | None
-    ) -> tuple[TokenizedPairs, int]:
-        limit = self.max_length or sys.maxsize
-        tokens, truncated = tokenize(pairs, limit, prompt)
-        if prompt and isinstance(tokenize, PairTokenizer) and self._leaves_prompt_out():
-            tokens = replace(tokens, prompt_length=tokenize.prompt_length(prompt))
-        rows = getattr(self.model.config, "vocab_size", None)
-        number = int(tokens.input_ids.max(initial=0))
-        if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process
-            raise ValueError(
-                f"a text has the token {self.tokenizer.convert_ids_to_tokens(number)!r} with the "
-                f"number {number}, and the model has embeddings for {rows}"
-            )
-        self._truncation.count(truncated, limit)
-        return tokens, truncated
-
-    def _leaves_prompt_out(self) -> bool:
-        """Whether pooling passes a prompt's tokens over."""
-        head = self.model.head if isinstance(self.model, ModularReranker) else ()
-        return any(getattr(one, "include_prompt", True) is False for one in head)
-
-    def tokenization_key(self) -> tuple[Any, ...]:
-        """What tokenize depends on beside the pairs: with equal keys it gives equal tokens.
-
-        A fast tokenizer holds how it was last called: a key is taken after the call it stands for.
-        """
-        state: Any
-        try:
-            state = hashlib.sha256(pickle.dumps(self.tokenizer)).digest()
-        except (
-            Exception
-        ):  # of as many kinds as there are parts of somebody's own: it equals no other
-            state = object()
-        return self.max_length, self._prompt(None), state
-
-    def warn_of_truncation(self, truncated: int, total: int) -> None:
-        """One warning of how many pairs were truncated, if any were and none was said yet."""
-        self._truncation.warn(truncated, total, self.max_length or sys.maxsize)
-
-    def preprocess(
-        self, pairs: Sequence[Pair], prompt: str | None = None, task: str | None = None
-    ) -> dict[str, Tensor]:
-        """One padded batch of the pairs, on the host; the prompt as tokenize has it."""
-        tokens = self.tokenize(pairs, prompt=prompt)
-        return padded(tokens, np.arange(len(tokens)), self.model, self.tokenizer)
 
     # -- tokens to scores -------------------------------------------------------------------------
 
@@ -283,18 +184,6 @@ class CrossEncoder(PretrainedModel):
                 done += len(tokens)
         return scores
 
-    def _tokenized_chunks(
-        self, pairs: Sequence[Pair], prompt: str | None
-    ) -> Iterator[TokenizedPairs]:
-        truncated, tokenize = 0, self._pair_tokenizer()
-        parts = (self._tokenized(tokenize, chunk, prompt) for chunk in chunks(pairs))
-        if len(pairs) > CHUNK:  # for one part a thread would only cost
-            parts = ahead(parts)
-        for tokens, cut in parts:
-            truncated += cut
-            yield tokens
-        self.warn_of_truncation(truncated, len(pairs))
-
     @torch.inference_mode()
     @with_older_names
     def predict(
@@ -368,9 +257,25 @@ class CrossEncoder(PretrainedModel):
         """Documents by descending score, ties in input order; called as that of
         sentence-transformers.
 
+        Args:
+            query: one text.
+            documents: D texts.
+            top_k: how many of the best to return; None returns all.
+            return_documents: give each hit its text.
+            prompt_name: of the model's prompts, instead of prompt.
+            prompt: goes before the query; the instruction of a language model. None takes the
+                model's default prompt, if it has one.
+            batch_size: most pairs per forward pass; None lets their tokens decide.
+            show_progress_bar: None shows it when INFO messages are logged.
+            activation_fn: instead of the model's own.
+
         Returns:
             The top_k of them, each with "corpus_id" (an index of documents), "score" (a float) and,
             with return_documents, "text".
+
+        Raises:
+            ValueError: a text is no string; top_k is below 1; there is no prompt of this name.
+            MemoryError: a batch does not fit memory, nor does half of it.
         """
         options: dict[str, Any] = {
             "prompt_name": prompt_name,
@@ -392,12 +297,28 @@ class CrossEncoder(PretrainedModel):
         show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """rank() for every query, all pairs in one stream: many short lists cost what one long list
-        does.
+        """Each query's documents by descending score, all pairs in one stream: many short lists
+        cost what one long list does.
+
+        Args:
+            queries: Q texts.
+            documents_per_query: Q lists of texts, which may differ in length and be empty.
+            top_k: how many of the best of each list to return; None returns all.
+            return_documents: give each hit its text.
+            prompt_name: of the model's prompts, instead of prompt.
+            prompt: goes before each query; the instruction of a language model. None takes the
+                model's default prompt, if it has one.
+            batch_size: most pairs per forward pass; None lets their tokens decide.
+            show_progress_bar: None shows it when INFO messages are logged.
+            activation_fn: instead of the model's own.
+
+        Returns:
+            For each query what rank gives: a list of {"corpus_id", "score"}, ties in input order.
 
         Raises:
             ValueError: queries and lists of documents differ in number; top_k is below 1; a text is
-                no string.
+                no string; there is no prompt of this name.
+            MemoryError: a batch does not fit memory, nor does half of it.
         """
         queries, lists = check_lists(queries, documents_per_query, top_k)
         if not queries:

@@ -73,7 +73,7 @@ def quantize_weight(weight: Tensor, bias: Tensor | None) -> Int8Weight:
 
 
 def join(weights: list[Int8Weight]) -> Int8Weight:
-    """Several with the same inputs as one, their outputs side by side."""
+    """Several layers of one input as one layer, their outputs side by side."""
     biases = [weight.bias for weight in weights if weight.bias is not None]
     if biases and len(biases) != len(weights):
         raise ValueError(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rerank_fast.data.output_errors import writing
 from rerank_fast.data.output_lock import locked
 from rerank_fast.data.writable import check_directory
 from rerank_fast.model.storage import holds_model
@@ -296,7 +297,12 @@ def note_non_finite(
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half."""
+    """Write a JSON file so that a reader sees the old one or the new one, never half.
+
+    Raises:
+        ValueError: it can't be written; names it.
+    """
     staging = file.with_name(f".{file.name}.new")
-    staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, file)
+    with writing(file):
+        staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(staging, file)

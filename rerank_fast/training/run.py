@@ -39,17 +39,24 @@ _BATCHES_AHEAD = 4
 class TrainingResult:
     """What a run came to.
 
-    Metrics are those of the saved model, scored in the dtype that the run multiplied in; empty
-    without evaluation lists.
+    Attributes:
+        output: directory of the saved model.
+        steps: optimizer steps, those before the run was resumed included.
+        best_step: the step whose model is saved; 0 is the model as it came.
+        metrics: of the saved model, by name, scored in the dtype that the run multiplied in; empty
+            without evaluation lists and evaluator.
+        train_loss: mean over all steps.
+        seconds: of the whole run, also of what was before it was resumed.
+        evaluation_seconds: those of them in which the model was measured.
     """
 
     output: str
     steps: int
     best_step: int
     metrics: dict[str, float]
-    train_loss: float  # mean over all steps
-    seconds: float  # of the whole run, also of what was before it was resumed
-    evaluation_seconds: float  # those of them in which the model was measured
+    train_loss: float
+    seconds: float
+    evaluation_seconds: float
 
 
 class Run:
@@ -252,7 +259,7 @@ class Run:
     def _heed(self, warning: str | None) -> None:
         """Say that the model has collapsed, and end the run where that is asked for.
 
-        All processes find the same.
+        Every process comes to one decision.
         """
         if warning is None:
             return

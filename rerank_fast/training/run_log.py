@@ -16,6 +16,8 @@ from typing import Any
 from accelerate import tracking
 from accelerate.utils import is_tensorboard_available
 
+from rerank_fast.data.output_errors import writing
+
 LOG_FILE = "train_log.jsonl"
 
 
@@ -63,10 +65,15 @@ class RunLog:
             self._trackers.append(tracker)
 
     def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Add a row of the step.
+
+        Raises:
+            ValueError: the file can't be written, as on a full disk; names it.
+        """
         # JSON has no NaN and no infinity, as of the gradient of a step that fp16 left out.
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"step": step, "epoch": epoch, **known}
-        with self._file.open("a", encoding="utf-8") as file:
+        with writing(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)

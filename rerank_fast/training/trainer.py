@@ -1,4 +1,5 @@
-"""The training loop: lists in, best model out. Read `Trainer._step` and `Trainer._run` first."""
+"""The training loop: lists in, best model out. Read `Trainer.step` and then
+run.py."""
 
 from __future__ import annotations
 
@@ -199,10 +200,17 @@ class Trainer:
     ) -> Tensor:
         """One optimizer step on a global batch.
 
+        Args:
+            batch: this process's share, from batches().
+            rates: counts pairs, tokens and waiting for the log.
+            interrupted: this process was told to stop; all processes learn of it.
+            logged: measure how far the scores of a list lie apart.
+
         Returns:
-            (8,) on the device, the loss of the whole batch, the norm of its gradient, processes
-            that were interrupted, 1 where fp16 overflowed and the step was left out, and of a step
-            that is logged spread_of_lists.
+            (8,) fp32 on the device: the loss of the whole batch; the norm of
+            its gradient before clipping; how many processes were interrupted; 1 where fp16
+            overflowed and the step was left out, else 0; and four sums of spread_of_lists, zeros
+            unless the step is logged.
         """
         config, device, rates = self.config, self.model.device, rates or Rates()
         # Loss, units under a cut, interrupted processes, spread.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from rerank_fast import cli
+from rerank_fast.cli import commands
 from rerank_fast.cli.errors import in_flags
 from tests.cli.test_parser import COMMANDS
 from tests.model_factory import make_tiny_bert
@@ -314,9 +317,35 @@ def test_ctrl_c_ends_every_command_with_130(
         "mine": "--queries q --output o", "export": "--model m",
         "convert": "--model m --output o",
     }  # fmt: skip
-    monkeypatch.setattr(cli._FILES[name], "run", interrupt)
+    monkeypatch.setattr(commands.FILES[name], "run", interrupt)
     assert cli.main([name, *needed.get(name, "").split()]) == 130
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["recipes", f"{_TRAIN} --print_config", _EVALUATE])
+def test_a_reader_that_is_gone_is_no_error(line: str, work: Path):
+    """As in `rerank-fast recipes | head -1`: nothing is said, and the code is a closed pipe's."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "rerank_fast", *command(work, line)]
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert not [one for one in done.stderr.splitlines() if not one.startswith("INFO: ")]
+
+
+def test_ctrl_c_while_it_begins_shows_no_traceback():
+    program = (
+        "import builtins, sys; imported = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name.startswith('jsonargparse'): raise KeyboardInterrupt\n"
+        "    return imported(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "from rerank_fast.cli import main\n"
+        "sys.exit(main(['recipes']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 @pytest.mark.parametrize(

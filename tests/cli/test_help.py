@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rerank_fast import cli
+from rerank_fast.cli.commands import make_parser
 from rerank_fast.cli.completion import SHELLS
 from rerank_fast.cli.help import arrange
 from tests.cli.test_parser import COMMANDS
@@ -58,7 +59,7 @@ def test_its_examples_can_be_typed(
     found = examples(shown([*command.split(), "--help"], capsys))
     found = [line for line in found if "--help" not in line]
     assert found
-    commands = [cli.make_parser().parse_args(line).command for line in found]
+    commands = [make_parser().parse_args(line).command for line in found]
     assert commands[0] == (command or "demo")
 
 
@@ -75,7 +76,7 @@ def test_a_command_shows_its_options_in_groups(command: str, capsys: pytest.Capt
             "run", "data", "model", "batch and memory", "loss", "optimizer and schedule",
             "evaluation", "output",
         ]  # fmt: skip
-    parser = cli.make_parser()._subcommands_action.choices[command]
+    parser = make_parser()._subcommands_action.choices[command]
     for action in parser._actions:
         assert action.help, action.dest
         if action.option_strings and action.dest not in ("help", "config", "print_config"):
@@ -94,7 +95,7 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture):
 
 
 def test_an_option_without_a_group_is_noticed():
-    parser = cli.make_parser()._subcommands_action.choices["demo"]
+    parser = make_parser()._subcommands_action.choices["demo"]
     with pytest.raises(ValueError, match=r"got \['seed'\] in none or several"):
         arrange(parser, {"run": ["max_steps"], "output": ["output", "overwrite"]})
     with pytest.raises(ValueError, match="'sed'"):

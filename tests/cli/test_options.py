@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from rerank_fast import cli
+from rerank_fast.cli import commands
 from rerank_fast.recipes import load_recipe
 from rerank_fast.training import TrainingConfig
 
@@ -92,7 +93,7 @@ _NO_OTHER = {("export", "format")}
 @functools.cache
 def parser_of(command: str) -> Any:
     """To be asked; it is not what the commands are run by."""
-    return cli.make_parser()._subcommands_action.choices[command]
+    return commands.make_parser()._subcommands_action.choices[command]
 
 
 def options_of(command: str) -> list[str]:
@@ -345,7 +346,7 @@ def test_every_setting_of_a_run_is_an_option():
 
 @pytest.mark.parametrize("command", _NEEDED)
 def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Path):
-    parser = cli.make_parser()
+    parser = commands.make_parser()
     values = {name: value_of(command, name) for name in options_of(command)}
     together = {name: value for name, (value, others) in values.items() if not others}
     alone = [{**others, name: value} for name, (value, others) in values.items() if others]
@@ -376,7 +377,8 @@ def test_hyphens_are_underscores_in_flags_and_in_yaml(command: str, tmp_path: Pa
 )
 def test_of_several_values_one_may_stand_alone_in_yaml(command: str, name: str, tmp_path: Path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**_NEEDED[command], name: "x"}))
-    parsed = cli.make_parser().parse_args([command, "--config", str(tmp_path / "settings.yaml")])
+    line = [command, "--config", str(tmp_path / "settings.yaml")]
+    parsed = commands.make_parser().parse_args(line)
     assert parsed[command][name] == ["x"]
 
 
@@ -489,7 +491,7 @@ def test_several_objectives_are_a_list_on_the_line_and_in_yaml(tmp_path: Path):
     several = [{"name": "listnet", "temperature": 0.5}, {"name": "lambda_loss", "weight": 0.5}]
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"model": "m", "train": "t", "objective": several}))
-    parser = cli.make_parser()
+    parser = commands.make_parser()
     for line in (
         ["--config", str(file)],
         ["--model", "m", "--train", "t", "--objective", str(several)],

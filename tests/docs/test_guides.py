@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from rerank_fast import CrossEncoder
+from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data import load_lists
 from rerank_fast.objectives.lambda_loss import LambdaLoss
 from tests.docs.guides import ROOT, blocks, follow
@@ -47,6 +48,29 @@ def test_places_in_tables_are_there(page: Path):
     """| `file` | `what is to be found in it` | ..."""
     for file, found in re.findall(r"^\| `([\w./]+)` \| `([^`]+)` \|", page.read_text(), re.M):
         assert found in (ROOT / file).read_text(encoding="utf-8"), (file, found)
+
+
+def test_their_script_and_ours(work: Path):
+    """Both run, and what either saves the other opens."""
+    theirs, ours = (
+        code.replace("microsoft/MiniLM-L12-H384-uncased", "my-encoder")
+        for code in blocks("from_sentence_transformers.md", "python")
+    )
+    exec(theirs, {})
+    CrossEncoder("my-reranker/final")
+    exec(ours.replace('output="my-reranker"', 'output="ours"'), {})
+    from sentence_transformers import CrossEncoder as TheirCrossEncoder
+
+    TheirCrossEncoder("ours")
+
+
+def test_each_setting_is_told_when_to_use():
+    pages = [
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("training", "objectives", "distributed", "gpus")
+    ]
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", "\n".join(pages)))))
+    assert {one.name for one in fields(TrainingConfig)} <= named
 
 
 def test_a_scheme(work: Path):

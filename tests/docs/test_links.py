@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rerank_fast import cli
+from rerank_fast.cli.commands import make_parser
 from tests.docs.guides import ROOT
 
 PAGES = [
@@ -68,7 +68,7 @@ def test_commands_can_be_typed(page: Path, tmp_path: Path, monkeypatch: pytest.M
         words = words[: words.index(">")] if ">" in words else words
         if {"--help", "--version", "--completion", "--print_config"} & set(words):
             continue
-        cli.make_parser().parse_args(words)  # exits where a flag or a value is not one
+        make_parser().parse_args(words)  # exits where a flag or a value is not one
 
 
 def test_every_page_is_in_the_menu():

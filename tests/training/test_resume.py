@@ -419,6 +419,17 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("free", [0, 4])
+def test_a_full_disk_is_said_with_the_files_name(tiny_bert: Path, small_disk: Path, free: int):
+    """Of each file that a run keeps beside its checkpoints."""
+    (small_disk / "run").mkdir()
+    room = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(b"\0" * (room.f_bavail * room.f_frsize - (free << 10)))
+    config = config_for(small_disk / "run", max_steps=2, logging_steps=1)
+    with pytest.raises(ValueError, match=r"can't write .*/run.*: No space left on device"):
+        Trainer(tiny_bert, make_lists(48), config=config).train()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_save_that_fails_leaves_nothing_behind(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

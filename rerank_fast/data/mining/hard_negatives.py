@@ -85,8 +85,9 @@ def mine_hard_negatives(
             positive_ids (ids of the corpus), or docs and labels (existing ranking lists: labels
             above 0 are positives, all docs join the corpus). Rows of the same query are merged; one
             without a positive is left out and counted.
-        corpus: the same kinds of source with the columns text and id (or _id, doc_id), or a list of
-            strings (their ids are their positions), or a mapping of id to text. Positives join it.
+        corpus: a file, dataset or sequence of mappings with the columns text and id (or _id,
+            doc_id), a list of strings (their ids are their positions), or a mapping of id to text.
+            Positives join it.
             None: only the texts that the queries bring along.
         output: .jsonl or .parquet file. OUTPUT.mining.json beside it keeps the settings.
         retriever: "bm25"; an encoder (a sentence-transformers model, or a callable from texts to

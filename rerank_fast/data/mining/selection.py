@@ -56,8 +56,8 @@ class Selection:
         return {name: value for name, value in asdict(self).items() if name != "skipped"}
 
     def with_range(self, max_positives: int, *, rescored: bool) -> Selection:
-        """The same with a range_max: wide where candidates may be skipped or reordered, else just
-        enough.
+        """This selection with a range_max: wide where candidates may be skipped or reordered, else
+        just enough.
         """
         if self.range_max is not None:
             return self

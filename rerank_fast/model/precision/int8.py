@@ -27,8 +27,8 @@ class Int8Linear(nn.Module):
 
     @staticmethod
     def joined(modules: Sequence[Int8Linear]) -> Int8Linear:
-        """Modules that read the same rows as one. It is kept: the modules of a model are always
-        joined the same.
+        """Modules that read one input as one module. It is kept: those of a model are always
+        joined in one way.
         """
         first = modules[0]
         if len(modules) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,7 @@ def load(
             f"{path_or_hub_id} is no language model: expected template=None and answers=None"
         )
     if template is not None:
-        tokenizer.chat_template = check_text(template, "template")
-        if not carries_pairs(tokenizer):
-            raise ValueError(
-                "template can't carry a pair: expected a chat template that renders messages of "
-                f"the roles query and document, got {shown(template)}"
-            )
+        _set_template(tokenizer, template)
     fp32 = keep_in_fp32(
         f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
         model,
@@ -135,17 +130,14 @@ def load(
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = max_positions(path_or_hub_id, model)
     settings = entries[0].config if entries else {}
-    where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
-    limit = text_limit(where, settings) or tokenizer.model_max_length
-    known = (limit, positions, settings.get("max_seq_length"))
+    max_length = _longest(checkpoint, tokenizer, settings, positions)
     if settings.get("do_lower_case"):
         lower_case(tokenizer)
-    limits = [one for one in known if isinstance(one, int | float) and one < sys.maxsize]
     return LoadedModel(
         model,
         tokenizer,
         TokenizerSettings.of(tokenizer),
-        int(min(limits, default=0)) or None,
+        max_length,
         positions,
         _saved_activation(checkpoint, config, saved) if not untrained else None,
         _saved_card(checkpoint),
@@ -155,6 +147,25 @@ def load(
         default_prompt_name,
         fp32,
     )
+
+
+def _set_template(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = check_text(template, "template")
+    if not carries_pairs(tokenizer):
+        raise ValueError(
+            "template can't carry a pair: expected a chat template that renders messages of the "
+            f"roles query and document, got {shown(template)}"
+        )
+
+
+def _longest(
+    checkpoint: Checkpoint, tokenizer: Any, settings: Mapping[str, Any], positions: int | None
+) -> int | None:
+    """The saved limit of a pair in tokens: the least of those that the files name."""
+    limit = text_limit(f"{checkpoint.name}/{TRANSFORMER_CONFIG}", settings)
+    known = (limit or tokenizer.model_max_length, positions, settings.get("max_seq_length"))
+    limits = [one for one in known if isinstance(one, int | float) and one < sys.maxsize]
+    return int(min(limits, default=0)) or None
 
 
 def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, str], str | None]:

@@ -189,10 +189,10 @@ class PairTokenizer:
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """The same for a language model: the tokenizer's chat template is filled with the roles query
-    and document.
+    """Tokens of a language model's pairs: its tokenizer's chat template, filled with the roles
+    query and document.
 
-    One that can't carry a pair gives way to monoT5's where there is an encoder, else to
+    A template that can't carry a pair gives way to monoT5's where there is an encoder, else to
     Qwen3-Reranker's.
     """
 

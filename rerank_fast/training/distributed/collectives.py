@@ -168,7 +168,11 @@ class ShardedScorer:
     def score_tokens(
         self, tokens: TokenizedPairs, *, activation_fn: Any = None, **options: Any
     ) -> Tensor:
-        """As CrossEncoder.score_tokens; every process must call it with the same tokens."""
+        """(N,) fp32 scores of tokenised pairs, in their order, in every process.
+
+        Each scores its share of them: all must call it with the same tokens. The options are those
+        of CrossEncoder.score_tokens.
+        """
         # Each takes every n-th pair by length: equal loads, and equal ones next to each other.
         mine = np.argsort(-tokens.lengths, kind="stable")[
             self._state.process_index :: self._state.num_processes
