@@ -42,5 +42,10 @@ def make_parser() -> CommandParser:
 
 def run(options: dict[str, Any]) -> None:
     from rerank_fast.demo import run_demo
+    from rerank_fast.training.events import TrainingInterrupted
 
-    run_demo(**options)
+    try:
+        run_demo(**options)
+    except TrainingInterrupted:
+        print("A demo does not go on from a checkpoint: the same command begins anew.")
+        raise

@@ -14,6 +14,7 @@ import pytest
 from rerank_fast import cli
 from rerank_fast.cli import commands
 from rerank_fast.cli.errors import in_flags
+from rerank_fast.training.events import TrainingInterrupted
 from tests.cli.test_parser import COMMANDS
 from tests.model_factory import make_tiny_bert
 from tests.stand_ins import make_nano_beir
@@ -458,3 +459,16 @@ def test_a_gpu_lost_in_a_run_leaves_its_checkpoint(
     )
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     assert cli.main([*command(work, run), "--resume", "auto"]) == 0
+
+
+def test_a_demo_that_was_stopped_says_that_it_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(**options: object) -> None:
+        raise TrainingInterrupted(tmp_path)
+
+    monkeypatch.setattr("rerank_fast.demo.run_demo", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--output", str(tmp_path / "demo")])
+    assert ended.value.code == 0
+    assert "the same command begins anew" in capsys.readouterr().out
