@@ -313,7 +313,7 @@ class StepLinear:
         return self.modules is None and self.int8 is None
 
     def __call__(self, x: Tensor | Int8Rows) -> Tensor:
-        product = self._product(x)
+        product = self.product(x)
         if self.activation is None:
             return product
         if not self._gated:
@@ -329,7 +329,19 @@ class StepLinear:
             return int8_gelu(x, self.int8)
         return self(x)
 
-    def _product(self, x: Tensor | Int8Rows) -> Tensor:
+    def sum_with(self, x: Tensor, rows: Tensor) -> Tensor | None:
+        """The product plus rows, added before it is written; None where oneDNN can't, or its dtype
+        is not that of the rows.
+        """
+        if self.inference is None or self.inference[2] != "none" or rows.dtype != x.dtype:
+            return None
+        weight, bias, *_ = self.inference
+        return torch.ops.mkldnn._linear_pointwise.binary(x, rows, weight, bias, "add")
+
+    def product(self, x: Tensor | Int8Rows) -> Tensor:
+        """The product, with the activation only where oneDNN applied it: activation is then
+        None.
+        """
         if self.int8 is not None:
             return int8_linear(x, self.int8)
         if isinstance(x, Int8Rows):
