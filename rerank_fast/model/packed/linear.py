@@ -329,15 +329,6 @@ class StepLinear:
             return int8_gelu(x, self.int8)
         return self(x)
 
-    def sum_with(self, x: Tensor, rows: Tensor) -> Tensor | None:
-        """The product plus rows, added before it is written; None where oneDNN can't, or its dtype
-        is not that of the rows.
-        """
-        if self.inference is None or self.inference[2] != "none" or rows.dtype != x.dtype:
-            return None
-        weight, bias, *_ = self.inference
-        return torch.ops.mkldnn._linear_pointwise.binary(x, rows, weight, bias, "add")
-
     def product(self, x: Tensor | Int8Rows) -> Tensor:
         """The product, with the activation only where oneDNN applied it: activation is then
         None.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from rerank_fast.model.packed.architectures import PreNormLayer
 from rerank_fast.model.packed.linear import (
     NarrowCopies,
-    StepLinear,
     is_gelu,
     must_be_called,
     pass_on,
@@ -208,7 +207,7 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 def fused_layer(
     step: PreNormStep, wide: Tensor, x: Tensor | None, batch: LayerBatch, attend: Attend
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """A layer's stream, what is still to be added to it, and what its backward reads.
 
     attend gives attention's result, and behind it what its own backward needs.
@@ -224,22 +223,16 @@ def fused_layer(
     if batch.read is not None:
         total_read, query = total.index_select(0, batch.read), query.index_select(0, batch.read)
     attended, *own = attend(query, key, value)
-    summed, added = _summed(step.attention_out, attended.flatten(1), total_read)
+    added = step.attention_out.product(attended.flatten(1))
     result, last_normed, *last_stats = _add_norm(
-        parts.kernels, summed, added, parts.mlp_norm, step.dtype
+        parts.kernels, total_read, added, parts.mlp_norm, step.dtype
     )
     active = gate_up = step.gate_up.product(last_normed)
     if step.gate_up.activation is not None:
         active = parts.kernels.gated(gate_up, parts.gate)
-    result, down = _summed(step.down, active, result)
+    down = step.down.product(active)
     saved = (total, normed, *stats, projected, query, key, value, attended, *own)
     return result, down, (*saved, result, last_normed, *last_stats, gate_up, active)
-
-
-def _summed(linear: StepLinear, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rows with the product of x added, or these and what is still to be added."""
-    summed = linear.sum_with(x, rows)
-    return (rows, linear.product(x)) if summed is None else (summed, None)
 
 
 class TrainedPreNorm(torch.autograd.Function):
@@ -257,7 +250,7 @@ class TrainedPreNorm(torch.autograd.Function):
         step: PreNormStep,
         batch: LayerBatch,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         attention = step.options(batch)
         result, down, saved = fused_layer(
             step,
