@@ -18,6 +18,7 @@
 #include "lambda_loss/lambda_loss.h"
 #include "lambda_loss/ndcg.h"
 #include "rows/int8_rows.h"
+#include "rows/pre_norm.h"
 #include "rows/residual_norm.h"
 #include "rows/score_head.h"
 #include "rows/transposed.h"
@@ -38,6 +39,7 @@ T* at(Address address) {
 // The names of C++'s enumerations, in their order; Python gives and reads these.
 const Names kSchemes{"none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"};
 const Names kReductions{"pairs", "lists", "sum", "none"};
+const Names kGates{"gelu", "silu"};
 const Names kActivations{"none", "tanh", "gelu", "relu"};
 
 template <typename Enum>
@@ -316,6 +318,62 @@ void bind_int8_rows(py::module_& module) {
   });
 }
 
+void bind_pre_norm(py::module_& module) {
+  module.attr("GATES") = kGates;
+  module.attr("PRE_NORM_ROWS_PER_TASK") = kPreNormRowsPerTask;
+  py::class_<AddNormShape>(module, "AddNormShape")
+      .def(py::init([](std::int64_t rows, std::int64_t width, bool bf16, bool centered, double eps, int num_threads) {
+             return AddNormShape{rows, width, bf16, centered, eps, num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("width"), py::arg("bf16"), py::arg("centered"), py::arg("eps"),
+           py::arg("num_threads"));
+  module.def("add_norm_forward", [](const AddNormShape& shape, Address residual, Address x, Address weight, Address bias,
+                                    Address total, Address normed, Address mean, Address rstd) {
+    py::gil_scoped_release release;
+    add_norm(shape, {at<float>(residual), at<void>(x), at<float>(weight), at<float>(bias), at<float>(total),
+                     at<void>(normed), at<float>(mean), at<float>(rstd)});
+  });
+  module.def("add_norm_backward", [](const AddNormShape& shape, Address total, Address weight, Address mean,
+                                     Address rstd, Address grad_normed, Address grad_total, Address grad_x,
+                                     Address grad_residual, Address sums) {
+    py::gil_scoped_release release;
+    add_norm_backward(shape,
+                      {at<float>(total), at<float>(weight), at<float>(mean), at<float>(rstd), at<void>(grad_normed),
+                       at<float>(grad_total), at<void>(grad_x), at<float>(grad_residual), at<float>(sums)});
+  });
+  py::class_<RotaryShape>(module, "RotaryShape")
+      .def(py::init([](std::int64_t rows, std::int64_t heads, std::int64_t num_queries, std::int64_t head_size,
+                       std::int64_t stride, std::int64_t other_stride, bool bf16, double eps, int num_threads) {
+             return RotaryShape{rows, heads, num_queries, head_size, stride, other_stride, bf16, eps, num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("heads"), py::arg("num_queries"), py::arg("head_size"),
+           py::arg("stride"), py::arg("other_stride"), py::arg("bf16"), py::arg("eps"), py::arg("num_threads"));
+  module.def("rotary_forward", [](const RotaryShape& shape, Address x, Address out, Address cosines, Address sines,
+                                  Address weights) {
+    py::gil_scoped_release release;
+    rotary(shape, {at<void>(x), at<void>(out), at<float>(cosines), at<float>(sines), at<float>(weights)});
+  });
+  module.def("rotary_backward", [](const RotaryShape& shape, Address grad, Address x, Address cosines, Address sines,
+                                   Address weights, Address sums) {
+    py::gil_scoped_release release;
+    rotary_backward(shape, {at<void>(grad), at<void>(x), at<float>(cosines), at<float>(sines), at<float>(weights),
+                            at<float>(sums)});
+  });
+  py::class_<GatedShape>(module, "GatedShape")
+      .def(py::init([](std::int64_t rows, std::int64_t width, bool bf16, const std::string& gate, int num_threads) {
+             return GatedShape{rows, width, bf16, named<Gate>(kGates, gate), num_threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("width"), py::arg("bf16"), py::arg("gate"), py::arg("num_threads"));
+  module.def("gated_forward", [](const GatedShape& shape, Address gate_up, Address out) {
+    py::gil_scoped_release release;
+    gated(shape, at<void>(gate_up), at<void>(out));
+  });
+  module.def("gated_backward", [](const GatedShape& shape, Address gate_up, Address grad, Address grad_gate_up) {
+    py::gil_scoped_release release;
+    gated_backward(shape, at<void>(gate_up), at<void>(grad), at<void>(grad_gate_up));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -331,4 +389,5 @@ PYBIND11_MODULE(_C, module) {
   bind_score_head(module);
   bind_transposed(module);
   bind_int8_rows(module);
+  bind_pre_norm(module);
 }

@@ -34,7 +34,8 @@ def test_a_page_holds_what_the_data_say(page: Path):
 
 
 def test_every_table_is_on_the_page():
-    named = set(re.findall(r"<!-- table: (\S+) -->", report.PAGES[0].read_text(encoding="utf-8")))
+    text = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    named = set(re.findall(r"<!-- table: (\S+) -->", text)) - {"gains"}
     kept = {one.table for column in results.columns() for run in column.runs for one in run.rows}
     assert kept <= named
     folder = Path(report.__file__).parents[1]
@@ -96,6 +97,24 @@ def test_the_gains_take_a_machine_of_its_own_before_one_that_stands_in():
     text = report.gains([Column("avx2", [make_run("2026-01-02", own)]), stands_in])
     assert "| peak memory of that step | 2.0x less |" in text
     assert "stood in" not in text
+
+
+def test_families_have_a_row_a_size_and_a_table_a_set():
+    rows = [
+        Row("steps/families", "BERT, tiny: step", 500.0, 2000.0, "tokens/s", "9 pairs; by 1024"),
+        Row("steps/families", "BERT, tiny: step, peak", 2.0**23, 2.0**22, "B"),
+        Row("steps/families", "T5 (monoT5), base: predict", 50.0, 100.0, "tokens/s", "2 pairs; x"),
+    ]
+    kept = [Column("amx_bf16", [make_run("2026-01-01", row("a"))])]
+    assert report.families(kept) == "Not measured yet.\n"
+    kept += [Column("avx2", [make_run("2026-01-02", *rows)])]
+    heading, _, head, _, first, second, _, pairs, _, run, *_ = report.families(kept).splitlines()
+    assert heading == "AVX2:"
+    assert head.startswith("| padded → packed | step, tokens/s | its peak |")
+    assert first == "| BERT, tiny [1] | **4.0x** 500 → 2,000 | **2.0x** 8.00 MiB → 4.00 MiB |  |  |"
+    assert second == "| T5 (monoT5), base [1] |  |  | **2.0x** 50.0 → 100 |  |"
+    assert pairs == "tiny, step: 9 pairs; base, predict: 2 pairs."
+    assert run.startswith("1. 2026-01-02: a processor")
 
 
 @pytest.mark.parametrize(

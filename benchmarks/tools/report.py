@@ -6,8 +6,8 @@
     python -m benchmarks report --add           # the tables once more, of what is kept
 
 Every instruction set is a column, kept in benchmarks/results/: new rows take the place of those of
-the same case, and other columns stay. Tables of docs/performance.md and README.md stand between
-markers and are made of these files alone. Nothing else should use the machine.
+the same case, and other columns stay. Tables of docs/performance.md, docs/families.md and README.md
+stand between markers and are made of these files alone. Nothing else should use the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.results import AS_AVX2, KEPT, Column, Row, Run, columns, quantity
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = tuple(ROOT / name for name in ("docs/performance.md", "docs/families.md", "README.md"))
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of the table -->)", re.DOTALL)
 _TITLES = {
     "amx_bf16": "AMX",
@@ -93,14 +93,53 @@ def table(name: str, kept: Sequence[Column]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Row) -> str:
+_OF_A_FAMILY = ("step", "step, peak", "predict", "predict, peak")
+
+
+def families(kept: Sequence[Column]) -> str:
+    """Markdown of steps/families: a table for each instruction set, a row for a family in a
+    size.
+    """
+    lines: list[str] = []
+    for column in kept:
+        found = column.rows("steps/families")
+        names = list(dict.fromkeys(case.partition(": ")[0] for case in found))
+        if not names:
+            continue
+        lines += [
+            f"{title(column.name)}:",
+            "",
+            "| padded → packed | step, tokens/s | its peak | predict, tokens/s | its peak |",
+            "|---|---|---|---|---|",
+        ]
+        runs: list[Run] = []
+        measured: dict[str, None] = {}
+        for name in names:
+            of = [found.get(f"{name}: {what}") for what in _OF_A_FAMILY]
+            (run, _) = next(one for one in of if one)
+            runs += [] if run in runs else [run]
+            cells = ["" if one is None else _cell(one[1], said="") for one in of]
+            lines.append(f"| {name} [{runs.index(run) + 1}] | {' | '.join(cells)} |")
+            size = name.rpartition(", ")[2]
+            for what, one in zip(_OF_A_FAMILY, of, strict=True):
+                if one is not None and one[1].remark:
+                    said = one[1].remark.partition(";")[0]
+                    measured[f"{size}, {what}: {said}"] = None
+        lines += ["", f"{'; '.join(measured)}.", ""]
+        lines += [f"{at}. {run.describe()}; `{run.command}`." for at, run in enumerate(runs, 1)]
+        lines.append("")
+    return "\n".join(lines) if lines else "Not measured yet.\n"
+
+
+def _cell(row: Row, said: str | None = None) -> str:
+    """Gain, peer and ours, and what is said of it: its remark, if nothing else."""
     peer = "can't" if row.peer is None else quantity(row.peer, row.unit)
+    sides = f"{peer} → {quantity(row.ours, row.unit)}".replace(" tokens/s", "")
     # A figure stays with its unit, however narrow the column.
-    sides = f"{peer} → {quantity(row.ours, row.unit)}".replace(" ", "\u00a0").replace(
-        "\u00a0→\u00a0", " → "
-    )
+    sides = sides.replace(" ", "\u00a0").replace("\u00a0→\u00a0", " → ")
     gain = "" if row.gain is None else f"**{_times(row.gain)}** "
-    return f"{gain}{sides}{f', {row.remark}' if row.remark else ''}"
+    said = row.remark if said is None else said
+    return f"{gain}{sides}{f', {said}' if said else ''}"
 
 
 def _times(gain: float) -> str:
@@ -147,10 +186,11 @@ def _gain_of(gain: _Gain, kept: Sequence[Column]) -> tuple[Run | None, str]:
 
 def rendered(page: str, kept: Sequence[Column]) -> str:
     """A page with what its markers name made anew."""
+    own = {"gains": gains, "steps/families": families}
 
     def block(found: re.Match[str]) -> str:
         name = found[2]
-        return found[1] + (gains(kept) if name == "gains" else table(name, kept)) + found[3]
+        return found[1] + (own[name](kept) if name in own else table(name, kept)) + found[3]
 
     return _BLOCK.sub(block, page)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rows/int8_rows.h"
+#include "rows/pre_norm.h"
 #include "rows/residual_norm.h"
 #include "rows/score_head.h"
 
@@ -35,6 +36,19 @@ struct RowKernels {
                     std::int64_t begin, std::int64_t end);
   void (*int8_norm)(const Int8RowsShape& shape, const Int8Product& product, const Int8Norm& norm,
                     const Int8Rows& to, std::int64_t begin, std::int64_t end);
+  void (*add_norm)(const AddNormShape& shape, const AddNormForward& tensors, std::int64_t begin,
+                   std::int64_t end);
+  // sums: a task's own row.
+  void (*add_norm_backward)(const AddNormShape& shape, const AddNormBackward& tensors, float* sums,
+                            std::int64_t begin, std::int64_t end);
+  void (*rotary)(const RotaryShape& shape, const Rotary& tensors, std::int64_t begin,
+                 std::int64_t end);
+  void (*rotary_backward)(const RotaryShape& shape, const RotaryBackward& tensors, float* sums,
+                          std::int64_t begin, std::int64_t end);
+  void (*gated)(const GatedShape& shape, const void* gate_up, void* out, std::int64_t begin,
+                std::int64_t end);
+  void (*gated_backward)(const GatedShape& shape, const void* gate_up, const void* grad,
+                         void* grad_gate_up, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace rerank_fast

@@ -29,6 +29,18 @@ void int8_gelu_rows(const Int8RowsShape& shape, const Int8Product& product, cons
                     std::int64_t begin, std::int64_t end);
 void int8_norm_rows(const Int8RowsShape& shape, const Int8Product& product, const Int8Norm& norm,
                     const Int8Rows& to, std::int64_t begin, std::int64_t end);
+void add_norm_rows(const AddNormShape& shape, const AddNormForward& tensors, std::int64_t begin,
+                   std::int64_t end);
+void add_norm_backward_rows(const AddNormShape& shape, const AddNormBackward& tensors, float* sums,
+                            std::int64_t begin, std::int64_t end);
+void rotary_rows(const RotaryShape& shape, const Rotary& tensors, std::int64_t begin,
+                 std::int64_t end);
+void rotary_backward_rows(const RotaryShape& shape, const RotaryBackward& tensors, float* sums,
+                          std::int64_t begin, std::int64_t end);
+void gated_rows(const GatedShape& shape, const void* gate_up, void* out, std::int64_t begin,
+                std::int64_t end);
+void gated_backward_rows(const GatedShape& shape, const void* gate_up, const void* grad,
+                         void* grad_gate_up, std::int64_t begin, std::int64_t end);
 
 }  // namespace RERANK_FAST_SET
 }  // namespace rerank_fast

@@ -5,7 +5,7 @@ Called through varlen_attention(relative=...), which checks what comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,53 @@ def _laid_out(
         None if bias is None else bias.contiguous(),
         None if query_positions is None else query_positions.contiguous(),
     )
+
+
+def unchecked_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    relative: RelativePositions,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """out and lse, without a graph; options are scale, dropout_p, seed and backend."""
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, rows, *_parts(relative), *options)
+
+
+def unchecked_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    rows: Tensor | None,
+    relative: RelativePositions,
+    *options: Any,
+    into: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of keys, queries and bias; those of q, k and v are written to `into`, tensors
+    of their shapes, each head's row contiguous. Of the backends "cpu" and "reference".
+    """
+    scale, dropout_p, seed, backend = options
+    _, backward = _BACKENDS[backend]
+    places, relative = _laid_out(cu_seqlens_q, cu_seqlens_k, rows, *_parts(relative))
+    q, k, v, grad_out = (rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    found = backward(
+        *(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative), into=into
+    )
+    return list(found[3:])
+
+
+def _parts(relative: RelativePositions) -> tuple[Any, ...]:
+    """As the op takes them."""
+    tables = relative.keys, relative.queries, relative.bias
+    return relative.slots, *tables, relative.query_positions
 
 
 class RelativeAttention(torch.autograd.Function):

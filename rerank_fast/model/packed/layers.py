@@ -142,9 +142,12 @@ class PostNormStep:
         further = [] if self.relative is None else self.relative.linears
         self.linears = [*linears, *(self.adapter or ()), *further]
         plain = all(one.has_weight and one.biases for one in linears)
-        others = (layer.gate, layer.adapter, layer.rotary, layer.relative)
+        others = (layer.gate, layer.adapter, layer.rotary)
         plain = plain and all(one is None for one in others)
         self.trains = trains and plain and joins_product(layer.activation)
+        if self.trains and self.relative is not None:  # Triton's kernels write no gradients into
+            like = self.down.weights[0].new_empty(0, layer.num_heads, 1, dtype=dtype)
+            self.trains = own_backend_for(like) != "triton"
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
         self._backends: tuple[str, str] | None = None  # of attention and norms
@@ -191,7 +194,12 @@ class PostNormStep:
             # By the dtype: checkpointing's second run has two tensors for one.
             narrow_rows = None if x.dtype == wide.dtype else x
             through = parameters_through(self, wide)
-            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, self, batch, *through)
+            tables: tuple[Tensor | None, ...] = (None, None, None)
+            if self.relative is not None and batch.relative is not None:
+                found = self.relative(batch.relative)
+                tables = found.keys, found.queries, found.bias
+            layer_of = (self, batch, *tables)
+            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, *layer_of, *through)
             return result, result if narrow is None else narrow
         queries_of = x
         if batch.read is not None:

@@ -287,22 +287,6 @@ class StepLinear:
         """The product's weight and bias, as copies where they are not a module's own."""
         return self.narrow or (self.weights[0], self.biases[0] if self.biases else None)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x's product, of which autograd knows nothing: for functions with a backward of their own.
-
-        In bf16 F.linear writes the bias into every row before oneDNN adds the product to it; oneDNN
-        by itself adds it to what is in registers.
-        """
-        weight, bias = self.ready
-        if (
-            bias is not None
-            and x.is_cpu
-            and x.dtype == torch.bfloat16
-            and _onednn_multiplies(x.dtype)
-        ):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
-
     def is_current(self) -> bool:
         """Whether the weights are still its modules'."""
         for module, weight, dtype in self._sources:  # a step asks every layer
@@ -330,7 +314,7 @@ class StepLinear:
         return self.modules is None and self.int8 is None
 
     def __call__(self, x: Tensor | Int8Rows) -> Tensor:
-        product = self._product(x)
+        product = self.product(x)
         if self.activation is None:
             return product
         if not self._gated:
@@ -346,7 +330,10 @@ class StepLinear:
             return int8_gelu(x, self.int8)
         return self(x)
 
-    def _product(self, x: Tensor | Int8Rows) -> Tensor:
+    def product(self, x: Tensor | Int8Rows) -> Tensor:
+        """The product, with the activation only where oneDNN applied it: activation is then
+        None.
+        """
         if self.int8 is not None:
             return int8_linear(x, self.int8)
         if isinstance(x, Int8Rows):
@@ -365,7 +352,17 @@ class StepLinear:
             return torch.ops.mkldnn._linear_pointwise(x, *self.inference)
         if self.narrow is not None and torch.is_grad_enabled():
             return _NarrowLinear.apply(x, *self.narrow, *self.weights, *self.biases)
-        return F.linear(x, *self.ready)
+        weight, bias = self.ready
+        if (
+            bias is not None
+            and not torch.is_grad_enabled()  # of which this product knows nothing
+            and x.is_cpu
+            and x.dtype == torch.bfloat16
+            and _onednn_multiplies(x.dtype)
+        ):
+            # F.linear would write the bias into every row, and oneDNN then add the product to it.
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
 
 
 def leaf_for(shared: Tensor) -> Tensor | None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rerank_fast.model.packed.linear import pass_on
 from rerank_fast.model.packed.vector_gradients import vector_gradients
-from rerank_fast.ops import residual_norm, varlen_attention
+from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import LayerBatch, NormWeights, PostNormStep
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 class TrainedPostNorm(torch.autograd.Function):
     """What PostNormStep computes. x is None where products read the residual stream itself; so is
-    then the second result. The parameters are the step's trained ones."""
+    then the second result. keys, queries and bias are the relative positions' tables, all None
+    where the layer has none. The parameters are the step's trained ones."""
 
     @staticmethod
     def forward(
@@ -33,6 +35,9 @@ class TrainedPostNorm(torch.autograd.Function):
         x: Tensor | None,
         step: PostNormStep,
         batch: LayerBatch,
+        keys: Tensor | None,
+        queries: Tensor | None,
+        bias: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         keys_of = queries_of = wide if x is None else x
@@ -42,7 +47,15 @@ class TrainedPostNorm(torch.autograd.Function):
             linear.product(rows) for linear, rows in step.projections_of(queries_of, keys_of)
         ]
         attention, first_norm, second_norm = step.options(batch, keys_of, wide)
-        attended, lse = varlen_attention.unchecked_forward(*step.heads_of(projected), *attention)
+        heads = step.heads_of(projected)
+        if batch.relative is None:
+            attended, lse = varlen_attention.unchecked_forward(*heads, *attention)
+        else:
+            relative = _relative(batch, keys, queries, bias)
+            *places, scale, _left, _right, dropout_p, seed, backend = attention
+            attended, lse = relative_attention.unchecked_forward(
+                *heads, *places, relative, scale, dropout_p, seed, backend
+            )
         added = step.attention_out.product(attended.flatten(1))
         y, narrow, *stats = residual_norm.unchecked_forward(
             added, wide, *_vectors(step.attention_norm), *first_norm
@@ -53,7 +66,7 @@ class TrainedPostNorm(torch.autograd.Function):
         result, result_narrow, *last_stats = residual_norm.unchecked_forward(
             down, y, *_vectors(step.output_norm), *second_norm
         )
-        ctx.step, ctx.read, ctx.options = step, batch.read, (attention, first_norm, second_norm)
+        ctx.step, ctx.batch, ctx.options = step, batch, (attention, first_norm, second_norm)
         ctx.is_wide = x is None
         saved = (
             keys_of,
@@ -70,7 +83,8 @@ class TrainedPostNorm(torch.autograd.Function):
             down,
         )
         # With the weights: their change would be noticed.
-        ctx.save_for_backward(*saved, *last_stats, *step.weights, *projected)
+        saved = (*saved, *last_stats, keys, queries, bias, *step.weights, *projected)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return result, None if x is None else result_narrow
 
@@ -84,9 +98,8 @@ class TrainedPostNorm(torch.autograd.Function):
         keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = (
             ctx.saved_tensors
         )
-        hidden, active, down, last_mean, last_rstd, down_weight, up_weight, out_weight, *saved = (
-            saved
-        )
+        hidden, active, down, last_mean, last_rstd, *saved = saved
+        keys, queries, bias, down_weight, up_weight, out_weight, *saved = saved
         in_weights, projected = saved[: len(step.projections)], saved[len(step.projections) :]
         d_projected = [torch.empty_like(one) for one in projected]
         vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
@@ -98,7 +111,13 @@ class TrainedPostNorm(torch.autograd.Function):
         norm = (step.attention_norm.weight, mean, rstd)
         d_added, d_wide = vectors.norm(added, wide, *norm, d_first, d_first_narrow, *first_norm)
         d_attended = (d_added @ out_weight).view_as(attended)
-        vectors.attention(*step.heads_of(projected), attended, lse, d_attended, *attention)
+        seen = (*step.heads_of(projected), attended, lse, d_attended)
+        d_tables: list[Tensor | None] = [None, None, None]
+        if ctx.batch.relative is None:
+            vectors.attention(*seen, *attention)
+        else:
+            relative = _relative(ctx.batch, keys, queries, bias)
+            d_tables = vectors.relative_attention(*seen, relative=relative, options=attention)
 
         products = [
             (step.down, d_down, active),
@@ -112,16 +131,26 @@ class TrainedPostNorm(torch.autograd.Function):
         weights = [
             one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)
         ]
-        needs_wide, needs_x, _, _, *needs = ctx.needs_input_grad
-        found = pass_on(step, [*weights, *vectors.all()], needs)
+        needs_wide, needs_x, *_ = ctx.needs_input_grad
+        found = pass_on(step, [*weights, *vectors.all()], ctx.needs_input_grad[7:])
+        found = [*d_tables, *found]
         if not (needs_wide or needs_x):
             return None, None, None, None, *found
-        if ctx.read is None:
+        if ctx.batch.read is None:
             inputs = _through_product(d_wide, d_projected[0], in_weights[0], into_wide=ctx.is_wide)
         else:
             rows = _through_product(d_wide, d_projected[0], in_weights[0], into_wide=ctx.is_wide)
-            inputs = _scattered(*rows, d_projected[1] @ in_weights[1], ctx.read)
+            inputs = _scattered(*rows, d_projected[1] @ in_weights[1], ctx.batch.read)
         return *inputs, None, None, *found
+
+
+def _relative(
+    batch: LayerBatch, keys: Tensor | None, queries: Tensor | None, bias: Tensor | None
+) -> RelativePositions:
+    """What the batch and the tables say of distances."""
+    assert batch.relative is not None
+    places = batch.relative.query_positions
+    return RelativePositions(batch.relative.slots, keys, queries, bias, places)
 
 
 def _vectors(norm: nn.LayerNorm | NormWeights) -> tuple[Tensor, Tensor]:

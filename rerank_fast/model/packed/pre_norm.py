@@ -1,4 +1,4 @@
-"""A pre-norm layer that is trained on a GPU, as one function of autograd: kernels called in a row.
+"""A pre-norm layer that is trained, as one function of autograd: kernels called in a row.
 
 Between its products lie four kernels forward and five backward; the composed layer has dozens of
 operations there.
@@ -15,23 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PreNormLayer
-from rerank_fast.model.packed.linear import NarrowCopies, is_gelu, must_be_called, pass_on
+from rerank_fast.model.packed.linear import (
+    NarrowCopies,
+    is_gelu,
+    must_be_called,
+    pass_on,
+)
 from rerank_fast.ops import varlen_attention
+from rerank_fast.ops.cpu import pre_norm as cpu
 from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
 from rerank_fast.ops.registry import HAS_TRITON
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import LayerBatch
     from rerank_fast.model.packed.pre_norm_step import PreNormStep
 
-_MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of the kernels
+_MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of Triton's kernels
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether they run on a device; a meta tensor stands for a GPU's."""
+    """Whether Triton's run on a device; a meta tensor stands for a GPU's."""
     return (
         device.type in ("cuda", "meta") and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
     )
+
+
+def kernels_on_host(device: torch.device, dtype: torch.dtype) -> PreNormKernels | None:
+    """Those of a CPU; None where they don't run."""
+    return kernels_of("cpu") if cpu.serves(device, dtype) else None
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,8 @@ class TrainedNorm:
         assert weight is not None
         return TrainedNorm(weight, bias, eps, type(module) is nn.LayerNorm, parameters)
 
-    def sums_for(self, num_rows: int) -> Tensor:
+    def sums_for(self, num_rows: int, programs: Callable[[int], int]) -> Tensor:
         """Room for what add_norm_grads leaves."""
-        from rerank_fast.ops.triton.residual_norm import programs
-
         width = len(self.weight) * (2 if self.centered else 1)
         return self.weight.new_empty(programs(num_rows), width)
 
@@ -135,6 +145,8 @@ def gate_of(activation: object) -> str | None:
 class TrainedParts:
     """What TrainedPreNorm needs of a layer beside its products."""
 
+    kernels: PreNormKernels
+
     attention_norm: TrainedNorm | None  # None: ModernBERT's first layer
     mlp_norm: TrainedNorm
     head_weights: Tensor | None  # (2 x head size,) fp32 of the queries' and the keys' norm
@@ -143,7 +155,9 @@ class TrainedParts:
     gate: str
 
     @staticmethod
-    def of(layer: PreNormLayer, copies: NarrowCopies) -> TrainedParts | None:
+    def of(
+        layer: PreNormLayer, copies: NarrowCopies, kernels: PreNormKernels
+    ) -> TrainedParts | None:
         """None of a layer that has a part without a kernel."""
         gate = gate_of(layer.activation)
         mlp_norm = TrainedNorm.of(layer.mlp_norm, copies)
@@ -163,7 +177,7 @@ class TrainedParts:
             return None
         heads = [one for one in (layer.query_norm, layer.key_norm) if one is not None]
         if not heads:
-            return TrainedParts(attention_norm, mlp_norm, None, [], 0.0, gate)
+            return TrainedParts(kernels, attention_norm, mlp_norm, None, [], 0.0, gate)
         norms = [one for one in map(rms_norm, heads) if one is not None]
         if len(norms) < 2 or any(map(must_be_called, heads)):
             return None
@@ -173,7 +187,7 @@ class TrainedParts:
             return None
         ((eps, plus),) = kinds
         joined = copies.joined(weights, torch.float32, plus=plus)
-        return TrainedParts(attention_norm, mlp_norm, joined, weights, eps, gate)
+        return TrainedParts(kernels, attention_norm, mlp_norm, joined, weights, eps, gate)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -198,12 +212,10 @@ def fused_layer(
 
     attend gives attention's result, and behind it what its own backward needs.
     """
-    from rerank_fast.ops.triton.gated import gated
-
     parts = step.parts
     assert parts is not None
-    total, normed, *stats = _add_norm(wide, x, parts.attention_norm, step.dtype)
-    projected = F.linear(normed, *step.projections.ready)
+    total, normed, *stats = _add_norm(parts.kernels, wide, x, parts.attention_norm, step.dtype)
+    projected = step.projections.product(normed)
     query, key, value = _rotated(step, projected, batch)
     if batch.kept is not None:
         key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
@@ -211,11 +223,14 @@ def fused_layer(
     if batch.read is not None:
         total_read, query = total.index_select(0, batch.read), query.index_select(0, batch.read)
     attended, *own = attend(query, key, value)
-    added = F.linear(attended.flatten(1), *step.attention_out.ready)
-    result, last_normed, *last_stats = _add_norm(total_read, added, parts.mlp_norm, step.dtype)
-    gate_up = F.linear(last_normed, *step.gate_up.ready)
-    active = gated(gate_up, parts.gate)
-    down = F.linear(active, *step.down.ready)
+    added = step.attention_out.product(attended.flatten(1))
+    result, last_normed, *last_stats = _add_norm(
+        parts.kernels, total_read, added, parts.mlp_norm, step.dtype
+    )
+    active = gate_up = step.gate_up.product(last_normed)
+    if step.gate_up.activation is not None:
+        active = parts.kernels.gated(gate_up, parts.gate)
+    down = step.down.product(active)
     saved = (total, normed, *stats, projected, query, key, value, attended, *own)
     return result, down, (*saved, result, last_normed, *last_stats, gate_up, active)
 
@@ -253,21 +268,20 @@ class TrainedPreNorm(torch.autograd.Function):
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, d_result: Tensor | None, d_down: Tensor) -> tuple[Tensor | None, ...]:
-        from rerank_fast.ops.triton.add_norm import add_norm_grads
-        from rerank_fast.ops.triton.column_sums import column_sums
-        from rerank_fast.ops.triton.gated import gated_grad
-
         step, batch, parts = ctx.step, ctx.batch, ctx.step.parts
+        kernels: PreNormKernels = parts.kernels
         total, normed, mean, rstd, projected, query, key, value, attended, lse, *saved = (
             ctx.saved_tensors
         )
         result, last_normed, last_mean, last_rstd, gate_up, active, *weights = saved
         down_weight, gate_up_weight, out_weight, projections_weight = weights
-        d_gate_up = gated_grad(gate_up, d_down @ down_weight, parts.gate)
-        sums = parts.mlp_norm.sums_for(len(result))
+        d_gate_up = kernels.gated_grad(gate_up, d_down @ down_weight, parts.gate)
+        sums = parts.mlp_norm.sums_for(len(result), kernels.programs)
         norm = (parts.mlp_norm.weight, last_mean, last_rstd)
         d_last_normed = d_gate_up @ gate_up_weight
-        d_added, d_total = add_norm_grads(result, *norm, d_last_normed, d_result, sums, True)
+        d_added, d_total = kernels.add_norm_grads(
+            result, *norm, d_last_normed, d_result, sums, True
+        )
         d_attended = (d_added @ out_weight).view_as(attended)
         saved = (query, key, value, attended, lse, d_attended)
         d_projected, head_sums = _attention_gradients(step, batch, projected, saved, ctx.options)
@@ -279,12 +293,14 @@ class TrainedPreNorm(torch.autograd.Function):
             d_wide = d_total.add_(d_normed)
             d_x = d_wide.to(d_normed.dtype) if ctx.has_x else None
         else:
-            first_sums = parts.attention_norm.sums_for(len(total))
+            first_sums = parts.attention_norm.sums_for(len(total), kernels.programs)
             norm = (parts.attention_norm.weight, mean, rstd)
-            d_x, d_wide = add_norm_grads(total, *norm, d_normed, d_total, first_sums, ctx.has_x)
+            d_x, d_wide = kernels.add_norm_grads(
+                total, *norm, d_normed, d_total, first_sums, ctx.has_x
+            )
         matrices = sums, first_sums, head_sums
         widths = [0 if one is None else one.shape[1] for one in matrices]
-        vectors = parts.gradients(column_sums(*matrices).split(widths))
+        vectors = parts.gradients(kernels.column_sums(*matrices).split(widths))
         products = (
             (step.down, d_down, active),
             (step.gate_up, d_gate_up, last_normed),
@@ -300,34 +316,37 @@ class TrainedPreNorm(torch.autograd.Function):
 
 
 def _add_norm(
-    wide: Tensor, x: Tensor | None, norm: TrainedNorm | None, dtype: torch.dtype
+    kernels: PreNormKernels,
+    wide: Tensor,
+    x: Tensor | None,
+    norm: TrainedNorm | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stream with x added to it, its norm in the products' dtype, and what backward needs of
     it.
     """
-    from rerank_fast.ops.triton.add_norm import add_norm
-
     if norm is None:
         total, empty = wide if x is None else wide + x, wide.new_empty(0)
         return total, total.to(dtype), empty, empty
-    total, *rest = add_norm(wide, x, norm.weight, norm.bias, norm.eps, norm.centered, dtype)
+    total, *rest = kernels.add_norm(wide, x, norm.weight, norm.bias, norm.eps, norm.centered, dtype)
     return (wide if x is None else total), *rest
 
 
 def _rotated(
     step: PreNormStep, projected: Tensor, batch: LayerBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, heads, head size) queries, keys and values. Without norms of the heads they stay where
-    they are.
+    """(T, heads, head size) queries, keys and values, where they are but for a backward pass
+    through norms of the heads.
     """
-    from rerank_fast.ops.triton.rotary import rotary
-
     parts, layer = step.parts, step.layer
     assert parts is not None
     assert batch.rotary is not None
     turned, values = _turned(step, projected)
-    out = turned if parts.head_weights is None else torch.empty_like(turned)
-    rotary(turned, out, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps)
+    in_place = parts.head_weights is None or (step.infers and parts.kernels.backend == "cpu")
+    out = turned if in_place else torch.empty_like(turned)
+    parts.kernels.rotary(
+        turned, out, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps
+    )
     query, key = out.split([layer.num_heads, layer.num_key_value_heads], 1)
     return query, key, values
 
@@ -349,8 +368,6 @@ def _attention_gradients(
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of what is projected, and rows of sums of that of the heads' norms."""
-    from rerank_fast.ops.triton.rotary import rotary_grad
-
     parts, layer = step.parts, step.layer
     assert parts is not None
     assert batch.rotary is not None
@@ -367,7 +384,7 @@ def _attention_gradients(
         if place is not None:
             whole.zero_().index_copy_(0, place, grad)
     before = None if parts.head_weights is None else _turned(step, projected)[0]
-    sums = rotary_grad(
+    sums = parts.kernels.rotary_grad(
         d_turned, before, *batch.rotary, parts.head_weights, layer.num_heads, parts.head_eps
     )
     return d_projected, None if parts.head_weights is None else sums

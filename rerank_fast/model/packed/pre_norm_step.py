@@ -29,17 +29,19 @@ from rerank_fast.model.packed.pre_norm import (
     TrainedPreNorm,
     fused_layer,
     has_kernels,
+    kernels_on_host,
 )
 from rerank_fast.model.packed.relative import RelativeStep
-from rerank_fast.ops.varlen_attention import varlen_attention
+from rerank_fast.ops.pre_norm import kernels_of
+from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
 
 class PreNormStep:
     """A PreNormLayer with its weights made ready for one step. The last addition to the stream is
     left to whoever follows: the second result.
 
-    one_token computes only the token that is read. trains: through kernels on a GPU, with gradients
-    as one function of autograd, where all parts are known and nothing is dropped but attention's
+    one_token computes only the token that is read. trains: through kernels, with gradients as one
+    function of autograd, where all parts are known and nothing is dropped but attention's
     weights. adds_gradients: see Preparer.
     """
 
@@ -82,15 +84,34 @@ class PreNormStep:
         ]
         self.parts: TrainedParts | None = None
         self.trained: list[Tensor] = []  # as TrainedPreNorm takes them
-        if not trains or copies is None or not all(one.has_weight for one in linears):
-            return
-        if has_kernels(self.down.weights[0].device, dtype):
-            self.parts = TrainedParts.of(layer, copies)
-        if self.parts is not None:
+        self._attention_backend: str | None = None  # the same for all that the step computes
+        if trains:
+            self.parts = self._find_parts(linears, copies)
+        if self.parts is not None and copies is not None:
             self.weights = [one.ready[0] for one in linears]
             self.trained = [weight for one in linears for weight in one.weights]
             self.trained += [bias for one in linears for bias in one.biases]
             self.trained += self.parts.parameters
+
+    def _find_parts(
+        self, linears: list[StepLinear], copies: NarrowCopies | None
+    ) -> TrainedParts | None:
+        """None of a layer that is composed of its modules."""
+        weight = next(self.layer.mlp_norm.parameters(), None)
+        if weight is None:
+            return None
+        own = copies is not None and all(one.has_weight for one in linears)
+        if has_kernels(weight.device, self.dtype):
+            kernels = kernels_of("triton") if own else None
+        else:
+            kernels = kernels_on_host(weight.device, self.dtype)
+        if kernels is None or not (own or self.infers):
+            return None
+        made = NarrowCopies() if copies is None else copies
+        parts = TrainedParts.of(self.layer, made, kernels)
+        if copies is None:
+            made.fill()
+        return parts
 
     def prepare(self, batch: MicroBatch) -> LayerBatch:
         layer, relative = self.layer, self.relative
@@ -124,6 +145,15 @@ class PreNormStep:
         left, right = (-1, -1) if layer.window is None or batch.kept is not None else layer.window
         dropout_p = share_of(layer.attention, layer.attention_dropout)
         places = batch.cu_queries, batch.cu_keys, batch.rows if dropout_p > 0 else None
+        assert self.parts is not None
+        if self._attention_backend is None:
+            backend: str = self.parts.kernels.backend
+            if backend == "cpu":
+                like = batch.cu_queries.new_empty(
+                    0, layer.num_heads, layer.head_size, dtype=self.dtype
+                )
+                backend = own_backend_for(like)
+            self._attention_backend = backend
         return (
             *places,
             layer.scale,
@@ -131,7 +161,7 @@ class PreNormStep:
             0 if layer.causal else right,
             dropout_p,
             batch.seeds[0],
-            "triton",
+            self._attention_backend,
         )
 
     def __call__(

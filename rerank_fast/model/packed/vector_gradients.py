@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rerank_fast.model.packed.linear import bias_gradient
-from rerank_fast.ops import residual_norm, varlen_attention
+from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
+from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import PostNormStep
@@ -30,6 +31,11 @@ class VectorGradients(Protocol):
     def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor: ...
 
     def attention(self, *tensors_and_options: Any) -> None: ...
+
+    def relative_attention(
+        self, *tensors: Any, relative: RelativePositions, options: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        """Leaves beside them the gradients of the relative positions' keys, queries and bias."""
 
     def all(self) -> Sequence[Tensor]: ...
 
@@ -72,6 +78,19 @@ class _SumsOfRows:
 
     def attention(self, *arguments: Any) -> None:
         varlen_attention.unchecked_backward(*arguments, into=self._step.heads_of(self._d_projected))
+        self._add_biases()
+
+    def relative_attention(
+        self, *tensors: Any, relative: RelativePositions, options: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        *places, scale, _left, _right, dropout_p, seed, backend = options
+        more = *places, relative, scale, dropout_p, seed, backend
+        into = self._step.heads_of(self._d_projected)
+        tables = relative_attention.unchecked_backward(*tensors, *more, into=into)
+        self._add_biases()
+        return tables
+
+    def _add_biases(self) -> None:
         for one in self._d_projected:
             self._found += bias_gradient(one, self._dtype).split(self._step.width)
 
@@ -110,6 +129,11 @@ class _SumsOfKernels:
         self._attention_sums = kernels.sums_for(q, k, num_sequences=tensors[4].shape[0] - 1)
         outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
         kernels.attention_grads(q, k, *tensors, *outputs, scale, left, right, dropout_p, seed)
+
+    def relative_attention(
+        self, *tensors: Any, relative: RelativePositions, options: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        raise NotImplementedError("layers with relative positions are composed on a GPU")
 
     def all(self) -> Sequence[Tensor]:
         from rerank_fast.ops.triton.column_sums import column_sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,12 +75,15 @@ def relative_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options_and_relative: Any,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The backend contract: the gradients of q, k, v, and of the keys, queries and bias of the
-    relative positions, None for what they have not.
+    """The backend contract: the gradients of q, k, v, written to `into` where it is given, and of
+    the keys, queries and bias of the relative positions, None for what they have not.
     """
     *options, relative = options_and_relative
-    dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
+    dq, dk, dv = into or tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v)
+    )
     shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, tuple(options))
     parts = _num_parts(cu_seqlens_q)
     tables = (relative.keys, relative.queries, relative.bias)
