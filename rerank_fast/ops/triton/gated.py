@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton import launcher
 from rerank_fast.ops.triton.gelu import gelu
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
@@ -71,10 +72,10 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
-        with torch.cuda.device_of(out):
-            gated_kernel[(len(out), cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, out, width, ACTIVATION=activation, **LAUNCH
-            )
+        grid = len(out), cdiv(width, LAUNCH["COLUMNS"])
+        launcher.launch(
+            gated_kernel, grid, (gate_up, out), (width,), ACTIVATION=activation, **LAUNCH
+        )
     return out
 
 
@@ -84,10 +85,9 @@ def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
     result = torch.empty_like(gate_up)
     if grad.numel() and not grad.is_meta:
         width = grad.shape[1]
-        with torch.cuda.device_of(grad):
-            gated_grad_kernel[(len(grad), cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, grad, result, width, ACTIVATION=activation, **LAUNCH
-            )
+        grid = len(grad), cdiv(width, LAUNCH["COLUMNS"])
+        tensors = (gate_up, grad, result)
+        launcher.launch(gated_grad_kernel, grid, tensors, (width,), ACTIVATION=activation, **LAUNCH)
     return result
 
 
