@@ -175,7 +175,7 @@ def add_norm_grads(
 
 def shipped() -> Iterator[Variant]:
     for name in ("bf16", "fp16", "fp32"):
-        for width in (768, 1024, 4096):
+        for width in (1024,) if name == "fp16" else (768, 1024, 4096):  # is bf16 to the compiler
             for case in ("layer", "rms"):
                 for kernel in (add_norm_kernel, add_norm_grad_kernel):
                     types = {argument: _type(argument, name) for argument in kernel.arg_names}

@@ -18,7 +18,7 @@ from rerank_fast.ops.triton.gelu import gelu
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-ACTIVATIONS = ("gelu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 LAUNCH: dict[str, Any] = {"COLUMNS": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -27,6 +27,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
     """The activation and its slope."""
     if ACTIVATION == "gelu":
         y, slope = gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        y = x * share
+        slope = share + y * (1.0 - share) * (1.5957691216057308 + 0.21406444881780076 * x * x)
     else:
         share = 1.0 / (1.0 + tl.exp(-x))
         y = x * share
