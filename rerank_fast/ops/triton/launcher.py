@@ -16,6 +16,7 @@ from triton.runtime import JITFunction, driver
 
 from rerank_fast.ops.triton import guard
 
+_ALIGNMENT = 16  # bytes, of tensors that Triton compiles for
 _MOST = 1024  # compiled ones of a kernel; more were numbers that should not be specialised
 
 
@@ -74,7 +75,7 @@ def launch(
     bits = 0
     for address in addresses:
         bits |= address or 0
-    if bits & 15:  # a slice that lies between: another kernel
+    if bits % _ALIGNMENT:  # a slice that lies between: another kernel
         _by_triton(kernel, grid, tensors, numbers, config)
         return
     key = (device, *dtypes, known.chosen(numbers), *config.items())
