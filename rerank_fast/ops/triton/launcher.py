@@ -1,7 +1,7 @@
 """Launches that look a kernel up by what its compilation depends on, and by nothing else.
 
-Triton looks at every argument of every launch, and makes strings of what it finds: that is a third
-of the host's time of a training step.
+Triton looks at every argument of every launch, and makes strings of what it finds: that takes the
+host longer than the rest of a launch.
 """
 
 from __future__ import annotations

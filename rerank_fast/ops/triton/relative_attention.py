@@ -44,9 +44,8 @@ def launch(
     width = max(16, next_power_of_2(head_size))
     block = 32 if dtype != torch.float32 and width <= 64 and not few_queries else 16
     warps = 8 if dtype == torch.float32 or part == "tables" else 4
-    # For a key block of single queries ptxas would, on sm_90, rather spill two registers than take
-    # what a second stage needs.
-    stages = 1 if part == "tables" or (part == "keys" and few_queries) else 2
+    single = part == "keys" and few_queries
+    stages = 1 if part == "tables" or single else 2
     if hip:  # a warp has 64 threads, and what a second stage holds would spill
         warps, stages = 4, 1
         block = 16 if part == "tables" else block
@@ -54,7 +53,7 @@ def launch(
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if part == "forward" and width == 128:  # ptxas would, on sm_120, rather spill than take these
         config["maxnreg"] = 168
-    if part == "tables" and dtype == torch.float32:  # and these on sm_90
+    if single or (part == "tables" and dtype == torch.float32):  # and these on sm_90 and sm_120
         config["maxnreg"] = 255
     return guard.for_vendor(config, hip)
 
