@@ -10,6 +10,8 @@ TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from benchmarks.arguments import make_parser
 from rerank_fast.ops.triton import (
@@ -85,6 +88,7 @@ _LIMITS = {
     "100": (64, 32, 228),
     "120": (48, 24, 100),
 }
+_OWN_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 _COUNTED = ("MUFU", "FFMA", "FADD", "FMUL", "SHFL", "BAR", "LDG", "STG", "LDS", "STS")
 
 
@@ -146,19 +150,16 @@ def _nvidia(cubin: bytes, variant: Variant, num_warps: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.check_output(
-            [tool, "-res-usage", file.name], text=True, stderr=subprocess.STDOUT
-        )
-        sass = subprocess.check_output(
-            [tool, "-sass", file.name], text=True, stderr=subprocess.STDOUT
+        text = subprocess.check_output(
+            [tool, "-res-usage", "-sass", file.name], text=True, stderr=subprocess.STDOUT
         )
     row: dict[str, Any] = {}
     for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL")):
-        match = re.search(rf"{key}:(\d+)", usage)
+        match = re.search(rf"{key}:(\d+)", text)
         if match is None:
-            raise RuntimeError(f"cuobjdump -res-usage has no {key}:\n{usage}")
+            raise RuntimeError(f"cuobjdump -res-usage has no {key}:\n{text}")
         row[name] = int(match.group(1))
-    instructions = _instructions(sass)
+    instructions = _instructions(text)
     operations = [operation for _, operation, _ in instructions]
     # A spill is a store to local memory and a load from it.
     row["spills"] = sum(operation.split(".")[0] in ("STL", "LDL") for operation in operations)
@@ -195,8 +196,16 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _variants() -> dict[str, Variant]:
     return {variant.name: variant for source in SOURCES for variant in source.shipped()}
+
+
+def _names(files: Collection[str], parts: Collection[str]) -> list[str]:
+    """Of the kernels in these files whose names have one of these parts; no parts: all."""
+    chosen = [source for source in SOURCES if source.__name__.rpartition(".")[2] in files]
+    names = [variant.name for source in chosen for variant in source.shipped()]
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def _compile_named(name: str, target: str) -> dict[str, Any]:
@@ -228,9 +237,18 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     num_warps = options.get("num_warps", 4)
-    row = (
-        _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], variant, num_warps)
-    )
+    # Triton keeps what it has compiled by a hash of all that goes in; what was read of it, too.
+    kept = get_cache_manager(compiled.hash)
+    asked = f"report-{variant.anchor}-{variant.unit}-{variant.items}-{_OWN_HASH}.json"
+    if (file := kept.get_file(asked)) is not None:
+        row = json.loads(Path(file).read_text())
+    else:
+        row = (
+            _amd(compiled.asm["amdgcn"])
+            if amd
+            else _nvidia(compiled.asm["cubin"], variant, num_warps)
+        )
+        kept.put(json.dumps(row), asked, binary=False)
     shared = compiled.metadata.shared
     return {
         "kernel_name": variant.name,
@@ -359,17 +377,17 @@ def main() -> None:
     parser.add_argument(
         "--kernels", nargs="*", help="parts of names: only the kernels that have one of them"
     )
+    files = [source.__name__.rpartition(".")[2] for source in SOURCES]
+    parser.add_argument(
+        "--sources", nargs="*", default=files, choices=files, help="files of rerank_fast.ops.triton"
+    )
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("kernel_report compiles kernels: unset TRITON_INTERPRET")
-    names = [
-        name
-        for name in _variants()
-        if not arguments.kernels or any(part in name for part in arguments.kernels)
-    ]
+    names = _names(arguments.sources, arguments.kernels or ())
     with ProcessPoolExecutor(
         arguments.jobs, mp_context=multiprocessing.get_context("spawn")
     ) as pool:

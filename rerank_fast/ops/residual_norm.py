@@ -86,8 +86,16 @@ def unchecked_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward, _ = _BACKENDS[backend]
-    tensors = (tensor.contiguous() for tensor in (x, residual, weight, bias))
-    return forward(*tensors, _contiguous(rows), eps, dropout_p, seed)
+    return forward(
+        x.contiguous(),
+        residual.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        _contiguous(rows),
+        eps,
+        dropout_p,
+        seed,
+    )
 
 
 @declare("residual_norm_backward", fake=_fake_backward)

@@ -132,7 +132,7 @@ def unchecked_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     forward, _ = _BACKENDS[backend]
-    q, k, v = (rows_contiguous(tensor) for tensor in (q, k, v))
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     places = contiguous(cu_seqlens_q, cu_seqlens_k, rows)
     return forward(q, k, v, *places, scale, window_left, window_right, dropout_p, seed)
 

@@ -4,6 +4,7 @@ kind read.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -48,6 +49,11 @@ class MicroBatch:
     token_rows: Tensor | None = None  # (T,) int32
     sequence_rows: Tensor | None = None  # (N,) int32
     reads_last: bool = False  # the token that is read is the last of each
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Most tokens of a sequence."""
+        return int(self.lengths.max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -186,8 +192,7 @@ class PostNormStep:
         # Where the last token is read, it stands beside the last key without being told to.
         of_first = self.one_token and not batch.reads_last
         first_of = len(batch.lengths) if of_first else None
-        longest = int(batch.lengths.max(initial=0))
-        return replace(prepared, relative=relative.prepare(longest, first_of, last))
+        return replace(prepared, relative=relative.prepare(batch.longest, first_of, last))
 
     def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
         if self.trains:
@@ -307,15 +312,18 @@ def _ready_norm(
     With gradients on they must reach the module's own, unless the layer trains as one function.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if copies is None or (torch.is_grad_enabled() and not trains) or norm.weight.dtype == wide:
+    if copies is None or (torch.is_grad_enabled() and not trains):
         return norm
+    if norm.weight.dtype == wide:
+        # A module's attributes take ten times as long.
+        return NormWeights(norm.weight, norm.bias, norm.eps) if trains else norm
     return NormWeights(
         copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps
     )
 
 
 def layer_batch_of(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
-    longest, ends = int(batch.lengths.max(initial=0)), batch.cu_seqlens
+    longest, ends = batch.longest, batch.cu_seqlens
     if one_token:
         return LayerBatch(
             batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows

@@ -95,10 +95,9 @@ def pass_on(
     step: Trained, gradients: Sequence[Tensor | None], needs_input_grad: Sequence[bool]
 ) -> list[Tensor | None]:
     """A function's gradients of the parameters that it was given by parameters_through."""
-    found = in_own_dtypes(gradients, step.trained)
     if needs_input_grad:
-        return found
-    add_gradients(found, step.trained)
+        return in_own_dtypes(gradients, step.trained)
+    add_gradients(gradients, step.trained)
     return []
 
 
@@ -109,6 +108,8 @@ def add_gradients(gradients: Sequence[Tensor | None], parameters: Sequence[Tenso
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is None or not parameter.requires_grad:
             continue
+        if gradient.dtype is not parameter.dtype:
+            gradient = gradient.to(parameter.dtype)
         before = parameter.grad
         parameter.grad = gradient if before is None else before.add_(gradient)
         hooks: Any = parameter._post_accumulate_grad_hooks
@@ -296,9 +297,11 @@ class StepLinear:
 
     def weight_gradients(self, grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
         """Of each weight, from the product's gradient and its rows."""
-        if not any(weight.requires_grad for weight in self.weights):
-            return [None] * len(self.weights)
-        return _split(_weight_gradient(grad, x, self.weights[0].dtype), self._sizes)
+        weights = self.weights
+        for weight in weights:
+            if weight.requires_grad:
+                return _split(_weight_gradient(grad, x, weights[0].dtype), self._sizes)
+        return [None] * len(weights)
 
     def bias_gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
         """Of each bias, from the product's gradient."""

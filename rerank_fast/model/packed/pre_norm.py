@@ -127,18 +127,23 @@ def rms_norm(module: Any) -> RMSNorm | None:
     return RMSNorm(module.weight, float(module.eps), 1.0) if path in _GEMMAS else None
 
 
+_GATES = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",  # as it was called
+}
+
+
 def gate_of(activation: object) -> str | None:
     """The name that the gated kernels have for an activation; None where they have none."""
     if isinstance(activation, nn.Module) and must_be_called(activation):
         return None
     if is_gelu(activation) and getattr(activation, "act", F.gelu) is F.gelu:
         return "gelu"
-    path = f"{type(activation).__module__}.{type(activation).__name__}"
-    return (
-        "silu"
-        if path in ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
-        else None
-    )
+    if type(activation) is nn.GELU and activation.approximate == "tanh":
+        return "gelu_tanh"
+    return _GATES.get(f"{type(activation).__module__}.{type(activation).__name__}")
 
 
 @dataclass(frozen=True)

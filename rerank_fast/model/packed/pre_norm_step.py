@@ -127,8 +127,8 @@ class PreNormStep:
             # Where the last token is read, it stands beside the last key without being told to.
             of_first = self.one_token and not batch.reads_last
             first_of = len(batch.lengths) if of_first else None
-            longest = int(batch.lengths.max(initial=0))
-            prepared = replace(prepared, relative=relative.prepare(longest, first_of, seeds[2]))
+            terms = relative.prepare(batch.longest, first_of, seeds[2])
+            prepared = replace(prepared, relative=terms)
         if layer.rotary is not None:
             prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
         if self.one_token and not batch.reads_last and (layer.causal or layer.window is not None):

@@ -4,7 +4,9 @@ sums of.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -98,37 +100,51 @@ class _SumsOfRows:
         return self._found
 
 
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """Their functions: an import in each would take a tenth of the host's time of a layer."""
+    from rerank_fast.ops.triton.column_sums import column_sums
+    from rerank_fast.ops.triton.gelu import gelu_grad
+    from rerank_fast.ops.triton.residual_norm import programs, residual_norm_grads
+    from rerank_fast.ops.triton.varlen_attention_backward import attention_grads, sums_for
+
+    return SimpleNamespace(
+        column_sums=column_sums,
+        gelu_grad=gelu_grad,
+        programs=programs,
+        residual_norm_grads=residual_norm_grads,
+        attention_grads=attention_grads,
+        sums_for=sums_for,
+    )
+
+
 class _SumsOfKernels:
     """A kernel leaves the sums of some rows in a row of a matrix; one launch at the end adds these
     up.
     """
 
     def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
-        from rerank_fast.ops.triton import residual_norm as kernels
-
-        self._step, self._d_projected, self._grads = step, d_projected, kernels.residual_norm_grads
+        self._step, self._d_projected, self._kernels = step, d_projected, _kernels()
         width, inner = step.width, step.inner_width
         self._sizes = [width, width, width, inner, *[width] * 6]
-        self._sums = wide.new_empty(kernels.programs(wide.shape[0]), 6 * width + inner)
+        self._sums = wide.new_empty(self._kernels.programs(wide.shape[0]), 6 * width + inner)
         # Of the later norm, the GELU and the earlier norm.
-        self._parts = iter(self._sums.split([3 * width, inner, 3 * width], dim=1))
+        self._parts = iter(self._sums.split_with_sizes([3 * width, inner, 3 * width], 1))
 
     def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *tensors, _eps, dropout_p, seed, _backend = rest
-        return self._grads(x, residual, *tensors, next(self._parts), dropout_p, seed)
+        sums = next(self._parts)
+        return self._kernels.residual_norm_grads(x, residual, *tensors, sums, dropout_p, seed)
 
     def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        from rerank_fast.ops.triton.gelu import gelu_grad
-
-        return gelu_grad(hidden, grad, next(self._parts))
+        return self._kernels.gelu_grad(hidden, grad, next(self._parts))
 
     def attention(self, q: Tensor, k: Tensor, *arguments: Any) -> None:
-        from rerank_fast.ops.triton import varlen_attention_backward as kernels
-
         *tensors, scale, left, right, dropout_p, seed, _backend = arguments
-        self._attention_sums = kernels.sums_for(q, k, num_sequences=tensors[4].shape[0] - 1)
+        self._attention_sums = self._kernels.sums_for(q, k, tensors[4].shape[0] - 1)
         outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
-        kernels.attention_grads(q, k, *tensors, *outputs, scale, left, right, dropout_p, seed)
+        options = scale, left, right, dropout_p, seed
+        self._kernels.attention_grads(q, k, *tensors, *outputs, *options)
 
     def relative_attention(
         self, *tensors: Any, relative: RelativePositions, options: tuple[Any, ...]
@@ -136,6 +152,5 @@ class _SumsOfKernels:
         raise NotImplementedError("layers with relative positions are composed on a GPU")
 
     def all(self) -> Sequence[Tensor]:
-        from rerank_fast.ops.triton.column_sums import column_sums
-
-        return column_sums(self._sums, *self._attention_sums).split_with_sizes(self._sizes)
+        sums = self._kernels.column_sums(self._sums, *self._attention_sums)
+        return sums.split_with_sizes(self._sizes)

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton import launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
@@ -63,14 +63,13 @@ def column_sums_kernel(
 def column_sums(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
     """The sums over the rows of contiguous fp32 matrices, one after the other."""
     matrices = (a, b, c)
-    rows, widths = zip(*((0, 0) if one is None else one.shape for one in matrices), strict=True)
+    rows = [0 if one is None else one.shape[0] for one in matrices]
+    widths = [0 if one is None else one.shape[1] for one in matrices]
     out = a.new_empty(sum(widths))
     if not a.is_meta:
         blocks = sum(cdiv(width, LAUNCH["COLUMNS"]) for width in widths)
-        with torch.cuda.device_of(a):
-            column_sums_kernel[(blocks,)](
-                *(a if one is None else one for one in matrices), out, *rows, *widths, **LAUNCH
-            )
+        there = [a if one is None else one for one in matrices]
+        launcher.launch(column_sums_kernel, (blocks,), (*there, out), (*rows, *widths), **LAUNCH)
     return out
 
 

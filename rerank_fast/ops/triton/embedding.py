@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
-from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton import dropout, launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
@@ -207,23 +207,15 @@ def embed_norm(
     narrow = weight.new_empty(0 if dtype == torch.float32 else num_tokens, width, dtype=dtype)
     mean, rstd = weight.new_empty(num_tokens), weight.new_empty(num_tokens)
     if num_tokens and not words.is_meta:
-        with torch.cuda.device_of(words):
-            embed_norm_kernel[(num_tokens,)](
-                *(
-                    words,
-                    positions,
-                    types,
-                    ids,
-                    weight,
-                    bias,
-                    rows,
-                    y,
-                    narrow if len(narrow) else None,
-                ),
-                *(mean, rstd, num_tokens, width, eps, *dropout.scalars(dropout_p, seed)),
-                HAS_DROPOUT=dropout_p > 0,
-                **launch(width),
-            )
+        given = (words, positions, types, ids, weight, bias, rows)
+        launcher.launch(
+            embed_norm_kernel,
+            (num_tokens,),
+            (*given, y, narrow if len(narrow) else None, mean, rstd),
+            (num_tokens, width, eps, *dropout.scalars(dropout_p, seed)),
+            HAS_DROPOUT=dropout_p > 0,
+            **launch(width),
+        )
     return y, narrow, mean, rstd
 
 
@@ -250,28 +242,17 @@ def embed_norm_grads(
     d_total = torch.empty_like(grad_y)
     sums = grad_y.new_empty(programs(num_tokens), (2 + num_types) * width)
     if num_tokens and not words.is_meta:
-        with torch.cuda.device_of(words):
-            embed_norm_grad_kernel[(sums.shape[0],)](
-                *(
-                    words,
-                    positions,
-                    types,
-                    ids,
-                    weight,
-                    mean,
-                    rstd,
-                    rows,
-                    grad_y,
-                    grad_narrow,
-                    d_total,
-                    sums,
-                ),
-                *(num_tokens, width, *dropout.scalars(dropout_p, seed)),
-                NUM_TYPES=num_types,
-                HAS_DROPOUT=dropout_p > 0,
-                ROWS=ROWS,
-                **launch(width),
-            )
+        given = (words, positions, types, ids, weight, mean, rstd, rows)
+        launcher.launch(
+            embed_norm_grad_kernel,
+            (sums.shape[0],),
+            (*given, grad_y, grad_narrow, d_total, sums),
+            (num_tokens, width, *dropout.scalars(dropout_p, seed)),
+            NUM_TYPES=num_types,
+            HAS_DROPOUT=dropout_p > 0,
+            ROWS=ROWS,
+            **launch(width),
+        )
     return d_total, sums
 
 
@@ -283,10 +264,8 @@ def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     num_segments, width = starts.shape[0] - 1, x.shape[1]
     out = x.new_empty(num_segments, width)
     if out.numel() and not x.is_meta:
-        with torch.cuda.device_of(x):
-            segment_sums_kernel[(num_segments, cdiv(width, SEGMENTS["COLUMNS"]))](
-                x, order, starts, out, width, **SEGMENTS
-            )
+        grid = num_segments, cdiv(width, SEGMENTS["COLUMNS"])
+        launcher.launch(segment_sums_kernel, grid, (x, order, starts, out), (width,), **SEGMENTS)
     return out
 
 

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton import launcher
 from rerank_fast.ops.triton.gelu import gelu
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-ACTIVATIONS = ("gelu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 LAUNCH: dict[str, Any] = {"COLUMNS": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -26,6 +27,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
     """The activation and its slope."""
     if ACTIVATION == "gelu":
         y, slope = gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        y = x * share
+        slope = share + y * (1.0 - share) * (1.5957691216057308 + 0.21406444881780076 * x * x)
     else:
         share = 1.0 / (1.0 + tl.exp(-x))
         y = x * share
@@ -71,10 +77,10 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
-        with torch.cuda.device_of(out):
-            gated_kernel[(len(out), cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, out, width, ACTIVATION=activation, **LAUNCH
-            )
+        grid = len(out), cdiv(width, LAUNCH["COLUMNS"])
+        launcher.launch(
+            gated_kernel, grid, (gate_up, out), (width,), ACTIVATION=activation, **LAUNCH
+        )
     return out
 
 
@@ -84,10 +90,9 @@ def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
     result = torch.empty_like(gate_up)
     if grad.numel() and not grad.is_meta:
         width = grad.shape[1]
-        with torch.cuda.device_of(grad):
-            gated_grad_kernel[(len(grad), cdiv(width, LAUNCH["COLUMNS"]))](
-                gate_up, grad, result, width, ACTIVATION=activation, **LAUNCH
-            )
+        grid = len(grad), cdiv(width, LAUNCH["COLUMNS"])
+        tensors = (gate_up, grad, result)
+        launcher.launch(gated_grad_kernel, grid, tensors, (width,), ACTIVATION=activation, **LAUNCH)
     return result
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
+from rerank_fast.ops.triton import launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS
 from rerank_fast.ops.triton.variant import Variant
@@ -57,10 +58,9 @@ def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
     """
     dx = torch.empty_like(x)
     if x.numel() and not x.is_meta:
-        with torch.cuda.device_of(x):
-            gelu_grad_kernel[(sums.shape[0], cdiv(x.shape[1], LAUNCH["COLUMNS"]))](
-                x, grad, dx, sums, sums.stride(0), *x.shape, **LAUNCH
-            )
+        grid = sums.shape[0], cdiv(x.shape[1], LAUNCH["COLUMNS"])
+        numbers = sums.stride(0), *x.shape
+        launcher.launch(gelu_grad_kernel, grid, (x, grad, dx, sums), numbers, **LAUNCH)
     return dx
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
-from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard, launcher
 from rerank_fast.ops.triton.grid import cdiv, next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 
@@ -175,28 +175,15 @@ def forward(
     mean, rstd = residual.new_empty(x.shape[0]), residual.new_empty(x.shape[0])
     if x.numel():
         kernel, config = autotune.choose(forward_kernel, launch(x.shape[1]), AROUND, CASE)
-        with torch.cuda.device_of(
-            x
-        ):  # Triton launches on the current device, which need not be the tensors'
-            kernel[(x.shape[0],)](
-                *(
-                    x,
-                    residual,
-                    weight,
-                    bias,
-                    rows,
-                    y,
-                    narrow if has_narrow else None,
-                    mean,
-                    rstd,
-                    x.shape[1],
-                    eps,
-                ),
-                *dropout.scalars(dropout_p, seed),
-                HAS_NARROW=has_narrow,
-                HAS_DROPOUT=dropout_p > 0,
-                **config,
-            )
+        launcher.launch(
+            kernel,
+            (x.shape[0],),
+            (x, residual, weight, bias, rows, y, narrow if has_narrow else None, mean, rstd),
+            (x.shape[1], eps, *dropout.scalars(dropout_p, seed)),
+            HAS_NARROW=has_narrow,
+            HAS_DROPOUT=dropout_p > 0,
+            **config,
+        )
     return y, narrow, mean, rstd
 
 
@@ -251,25 +238,31 @@ def residual_norm_grads(
     dx, d_residual = torch.empty_like(x), torch.empty_like(residual)
     if x.numel() and not x.is_meta:
         kernel, config = autotune.choose(backward_kernel, launch(x.shape[1]), AROUND, CASE)
-        with torch.cuda.device_of(x):
-            kernel[(sums.shape[0],)](
-                *(x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual),
-                *(sums, sums.stride(0), *x.shape),
-                *dropout.scalars(dropout_p, seed),
-                HAS_WIDE=grad_y is not None,
-                HAS_NARROW=grad_narrow is not None,
-                HAS_DROPOUT=dropout_p > 0,
-                HAS_X_BIAS=sums.shape[1] == 3 * x.shape[1],
-                ROWS=ROWS,
-                **config,
-            )
+        num_rows, width = x.shape
+        launcher.launch(
+            kernel,
+            (sums.shape[0],),
+            (x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, sums),
+            (sums.stride(0), num_rows, width, *dropout.scalars(dropout_p, seed)),
+            HAS_WIDE=grad_y is not None,
+            HAS_NARROW=grad_narrow is not None,
+            HAS_DROPOUT=dropout_p > 0,
+            HAS_X_BIAS=sums.shape[1] == 3 * width,
+            ROWS=ROWS,
+            **config,
+        )
     return dx, d_residual
 
 
 def shipped() -> Iterator[Variant]:
-    for name in ("bf16", "fp16", "fp32"):
-        for width in (384, 1024, 4096):
-            for case in ("", "_dropout", "_dropout_rows"):
+    cases = ("", "_dropout", "_dropout_rows")
+    for name, widths, own_cases in (
+        ("bf16", (384, 1024, 4096), cases),
+        ("fp16", (1024,), cases[1:2]),  # is bf16 to the compiler
+        ("fp32", (384, 1024, 4096), (cases[0], cases[2])),
+    ):
+        for width in widths:
+            for case in own_cases:
                 for kernel in (forward_kernel, backward_kernel):
                     constants: dict[str, Any] = {
                         "HAS_NARROW": name != "fp32",

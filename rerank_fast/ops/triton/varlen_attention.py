@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops import ragged
-from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard, launcher
 from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 
@@ -86,6 +86,13 @@ def around(config: dict[str, Any], part: Part) -> tuple[dict[str, Any], ...]:
     return (
         tried if part == "queries" else (*tried, {"BLOCK_M": 2 * config["BLOCK_M"], "num_warps": 8})
     )
+
+
+def choose(kernel: Any, config: dict[str, Any], part: Part) -> tuple[Any, dict[str, Any]]:
+    """What to launch, and with which config; see autotune.choose."""
+    if not autotune.ENABLED:
+        return kernel, config
+    return autotune.choose(kernel, config, around(config, part), CASE)
 
 
 @triton.jit
@@ -353,7 +360,8 @@ def _constants(
 
 def windows(q: Tensor, k: Tensor, *sides: int) -> list[int]:
     """No window wider than all there is: places are added to it in 32 bits."""
-    return [min(side, q.shape[0] + k.shape[0]) for side in sides]
+    most = q.shape[0] + k.shape[0]
+    return [min(side, most) for side in sides]
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -384,34 +392,43 @@ def forward(
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
     config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
-    kernel, config = autotune.choose(forward_kernel, config, around(config, "forward"), CASE)
-    with torch.cuda.device_of(
-        q
-    ):  # Triton launches on the current device, which need not be the tensors'
-        kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-            *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
-            *strides(q, k, v, out),
-            scale * 1.4426950408889634,
-            *windows(q, k, window_left, window_right),
-            *dropout.scalars(dropout_p, seed),
-            num_sequences,
-            (num_sequences - 1).bit_length(),
-            q.shape[0],
-            k.shape[0],
-            **constants_of(q, k, window_left, window_right, dropout_p),
-            **config,
-        )
+    kernel, config = choose(forward_kernel, config, "forward")
+    num_tokens, heads = q.shape[:2]
+    numbers = (
+        *strides(q, k, v, out),
+        scale * 1.4426950408889634,
+        *windows(q, k, window_left, window_right),
+        *dropout.scalars(dropout_p, seed),
+        *(num_sequences, (num_sequences - 1).bit_length(), num_tokens, k.shape[0]),
+    )
+    launcher.launch(
+        kernel,
+        lambda meta: (num_tokens // meta["BLOCK_M"] + num_sequences, heads),
+        (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
+        numbers,
+        **constants_of(q, k, window_left, window_right, dropout_p),
+        **config,
+    )
     return out, lse
+
+
+_CASES_COMPILED = {
+    "bf16": ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"),
+    "fp16": ("plain", "dropout_window_rows"),
+    "fp32": ("plain", "dropout_window_rows", "one_query", "dropout_sums"),
+}
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
     """Every head size class and dtype: plain, with dropout and a window, also of some rows alone,
-    for a single query a sequence, and with dropout and sums, as BERT trains."""
+    for a single query a sequence, and with dropout and sums, as BERT trains. What differs from
+    another in nothing that the compiler sees is left out: fp16 is bf16, and rows are one load more.
+    """
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        for case in ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"):
+        for case in _CASES_COMPILED[name]:
             few, windowed = case == "one_query", "window" in case
             constants: dict[str, Any] = {
                 "GROUP": 1,

@@ -16,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
-from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton import dropout, guard, launcher
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
-    CASE,
     RUNTIME,
-    around,
     block_of,
+    choose,
     constants_of,
     launch,
     load_tile,
@@ -379,31 +378,28 @@ def attention_grads(
         k.shape[0],
     )
     constants = constants_of(q, k, window_left, window_right, dropout_p)
-    with torch.cuda.device_of(q):
-        if dq.numel():
-            config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
-            kernel, rest = autotune.choose(
-                query_grad_kernel, config, around(config, "queries"), CASE
-            )
-            kernel[lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1])](
-                *(q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
-                *strides(q, k, v, out, grad_out, dq),
-                *options,
-                **constants,
-                **rest,
-            )
-        if dk.numel():
-            config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
-            kernel, rest = autotune.choose(
-                key_value_grad_kernel, config, around(config, "keys"), CASE
-            )
-            kernel[lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1])](
-                *(q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
-                *strides(q, k, v, grad_out, dk, dv),
-                *options,
-                **constants,
-                **rest,
-            )
+    if dq.numel():
+        config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
+        kernel, rest = choose(query_grad_kernel, config, "queries")
+        launcher.launch(
+            kernel,
+            lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1]),
+            (q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
+            (*strides(q, k, v, out, grad_out, dq), *options),
+            **constants,
+            **rest,
+        )
+    if dk.numel():
+        config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
+        kernel, rest = choose(key_value_grad_kernel, config, "keys")
+        launcher.launch(
+            kernel,
+            lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1]),
+            (q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
+            (*strides(q, k, v, grad_out, dk, dv), *options),
+            **constants,
+            **rest,
+        )
 
 
 def shipped() -> Iterator[Variant]:

@@ -175,9 +175,6 @@ MODELS |= {
         )
     ),
     "gemma": lambda **o: GemmaForSequenceClassification(GemmaConfig(**DECODER, **o)),
-    "gemma-silu": lambda **o: GemmaForSequenceClassification(
-        GemmaConfig(**DECODER, hidden_act="silu", **o)
-    ),
     "gemma3": lambda **o: Gemma3TextForSequenceClassification(Gemma3TextConfig(**GEMMA3, **o)),
     "gemma3-both-ways": lambda **o: Gemma3TextForSequenceClassification(
         Gemma3TextConfig(**GEMMA3, use_bidirectional_attention=True, **o)
@@ -385,7 +382,7 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
         "modernbert-mean",
         "qwen3-sliding",
         "roberta-prelayernorm",
-        "gemma-silu",
+        "gemma",
         *(
             # Made of what the others have.
             pytest.param(name, marks=pytest.mark.slow)
