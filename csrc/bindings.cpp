@@ -39,7 +39,7 @@ T* at(Address address) {
 // The names of C++'s enumerations, in their order; Python gives and reads these.
 const Names kSchemes{"none", "ndcg1", "ndcg2", "lambdarank", "ndcg2pp"};
 const Names kReductions{"pairs", "lists", "sum", "none"};
-const Names kGates{"gelu", "silu"};
+const Names kGates{"gelu", "gelu_tanh", "silu"};
 const Names kActivations{"none", "tanh", "gelu", "relu"};
 
 template <typename Enum>

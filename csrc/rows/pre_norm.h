@@ -60,7 +60,7 @@ struct RotaryBackward {
   float* sums;  // (tasks, 2 * head_size) of weights' gradients; null without
 };
 
-enum class Gate { kGelu, kSilu };
+enum class Gate { kGelu, kGeluTanh, kSilu };
 
 struct GatedShape {
   std::int64_t rows, width;

@@ -193,10 +193,20 @@ RERANK_FAST_INLINE Share share_of(float x) {
     const float exponential = exp_negative(0.5f * x * x), share = normal_cdf(x, exponential);
     return {share, share + 0.398942280f * x * exponential};
   } else {
-    const float t = exp_negative(absolute(x)), share = (x < 0.0f ? t : 1.0f) / (1.0f + t);
-    return {share, share * (1.0f + x * (1.0f - share))};
+    // The logistic function of x or, for (1 + tanh(u)) / 2, of 2 u.
+    constexpr bool kTanh = kGate == Gate::kGeluTanh;
+    const float below = x > 30.0f ? 30.0f : x, near = below < -30.0f ? -30.0f : below;  // whose cube is finite
+    const float at = kTanh ? 1.59576912f * (near + 0.044715f * near * near * near) : x;
+    const float t = exp_negative(absolute(at)), share = (at < 0.0f ? t : 1.0f) / (1.0f + t);
+    const float rising = kTanh ? 1.59576912f + 0.214064449f * near * near : 1.0f;
+    return {share, share + x * share * (1.0f - share) * rising};
   }
 }
+
+using GatedEach = void (*)(const GatedShape& shape, const void* gate_up, void* out, std::int64_t begin,
+                           std::int64_t end);
+using GatedBackwardEach = void (*)(const GatedShape& shape, const void* gate_up, const void* grad, void* grad_gate_up,
+                                   std::int64_t begin, std::int64_t end);
 
 template <bool kBf16, Gate kGate>
 void gated_each(const GatedShape& shape, const void* gate_up, void* out, std::int64_t begin, std::int64_t end) {
@@ -255,19 +265,19 @@ void rotary_backward_rows(const RotaryShape& shape, const RotaryBackward& tensor
 }
 
 void gated_rows(const GatedShape& shape, const void* gate_up, void* out, std::int64_t begin, std::int64_t end) {
-  const bool gelu = shape.gate == Gate::kGelu;
-  const auto each = shape.bf16 ? (gelu ? gated_each<true, Gate::kGelu> : gated_each<true, Gate::kSilu>)
-                               : (gelu ? gated_each<false, Gate::kGelu> : gated_each<false, Gate::kSilu>);
-  each(shape, gate_up, out, begin, end);
+  constexpr GatedEach kEach[][2] = {{gated_each<false, Gate::kGelu>, gated_each<true, Gate::kGelu>},
+                                    {gated_each<false, Gate::kGeluTanh>, gated_each<true, Gate::kGeluTanh>},
+                                    {gated_each<false, Gate::kSilu>, gated_each<true, Gate::kSilu>}};
+  kEach[static_cast<int>(shape.gate)][shape.bf16 ? 1 : 0](shape, gate_up, out, begin, end);
 }
 
 void gated_backward_rows(const GatedShape& shape, const void* gate_up, const void* grad, void* grad_gate_up,
                          std::int64_t begin, std::int64_t end) {
-  const bool gelu = shape.gate == Gate::kGelu;
-  const auto each = shape.bf16
-                        ? (gelu ? gated_backward_each<true, Gate::kGelu> : gated_backward_each<true, Gate::kSilu>)
-                        : (gelu ? gated_backward_each<false, Gate::kGelu> : gated_backward_each<false, Gate::kSilu>);
-  each(shape, gate_up, grad, grad_gate_up, begin, end);
+  constexpr GatedBackwardEach kEach[][2] = {
+      {gated_backward_each<false, Gate::kGelu>, gated_backward_each<true, Gate::kGelu>},
+      {gated_backward_each<false, Gate::kGeluTanh>, gated_backward_each<true, Gate::kGeluTanh>},
+      {gated_backward_each<false, Gate::kSilu>, gated_backward_each<true, Gate::kSilu>}};
+  kEach[static_cast<int>(shape.gate)][shape.bf16 ? 1 : 0](shape, gate_up, grad, grad_gate_up, begin, end);
 }
 
 }  // namespace RERANK_FAST_SET

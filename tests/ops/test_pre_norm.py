@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,15 @@ from torch import Tensor
 from rerank_fast.ops.cpu import available, unavailable_reason
 from rerank_fast.ops.pre_norm import kernels_of
 
-pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason())
+pytestmark = [
+    pytest.mark.skipif(not available(), reason=unavailable_reason()),
+    pytest.mark.usefixtures("instruction_set"),
+]
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(0, 8), (1, 3), (5, 7), (67, 48), (130, 100)]
 
@@ -117,25 +127,25 @@ def test_rotary(norms: bool, tokens: int, head_size: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_gated(activation: str, shape: tuple[int, int], dtype: torch.dtype):
     kernels, width = kernels_of("cpu"), shape[1]
     gate_up = (4 * normal(shape[0], 2 * width)).to(dtype)
     grad = normal(*shape, dtype=dtype, seed=1)
     of = leaf(gate_up)
-    expected = getattr(F, activation)(of[:, :width]) * of[:, width:]
+    expected = ACTIVATIONS[activation](of[:, :width]) * of[:, width:]
     assert_close(kernels.gated(gate_up, activation), expected.detach(), dtype)
     expected.backward(grad.double())
     assert_close(kernels.gated_grad(gate_up, grad, activation), of.grad, dtype)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_gates_far_from_zero(activation: str):
     kernels = kernels_of("cpu")
     gates = torch.tensor([[-1e30, -60.0, -9.0, 0.0, 9.0, 60.0, 1e30]])
     gate_up = torch.cat([gates, torch.ones_like(gates)], 1)
     found = kernels.gated(gate_up, activation)
-    torch.testing.assert_close(found, getattr(F, activation)(gates), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(found, ACTIVATIONS[activation](gates), rtol=1e-6, atol=2e-6)
     grad = kernels.gated_grad(gate_up, torch.ones_like(gates), activation)
     expected = torch.tensor([[0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]])
     torch.testing.assert_close(grad[:, :7], expected, rtol=0, atol=2e-3)
