@@ -27,6 +27,7 @@ def _in_tiles(grad: Tensor) -> bool:
     return (
         grad.is_cpu
         and grad.dtype == torch.bfloat16
+        and not torch.compiler.is_compiling()  # which can't ask for the instruction set
         and cpu.available()
         and cpu.instruction_set() == "amx_bf16"
     )

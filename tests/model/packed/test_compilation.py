@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from rerank_fast import CrossEncoder, score
 from rerank_fast.model.gradient_cache import backward_cached, backward_direct
-from rerank_fast.model.packed import compilation
+from rerank_fast.model.packed import compilation, pre_norm_step
 from rerank_fast.model.packed.compilation import check_compiler
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.preparation import prepare_packed
@@ -139,11 +139,18 @@ def test_bounded_memory_keeps_the_gradient(bert: torch.nn.Module, new_graphs: Ca
     assert new_graphs() == 0
 
 
-def test_modernberts_kinds_of_layers_in_bf16(new_graphs: Callable[[], int]):
-    """Its first layer has no norm, then one slides, one doesn't, and the last slides too."""
+def test_modernberts_kinds_of_layers_in_bf16(
+    new_graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+):
+    """Its first layer has no norm, then one slides, one doesn't, and the last slides too.
+
+    Beside the composed layers that are traced: fused ones round elsewhere.
+    """
     new_graphs()
     model = make_model("modernbert-last-layer-slides").train()
-    expected = two_steps(model, dtype=torch.bfloat16)
+    with monkeypatch.context() as composed:
+        composed.setattr(pre_norm_step, "kernels_on_host", lambda device, dtype: None)
+        expected = two_steps(model, dtype=torch.bfloat16)
     assert_the_same(two_steps(model, dtype=torch.bfloat16, compiler="aot_eager"), expected)
     assert new_graphs() == 4
 
