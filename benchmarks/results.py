@@ -198,10 +198,15 @@ def quantity(value: float, unit: str) -> str:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Its name as Linux knows it; AMD's, which virtual machines call EPYC alone, with the core."""
+    """Its name as Linux knows it. Virtual machines leave out which AMD EPYC or Intel Xeon it is:
+    AMD's get the core, Intel's the tiles where they have them.
+    """
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     said = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     name = said.get("model name", platform.machine())
+    if said.get("vendor_id") == "GenuineIntel":
+        tiles = " with AMX" if "amx_tile" in said.get("flags", "").split() else ""
+        return name.replace("(R)", "").removesuffix(" Processor") + tiles
     core = _zen(int(said.get("cpu family", 0)), int(said.get("model", 0)))
     return f"{name} (Zen {core})" if said.get("vendor_id") == "AuthenticAMD" and core else name
 

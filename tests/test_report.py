@@ -111,7 +111,8 @@ def test_families_have_a_row_a_size_and_a_table_a_set():
     heading, _, head, _, first, second, _, pairs, _, run, *_ = report.families(kept).splitlines()
     assert heading == "AVX2:"
     assert head.startswith("| padded → packed | step, tokens/s | its peak |")
-    assert first == "| BERT, tiny [1] | **4.0x** 500 → 2,000 | **2.0x** 8.00 MiB → 4.00 MiB |  |  |"
+    cells = "| BERT, tiny [1] | **4.0x** 500 → 2,000 | **2.0x** 8.00 MiB → 4.00 MiB |  |  |"
+    assert first.replace("\u00a0", " ") == cells
     assert second == "| T5 (monoT5), base [1] |  |  | **2.0x** 50.0 → 100 |  |"
     assert pairs == "tiny, step: 9 pairs; base, predict: 2 pairs."
     assert run.startswith("1. 2026-01-02: a processor")
@@ -178,6 +179,17 @@ def test_a_processor_is_named_with_its_core(tmp_path, vendor, family, model, sai
     (tmp_path / "cpuinfo").write_text(
         f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
         "model name\t: AMD EPYC\nflags\t\t: fpu avx2\npower management:\n"
+    )
+    assert results.processor(tmp_path / "cpuinfo") == said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("fpu avx2", "Intel Xeon"), ("fpu avx512f amx_tile", "Intel Xeon with AMX")],
+)
+def test_an_intel_processor_is_named_with_its_tiles(tmp_path, flags, said):
+    (tmp_path / "cpuinfo").write_text(
+        f"vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: {flags}\n"
     )
     assert results.processor(tmp_path / "cpuinfo") == said
 

@@ -65,20 +65,20 @@ _SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def config_of(shape: str, *, small: bool = False) -> PretrainedConfig:
-    """Of a shape; small: with its layers, each with a head of one number or, to be rotated, two,
+def config_of(shape: str, *, head_size: int = 0) -> PretrainedConfig:
+    """Of a shape; with a head_size a small one: as many layers, each with one head of that size,
     and few words.
 
     What the host does for a layer follows from no width; a product in bf16 of twelve columns takes
     a CPU six times as long as to dispatch it.
     """
     kind, settings = _SHAPES[shape]
-    if small:
-        width = 1 if kind is BertConfig else 2
-        settings = {**settings, "vocab_size": 64, "hidden_size": width, "intermediate_size": width}
+    if head_size:
+        widths = {"hidden_size": head_size, "intermediate_size": head_size}
+        settings = {**settings, "vocab_size": 64, **widths}
         settings |= {"num_attention_heads": 1}
         if kind is Qwen3Config:
-            settings |= {"num_key_value_heads": 1, "head_dim": 2}
+            settings |= {"num_key_value_heads": 1, "head_dim": head_size}
     if kind is ModernBertConfig:
         settings = {
             **settings,
@@ -266,16 +266,16 @@ def _directory() -> Any:
     return directory
 
 
-def model_of(shape: str, dtype: torch.dtype = torch.float32, *, small: bool = False) -> Any:
+def model_of(shape: str, dtype: torch.dtype = torch.float32, *, head_size: int = 0) -> Any:
     """A Hugging Face model of the shape that has no values, or a small one on the CPU."""
-    with torch.device("cpu" if small else "meta"):
-        config = config_of(shape, small=small)
+    with torch.device("cpu" if head_size else "meta"):
+        config = config_of(shape, head_size=head_size)
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
 
 
-def reranker_of(shape: str, dtype: torch.dtype = torch.float32, *, small: bool = False) -> Observed:
+def reranker_of(shape: str, dtype: torch.dtype = torch.float32, *, head_size: int = 0) -> Observed:
     reranker = Observed(_directory().name, device="cpu")
-    reranker.model = model_of(shape, dtype, small=small)
+    reranker.model = model_of(shape, dtype, head_size=head_size)
     return reranker.eval()
 
 
