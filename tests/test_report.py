@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,14 +156,20 @@ def test_memory_rows_are_named_as_those_that_are_kept():
     found += [(case(PEER, 16, 128), None)]
     found += [(case(mode, 1, 8), value) for mode in ("cached", "direct")]
     rows = {one.case: one for one in compared(found)}
-    (column,) = [one for one in results.columns() if one.rows("steps/training_memory")]
-    kept = column.rows("steps/training_memory")
+    kept: dict[str, Any] = {}
+    for column in results.columns():
+        kept |= column.rows("steps/training_memory")
     assert len(rows) == 17
     assert rows.keys() <= kept.keys()
     assert all((one.peer is None) == (kept[name][1].peer is None) for name, one in rows.items())
-    objectives = [(case("cached", 1, 8, objective=name), value) for name in ("lambda_loss", "mse")]
+    objectives = [
+        (case("cached", 1, documents, objective=name), value)
+        for name in ("lambda_loss", "mse")
+        for documents in (8, 512)
+    ]
     (one,) = compared(objectives)
-    assert one.case == "1 list of 8, gradient_cache on, mse, peer lambda_loss"
+    assert one.case == "1 list of 512, gradient_cache on, mse, peer lambda_loss"
+    assert one.case in kept
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ def compared(found: list[tuple[dict[str, Any], dict[str, float] | None]]) -> lis
             other = ("direct", lists, documents, "")
         if other not in values or other == (mode, lists, documents, objective):
             continue
+        if objective and documents < max(at[2] for at in values if at[3] == objective):
+            continue  # the longest list says it
         peer = values[other]
         cache = MODES[mode]["gradient_cache"]
         plural = "list" if lists == 1 else "lists"
