@@ -154,7 +154,7 @@ def unchecked_forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, without a graph; options are scale, dropout_p, seed and backend."""
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, rows, *_parts(relative), *options)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, rows, *relative.parts, *options)
 
 
 def unchecked_backward(
@@ -176,18 +176,12 @@ def unchecked_backward(
     """
     scale, dropout_p, seed, backend = options
     _, backward = _BACKENDS[backend]
-    places, relative = _laid_out(cu_seqlens_q, cu_seqlens_k, rows, *_parts(relative))
+    places, relative = _laid_out(cu_seqlens_q, cu_seqlens_k, rows, *relative.parts)
     q, k, v, grad_out = (rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     found = backward(
         *(q, k, v, out, lse, grad_out, *places, scale, -1, -1, dropout_p, seed, relative), into=into
     )
     return list(found[3:])
-
-
-def _parts(relative: RelativePositions) -> tuple[Any, ...]:
-    """As the op takes them."""
-    tables = relative.keys, relative.queries, relative.bias
-    return relative.slots, *tables, relative.query_positions
 
 
 class RelativeAttention(torch.autograd.Function):

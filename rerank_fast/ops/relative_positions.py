@@ -51,6 +51,11 @@ class RelativePositions:
         assert table is not None
         return table.shape[0]
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Slots, keys, queries, bias and the queries' positions: as an op takes them."""
+        return self.slots, self.keys, self.queries, self.bias, self.query_positions
+
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises ValueError unless these belong to (Tq, heads, head_size) queries and (Tk, heads,
         head_size) keys.

@@ -334,7 +334,6 @@ def varlen_attention(
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     rows = rows if dropout_p > 0 else None
     if relative is not None:
-        tables = (relative.slots, relative.keys, relative.queries, relative.bias)
         return RelativeAttention.apply(
             q,
             k,
@@ -342,8 +341,7 @@ def varlen_attention(
             cu_seqlens_q,
             own_ends,
             rows,
-            *tables,
-            relative.query_positions,
+            *relative.parts,
             (scale, dropout_p, seed, backend_name),
         )
     options = (scale, left, right, dropout_p, seed, backend_name)

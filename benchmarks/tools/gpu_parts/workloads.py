@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.tools import gpu_workloads
 from benchmarks.tools.gpu_workloads import Observed, Observer, Scoring, Training
@@ -25,6 +29,10 @@ _QUERY_WORDS, _MOST_WORDS = 7, 30000
 _SMALL = 8  # the size of a dry run's heads: of one number a norm has no gradient
 
 
+def _config_of(shape: str, *, small: bool) -> PretrainedConfig:
+    return gpu_workloads.config_of(shape, head_size=_SMALL if small else 0)
+
+
 def reranker_on(
     device: torch.device, shape: str, dtype: torch.dtype = torch.float32, *, small: bool = False
 ) -> Observed:
@@ -32,18 +40,18 @@ def reranker_on(
     reranker = gpu_workloads.reranker_of(shape, head_size=_SMALL)
     torch.manual_seed(0)
     with torch.device(device):
-        config = gpu_workloads.config_of(shape, head_size=_SMALL if small else 0)
+        config = _config_of(shape, small=small)
         reranker.model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     return reranker.eval()
 
 
 def training_lists(shape: str, *, small: bool = False) -> TokenizedLists:
-    vocabulary = gpu_workloads.config_of(shape, head_size=_SMALL if small else 0).vocab_size
+    vocabulary = _config_of(shape, small=small).vocab_size
     return gpu_workloads.training_lists(vocabulary, small=small)
 
 
 def inference_pairs(shape: str, *, small: bool = False) -> TokenizedPairs:
-    vocabulary = gpu_workloads.config_of(shape, head_size=_SMALL if small else 0).vocab_size
+    vocabulary = _config_of(shape, small=small).vocab_size
     if small:
         return gpu_workloads.pairs_of(np.array([3, 9, 5, 12]), vocabulary)
     return gpu_workloads.inference_pairs(vocabulary)
@@ -63,7 +71,7 @@ def our_runs(device: torch.device, shape: str, *, small: bool = False) -> dict[s
 @contextlib.contextmanager
 def saved_model(shape: str, *, small: bool = False) -> Iterator[Path]:
     """A directory that both packages open: random weights, and a tokenizer with a token a word."""
-    config = gpu_workloads.config_of(shape, head_size=_SMALL if small else 0)
+    config = _config_of(shape, small=small)
     count = min(config.vocab_size, _MOST_WORDS)
     words = {word: number for number, word in enumerate(_SPECIAL)}
     words |= {f"w{number}": number for number in range(len(_SPECIAL), count)}
