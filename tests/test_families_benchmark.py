@@ -4,10 +4,12 @@ interrupted.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.results import Row, Run
 from benchmarks.steps import families
@@ -47,6 +49,34 @@ def test_rows_of_a_family(family: str, monkeypatch: pytest.MonkeyPatch):
     ]
     assert all(row.table == families.TABLE and row.ours > 0 and row.peer for row in rows)
     assert "pairs of" in rows[0].remark
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_fails_padded_in_bf16_is_beside_itself_in_fp32(monkeypatch: pytest.MonkeyPatch):
+    """X-MOD's adapters are written into a tensor of another dtype under autocast."""
+    monkeypatch.setitem(families.SIZES, "small", SMALL)
+    monkeypatch.setattr(families, "fastest", lambda device: torch.bfloat16)
+    step, _, predict, _ = families.measure("X-MOD", "small", [64])
+    assert step.remark.endswith("; padded in float32: it fails in bfloat16")
+    assert "fails" not in predict.remark
+    assert step.peer
+    assert predict.peer
+
+
+def test_a_family_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "rows.json"
+
+    def measured(family: str, size: str, padded_tokens: list[int]) -> list[Row]:
+        if family == "BERT":
+            raise subprocess.CalledProcessError(1, "python")
+        return [Row(families.TABLE, f"{family}, {size}: step", 1.0, 2.0, "tokens/s")]
+
+    monkeypatch.setattr(families, "in_a_process", measured)
+    arguments = ["families", "--rows", str(file), "--only", "BERT", "mT5", "--size", "tiny"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"BERT, tiny \(1\)"):
+        families.main()
+    assert [row.case for row in Run.read(file).rows] == ["mT5, tiny: step"]
 
 
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -104,7 +104,7 @@ def test_families_have_a_row_a_size_and_a_table_a_set():
     rows = [
         Row("steps/families", "BERT, tiny: step", 500.0, 2000.0, "tokens/s", "9 pairs; by 1024"),
         Row("steps/families", "BERT, tiny: step, peak", 2.0**23, 2.0**22, "B"),
-        Row("steps/families", "T5 (monoT5), base: predict", 50.0, 100.0, "tokens/s", "2 pairs; x"),
+        Row("steps/families", "T5 (monoT5), base: predict", 5.0, 10.0, "tokens/s", "2 pairs; x; y"),
     ]
     kept = [Column("amx_bf16", [make_run("2026-01-01", row("a"))])]
     assert report.families(kept) == "Not measured yet.\n"
@@ -114,7 +114,7 @@ def test_families_have_a_row_a_size_and_a_table_a_set():
     assert head.startswith("| padded → packed | step, tokens/s | its peak |")
     cells = "| BERT, tiny [1] | **4.0x** 500 → 2,000 | **2.0x** 8.00 MiB → 4.00 MiB |  |  |"
     assert first.replace("\u00a0", " ") == cells
-    assert second == "| T5 (monoT5), base [1] |  |  | **2.0x** 50.0 → 100 |  |"
+    assert second == "| T5 (monoT5), base [1] |  |  | **2.0x** 5.00 → 10.0, y |  |"
     assert pairs == "tiny, step: 9 pairs; base, predict: 2 pairs."
     assert run.startswith("1. 2026-01-02: a processor")
 

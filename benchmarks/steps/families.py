@@ -192,8 +192,10 @@ class Measured:
             raise ValueError(f"{type(self.model).__name__} is not packed")
         return made
 
-    def step(self, *, packed: bool, max_tokens: int | None) -> Callable[[], None]:
-        prepare = self.preparer(self.dtype, packed=packed)
+    def step(
+        self, *, packed: bool, max_tokens: int | None, dtype: torch.dtype
+    ) -> Callable[[], None]:
+        prepare = self.preparer(dtype, packed=packed)
 
         def run() -> None:
             self.model.train()
@@ -205,8 +207,10 @@ class Measured:
 
         return run
 
-    def predict(self, *, packed: bool, max_tokens: int | None) -> Callable[[], torch.Tensor]:
-        prepare = self.preparer(torch.float32, packed=packed)
+    def predict(
+        self, *, packed: bool, max_tokens: int | None, dtype: torch.dtype
+    ) -> Callable[[], torch.Tensor]:
+        prepare = self.preparer(dtype, packed=packed)
 
         @torch.inference_mode()
         def run() -> torch.Tensor:
@@ -221,7 +225,7 @@ def measure(family: str, name: str, padded_tokens: Sequence[int]) -> list[Row]:
     size = SIZES[name]
     own = Measured(family, size)
     packed, padded = (
-        own.predict(packed=one, max_tokens=None if one else padded_tokens[0])
+        own.predict(packed=one, max_tokens=None if one else padded_tokens[0], dtype=torch.float32)
         for one in (True, False)
     )
     torch.testing.assert_close(packed(), padded(), rtol=1e-3, atol=1e-3)
@@ -229,16 +233,16 @@ def measure(family: str, name: str, padded_tokens: Sequence[int]) -> list[Row]:
     pairs = f"{len(lengths)} pairs of {lengths.min()}-{lengths.mean():.0f}-{lengths.max()} tokens"
     rows = []
     for make, of, dtype in ((own.step, "step", own.dtype), (own.predict, "predict", torch.float32)):
-        ours = make(packed=True, max_tokens=None)
-        peers = [make(packed=False, max_tokens=tokens) for tokens in padded_tokens]
+        ours = make(packed=True, max_tokens=None, dtype=dtype)
         ours()
-        firsts = [_first(peer) for peer in peers]
+        peers, firsts, excuse = _padded(make, dtype, padded_tokens)
         best = min(range(len(peers)), key=lambda at: firsts[at].seconds)
         peak, peer_peak = _first(ours).peak, firsts[best].peak
         seconds = Interleaved({"ours": ours, "peer": peers[best]}).run(size.rounds)
         case, tokens = f"{family}, {name}: {of}", int(lengths.sum())
         speeds = tokens / seconds["ours"], tokens / seconds["peer"]
         remark = f"{pairs} in {name_of(dtype)}; padded in micro-batches of {padded_tokens[best]}"
+        remark += f"; {excuse}" if excuse else ""
         rows.append(Row(TABLE, case, speeds[1], speeds[0], "tokens/s", remark))
         rows.append(Row(TABLE, f"{case}, peak", peer_peak, peak, "B"))
     return rows
@@ -248,6 +252,23 @@ def measure(family: str, name: str, padded_tokens: Sequence[int]) -> list[Row]:
 class _First:
     seconds: float
     peak: int  # bytes above what was resident
+
+
+def _padded(
+    make: Callable[..., Callable[[], object]], dtype: torch.dtype, padded_tokens: Sequence[int]
+) -> tuple[list[Callable[[], object]], list[_First], str]:
+    """For each number of tokens what runs padded and its first run; and what is to be said of them
+    where transformers' model fails in the dtype, and they are in fp32.
+    """
+    peers = [make(packed=False, max_tokens=tokens, dtype=dtype) for tokens in padded_tokens]
+    try:
+        return peers, [_first(peer) for peer in peers], ""
+    except RuntimeError as error:
+        if dtype == torch.float32:
+            raise
+        print(f"Padded in {name_of(dtype)}: {error}", file=sys.stderr)
+    wide, firsts, _ = _padded(make, torch.float32, padded_tokens)
+    return wide, firsts, f"padded in float32: it fails in {name_of(dtype)}"
 
 
 def _first(run: Callable[[], object]) -> _First:
@@ -263,9 +284,7 @@ def in_a_process(family: str, size: str, padded_tokens: Sequence[int]) -> list[R
     """Its rows."""
     case = json.dumps([family, size, *padded_tokens])
     command = [sys.executable, "-m", "benchmarks.steps.families", "--case", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [Row(**row) for row in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
@@ -295,13 +314,20 @@ def main() -> None:
     file: Path | None = options.rows
     rows = Run.read(file).rows if file is not None and file.is_file() else []
     measured = {row.case.partition(": ")[0] for row in rows}
+    failed: list[str] = []
     for family, size in chosen(options.size, options.only):
         if f"{family}, {size}" in measured:
             continue
-        found = in_a_process(family, size, options.padded_tokens)
+        try:
+            found = in_a_process(family, size, options.padded_tokens)
+        except subprocess.CalledProcessError as error:  # it has said why
+            failed.append(f"{family}, {size} ({error.returncode})")
+            continue
         rows += found
         Run.of_script(file, "benchmarks.steps.families", rows)
         print("\n".join(Run.here("", found).table()[1:]), flush=True)
+    if failed:
+        raise SystemExit(f"Not measured, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,11 @@ def families(kept: Sequence[Column]) -> str:
             of = [found.get(f"{name}: {what}") for what in _OF_A_FAMILY]
             (run, _) = next(one for one in of if one)
             runs += [] if run in runs else [run]
-            cells = ["" if one is None else _cell(one[1], said="") for one in of]
+            # The pairs stand below, the padded micro-batches nowhere; an excuse stands here.
+            cells = [
+                "" if one is None else _cell(one[1], said="".join(one[1].remark.split("; ")[2:]))
+                for one in of
+            ]
             lines.append(f"| {name} [{runs.index(run) + 1}] | {' | '.join(cells)} |")
             size = name.rpartition(", ")[2]
             for what, one in zip(_OF_A_FAMILY, of, strict=True):
