@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.tools import gpu_model
+from benchmarks.tools import gpu_attention, gpu_model
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
 from benchmarks.tools.gpu_workloads import SHAPES
 from rerank_fast.ops.registry import HAS_TRITON
@@ -131,6 +132,32 @@ def test_attention_is_counted_by_its_lengths():
 )
 def test_launches_of_many_tensors(sizes: list[int], lists: int, launches: int):
     assert multi_tensor_launches(sizes, lists) == launches
+
+
+@needs_triton
+def test_attention_beside_its_rivals():
+    heads = gpu_attention.Heads.of("Qwen3-0.6B")
+    assert (heads.queries, heads.keys, heads.size) == (16, 8, 128)
+    pairs = 16 * 128 * int((heads.lengths**2).sum())
+    found = {name: run(heads) for name, run in gpu_attention.BACKENDS.items()}
+    ours, flash, padded = found.values()
+    assert ours["forward"].flops == flash["forward"].flops == 4 * pairs
+    assert ours["forward"].bytes == pytest.approx(flash["forward"].bytes, rel=0.01)
+    assert [one["backward"].launches for one in found.values()][:2] == [2, 3]
+    assert padded["forward"].flops == 4 * 16 * 128 * len(heads.lengths) * heads.lengths.max() ** 2
+    lines = gpu_attention.table()
+    assert sum(line.startswith("| MiniLM-L12 | ") for line in lines) == len(found)
+
+
+@needs_triton
+def test_their_predict_is_padded_and_of_every_pair():
+    ours = next(row for row in rows_of("MiniLM-L6") if row.what.startswith("predict")).total()
+    rows = gpu_model.peer_predict_rows("MiniLM-L6")
+    assert len(rows) == len(gpu_model.PEER_BATCHES)
+    for row, size in zip(rows, gpu_model.PEER_BATCHES, strict=True):
+        total = row.total()
+        assert total.flops > ours.flops
+        assert total.uploads == 2 * math.ceil(1000 / size)  # ids and mask of each forward
 
 
 def test_the_wire_carries_every_gradient_once_and_most_of_it_during_backward():

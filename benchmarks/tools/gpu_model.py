@@ -14,6 +14,7 @@ Writes gpu_model.md and gpu_model.json.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,9 +26,17 @@ import torch
 import transformers
 
 from benchmarks.arguments import make_parser
-from benchmarks.tools import gpu_counts, gpu_workloads
+from benchmarks.tools import gpu_attention, gpu_counts, gpu_workloads
 from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
-from benchmarks.tools.gpu_workloads import SHAPES, HostClock, Observer, PeerStep, Scoring, Training
+from benchmarks.tools.gpu_workloads import (
+    SHAPES,
+    HostClock,
+    Observer,
+    PeerScoring,
+    PeerStep,
+    Scoring,
+    Training,
+)
 from rerank_fast.training.distributed.buckets import GradientBuckets
 
 LIMITS = Path(__file__).with_name("gpu_limits.json")
@@ -38,6 +47,7 @@ LAUNCH_SECONDS = 2.5e-6
 TRITON_SECONDS = 1.5e-6
 # What a commit must not raise: by phase.
 LIMITED = ("launches", "syncs", "bytes")
+PEER_BATCHES = 32, 128, 256, 512  # pairs of its predict; the first is its default
 _SMALL = 2  # size of the heads where only the host's time counts; odd ones can't be rotated
 
 Run = Callable[[Observer], None]
@@ -153,6 +163,24 @@ def peer_rows(shape: str, *, host: bool = False) -> list[Row]:
             row.host = host_times(
                 PeerStep(small, few, pairs_a_forward=len(few) * pairs // len(tokens))
             )
+    return rows + peer_predict_rows(shape, host=host)
+
+
+def peer_predict_rows(shape: str, *, host: bool = False) -> list[Row]:
+    """sentence-transformers' predict in bf16, by its batch size, of which the fastest counts."""
+    tokens = gpu_workloads.inference_pairs(gpu_workloads.config_of(shape).vocab_size)
+    rows = []
+    for size in PEER_BATCHES:
+        scoring = PeerScoring(
+            gpu_workloads.model_of(shape, torch.bfloat16), tokens, batch_size=size
+        )
+        rows.append(
+            count(shape, f"sentence-transformers' predict, {size}", scoring, tokens.lengths)
+        )
+        if host:  # in as many forwards
+            small = gpu_workloads.model_of(shape, torch.bfloat16, head_size=_SMALL)
+            few = gpu_workloads.pairs_of(np.full(2 * math.ceil(len(tokens) / size), 3), 64)
+            rows[-1].host = host_times(PeerScoring(small, few, batch_size=2))
     return rows
 
 
@@ -294,7 +322,7 @@ def main() -> None:
         rows += [*our_rows(shape, host=True), *peer_rows(shape, host=True)]
         print(table([row for row in rows if row.shape == shape]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    text = introduction() + "\n" + table(rows)
+    text = "\n".join([introduction(), table(rows), *gpu_attention.table()])
     (options.output / "gpu_model.md").write_text(text, encoding="utf-8")
     content = {
         "versions": versions(),

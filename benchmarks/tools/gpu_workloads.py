@@ -405,3 +405,26 @@ class PeerStep:
         loss.backward()
         observer.begin("")
         self.model.zero_grad(set_to_none=True)
+
+
+class PeerScoring:
+    """predict as sentence-transformers does it: sorted by length, padded, some pairs a forward; of
+    a model in bf16, its texts tokenised.
+    """
+
+    def __init__(self, model: Any, tokens: TokenizedPairs, *, batch_size: int) -> None:
+        self.model = model.eval()
+        self.tokens, self.batch_size = tokens, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, observer: Observer) -> None:
+        observer.begin("scores")
+        order = np.argsort(-self.tokens.lengths)
+        scores: list[Tensor] = []
+        for start in range(0, len(order), self.batch_size):
+            batch = self.tokens.pad(order[start : start + self.batch_size], pad_token_id=0)
+            features = {name: one.to(self.model.device) for name, one in batch.items()}
+            logits = self.model(**features).logits.float()
+            scores.extend(torch.sigmoid(logits).squeeze(-1))
+        torch.stack([scores[place] for place in np.argsort(order)])
+        observer.begin("")
