@@ -33,7 +33,7 @@ from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.packed import encoder, linear, pre_norm_step
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.ops import registry
+from rerank_fast.ops import ragged, registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.freezing import layer_depths
@@ -186,8 +186,12 @@ def stubbed_kernels() -> Iterator[None]:
         (guard, "refusal", lambda device: ""),
         (encoder, "has_kernels", lambda device, dtype: True),
         (pre_norm_step, "has_kernels", lambda device, dtype: True),
+        (linear, "_onednn_multiplies", lambda dtype: False),
         (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
         (linear, "_weight_gradient", _wide_product),
+        # Cumulative lengths are read where they lie on the CPU alone.
+        (ragged, "check_ends", lambda name, ends, num_tokens: None),
+        (ragged, "check_offsets", lambda offsets, num_documents: None),
     ]
     with ExitStack() as stack:
         if registry.HAS_TRITON:
