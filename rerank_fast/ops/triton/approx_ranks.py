@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops import ragged
-from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton import autotune, guard, launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = launcher.Config({"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True})
 # What tuning tries beside them.
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 8}, {"ROWS": 32})
 
@@ -82,20 +82,14 @@ def _launch(scores: Tensor, grad_ranks: Tensor | None, offsets: Tensor, alpha: f
         dtype = tl.float64 if scores.dtype == torch.float64 else tl.float32
         kernel, config = autotune.choose(approx_ranks_kernel, LAUNCH, AROUND, ("BACKWARD", "dtype"))
         grads = scores if grad_ranks is None else grad_ranks
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(scores):
-            kernel[lambda meta: (cdiv(n, meta["ROWS"]),)](
-                scores,
-                grads,
-                offsets,
-                lists,
-                out,
-                n,
-                alpha=alpha,
-                BACKWARD=grad_ranks is not None,
-                dtype=dtype,
-                **config,
-            )
+        launcher.launch(
+            kernel,
+            lambda meta: (cdiv(n, meta["ROWS"]),),
+            (scores, grads, offsets, lists, out),
+            (n,),
+            launcher.constants(alpha=alpha, BACKWARD=grad_ranks is not None, dtype=dtype),
+            config,
+        )
     return out
 
 
