@@ -350,14 +350,19 @@ def constants_of(
     )
 
 
-def windows(q: Tensor, k: Tensor, *sides: int) -> list[int]:
+def windows(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int]:
     """No window wider than all there is: places are added to it in 32 bits."""
+    if left < 0 and right < 0:
+        return left, right
     most = q.shape[0] + k.shape[0]
-    return [min(side, most) for side in sides]
+    return min(left, most), min(right, most)
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    found: list[int] = []
+    for tensor in tensors:
+        found += tensor.stride()[:2]
+    return found
 
 
 def forward(
