@@ -36,6 +36,7 @@ from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.ops import ragged, registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.clipping import clip_gradients
 from rerank_fast.training.freezing import layer_depths
 from rerank_fast.training.objective import choose_objective
 from rerank_fast.training.optimizer import parameter_groups
@@ -334,12 +335,9 @@ class Training:
 
     @torch.no_grad()
     def _move(self) -> None:
-        """clip_grad_norm_ and AdamW(fused=True) as they are on CUDA; on meta tensors torch has
-        neither."""
-        gradients = [weight.grad for group in self.groups for weight in group]
-        norms = torch._foreach_norm(gradients, 2.0)
-        norm = torch.linalg.vector_norm(torch.stack(norms), 2.0)
-        torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        """clip_gradients, and AdamW(fused=True) as it is on CUDA; on meta tensors torch has
+        none."""
+        clip_gradients([weight for group in self.groups for weight in group], 1.0)
         for group, (first, second), counts in zip(
             self.groups, self.moments, self.counts, strict=True
         ):
