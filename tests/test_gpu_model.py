@@ -9,8 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.tools import gpu_attention, gpu_model
+from benchmarks.tools import gpu_attention, gpu_model, gpu_workloads
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
 from benchmarks.tools.gpu_workloads import SHAPES
 from rerank_fast.ops.registry import HAS_TRITON
@@ -47,6 +48,24 @@ def test_one_more_is_too_many(kind: str):
     assert kind in line
     del fewer["limits"]["MiniLM-L6"]["training, cached"]["backward"]
     assert len(gpu_model.beyond(rows, fewer)) == len(gpu_model.LIMITED)
+
+
+@needs_triton
+def test_the_hosts_time_is_of_a_gpus_path():
+    called = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    reranker = gpu_workloads.reranker_of("MiniLM-L6", head_size=2)
+    lists = gpu_workloads.training_lists(64, small=True)
+    run = gpu_workloads.Training(reranker, lists, "off")
+    with gpu_workloads.stubbed_kernels(), Seen():
+        run(gpu_workloads.HostClock())
+    assert "rerank_fast.attention_grads.default" in called
+    assert not [name for name in called if name.startswith(("mkldnn.", "aten.mkldnn"))]
 
 
 def test_views_and_allocations_are_no_launches():

@@ -33,9 +33,10 @@ from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.packed import encoder, linear, pre_norm_step
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.ops import registry
+from rerank_fast.ops import ragged, registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.clipping import clip_gradients
 from rerank_fast.training.freezing import layer_depths
 from rerank_fast.training.objective import choose_objective
 from rerank_fast.training.optimizer import parameter_groups
@@ -186,8 +187,12 @@ def stubbed_kernels() -> Iterator[None]:
         (guard, "refusal", lambda device: ""),
         (encoder, "has_kernels", lambda device, dtype: True),
         (pre_norm_step, "has_kernels", lambda device, dtype: True),
+        (linear, "_onednn_multiplies", lambda dtype: False),
         (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
         (linear, "_weight_gradient", _wide_product),
+        # Cumulative lengths are read where they lie on the CPU alone.
+        (ragged, "check_ends", lambda name, ends, num_tokens: None),
+        (ragged, "check_offsets", lambda offsets, num_documents: None),
     ]
     with ExitStack() as stack:
         if registry.HAS_TRITON:
@@ -330,12 +335,9 @@ class Training:
 
     @torch.no_grad()
     def _move(self) -> None:
-        """clip_grad_norm_ and AdamW(fused=True) as they are on CUDA; on meta tensors torch has
-        neither."""
-        gradients = [weight.grad for group in self.groups for weight in group]
-        norms = torch._foreach_norm(gradients, 2.0)
-        norm = torch.linalg.vector_norm(torch.stack(norms), 2.0)
-        torch._foreach_mul_(gradients, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        """clip_gradients, and AdamW(fused=True) as it is on CUDA; on meta tensors torch has
+        none."""
+        clip_gradients([weight for group in self.groups for weight in group], 1.0)
         for group, (first, second), counts in zip(
             self.groups, self.moments, self.counts, strict=True
         ):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from rerank_fast.cards.run import RunCard
@@ -28,6 +28,7 @@ from rerank_fast.model.precision.hardware import arithmetic
 from rerank_fast.objectives.base import Objective
 from rerank_fast.training import checkpoints, precision
 from rerank_fast.training.backward import Backward
+from rerank_fast.training.clipping import clip_gradients
 from rerank_fast.training.collapse import CollapseGuard
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives, launch
@@ -233,7 +234,7 @@ class Trainer:
             torch._foreach_mul_(gradients, factor)
         self.scaler.unscale_(self.optimizer)
         limit = config.max_grad_norm or math.inf
-        norm = self.trained.gathered(nn.utils.clip_grad_norm_(self.weights.values(), limit))
+        norm = self.trained.gathered(clip_gradients(self.weights.values(), limit))
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

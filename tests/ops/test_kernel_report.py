@@ -95,6 +95,8 @@ def _least_occupancy(name):
     score. With a quarter of the warps some 96 KB are on their way to a multiprocessor, 18 are
     enough for the memory's bandwidth.
     """
+    if "fp64" in name:
+        return 0.375  # twice the registers; it is what fp32 is compared with
     if name.startswith("relative_") and "table_sum" not in name:
         return 0.125  # two or three products more a tile, and what is sheared of them
     if not name.startswith("varlen_attention"):
@@ -162,7 +164,6 @@ _FILES = sorted(
 @pytest.mark.slow
 @pytest.mark.parametrize("file", _FILES)
 def test_all_that_ships_stays_within_its_limits(tmp_path, file):
-    # In all 20 minutes of a processor, and a second time, from Triton's cache, 2.
     report, _ = _report(tmp_path, "--sources", file)
     assert len(report["kernels"]) >= 6
     beyond = []

@@ -65,6 +65,12 @@ cases = {
     "not divided": ((x, x, None), (3, 0.5, 33), {"BLOCK": 16, "HAS": True}),
     "not aligned": ((x, x[1:], None), (16, 0.5, 33), {"BLOCK": 16, "HAS": True}),
 }
+def configs_of(config):
+    return launcher.constants(HAS=config["HAS"]), made[tuple(config.items())]
+made = {
+    tuple(one.items()): launcher.Config((name, one[name]) for name in one if name != "HAS")
+    for *_, one in cases.values()
+}
 looked_up = []
 by_triton = launcher._by_triton
 def counted(*given):
@@ -76,15 +82,15 @@ for name, (tensors, numbers, config) in cases.items():
     kernel[(5, 2)](*tensors, *numbers, **config)
     looked_up.append(0)
     for grid in ((5, 2), (5, 2), lambda meta: (5, 2)):
-        launcher.launch(kernel, grid, tensors, numbers, **config)
+        launcher.launch(kernel, grid, tensors, numbers, *configs_of(config))
     report[name] = launched, looked_up[-1]
     launched = []
 looked_up.append(0)
 Driver.current = 0
-launcher.launch(kernel, (1,), *cases["plain"][:2], **cases["plain"][2])
+launcher.launch(kernel, (1,), *cases["plain"][:2], *configs_of(cases["plain"][2]))
 Driver.current, launcher._known, guard.HIP = -1, {}, True
-launcher.launch(kernel, (1,), *cases["plain"][:2], **cases["plain"][2])
-launcher.launch(kernel, (1,), *cases["plain"][:2], **cases["plain"][2])
+launcher.launch(kernel, (1,), *cases["plain"][:2], *configs_of(cases["plain"][2]))
+launcher.launch(kernel, (1,), *cases["plain"][:2], *configs_of(cases["plain"][2]))
 print(json.dumps([report, looked_up[-1]]))
 """
 

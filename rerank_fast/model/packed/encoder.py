@@ -27,6 +27,7 @@ from rerank_fast.model.packed.layers import (
     PostNormStep,
     Rows,
     dropped,
+    prepare_layers,
     run_layer,
 )
 from rerank_fast.model.packed.linear import NarrowCopies
@@ -47,6 +48,11 @@ class ReadyLayers:
         num_tokens: about how many a step has.
         compiles: whether torch.compile traces the layers.
         adds_gradients: see Preparer.
+
+    Attributes:
+        calls_no_module: in training, between the embeddings and the head: seeds are all that is
+            drawn there.
+        embeddings: as one kernel, where there is one.
     """
 
     def __init__(
@@ -81,6 +87,15 @@ class ReadyLayers:
             self.decoder_layers.append(
                 PreNormStep(decoders, dtype, num_tokens, one_token=False, **options)
             )
+
+        self.calls_no_module = (
+            architecture.final_dropout is None
+            and decoder is None
+            and all(isinstance(one, PostNormStep) and one.trains for one in self.layers)
+        )
+        self.embeddings = None
+        if has_kernels(architecture.word_embeddings.weight.device, dtype):
+            self.embeddings = FusedEmbeddings.find(architecture.embeddings)
 
     def is_current(self, dtype: torch.dtype) -> bool:
         """Whether the modules have the weights still that they had, and products the dtype."""
@@ -140,7 +155,7 @@ class PackedPairs:
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
         self._graphs = graphs
         # Where graphs number the rows, one run of them all has another number than of some.
-        self.draws_by_row, self._looks_at_draws = graphs is None, torch.is_grad_enabled()
+        self.draws_by_row = graphs is None
         weight = architecture.word_embeddings.weight
         self.device, self.width = weight.device, weight.shape[1]
         kind = self.device.type
@@ -159,6 +174,8 @@ class PackedPairs:
             )
         ready.fill()
         self.layers, self.decoder_layers = ready.layers, ready.decoder_layers
+        self._embeddings = ready.embeddings
+        self._looks_at_draws = torch.is_grad_enabled() and not ready.calls_no_module
         ids = tokens.input_ids
         if architecture.decoder is not None:  # behind them all: its row is gathered with theirs
             ids = np.append(ids, architecture.decoder.start_token_id)
@@ -168,9 +185,6 @@ class PackedPairs:
             padding = architecture.word_embeddings.padding_idx
             unread = padding if padding is not None and padding in used else None
             self._rows = DistinctRows.apply(weight, upload(used, weight.device), unread)
-        self._embeddings = None
-        if has_kernels(self.device, dtype):
-            self._embeddings = FusedEmbeddings.find(architecture.embeddings)
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
@@ -224,7 +238,7 @@ class PackedPairs:
             None if pairs is None else F.pad(pairs.int(), (0, len(lengths) - len(pairs))),
             reads_last=architecture.reads == "last",
         )
-        prepared = [layer.prepare(batch) for layer in self.layers]
+        prepared = prepare_layers(self.layers, batch)
         of_decoder = self._prepare_decoder(batch)
         before = random_state(device) if self._looks_at_draws else None
         wide = self._run(self.layers, prepared, wide, x)
@@ -266,13 +280,15 @@ class PackedPairs:
 
     def _prepare_decoder(self, batch: MicroBatch) -> list[LayerBatch]:
         """For its one token of each sequence."""
+        if not self.decoder_layers:
+            return []
         single = replace(
             batch,
             cu_seqlens=batch.one_each,
             lengths=np.ones_like(batch.lengths),
             token_rows=batch.sequence_rows,
         )
-        return [layer.prepare(single) for layer in self.decoder_layers]
+        return prepare_layers(self.decoder_layers, single)
 
     def _decoded(
         self, decoder: Decoder, encoded: Tensor, prepared: list[LayerBatch], batch: MicroBatch

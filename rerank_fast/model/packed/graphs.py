@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rerank_fast.model.packed.architectures import Architecture
 from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces
-from rerank_fast.model.packed.layers import LayerBatch, MicroBatch, PostNormStep
+from rerank_fast.model.packed.layers import LayerBatch, MicroBatch, PostNormStep, prepare_layers
 from rerank_fast.model.packed.linear import add_gradients
 from rerank_fast.model.tokens.packing import upload
 from rerank_fast.ops.differentiated_once import differentiated_once
@@ -249,7 +249,7 @@ class EncoderGraphs:
         try:
             weight = self._words.weight
             wide, x = self._embeddings(weight, places, batch.token_rows, self._dtype)
-            return wide, x, [layer.prepare(batch) for layer in self._layers]
+            return wide, x, prepare_layers(self._layers, batch)
         finally:
             torch.default_generator.set_state(state)
 

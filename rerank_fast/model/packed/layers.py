@@ -5,6 +5,7 @@ kind read.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -173,17 +174,20 @@ class PostNormStep:
                     *(b for one in second for b in one.biases),
                 ]
 
-    def prepare(self, batch: MicroBatch) -> LayerBatch:
-        layer = self.layer
-        shares = [
+    def dropouts(self) -> list[float]:
+        """The shares that are dropped, in the order of prepare's seeds."""
+        layer, relative = self.layer, self.relative
+        down = share_of(layer.down_dropout)
+        return [
             share_of(layer.attention_dropout, layer.attention_dropout_p),
             share_of(layer.attention_out_dropout),
-            share_of(layer.down_dropout),
+            *([down] if layer.adapter is None else [down, down]),
+            0.0 if relative is None else relative.dropout_p,
         ]
-        if layer.adapter is not None:
-            shares.append(share_of(layer.down_dropout))
-        relative = self.relative
-        *seeds, last = draw_seeds([*shares, 0.0 if relative is None else relative.dropout_p])
+
+    def prepare(self, batch: MicroBatch, seeds: list[int]) -> LayerBatch:
+        layer, relative = self.layer, self.relative
+        *seeds, last = seeds
         prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
         if layer.rotary is not None:
             prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
@@ -322,6 +326,18 @@ def _ready_norm(
     )
 
 
+def prepare_layers(
+    layers: Sequence[PostNormStep | PreNormStep], batch: MicroBatch
+) -> list[LayerBatch]:
+    """What each of them reads of a micro-batch; the seeds of all are drawn at once."""
+    shares = [layer.dropouts() for layer in layers]
+    seeds = iter(_draw_seeds([p for one in shares for p in one]))
+    return [
+        layer.prepare(batch, [next(seeds) for _ in one])
+        for layer, one in zip(layers, shares, strict=True)
+    ]
+
+
 def layer_batch_of(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = batch.longest, batch.cu_seqlens
     if one_token:
@@ -338,7 +354,7 @@ def share_of(module: nn.Module | None, p: float | None = None) -> float:
     return float(module.p) if isinstance(module, nn.Dropout) else p or 0.0
 
 
-def draw_seeds(shares: list[float]) -> list[int]:
+def _draw_seeds(shares: list[float]) -> list[int]:
     """For such dropouts, from torch's generator of the host, so that a saved state repeats them; 0
     for one of 0.
     """

@@ -83,7 +83,7 @@ class TrainedPostNorm(torch.autograd.Function):
             down,
         )
         # With the weights: their change would be noticed.
-        saved = (*saved, *last_stats, keys, queries, bias, *step.weights, *projected)
+        saved = (*saved, *last_stats, keys, queries, bias, *heads, *step.weights)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return result, None if x is None else result_narrow
@@ -99,9 +99,12 @@ class TrainedPostNorm(torch.autograd.Function):
             ctx.saved_tensors
         )
         hidden, active, down, last_mean, last_rstd, *saved = saved
-        keys, queries, bias, down_weight, up_weight, out_weight, *saved = saved
-        in_weights, projected = saved[: len(step.projections)], saved[len(step.projections) :]
-        d_projected = [torch.empty_like(one) for one in projected]
+        keys, queries, bias, q, k, v, down_weight, up_weight, out_weight, *in_weights = saved
+        projections = step.projections_of(queries_of, keys_of)
+        d_projected = [
+            rows.new_empty(rows.shape[0], weight.shape[0])
+            for (_, rows), weight in zip(projections, in_weights, strict=True)
+        ]
         vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
 
         norm = (step.output_norm.weight, last_mean, last_rstd)
@@ -111,7 +114,7 @@ class TrainedPostNorm(torch.autograd.Function):
         norm = (step.attention_norm.weight, mean, rstd)
         d_added, d_wide = vectors.norm(added, wide, *norm, d_first, d_first_narrow, *first_norm)
         d_attended = (d_added @ out_weight).view_as(attended)
-        seen = (*step.heads_of(projected), attended, lse, d_attended)
+        seen = (q, k, v, attended, lse, d_attended)
         d_tables: list[Tensor | None] = [None, None, None]
         if ctx.batch.relative is None:
             vectors.attention(*seen, *attention)
@@ -124,9 +127,7 @@ class TrainedPostNorm(torch.autograd.Function):
             (step.up, d_hidden, y if ctx.is_wide else narrow),
             (step.attention_out, d_added, attended.flatten(1)),
         ]
-        for (linear, rows), grad in zip(
-            step.projections_of(queries_of, keys_of), d_projected, strict=True
-        ):
+        for (linear, rows), grad in zip(projections, d_projected, strict=True):
             products.append((linear, grad, rows))
         weights = [
             one for linear, grad, rows in products for one in linear.weight_gradients(grad, rows)

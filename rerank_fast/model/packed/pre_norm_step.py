@@ -16,7 +16,6 @@ from rerank_fast.model.packed.layers import (
     EncodedBatch,
     LayerBatch,
     MicroBatch,
-    draw_seeds,
     dropped,
     layer_batch_of,
     rotated,
@@ -113,15 +112,17 @@ class PreNormStep:
             made.fill()
         return parts
 
-    def prepare(self, batch: MicroBatch) -> LayerBatch:
+    def dropouts(self) -> list[float]:
+        """The shares that are dropped, in the order of prepare's seeds."""
+        cross, relative = self.cross, self.relative
+        return [
+            share_of(self.layer.attention, self.layer.attention_dropout),
+            0.0 if cross is None else cross.dropout_p,
+            0.0 if relative is None else relative.dropout_p,
+        ]
+
+    def prepare(self, batch: MicroBatch, seeds: list[int]) -> LayerBatch:
         layer, relative = self.layer, self.relative
-        seeds = draw_seeds(
-            [
-                share_of(layer.attention, layer.attention_dropout),
-                0.0 if self.cross is None else self.cross.dropout_p,
-                0.0 if relative is None else relative.dropout_p,
-            ]
-        )
         prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
         if relative is not None:
             # Where the last token is read, it stands beside the last key without being told to.

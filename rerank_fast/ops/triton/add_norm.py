@@ -134,7 +134,7 @@ def add_norm(
     if residual.numel() and not residual.is_meta:
         made = (None if x is None else total, normed, mean if centered else None, rstd)
         tensors = (residual, x, weight, bias, *made)
-        launcher.launch(add_norm_kernel, (num_rows,), tensors, (width, eps), **launch(width))
+        launcher.launch(add_norm_kernel, (num_rows,), tensors, (width, eps), launch(width))
     return total, normed, mean, rstd
 
 
@@ -167,8 +167,8 @@ def add_norm_grads(
             (programs(num_rows),),
             (*given, dx if has_x else None, d_residual, sums),
             (sums.stride(0), num_rows, width),
-            ROWS=ROWS,
-            **launch(width),
+            launcher.constants(ROWS=ROWS),
+            launch(width),
         )
     return dx, d_residual
 

@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops import ragged
-from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton import autotune, guard, launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = launcher.Config({"ROWS": 16, "COLUMNS": 64, "num_warps": 4, "enable_fp_fusion": True})
+LAUNCH_FP64 = launcher.Config(LAUNCH | {"num_warps": 8})  # which fill twice the registers
 # What tuning tries beside them.
 AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 8}, {"ROWS": 32})
 
@@ -79,23 +80,19 @@ def _launch(scores: Tensor, grad_ranks: Tensor | None, offsets: Tensor, alpha: f
     n = scores.shape[0]
     if n:
         lists = ragged.lists_of(offsets, n)
-        dtype = tl.float64 if scores.dtype == torch.float64 else tl.float32
-        kernel, config = autotune.choose(approx_ranks_kernel, LAUNCH, AROUND, ("BACKWARD", "dtype"))
+        wide = scores.dtype == torch.float64
+        dtype, launch = (tl.float64, LAUNCH_FP64) if wide else (tl.float32, LAUNCH)
+        case = ("BACKWARD", "dtype")
+        kernel, config = autotune.choose(approx_ranks_kernel, launch, AROUND, case)
         grads = scores if grad_ranks is None else grad_ranks
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(scores):
-            kernel[lambda meta: (cdiv(n, meta["ROWS"]),)](
-                scores,
-                grads,
-                offsets,
-                lists,
-                out,
-                n,
-                alpha=alpha,
-                BACKWARD=grad_ranks is not None,
-                dtype=dtype,
-                **config,
-            )
+        launcher.launch(
+            kernel,
+            lambda meta: (cdiv(n, meta["ROWS"]),),
+            (scores, grads, offsets, lists, out),
+            (n,),
+            launcher.constants(alpha=alpha, BACKWARD=grad_ranks is not None, dtype=dtype),
+            config,
+        )
     return out
 
 
@@ -110,10 +107,10 @@ def backward(scores: Tensor, grad_ranks: Tensor, offsets: Tensor, alpha: float) 
 
 
 def shipped() -> Iterator[Variant]:
-    for dtype in (tl.float32, tl.float64):
+    for dtype, config in ((tl.float32, LAUNCH), (tl.float64, LAUNCH_FP64)):
         types = dict.fromkeys(("scores", "grad_ranks", "out"), f"*{dtype}")
         types |= {"offsets": "*i64", "lists": "*i64", "n": "i32"}
         for backward, name in ((False, "forward"), (True, "backward")):
             constants = {"alpha": 1.0, "BACKWARD": backward, "dtype": dtype}
             name = f"approx_ranks-{name}_{dtype}"
-            yield Variant(name, approx_ranks_kernel, types, LAUNCH, constants)
+            yield Variant(name, approx_ranks_kernel, types, config, constants)

@@ -17,13 +17,14 @@ from typing import Any
 import triton
 
 from rerank_fast.ops.triton import guard
+from rerank_fast.ops.triton.launcher import Config
 
 ENABLED = os.environ.get("RERANK_FAST_AUTOTUNE") == "1"
 
 
 def choose(
-    kernel: Any, shipped: dict[str, Any], others: Iterable[dict[str, Any]], key: tuple[str, ...]
-) -> tuple[Any, dict[str, Any]]:
+    kernel: Any, shipped: Config, others: Iterable[dict[str, Any]], key: tuple[str, ...]
+) -> tuple[Any, Config]:
     """What to launch and the config to give it: kernel and shipped, or a tuner of its own and what
     is left.
 
@@ -34,7 +35,7 @@ def choose(
     if not ENABLED:
         return kernel, shipped
     candidates = tuple(tuple((shipped | other).items()) for other in ({}, *others))
-    rest = {name: value for name, value in shipped.items() if not _is_tuned(name)}
+    rest = Config({name: value for name, value in shipped.items() if not _is_tuned(name)})
     return _tuner(kernel, candidates, key), rest
 
 

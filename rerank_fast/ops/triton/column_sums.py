@@ -5,7 +5,6 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -16,7 +15,7 @@ from rerank_fast.ops.triton import launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH: dict[str, Any] = {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "enable_fp_fusion": True}
+LAUNCH = launcher.Config({"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "enable_fp_fusion": True})
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def column_sums(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
     if not a.is_meta:
         blocks = sum(cdiv(width, LAUNCH["COLUMNS"]) for width in widths)
         there = [a if one is None else one for one in matrices]
-        launcher.launch(column_sums_kernel, (blocks,), (*there, out), (*rows, *widths), **LAUNCH)
+        launcher.launch(column_sums_kernel, (blocks,), (*there, out), (*rows, *widths), LAUNCH)
     return out
 
 

@@ -24,13 +24,13 @@ from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
 
 MOST_TYPES = 2
-SEGMENTS: dict[str, Any] = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}
+SEGMENTS = launcher.Config({"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True})
 
 
 @functools.cache
-def _launch_grads(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
+def _launch_grads(width: int, hip: bool = guard.HIP) -> launcher.Config:
     """Without the limit it takes 71 registers, and fewer than half of the warps run."""
-    return guard.for_vendor(launch(width, hip) | {"maxnreg": 64}, hip)
+    return launcher.Config(guard.for_vendor(launch(width, hip) | {"maxnreg": 64}, hip))
 
 
 @triton.jit
@@ -220,8 +220,8 @@ def embed_norm(
             (num_tokens,),
             (*given, y, narrow if len(narrow) else None, mean, rstd),
             (num_tokens, width, eps, *dropout.scalars(dropout_p, seed)),
-            HAS_DROPOUT=dropout_p > 0,
-            **launch(width),
+            launcher.constants(HAS_DROPOUT=dropout_p > 0),
+            launch(width),
         )
     return y, narrow, mean, rstd
 
@@ -255,10 +255,8 @@ def embed_norm_grads(
             (sums.shape[0],),
             (*given, grad_y, grad_narrow, d_total, sums),
             (num_tokens, width, *dropout.scalars(dropout_p, seed)),
-            NUM_TYPES=num_types,
-            HAS_DROPOUT=dropout_p > 0,
-            ROWS=ROWS,
-            **_launch_grads(width),
+            launcher.constants(NUM_TYPES=num_types, HAS_DROPOUT=dropout_p > 0, ROWS=ROWS),
+            _launch_grads(width),
         )
     return d_total, sums
 
@@ -272,7 +270,7 @@ def segment_sums(x: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     out = x.new_empty(num_segments, width)
     if out.numel() and not x.is_meta:
         grid = num_segments, cdiv(width, SEGMENTS["COLUMNS"])
-        launcher.launch(segment_sums_kernel, grid, (x, order, starts, out), (width,), **SEGMENTS)
+        launcher.launch(segment_sums_kernel, grid, (x, order, starts, out), (width,), SEGMENTS)
     return out
 
 

@@ -5,7 +5,6 @@ each.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -20,8 +19,8 @@ from rerank_fast.ops.triton.variant import Variant
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 # Without the limit the gradient of the exact GELU spills on sm_100, of no more registers.
-LAUNCH: dict[str, Any] = guard.for_vendor(
-    {"COLUMNS": 1024, "num_warps": 4, "maxnreg": 64, "enable_fp_fusion": True}
+LAUNCH = launcher.Config(
+    guard.for_vendor({"COLUMNS": 1024, "num_warps": 4, "maxnreg": 64, "enable_fp_fusion": True})
 )
 
 
@@ -81,9 +80,8 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(len(gate_up), width)
     if out.numel() and not out.is_meta:
         grid = len(out), cdiv(width, LAUNCH["COLUMNS"])
-        launcher.launch(
-            gated_kernel, grid, (gate_up, out), (width,), ACTIVATION=activation, **LAUNCH
-        )
+        of = launcher.constants(ACTIVATION=activation)
+        launcher.launch(gated_kernel, grid, (gate_up, out), (width,), of, LAUNCH)
     return out
 
 
@@ -95,7 +93,8 @@ def gated_grad(gate_up: Tensor, grad: Tensor, activation: str) -> Tensor:
         width = grad.shape[1]
         grid = len(grad), cdiv(width, LAUNCH["COLUMNS"])
         tensors = (gate_up, grad, result)
-        launcher.launch(gated_grad_kernel, grid, tensors, (width,), ACTIVATION=activation, **LAUNCH)
+        of = launcher.constants(ACTIVATION=activation)
+        launcher.launch(gated_grad_kernel, grid, tensors, (width,), of, LAUNCH)
     return result
 
 

@@ -5,7 +5,6 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.residual_norm import ROWS
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH: dict[str, Any] = {"ROWS": ROWS, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = launcher.Config({"ROWS": ROWS, "COLUMNS": 128, "num_warps": 4, "enable_fp_fusion": True})
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def gelu_grad(x: Tensor, grad: Tensor, sums: Tensor) -> Tensor:
     if x.numel() and not x.is_meta:
         grid = sums.shape[0], cdiv(x.shape[1], LAUNCH["COLUMNS"])
         numbers = sums.stride(0), *x.shape
-        launcher.launch(gelu_grad_kernel, grid, (x, grad, dx, sums), numbers, **LAUNCH)
+        launcher.launch(gelu_grad_kernel, grid, (x, grad, dx, sums), numbers, LAUNCH)
     return dx
 
 

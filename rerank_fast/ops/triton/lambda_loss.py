@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rerank_fast.ops import ragged
 from rerank_fast.ops.choices import Scheme
-from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton import autotune, guard, launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.lambda_loss_order import lists_of, order_kernel
 from rerank_fast.ops.triton.lambda_loss_pairs import pair_kernel
@@ -37,9 +37,17 @@ from rerank_fast.ops.triton.variant import Variant
 SMALL_BATCH, SHORT_LIST = 1024, 256
 # 16 warps on 32 x 32 pairs are 2 pairs a thread: with 4 the row state alone fills 64 registers,
 # half the occupancy.
-PAIRS = {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
-# 1 pair a thread: what fp64 holds then fits 64 registers.
-PAIRS_FP64 = {"BLOCK": 8, "TILE": 32, "num_warps": 8, "enable_fp_fusion": True}
+PAIRS = launcher.Config(
+    guard.for_vendor(
+        {"BLOCK": 32, "TILE": 32, "num_warps": 16, "maxnreg": 64, "enable_fp_fusion": True}
+    )
+)
+# 1 pair a thread: what fp64 holds then fits 80 registers; by itself ptxas would take 64 and spill.
+PAIRS_FP64 = launcher.Config(
+    guard.for_vendor(
+        {"BLOCK": 8, "TILE": 32, "num_warps": 8, "maxnreg": 80, "enable_fp_fusion": True}
+    )
+)
 PAIRS_CASE = ("SCHEME", "PER_SLOT", "ORDERED")
 # What tuning tries beside them. BLOCK stays: buffers are of its size.
 PAIRS_AROUND: tuple[dict[str, Any], ...] = (
@@ -49,7 +57,7 @@ PAIRS_AROUND: tuple[dict[str, Any], ...] = (
 )
 # What the loss's specification takes for divergence.
 LARGEST_SCORE = 2.0**64
-FINISH = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
+FINISH = launcher.Config({"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True})
 
 
 @triton.jit(do_not_specialize=["num_blocks", "n"])
@@ -164,9 +172,9 @@ def backward_kernel(
     tl.store(grad_scores + i, product.to(grad_scores.dtype.element_ty), mask=in_i)
 
 
-def launch_config(wide: bool) -> dict[str, Any]:
+def launch_config(wide: bool) -> launcher.Config:
     """Constants and launch options of order_kernel and pair_kernel; wide for fp64."""
-    return guard.for_vendor(PAIRS_FP64 if wide else PAIRS)
+    return PAIRS_FP64 if wide else PAIRS
 
 
 def forward(
@@ -216,32 +224,23 @@ def forward(
     grad = torch.empty(n, dtype=compute_dtype, device=device)
     total = torch.empty((num_lists,) if per_list else (), dtype=compute_dtype, device=device)
     num_pairs = torch.empty((), dtype=torch.int64, device=device)
-    finish = (total, num_pairs, num_blocks, n)
     list_steps = (num_lists - 1).bit_length()
     largest_score = LARGEST_SCORE / max(sigma, 1.0)
     scale = (1 / math.log(2) if reduction_log == "binary" else 1.0) / (
         num_lists if reduction == "lists" else 1
     )
-    pairs_kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
-    documents = (scores, labels, offsets, slots, stride, ranks, places)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(scores):
-        if ordered:
-            order_kernel[(num_blocks,)](
-                *documents,
-                longest + 1,
-                num_lists,
-                list_steps,
-                n,
-                largest_score,
-                dtype=dtype,
-                **launch,
-            )
-        pairs_kernel[(num_blocks,)](
-            *documents,
-            loss,
-            pairs,
-            grad,
+    in_dtype = launcher.constants(dtype=dtype)
+    documents = (scores, labels, offsets, slots, ranks, places)
+    if ordered:
+        lists = (stride, longest + 1, num_lists, list_steps, n, largest_score)
+        launcher.launch(order_kernel, (num_blocks,), documents, lists, in_dtype, launch)
+    kernel, pairs_launch = autotune.choose(pair_kernel, launch, PAIRS_AROUND, PAIRS_CASE)
+    launcher.launch(
+        kernel,
+        (num_blocks,),
+        (*documents, loss, pairs, grad),
+        (
+            stride,
             min(k or n, n),  # no cut is a cut after the last rank
             sigma / math.log(2),
             mu,
@@ -254,22 +253,24 @@ def forward(
             list_steps,
             n.bit_length(),
             n,
-            SCHEME=scheme,
-            PER_SLOT=per_list,
-            ORDERED=ordered,
-            dtype=dtype,
-            **pairs_launch,
+        ),
+        launcher.constants(SCHEME=scheme, PER_SLOT=per_list, ORDERED=ordered, dtype=dtype),
+        pairs_launch,
+    )
+    if per_list:
+        tensors = (loss, pairs, offsets, grad, total, num_pairs)
+        numbers = num_blocks, n
+        launcher.launch(list_sum_kernel, (num_lists,), tensors, numbers, in_dtype, FINISH)
+    else:
+        over_pairs = reduction == "pairs"
+        launcher.launch(
+            mean_kernel,
+            (cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,),
+            (loss, pairs, grad, total, num_pairs),
+            (num_blocks, n),
+            launcher.constants(OVER_PAIRS=over_pairs, dtype=dtype),
+            FINISH,
         )
-        if per_list:
-            list_sum_kernel[(num_lists,)](
-                loss, pairs, offsets, grad, *finish, dtype=dtype, **FINISH
-            )
-        else:
-            over_pairs = reduction == "pairs"
-            grid = (cdiv(n, FINISH["BLOCK"]) if over_pairs else 1,)
-            mean_kernel[grid](
-                loss, pairs, grad, *finish, OVER_PAIRS=over_pairs, dtype=dtype, **FINISH
-            )
     return total, grad, num_pairs
 
 
@@ -284,18 +285,14 @@ def backward(
     n, num_lists = grad.shape[0], offsets.shape[0] - 1
     grad_scores = torch.empty(n, dtype=dtype, device=grad.device)
     if n:
-        with torch.cuda.device_of(grad):
-            backward_kernel[(cdiv(n, FINISH["BLOCK"]),)](
-                grad,
-                grad_loss,
-                offsets,
-                grad_scores,
-                num_lists,
-                (num_lists - 1).bit_length(),
-                n,
-                PER_LIST=grad_loss.dim() == 1,
-                **FINISH,
-            )
+        launcher.launch(
+            backward_kernel,
+            (cdiv(n, FINISH["BLOCK"]),),
+            (grad, grad_loss, offsets, grad_scores),
+            (num_lists, (num_lists - 1).bit_length(), n),
+            launcher.constants(PER_LIST=grad_loss.dim() == 1),
+            FINISH,
+        )
     return grad_scores
 
 

@@ -183,9 +183,9 @@ def order_kernel(
     # out (5, stride) compute dtype, by slot: score, label, gain / 2^max label, 1 / D(rank); then
     # delta(d)
     slots,
-    stride,
     ranks,  # out (N,) int32, by slot: 1-based rank
     places,  # out (N,) int64, by slot: which document is there
+    stride,
     shortest,
     num_lists,
     num_steps,

@@ -160,12 +160,12 @@ def pair_kernel(
     labels,  # (N,) compute dtype
     offsets,  # (Q + 1,) int64
     slots,  # (5, stride) compute dtype: see order_kernel; written here for the lists sorted here
-    stride,
     ranks,  # (N,) int32, by slot
     places,  # (N,) int64, by slot
     loss,  # out: each block's sum, or each slot's (N,) with PER_SLOT; compute dtype
     pairs,  # out: each block's preference pairs, int64, or AT_FAULT
     grad,  # out (N,) compute dtype: dL/dscore of the list's own sum
+    stride,
     k,
     slope: tl.float64,  # sigma / ln 2
     mu: tl.float64,

@@ -6,6 +6,7 @@ host longer than the rest of a launch.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,22 @@ _ALIGNMENT = 16  # bytes, of tensors that Triton compiles for
 _MOST = 1024  # compiled ones of a kernel; more were numbers that should not be specialised
 
 
+class Config(dict[str, Any]):
+    """Constants of a kernel, or options of its compilation, that stay as they are made: launches
+    look at which these are, not at what they hold.
+    """
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+
+@functools.cache
+def constants(**values: Any) -> Config:
+    """The one Config of these values."""
+    return Config(values)
+
+
 class _Known:
     """What is known of a kernel that has been launched."""
 
@@ -28,7 +45,7 @@ class _Known:
         # Gives those of a launch's numbers that Triton compiles for. None where it must look the
         # kernel up itself: a tuner, one of the interpreter, and on AMD's GPUs all, as there a
         # tensor's size matters too.
-        self.chosen: Callable[[Sequence[int | float]], Any] | None = None
+        self.chosen: Callable[[Sequence[int | float]], Sequence[int | float]] | None = None
         # What was compiled, by all that it depends on, and the constants behind its arguments.
         self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         if type(kernel) is JITFunction and not guard.HIP:
@@ -38,7 +55,10 @@ class _Known:
                 for place, (one, number) in enumerate(zip(parameters, numbers, strict=True))
                 if isinstance(number, int) and not one.do_not_specialize
             ]
-            self.chosen = operator.itemgetter(*places) if places else lambda given: ()
+            if len(places) > 1:
+                self.chosen = operator.itemgetter(*places)
+            else:
+                self.chosen = lambda given: [given[place] for place in places]
 
 
 _known: dict[int, _Known] = {}  # by the kernel's id: its hash is that of its source
@@ -49,17 +69,18 @@ def launch(
     grid: Any,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int | float],
-    **config: Any,
+    *configs: Config,
 ) -> None:
-    """kernel[grid](*tensors, *numbers, **config) on the device of the tensors.
+    """kernel[grid](*tensors, *numbers, **config) on the device of the tensors, with all of the
+    configs in one.
 
     Args:
         kernel: a JITFunction, or a tuner around one.
-        grid: programs along up to three dimensions, or what gives them for config.
+        grid: programs along up to three dimensions, or what gives them for the last config.
         tensors: the kernel's first arguments: the first of them on a GPU, all others there too or
             None.
         numbers: its arguments up to the constants; those that are not specialised are below 2**31.
-        config: its constants, and options of the compilation.
+        configs: its constants, and options of the compilation.
     """
     known = _known.get(id(kernel))
     if known is None:
@@ -68,31 +89,43 @@ def launch(
     assert first is not None
     device = first.get_device()
     if known.chosen is None or device != driver.active.get_current_device():
-        _by_triton(kernel, grid, tensors, numbers, config)
+        _by_triton(kernel, grid, tensors, numbers, configs)
         return
-    addresses = [None if one is None else one.data_ptr() for one in tensors]
-    dtypes = [None if one is None else one.dtype for one in tensors]
+    case: list[Any] = [device, *configs]
+    addresses: list[int | None] = []
     bits = 0
-    for address in addresses:
-        bits |= address or 0
+    for one in tensors:
+        if one is None:
+            case.append(None)
+            addresses.append(None)
+        else:
+            address = one.data_ptr()
+            bits |= address
+            case.append(one.dtype)
+            addresses.append(address)
     if bits % _ALIGNMENT:  # a slice that lies between: another kernel
-        _by_triton(kernel, grid, tensors, numbers, config)
+        _by_triton(kernel, grid, tensors, numbers, configs)
         return
-    key = (device, *dtypes, known.chosen(numbers), *config.items())
+    key = (*case, *known.chosen(numbers))
     found = known.compiled.get(key)
     if found is None:
-        compiled = _by_triton(kernel, grid, tensors, numbers, config)
+        compiled = _by_triton(kernel, grid, tensors, numbers, configs)
         if len(known.compiled) >= _MOST:
             known.compiled.clear()
+        config = _joined(configs)
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         known.compiled[key] = compiled, tuple(config[name] for name in names)
         return
-    compiled, constants = found
+    compiled, values = found
     if callable(grid):
-        grid = grid(config)
-    run = compiled[(*grid, 1, 1)[:3]]
+        grid = grid(configs[-1])
     # The driver is not asked of an address whether it is a GPU's.
-    run(*addresses, *numbers, *constants, stream=driver.active.get_current_stream(device))
+    stream = driver.active.get_current_stream(device)
+    compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *values, stream=stream)
+
+
+def _joined(configs: Sequence[Config]) -> dict[str, Any]:
+    return {name: value for config in configs for name, value in config.items()}
 
 
 def _by_triton(
@@ -100,8 +133,8 @@ def _by_triton(
     grid: Any,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int | float],
-    config: dict[str, Any],
+    configs: Sequence[Config],
 ) -> Any:
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(tensors[0]):
-        return kernel[grid](*tensors, *numbers, **config)
+        return kernel[grid](*tensors, *numbers, **_joined(configs))

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops import ragged
-from rerank_fast.ops.triton import autotune, guard
+from rerank_fast.ops.triton import autotune, guard, launcher
 from rerank_fast.ops.triton.variant import Variant
 
-LAUNCH = {"BLOCK": 32, "num_warps": 4, "enable_fp_fusion": True}
-LAUNCH_FP64 = LAUNCH | {"num_warps": 8}
+LAUNCH = launcher.Config({"BLOCK": 32, "num_warps": 4, "enable_fp_fusion": True})
+LAUNCH_FP64 = launcher.Config(LAUNCH | {"num_warps": 8})
 # What tuning tries beside them.
 AROUND: tuple[dict[str, Any], ...] = (
     {"num_warps": 1},
@@ -113,12 +113,9 @@ def forward(scores: Tensor, labels: Tensor, offsets: Tensor, k: int) -> Tensor:
         kernel, config = autotune.choose(
             ndcg_kernel, LAUNCH_FP64 if dtype == tl.float64 else LAUNCH, AROUND, ("dtype",)
         )
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(scores):
-            n = scores.shape[0]
-            kernel[(num_lists,)](
-                scores, labels, offsets, result, min(k, n), n, dtype=dtype, **config
-            )
+        tensors, n = (scores, labels, offsets, result), scores.shape[0]
+        of = launcher.constants(dtype=dtype)
+        launcher.launch(kernel, (num_lists,), tensors, (min(k, n), n), of, config)
     return result
 
 

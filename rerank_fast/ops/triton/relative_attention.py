@@ -10,6 +10,7 @@ relative_table_grads.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rerank_fast.ops import ragged
 from rerank_fast.ops.relative_positions import RelativePositions
-from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton import dropout, guard, launcher
 from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
@@ -34,9 +35,10 @@ from rerank_fast.ops.triton.varlen_attention import (
 Part = Literal["forward", "queries", "keys", "tables"]
 
 
+@functools.cache
 def launch(
     head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
-) -> dict[str, Any]:
+) -> launcher.Config:
     """The one configuration of a case, from sm_80 to gfx942: the widest blocks that stay in
     registers. There are as many queries as keys in one: 2 * BLOCK is then a power of two. Beside
     heads wider than 128, in fp32 64, the tables' rows would spill: the op refuses them.
@@ -51,11 +53,16 @@ def launch(
         block = 16 if part == "tables" else block
     blocks = {"BLOCK": block, "WIDTH": width}
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if part == "forward" and width == 128:  # ptxas would, on sm_120, rather spill than take these
+    # What ptxas would rather spill than take, on one target or another.
+    if part == "forward" and width >= 64 and dtype == torch.float32:
+        config["maxnreg"] = 128
+    elif part == "forward" and width == 128:
         config["maxnreg"] = 168
-    if single or (part == "tables" and dtype == torch.float32):  # and these on sm_90 and sm_120
+    elif part == "queries" and few_queries:
+        config["maxnreg"] = 192
+    elif single or (part == "tables" and dtype == torch.float32):
         config["maxnreg"] = 255
-    return guard.for_vendor(config, hip)
+    return launcher.Config(guard.for_vendor(config, hip))
 
 
 @triton.jit
@@ -306,11 +313,11 @@ def forward(
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
     config = launch(q.shape[2], q.dtype, "forward", few_queries=few(q, num_sequences))
-    with torch.cuda.device_of(
-        q
-    ):  # Triton launches on the current device, which need not be the tensors'
-        relative_forward_kernel[q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]](
-            *(q, k, v, out, lse, *places_of(cu_seqlens_q, cu_seqlens_k, rows, relative)),
+    launcher.launch(
+        relative_forward_kernel,
+        (q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]),
+        (q, k, v, out, lse, *places_of(cu_seqlens_q, cu_seqlens_k, rows, relative)),
+        (
             *strides(q, k, v, out),
             scale * 1.4426950408889634,
             *dropout.scalars(dropout_p, seed),
@@ -320,10 +327,10 @@ def forward(
             k.shape[0],
             relative.reach,
             relative.num_slots,
-            HEAD_SIZE=q.shape[2],
-            HAS_DROPOUT=dropout_p > 0,
-            **config,
-        )
+        ),
+        launcher.constants(HEAD_SIZE=q.shape[2], HAS_DROPOUT=dropout_p > 0),
+        config,
+    )
     return out, lse
 
 

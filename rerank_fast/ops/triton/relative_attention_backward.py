@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.relative_positions import RelativePositions
-from rerank_fast.ops.triton import dropout, guard
+from rerank_fast.ops.triton import dropout, guard, launcher
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
     few,
@@ -289,32 +289,31 @@ def backward(
         relative.reach,
         relative.num_slots,
     )
-    constants = {"HEAD_SIZE": q.shape[2], "HAS_DROPOUT": dropout_p > 0}
-    with torch.cuda.device_of(q):
-        if dq.numel():
-            config = launch(q.shape[2], q.dtype, "queries", few_queries=few(q, num_sequences))
-            relative_query_grad_kernel[q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]](
-                *(q, k, v, out, lse, grad_out, dq, along, *places),
-                *strides(q, k, v, out, grad_out, dq),
-                *options,
-                **constants,
-                **config,
-            )
-        if dk.numel():
-            config = launch(q.shape[2], q.dtype, "keys", few_queries=few(q, num_sequences))
-            relative_key_value_grad_kernel[
-                k.shape[0] // config["BLOCK"] + num_sequences, k.shape[1]
-            ](
-                *(q, k, v, lse, along, grad_out, dk, dv, *places),
-                *strides(q, k, v, grad_out, dk, dv),
-                *options,
-                **constants,
-                **config,
-            )
-        tables = table_grads(
-            q, k, v, lse, along, grad_out, cu_seqlens_q, cu_seqlens_k, rows, relative, scale,
-            dropout_p, seed,
-        )  # fmt: skip
+    constants = launcher.constants(HEAD_SIZE=q.shape[2], HAS_DROPOUT=dropout_p > 0)
+    if dq.numel():
+        config = launch(q.shape[2], q.dtype, "queries", few_queries=few(q, num_sequences))
+        launcher.launch(
+            relative_query_grad_kernel,
+            (q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]),
+            (q, k, v, out, lse, grad_out, dq, along, *places),
+            (*strides(q, k, v, out, grad_out, dq), *options),
+            constants,
+            config,
+        )
+    if dk.numel():
+        config = launch(q.shape[2], q.dtype, "keys", few_queries=few(q, num_sequences))
+        launcher.launch(
+            relative_key_value_grad_kernel,
+            (k.shape[0] // config["BLOCK"] + num_sequences, k.shape[1]),
+            (q, k, v, lse, along, grad_out, dk, dv, *places),
+            (*strides(q, k, v, grad_out, dk, dv), *options),
+            constants,
+            config,
+        )
+    tables = table_grads(
+        q, k, v, lse, along, grad_out, cu_seqlens_q, cu_seqlens_k, rows, relative, scale,
+        dropout_p, seed,
+    )  # fmt: skip
     return dq, dk, dv, *tables
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.relative_positions import RelativePositions
-from rerank_fast.ops.triton import dropout
+from rerank_fast.ops.triton import dropout, launcher
 from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
@@ -248,6 +248,7 @@ def table_grads(
     heads, head_size = q.shape[1:]
     config = launch(head_size, q.dtype, "tables", few_queries=few(q, num_sequences))
     block = config["BLOCK"]
+    places = places_of(cu_seqlens_q, cu_seqlens_k, rows, relative)
     far = -(-(relative.reach + block - 1) // block)
     found: list[Tensor | None] = []
     for place, table in enumerate((relative.keys, relative.queries, relative.bias)):
@@ -266,35 +267,34 @@ def table_grads(
         shape = (num_chunks, 2 * far + 1, heads, 2 * block, width)
         part = torch.empty(shape, dtype=torch.float32, device=q.device)
         parts = [part if own == place else None for own in range(3)]
-        relative_table_grad_kernel[2 * far + 1, heads, num_chunks](
-            *(q, k, v, lse, along, grad_out, *parts),
-            *places_of(cu_seqlens_q, cu_seqlens_k, rows, relative),
-            *strides(q, k, v, grad_out),
-            scale,
-            scale * 1.4426950408889634,
-            *dropout.scalars(dropout_p, seed),
-            num_sequences,
-            q.shape[0],
-            k.shape[0],
-            relative.reach,
-            relative.num_slots,
-            chunk,
-            far,
-            HEAD_SIZE=head_size,
-            HAS_DROPOUT=dropout_p > 0,
-            **config,
+        launcher.launch(
+            relative_table_grad_kernel,
+            (2 * far + 1, heads, num_chunks),
+            (q, k, v, lse, along, grad_out, *parts, *places),
+            (
+                *strides(q, k, v, grad_out),
+                scale,
+                scale * 1.4426950408889634,
+                *dropout.scalars(dropout_p, seed),
+                num_sequences,
+                q.shape[0],
+                k.shape[0],
+                relative.reach,
+                relative.num_slots,
+                chunk,
+                far,
+            ),
+            launcher.constants(HEAD_SIZE=head_size, HAS_DROPOUT=dropout_p > 0),
+            config,
         )
-        relative_table_sum_kernel[relative.num_slots, heads](
-            part,
-            grad,
-            relative.slots,
-            relative.reach,
-            far,
-            num_chunks,
-            HEAD_SIZE=width,
-            BLOCK=block,
-            WIDTH=next_power_of_2(width),
-            num_warps=4,
+        launcher.launch(
+            relative_table_sum_kernel,
+            (relative.num_slots, heads),
+            (part, grad, relative.slots),
+            (relative.reach, far, num_chunks),
+            launcher.constants(
+                HEAD_SIZE=width, BLOCK=block, WIDTH=next_power_of_2(width), num_warps=4
+            ),
         )
     return found
 

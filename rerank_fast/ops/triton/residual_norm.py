@@ -30,13 +30,14 @@ AROUND: tuple[dict[str, Any], ...] = ({"num_warps": 2}, {"num_warps": 4}, {"num_
 
 
 @functools.cache
-def launch(width: int, hip: bool = guard.HIP) -> dict[str, Any]:
+def launch(width: int, hip: bool = guard.HIP) -> launcher.Config:
     """A row in the registers of as many warps as hold it in half of them: 1,024 threads for the
     widest.
     """
     block = next_power_of_2(width)
     most = 16 if hip else 32  # of 64 or of 32 threads
-    return {"WIDTH": block, "num_warps": min(most, max(4, block // 128)), "enable_fp_fusion": True}
+    warps = min(most, max(4, block // 128))
+    return launcher.Config({"WIDTH": block, "num_warps": warps, "enable_fp_fusion": True})
 
 
 @triton.jit
@@ -180,9 +181,8 @@ def forward(
             (x.shape[0],),
             (x, residual, weight, bias, rows, y, narrow if has_narrow else None, mean, rstd),
             (x.shape[1], eps, *dropout.scalars(dropout_p, seed)),
-            HAS_NARROW=has_narrow,
-            HAS_DROPOUT=dropout_p > 0,
-            **config,
+            launcher.constants(HAS_NARROW=has_narrow, HAS_DROPOUT=dropout_p > 0),
+            config,
         )
     return y, narrow, mean, rstd
 
@@ -244,12 +244,14 @@ def residual_norm_grads(
             (sums.shape[0],),
             (x, residual, weight, mean, rstd, grad_y, grad_narrow, rows, dx, d_residual, sums),
             (sums.stride(0), num_rows, width, *dropout.scalars(dropout_p, seed)),
-            HAS_WIDE=grad_y is not None,
-            HAS_NARROW=grad_narrow is not None,
-            HAS_DROPOUT=dropout_p > 0,
-            HAS_X_BIAS=sums.shape[1] == 3 * width,
-            ROWS=ROWS,
-            **config,
+            launcher.constants(
+                HAS_WIDE=grad_y is not None,
+                HAS_NARROW=grad_narrow is not None,
+                HAS_DROPOUT=dropout_p > 0,
+                HAS_X_BIAS=sums.shape[1] == 3 * width,
+                ROWS=ROWS,
+            ),
+            config,
         )
     return dx, d_residual
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,14 +23,13 @@ TOKENS = 8  # a program
 
 
 @functools.cache
-def launch(head_size: int) -> dict[str, Any]:
-    return {
+def launch(head_size: int) -> launcher.Config:
+    blocks = {
         "TOKENS": TOKENS,
         "HEAD_SIZE": head_size,
         "HALF": next_power_of_2(head_size // 2),
-        "num_warps": 4,
-        "enable_fp_fusion": True,
     }
+    return launcher.Config({**blocks, "num_warps": 4, "enable_fp_fusion": True})
 
 
 @triton.jit
@@ -205,7 +203,7 @@ def rotary(
             (cdiv(num_tokens, TOKENS),),
             (x, out, cos, sin, weights),
             (x.stride(0), out.stride(0), num_tokens, num_heads, num_queries, eps),
-            **launch(head_size),
+            launch(head_size),
         )
 
 
@@ -238,7 +236,7 @@ def rotary_grad(
             (programs,),
             (grad, x, cos, sin, weights, None if weights is None else sums),
             (grad.stride(0), x_stride, num_tokens, num_heads, num_queries, eps),
-            **launch(head_size),
+            launch(head_size),
         )
     return sums
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.choices import Activation
-from rerank_fast.ops.triton import autotune, dropout, guard
+from rerank_fast.ops.triton import autotune, dropout, guard, launcher
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.variant import Variant
 
@@ -25,22 +25,17 @@ STREAM, IN_STREAM = tl.constexpr(0), tl.constexpr(1)
 DTYPES: Any = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows, columns of the dense product, and how much of its sum is taken at once. 16-bit products go
 # to tensor cores; fp32 ones are fused multiply-adds in registers.
-LAUNCH = {
-    "ROWS": 16,
-    "COLUMNS": 64,
-    "INNER": 32,
-    "num_warps": 8,
-    "num_stages": 3,
-    "enable_fp_fusion": True,
-}
-LAUNCH_FP32 = {
-    "ROWS": 16,
-    "COLUMNS": 64,
-    "INNER": 16,
-    "num_warps": 8,
-    "num_stages": 2,
-    "enable_fp_fusion": True,
-}
+LAUNCH = launcher.Config(
+    {
+        "ROWS": 16,
+        "COLUMNS": 64,
+        "INNER": 32,
+        "num_warps": 8,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
+)
+LAUNCH_FP32 = launcher.Config(LAUNCH | {"INNER": 16, "num_stages": 2})
 CASE = ("D", "H", "ACTIVATION", "DROP", "DROP_IN")
 # What tuning tries beside them. ROWS stay: backward's buffers are of their size.
 AROUND: tuple[dict[str, Any], ...] = (
@@ -162,14 +157,14 @@ NOT_SPECIALIZED = ["n", "num_hidden", "seed", "threshold", "rescale", "threshold
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     hidden,  # (T, H)
-    stride,  # of its rows
-    num_hidden,  # T
     index,  # (N,) int32 or int64, or None
     dense_weight,  # (D, H)
     dense_bias,  # (D,) or None
     out_weight,  # (D,)
     out_bias,  # (1,) or None
     scores,  # out (N,) fp32
+    stride,  # of the rows of hidden
+    num_hidden,  # T
     n,
     D,
     H,
@@ -221,19 +216,19 @@ def forward_kernel(
 
 def split(
     hidden: Tensor, options: tuple[Any, ...]
-) -> tuple[int, list[Any], list[Any], dict[str, Any]]:
+) -> tuple[int, list[Any], list[Any], launcher.Config]:
     """The mixed seed, (threshold, rescale) of both dropouts, and the constexprs that follow from
     the options.
     """
     activation, dropout_p, dropout_in_p, seed = options
     # The interpreter would multiply bf16 as integers; products of bf16 are exact in fp32.
     widened = hidden.dtype == torch.bfloat16 and guard.interpreted()
-    flags = {
-        "dot_dtype": tl.float32 if widened else DTYPES[hidden.dtype],
-        "ACTIVATION": activation,
-        "DROP": dropout_p > 0,
-        "DROP_IN": dropout_in_p > 0,
-    }
+    flags = launcher.constants(
+        dot_dtype=tl.float32 if widened else DTYPES[hidden.dtype],
+        ACTIVATION=activation,
+        DROP=dropout_p > 0,
+        DROP_IN=dropout_in_p > 0,
+    )
     mixed, *after = dropout.scalars(dropout_p, seed)
     _, *before = dropout.scalars(dropout_in_p, seed)
     return mixed, after, before, flags
@@ -259,26 +254,14 @@ def forward(
     launch = LAUNCH_FP32 if hidden.dtype == torch.float32 else LAUNCH
     if n:
         kernel, rest = autotune.choose(forward_kernel, launch, AROUND, CASE)
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(hidden):
-            kernel[(cdiv(n, launch["ROWS"]),)](
-                hidden,
-                hidden.stride(0),
-                hidden.shape[0],
-                index,
-                dense_weight,
-                dense_bias,
-                out_weight,
-                out_bias,
-                scores,
-                n,
-                *dense_weight.shape,
-                seed,
-                *after,
-                *before,
-                **flags,
-                **rest,
-            )
+        launcher.launch(
+            kernel,
+            (cdiv(n, launch["ROWS"]),),
+            (hidden, index, dense_weight, dense_bias, out_weight, out_bias, scores),
+            (hidden.stride(0), hidden.shape[0], n, *dense_weight.shape, seed, *after, *before),
+            flags,
+            rest,
+        )
     return scores, hidden.new_empty(0)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rerank_fast.ops.triton import autotune, dropout, guard, score_head
+from rerank_fast.ops.triton import autotune, dropout, guard, launcher, score_head
 from rerank_fast.ops.triton.grid import cdiv
 from rerank_fast.ops.triton.score_head import (
     IN_STREAM,
@@ -30,16 +30,19 @@ from rerank_fast.ops.triton.score_head import (
 from rerank_fast.ops.triton.variant import Variant
 
 # Rows and columns of a tile, and how much of its sum is taken at once.
-LAUNCH = {
-    "ROWS": 32,
-    "COLUMNS": 32,
-    "INNER": 32,
-    "num_warps": 8,
-    "num_stages": 2,
-    "enable_fp_fusion": True,
-}
-LAUNCH_FP32 = LAUNCH | {"INNER": 16}
-LAUNCH_FP32_DROPOUT = LAUNCH_FP32 | {"maxnreg": 64}  # else some more, and half the warps
+LAUNCH = launcher.Config(
+    {
+        "ROWS": 32,
+        "COLUMNS": 32,
+        "INNER": 32,
+        "num_warps": 8,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+)
+LAUNCH_FP32 = launcher.Config(LAUNCH | {"INNER": 16})
+# Else some more registers, and half the warps.
+LAUNCH_FP32_DROPOUT = launcher.Config(guard.for_vendor(LAUNCH_FP32 | {"maxnreg": 64}))
 CASE = ("D", "H", "DROP_IN")
 # What tuning tries beside them.
 AROUND: tuple[dict[str, Any], ...] = (
@@ -60,8 +63,6 @@ def _store_tile(matrix, stride, tile, row, in_rows, column, in_columns):
 def dense_grad_kernel(
     grad_scores,  # (N,) fp32
     hidden,  # (T, H)
-    stride,
-    num_hidden,
     index,  # (N,) or None
     dense_weight,  # (D, H)
     dense_bias,  # (D,) or None
@@ -69,6 +70,8 @@ def dense_grad_kernel(
     d_dense,  # out (N, D) in hidden's dtype: the gradient of the dense layer's result
     bias_parts,  # out (row blocks, D) fp32: each block's share of the gradient of dense_bias
     out_parts,  # out (row blocks, D) fp32: of out_weight
+    stride,
+    num_hidden,
     n,
     D,
     H,
@@ -185,8 +188,6 @@ def _sum_parts(parts, num_parts, out, in_out, D, to, ROWS: tl.constexpr, COLUMNS
 def grads_kernel(
     grad_scores,  # (N,) fp32
     hidden,  # (T, H)
-    stride,
-    num_hidden,
     index,  # (N,) or None
     dense_weight,  # (D, H)
     d_dense,  # (N, D)
@@ -197,6 +198,8 @@ def grads_kernel(
     d_dense_bias,  # out (D,) or None
     d_out_weight,  # out (D,) or None
     d_out_bias,  # out (1,) or None
+    stride,
+    num_hidden,
     n,
     D,
     H,
@@ -302,7 +305,7 @@ def backward(
         wide = hidden.dtype == torch.float32
         launch = score_head.LAUNCH_FP32 if wide else score_head.LAUNCH
         wide_launch = LAUNCH_FP32_DROPOUT if flags["DROP_IN"] else LAUNCH_FP32
-        second = guard.for_vendor(wide_launch if wide else LAUNCH)
+        second = wide_launch if wide else LAUNCH
         num_parts = cdiv(n, launch["ROWS"])
         d_dense = hidden.new_empty(n, size)
         parts = torch.empty(2, num_parts, size, dtype=torch.float32, device=hidden.device)
@@ -319,47 +322,23 @@ def backward(
                 + any(wants[2:]) * cdiv(size, blocks["COLUMNS"]),
             )
 
-        with torch.cuda.device_of(hidden):
-            dense_grad[lambda blocks: (num_parts, cdiv(size, blocks["COLUMNS"]))](
-                grad_scores,
-                hidden,
-                hidden.stride(0),
-                hidden.shape[0],
-                index,
-                dense_weight,
-                dense_bias,
-                out_weight,
-                d_dense,
-                *parts,
-                n,
-                size,
-                width,
-                seed,
-                *after,
-                *before,
-                **flags,
-                **launch,
-            )
-            all_grads[programs](
-                grad_scores,
-                hidden,
-                hidden.stride(0),
-                hidden.shape[0],
-                index,
-                dense_weight,
-                d_dense,
-                *parts,
-                *grads,
-                n,
-                size,
-                width,
-                num_parts,
-                seed,
-                *before,
-                dot_dtype=flags["dot_dtype"],
-                DROP_IN=flags["DROP_IN"],
-                **second,
-            )
+        rows = (hidden.stride(0), hidden.shape[0], n, size, width)
+        launcher.launch(
+            dense_grad,
+            lambda blocks: (num_parts, cdiv(size, blocks["COLUMNS"])),
+            (grad_scores, hidden, index, dense_weight, dense_bias, out_weight, d_dense, *parts),
+            (*rows, seed, *after, *before),
+            flags,
+            launch,
+        )
+        launcher.launch(
+            all_grads,
+            programs,
+            (grad_scores, hidden, index, dense_weight, d_dense, *parts, *grads),
+            (*rows, num_parts, seed, *before),
+            launcher.constants(dot_dtype=flags["dot_dtype"], DROP_IN=flags["DROP_IN"]),
+            second,
+        )
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 

@@ -36,7 +36,7 @@ _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 1
 @functools.cache
 def launch(
     head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
-) -> dict[str, Any]:
+) -> launcher.Config:
     """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80
     to gfx942.
 
@@ -71,7 +71,7 @@ def launch(
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if dtype == torch.float32 and (part, width) in _REGISTERS:
         config["maxnreg"] = _REGISTERS[part, width]
-    return guard.for_vendor(config, hip)
+    return launcher.Config(guard.for_vendor(config, hip))
 
 
 def around(config: dict[str, Any], part: Part) -> tuple[dict[str, Any], ...]:
@@ -88,7 +88,7 @@ def around(config: dict[str, Any], part: Part) -> tuple[dict[str, Any], ...]:
     )
 
 
-def choose(kernel: Any, config: dict[str, Any], part: Part) -> tuple[Any, dict[str, Any]]:
+def choose(kernel: Any, config: launcher.Config, part: Part) -> tuple[Any, launcher.Config]:
     """What to launch, and with which config; see autotune.choose."""
     if not autotune.ENABLED:
         return kernel, config
@@ -339,33 +339,30 @@ def forward_kernel(
 
 def constants_of(
     q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float
-) -> dict[str, Any]:
+) -> launcher.Config:
     _, heads, size = q.shape
-    sides = window_left >= 0, window_right >= 0
-    return _constants(heads // k.shape[1], size, *sides, dropout_p > 0)
+    return launcher.constants(
+        GROUP=heads // k.shape[1],
+        HEAD_SIZE=size,
+        HAS_LEFT=window_left >= 0,
+        HAS_RIGHT=window_right >= 0,
+        HAS_DROPOUT=dropout_p > 0,
+    )
 
 
-@functools.cache
-def _constants(
-    group: int, head_size: int, has_left: bool, has_right: bool, has_dropout: bool
-) -> dict[str, Any]:
-    return {
-        "GROUP": group,
-        "HEAD_SIZE": head_size,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
-        "HAS_DROPOUT": has_dropout,
-    }
-
-
-def windows(q: Tensor, k: Tensor, *sides: int) -> list[int]:
+def windows(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int]:
     """No window wider than all there is: places are added to it in 32 bits."""
+    if left < 0 and right < 0:
+        return left, right
     most = q.shape[0] + k.shape[0]
-    return [min(side, most) for side in sides]
+    return min(left, most), min(right, most)
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    found: list[int] = []
+    for tensor in tensors:
+        found += tensor.stride()[:2]
+    return found
 
 
 def forward(
@@ -406,8 +403,8 @@ def forward(
         lambda meta: (num_tokens // meta["BLOCK_M"] + num_sequences, heads),
         (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
         numbers,
-        **constants_of(q, k, window_left, window_right, dropout_p),
-        **config,
+        constants_of(q, k, window_left, window_right, dropout_p),
+        config,
     )
     return out, lse
 

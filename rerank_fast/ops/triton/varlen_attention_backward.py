@@ -386,8 +386,8 @@ def attention_grads(
             lambda meta: (q.shape[0] // meta["BLOCK_M"] + num_sequences, q.shape[1]),
             (q, k, v, out, lse, grad_out, dq, along, q_sums, *places),
             (*strides(q, k, v, out, grad_out, dq), *options),
-            **constants,
-            **rest,
+            constants,
+            rest,
         )
     if dk.numel():
         config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
@@ -397,8 +397,8 @@ def attention_grads(
             lambda meta: (k.shape[0] // meta["BLOCK_N"] + num_sequences, k.shape[1]),
             (q, k, v, lse, along, grad_out, dk, dv, kv_sums, *places),
             (*strides(q, k, v, grad_out, dk, dv), *options),
-            **constants,
-            **rest,
+            constants,
+            rest,
         )
 
 
