@@ -86,13 +86,13 @@ def test_a_replay_is_one_launch_and_takes_the_device_as_long_as_its_kernels():
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", gpu_model.CAPTURED)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_captured_step_launches_little(shape: str):
     eager, graphs = (
         next(row for row in rows_of(shape) if row.what == what)
         for what in ("training, direct", "training, CUDA graphs")
     )
-    for phase, most in (("forward", 6), ("backward", 12)):
+    for phase, most in (("forward", 10), ("backward", 20)):
         (kernels,) = graphs.phases[phase].replays
         assert 0.9 < kernels / eager.phases[phase].launches < 1.1
         assert graphs.phases[phase].launches <= most

@@ -52,7 +52,6 @@ TRITON_SECONDS = 1.5e-6
 NODE_SECONDS = 0.2e-6
 # What a commit must not raise: by phase.
 LIMITED = ("launches", "syncs", "bytes")
-CAPTURED = ("MiniLM-L6", "MiniLM-L12", "BERT-base")  # whose layers CUDA graphs replay
 _SMALL = 2  # size of the heads where only the host's time counts; odd ones can't be rotated
 
 Run = Callable[[Observer], None]
@@ -141,8 +140,7 @@ def our_rows(shape: str, *, host: bool = False) -> list[Row]:
         if host:
             small = gpu_workloads.reranker_of(shape, head_size=_SMALL)
             rows[-1].host = host_times(Training(small, few, cache))
-    if shape in CAPTURED:
-        rows.append(graph_row(shape, reranker, lists, host=host))
+    rows.append(graph_row(shape, reranker, lists, host=host))
     for what, dtype in (("predict", torch.bfloat16), ("evaluation in a run", torch.float32)):
         scoring = Scoring(gpu_workloads.reranker_of(shape, dtype), pairs)
         row = count(shape, f"{what}, 1,000 pairs", scoring, pairs.lengths)

@@ -18,9 +18,10 @@ from rerank_fast.model.packed.architectures import (
     reason_to_pad,
 )
 from rerank_fast.model.packed.compilation import Compiler
-from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
+from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.graphs import EncoderGraphs
 from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.packed.ready_layers import ReadyLayers
 from rerank_fast.model.padded import PaddedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 from rerank_fast.model.tokens.packing import (
@@ -117,7 +118,9 @@ class Preparer:
             )
             if self.graph_seed is not None:
                 layers = self._ready.layers
-                self._graphs = EncoderGraphs(self.architecture, layers, dtype, seed=self.graph_seed)
+                self._graphs = EncoderGraphs(
+                    self.model, self.architecture, layers, dtype, seed=self.graph_seed
+                )
         architecture = self.architecture
         if self.answers is not None:  # this head has rows of the weights
             head = find_answer_head(self.model, self.answers)

@@ -17,119 +17,25 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import Architecture
-from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces
-from rerank_fast.model.packed.layers import LayerBatch, MicroBatch, PostNormStep
-from rerank_fast.model.packed.linear import add_gradients
-from rerank_fast.model.tokens.packing import upload
-from rerank_fast.ops.differentiated_once import differentiated_once
+from rerank_fast.model.packed.buckets import Bucket, BucketInputs, InputLayout
+from rerank_fast.model.packed.captures import Claim, CudaGraphs, Replayed
+from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces, WordPlaces
+from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, run_layer
+from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.packed.pre_norm_step import PreNormStep
+from rerank_fast.model.packed.ready_layers import Step, finished, summed
+from rerank_fast.model.random_state import nothing_drawn, random_state
 
 MOST_GRAPHS = 8  # each keeps the gradients of all weights
-_LEAST = 64, 8  # tokens and sequences of a bucket
-_MOST_ROWS = 2**30  # where a step's numbers of rows begin: below 2**31 with any bucket's behind it
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What all shapes follow from."""
-
-    tokens: int
-    sequences: int
-
-    @staticmethod
-    def of(num_tokens: int, num_sequences: int) -> Bucket:
-        """The least one with a sequence to spare, which has a token.
-
-        That is a sixteenth more at most, or 64 tokens and 8 sequences.
-        """
-        tokens, sequences = _LEAST
-        sequences = _rounded(num_sequences + 1, sequences)
-        return Bucket(_rounded(num_tokens + sequences - num_sequences, tokens), sequences)
-
-
-def _rounded(count: int, least: int) -> int:
-    grain = max(least, 1 << max(count.bit_length() - 5, 0))
-    return -(-count // grain) * grain
-
-
-class CudaGraphs:
-    """One bucket's forward and backward pass as CUDA has captured them: replays take the buffers
-    that were there.
-
-    Args:
-        encode: gives (N, H) rows for values; launches, and asks for no value.
-        values: of the shape that replays have.
-        weights: whose gradients are asked for.
-        pool: of the memory that all graphs share, of which one runs at a time.
-    """
-
-    def __init__(
-        self, encode: Callable[[Tensor], Tensor], values: Tensor, weights: list[Tensor], pool: Any
-    ) -> None:
-        self._values = values.clone()
-
-        def back(read: Tensor, grad: Tensor) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(read, weights, grad, allow_unused=True)
-
-        stream = torch.cuda.Stream(values.device)
-        stream.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries begin outside
-            for _ in range(2):
-                read = encode(self._values)
-                back(read, torch.zeros_like(read))
-        torch.cuda.current_stream(values.device).wait_stream(stream)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool):
-            read = encode(self._values)
-        self._grad = torch.zeros_like(read)
-        with torch.cuda.graph(self._backward, pool=pool):
-            self._gradients = back(read, self._grad)
-        self._read = read.detach()
-
-    def forward(self, values: Tensor) -> Tensor:
-        """What encode gives for these values; it lasts until the next call."""
-        self._values.copy_(values)
-        self._forward.replay()
-        return self._read
-
-    def backward(self, grad: Tensor) -> Sequence[Tensor | None]:
-        """The weights' gradients, of the last forward; they last until the next call."""
-        self._grad.copy_(grad)
-        self._backward.replay()
-        return self._gradients
-
-
-class _Claim:
-    """Held by the graph of autograd whose activations lie in the memory that captures share."""
-
-
-class _Replayed(torch.autograd.Function):
-    """The gradients of the weights are added here; the first of them stands for all."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, values: Tensor, captured: CudaGraphs, weights: list[Tensor]
-    ) -> Tensor:
-        ctx.captured, ctx.weights = captured, weights
-        return captured.forward(values).clone()
-
-    @staticmethod
-    @differentiated_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        for weight in ctx.weights:
-            if weight.grad is not None:  # it may be the buffer that is about to be written
-                weight.grad = weight.grad.clone()
-        add_gradients(ctx.captured.backward(grad), ctx.weights)
-        ctx.claim = None
-        return None, None, None, None
 
 
 class EncoderGraphs:
@@ -141,6 +47,8 @@ class EncoderGraphs:
     to the same numbers.
 
     Args:
+        model: of which all parameters, buffers and modes are looked at before each replay: graphs
+            of others are dropped.
         architecture: of the model.
         layers: its steps; weights are copied by their owner.
         dtype: of products.
@@ -152,29 +60,34 @@ class EncoderGraphs:
 
     def __init__(
         self,
+        model: nn.Module,
         architecture: Architecture,
-        layers: Sequence[Any],
+        layers: Sequence[Step],
         dtype: torch.dtype,
         *,
         seed: int,
     ) -> None:
-        embeddings = FusedEmbeddings.find(architecture.embeddings)
-        plain = all(isinstance(one, PostNormStep) and one.trains for one in layers)
-        if embeddings is None or not plain or not layers[-1].one_token:
-            raise ValueError(
-                "cuda_graphs must be off here: expected BERT's or RoBERTa's embeddings and layers, "
-                "without adapters, hooks or pooling, of which every part has a kernel"
-            )
-        self._architecture, self._embeddings = architecture, embeddings
-        self._layers, self._dtype, self._seed = layers, dtype, seed
+        self._modules = list(model.modules())
+        if part := _uncapturable(self._modules, architecture, layers):
+            _refuse(part)
+        self._parameters = list(model.parameters())
+        self._owned: list[tuple[dict[str, Any], str]] = [
+            (owner, name)
+            for module in self._modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        self._architecture, self._layers = architecture, layers
+        self._embeddings = FusedEmbeddings.find(architecture.embeddings)
+        self._layout = InputLayout(architecture, self._embeddings)
+        self._is_post_norm = isinstance(layers[0], PostNormStep)
+        self._dtype, self._seed = dtype, seed
         self._words = architecture.word_embeddings
-        self._captured: OrderedDict[Any, CudaGraphs] = OrderedDict()  # by bucket and mode
+        self._captured: OrderedDict[Any, CudaGraphs] = OrderedDict()  # by bucket and modes
+        self._taken: list[Any] = []  # what all that is captured reads
         self._pool: Any = None
-        self._claim: weakref.ref[_Claim] | None = None  # the last one
-        norm = embeddings.norm
-        tables = (self._words.weight, embeddings.positions.weight, embeddings.types.weight)
-        known = [*tables, norm.weight, norm.bias, *(w for one in layers for w in one.trained)]
-        self.weights = [weight for weight in known if weight.requires_grad]
+        self._claim: weakref.ref[Claim] | None = None  # the last one
 
     def __call__(
         self, words: np.ndarray, positions: np.ndarray, types: np.ndarray, starts: np.ndarray
@@ -186,100 +99,145 @@ class EncoderGraphs:
             positions: (T,) of the tokens.
             types: (T,) of the tokens.
             starts: (N + 1,) where the sequences begin, and T.
+
+        Raises:
+            ValueError: something was drawn that each replay would have to draw anew.
         """
         num_sequences = len(starts) - 1
         bucket = Bucket.of(len(words), num_sequences)
-        values = self._upload(bucket, words, positions, types, starts)
-        read = self._read(bucket, values)
-        return read[:num_sequences]
+        values = self._layout.upload(bucket, words, positions, types, starts)
+        return self._read(bucket, values)[:num_sequences]
 
     def _read(self, bucket: Bucket, values: Tensor) -> Tensor:
         is_claimed = self._claim is not None and self._claim() is not None
-        if is_claimed or not (torch.is_grad_enabled() and self.weights):
+        if is_claimed or not torch.is_grad_enabled():
             return self.encode(bucket, values)
-        key = bucket, self._architecture.embeddings.training  # type: ignore[union-attr]
+        if (taken := self._tensors()) != self._taken:
+            self._captured.clear()
+            self._taken = taken
+        key = bucket, tuple(one.training for one in self._modules)
         if key not in self._captured:
-            while len(self._captured) >= MOST_GRAPHS:
-                self._captured.popitem(last=False)
-            if self._pool is None and values.is_cuda:
-                self._pool = torch.cuda.graph_pool_handle()
-
-            def encode(given: Tensor) -> Tensor:
-                return self.encode(bucket, given)
-
-            # The stream that captures is one of the current device.
-            with torch.cuda.device_of(values):
-                self._captured[key] = CudaGraphs(encode, values, self.weights, self._pool)
+            weights = self._trained(bucket, values)
+            if not weights:
+                return self.encode(bucket, values)
+            self._captured[key] = self._capture(bucket, values, weights)
         self._captured.move_to_end(key)
-        read = _Replayed.apply(self.weights[0], values, self._captured[key], self.weights)
-        read.grad_fn.claim = claim = _Claim()
+        captured = self._captured[key]
+        read = Replayed.apply(captured.weights[0], values, captured)
+        read.grad_fn.claim = claim = Claim()
         self._claim = weakref.ref(claim)
         return read
 
+    def _tensors(self) -> list[Any]:
+        """Where all lie that a graph may read, and which are trained."""
+        tensors = [owner[name] for owner, name in self._owned]
+        return [*map(Tensor.data_ptr, tensors), *(one.requires_grad for one in tensors)]
+
+    def _trained(self, bucket: Bucket, values: Tensor) -> list[Tensor]:
+        """The weights that get a gradient, as one pass through the encoder finds them."""
+        before = random_state(values.device)
+        read = self.encode(bucket, values)
+        if not nothing_drawn(before, random_state(values.device)):
+            _refuse("dropout that is drawn by torch")
+        if not read.requires_grad:
+            return []
+        weights = [one for one in self._parameters if one.requires_grad]
+        found = torch.autograd.grad(read, weights, torch.zeros_like(read), allow_unused=True)
+        return [one for one, grad in zip(weights, found, strict=True) if grad is not None]
+
+    def _capture(self, bucket: Bucket, values: Tensor, weights: list[Tensor]) -> CudaGraphs:
+        while len(self._captured) >= MOST_GRAPHS:
+            self._captured.popitem(last=False)
+        if self._pool is None and values.is_cuda:
+            self._pool = torch.cuda.graph_pool_handle()
+
+        def encode(given: Tensor) -> Tensor:
+            return self.encode(bucket, given)
+
+        with torch.cuda.device_of(values):  # the stream that captures is the current device's
+            return CudaGraphs(encode, values, weights, self._pool)
+
     def encode(self, bucket: Bucket, values: Tensor) -> Tensor:
-        """(bucket's sequences, H) rows, from what _upload gave."""
-        tokens, sequences = bucket.tokens, bucket.sequences
-        tables = self._words.num_embeddings, self._embeddings.positions.num_embeddings
-        sizes = [TokenPlaces.size(tokens, *tables), sequences + 1, sequences + 1, tokens, sequences]
-        found, ends, one_each, rows, sequence_rows = values.split_with_sizes(sizes)
-        places = TokenPlaces.within(found, tokens, tables[0])
-        reads_last = self._architecture.reads == "last"
-        batch = MicroBatch(
-            ends,
-            one_each,
-            (ends[1:] - 1 if reads_last else ends[:-1]).long(),
-            {},
-            np.full(sequences, tokens),  # the most that they could be
-            rows,
-            sequence_rows,
-            reads_last=reads_last,
-        )
-        x: Tensor
-        wide, x, batches = self._seeded(places, batch)
-        for layer, layer_batch in zip(self._layers, batches, strict=True):
-            wide, x = layer(wide, x, layer_batch)
+        """(bucket's sequences, H) rows, from what was uploaded."""
+        architecture, given = self._architecture, self._layout.parts(bucket, values)
+        ends, reads_last = given.ends, architecture.reads == "last"
+        fused, places = self._embeddings, given.places
+        x: Any = None  # before the first pre-norm layer nothing is left to be added
+        if isinstance(places, WordPlaces):
+            wide = self._embed(places.rows(self._words.weight), given)
+            x = wide.to(self._dtype) if self._is_post_norm else None
+        with _drawing_from(self._seed):
+            if isinstance(places, TokenPlaces) and fused is not None:
+                table = self._words.weight
+                wide, narrow = fused(table, places, given.token_rows, self._dtype)
+                x = narrow if self._is_post_norm else None
+            batch = MicroBatch(
+                ends,
+                given.one_each,
+                (ends[1:] - 1 if reads_last else ends[:-1]).long(),
+                {} if architecture.rotary is None else architecture.rotary(wide, given.positions),
+                np.full(bucket.sequences, bucket.tokens),
+                given.token_rows,
+                given.sequence_rows,
+                reads_last=reads_last,
+                captured=True,
+            )
+            prepared = [layer.prepare(batch) for layer in self._layers]
+        for layer, layer_batch in zip(self._layers, prepared, strict=True):
+            wide, x = run_layer(layer, wide, x, layer_batch)
+        wide = finished(architecture, summed(self._layers, wide, x))
+        if architecture.pool is not None and given.owner is not None:
+            wide = architecture.pool(wide, ends, given.owner.long())
         return wide.to(self._words.weight.dtype)
 
-    def _seeded(
-        self, places: TokenPlaces, batch: MicroBatch
-    ) -> tuple[Tensor, Tensor, list[LayerBatch]]:
-        """The first layer's rows and all layers' batches, their seeds the run's."""
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(self._seed)
-        try:
-            weight = self._words.weight
-            wide, x = self._embeddings(weight, places, batch.token_rows, self._dtype)
-            return wide, x, [layer.prepare(batch) for layer in self._layers]
-        finally:
-            torch.default_generator.set_state(state)
+    def _embed(self, words: Tensor, given: BucketInputs) -> Tensor:
+        """The first layer's wide rows, from (T, H) of the words."""
+        embedded = self._architecture.embed(words[None], given.types, given.positions).squeeze(0)
+        return embedded.to(torch.promote_types(self._dtype, torch.float32))
 
-    def _upload(
-        self,
-        bucket: Bucket,
-        words: np.ndarray,
-        positions: np.ndarray,
-        types: np.ndarray,
-        starts: np.ndarray,
-    ) -> Tensor:
-        """All that a step's encoder reads, filled up to the bucket, as int32 in one copy."""
-        num_tokens, added = len(words), bucket.tokens - len(words)
-        more = bucket.sequences - (len(starts) - 1)
-        # Copies of the first token, spread over the sequences.
-        words, positions, types = (
-            np.concatenate([one, np.full(added, one[0])]) for one in (words, positions, types)
-        )
-        ends = np.concatenate([starts, num_tokens + np.arange(1, more + 1) * added // more])
-        first = int(torch.randint(_MOST_ROWS, ()))
-        padding = self._words.padding_idx
-        places = TokenPlaces.values(
-            *(words, positions, types, self._words.num_embeddings, self._embeddings.positions),
-            words_unread=padding,
-        )
-        parts = [
-            places,
-            ends,
-            np.arange(len(ends)),
-            first + np.arange(bucket.tokens),
-            first + np.arange(bucket.sequences),
-        ]
-        return upload(np.concatenate(parts).astype(np.int32), self._words.weight.device)
+
+def _uncapturable(
+    modules: Sequence[nn.Module], architecture: Architecture, layers: Sequence[Step]
+) -> str:
+    """The first part that a graph can't have; empty where there is none."""
+    if architecture.decoder is not None:
+        return "an encoder-decoder"
+    if any(one.relative is not None for one in layers):
+        return "relative positions"
+    if not all(linear.has_weight for one in layers for linear in one.linears):
+        return "an adapter, a hook or int8 in a layer"
+    if any(map(must_be_called, modules[1:])):  # nobody calls the whole model
+        return "a hook of a module"
+    if any(one._backward_hooks for one in modules[0].parameters()):
+        return "a hook of a parameter"
+    if _cuts_keys(layers[-1], architecture):
+        return "a last layer with a window that is read at its first token"
+    kinds = [getattr(module, "rope_type", "") for module in modules]
+    names = [name for one in kinds for name in (one.values() if isinstance(one, dict) else [one])]
+    if any(name in ("dynamic", "longrope") for name in names):
+        return "rotary positions that follow from a batch's longest text"
+    return ""
+
+
+def _cuts_keys(last: Step, architecture: Architecture) -> bool:
+    """Whether the last layer gathers the keys that first tokens may see, whose number no bucket
+    says.
+    """
+    if not isinstance(last, PreNormStep) or not last.one_token or architecture.reads == "last":
+        return False
+    return last.layer.causal or last.layer.window is not None
+
+
+def _refuse(part: str) -> None:
+    raise ValueError(f"cuda_graphs must be off here: {part} can't be captured")
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Inside, the seeds of dropout that the host draws are the same in each call."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)

@@ -1,11 +1,13 @@
 """Packed execution as on a GPU, without one."""
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from rerank_fast.model.packed import encoder, layers, pre_norm_step
+from rerank_fast.model.packed import buckets, encoder, graphs, layers, pre_norm_step
+from tests.model.packed.graph_stand_in import StandIn
 
 
 @pytest.fixture
@@ -25,3 +27,13 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     for module in (encoder, pre_norm_step):
         monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandIn]]:
+    """Graphs are stood in for; gives those that were captured."""
+    monkeypatch.setattr(graphs, "CudaGraphs", StandIn)
+    monkeypatch.setattr(buckets, "_LEAST", (16, 4))  # less for Triton's interpreter
+    StandIn.made.clear()
+    yield StandIn.made
+    StandIn.made.clear()
