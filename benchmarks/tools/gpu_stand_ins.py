@@ -132,7 +132,7 @@ def standing_in_for_graphs(counts: DeviceCounts | None = None) -> Iterator[None]
     """
 
     @contextmanager
-    def capture(graph: _StandInGraph, pool: Any = None) -> Iterator[None]:
+    def capture(graph: _StandInGraph, pool: Any = None, **options: Any) -> Iterator[None]:
         if counts is None:
             yield
             return

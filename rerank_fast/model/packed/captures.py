@@ -1,9 +1,9 @@
-"""An encoder's forward and backward pass as CUDA has captured them."""
+"""Calls as CUDA has captured them: replays take the buffers that were there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,47 @@ from torch import Tensor
 from rerank_fast.model.packed.linear import add_gradients
 from rerank_fast.ops.differentiated_once import differentiated_once
 
+Result = TypeVar("Result")
+
+
+def warm_up(call: Callable[[], object], device: torch.device) -> None:
+    """Run what is to be captured: kernels are compiled and libraries begin outside of a graph, in
+    a stream that is not the one of everybody.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+class CudaGraph(Generic[Result]):
+    """One call.
+
+    Args:
+        call: launches, and asks for no value.
+        given: its input, which replays overwrite.
+        pool: of the memory that all graphs share, of which one runs at a time.
+        options: of torch.cuda.graph.
+    """
+
+    def __init__(
+        self, call: Callable[[Tensor], Result], given: Tensor, pool: Any, **options: Any
+    ) -> None:
+        self._given, self._graph = given, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, **options):
+            self.result = call(given)
+
+    def __call__(self, given: Tensor) -> Result:
+        """What the call gives for this input; it lasts until the next one."""
+        self._given.copy_(given)
+        self._graph.replay()
+        return self.result
+
 
 class CudaGraphs:
-    """One bucket's forward and backward pass: replays take the buffers that were there.
+    """One bucket's forward and backward pass.
 
     Args:
         encode: gives (N, H) rows for values; launches, and asks for no value.
@@ -25,37 +63,27 @@ class CudaGraphs:
     def __init__(
         self, encode: Callable[[Tensor], Tensor], values: Tensor, weights: list[Tensor], pool: Any
     ) -> None:
-        self._values, self.weights = values.clone(), weights
+        values, self.weights = values.clone(), weights
 
         def back(read: Tensor, grad: Tensor) -> Sequence[Tensor]:
             return torch.autograd.grad(read, weights, grad)
 
-        stream = torch.cuda.Stream(values.device)
-        stream.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries begin outside
-            for _ in range(2):
-                read = encode(self._values)
-                back(read, torch.zeros_like(read))
-        torch.cuda.current_stream(values.device).wait_stream(stream)
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool):
-            read = encode(self._values)
-        self._grad = torch.zeros_like(read)
-        with torch.cuda.graph(self._backward, pool=pool):
-            self._gradients = back(read, self._grad)
-        self._read = read.detach()
+        def both() -> None:
+            read = encode(values)
+            back(read, torch.zeros_like(read))
+
+        warm_up(both, values.device)
+        self._forward = CudaGraph(encode, values, pool)
+        read = self._forward.result
+        self._backward = CudaGraph(lambda grad: back(read, grad), torch.zeros_like(read), pool)
 
     def forward(self, values: Tensor) -> Tensor:
         """What encode gives for these values; it lasts until the next call."""
-        self._values.copy_(values)
-        self._forward.replay()
-        return self._read
+        return self._forward(values).detach()
 
     def backward(self, grad: Tensor) -> Sequence[Tensor]:
         """The weights' gradients, of the last forward; they last until the next call."""
-        self._grad.copy_(grad)
-        self._backward.replay()
-        return self._gradients
+        return self._backward(grad)
 
 
 class Claim:

@@ -22,7 +22,7 @@ from rerank_fast.model.packed.embeddings import (
     TokenPlaces,
     WordPlaces,
 )
-from rerank_fast.model.packed.graphs import EncoderGraphs
+from rerank_fast.model.packed.graphs import ScoringGraphs, TrainingGraphs
 from rerank_fast.model.packed.heads import cut, cut_head
 from rerank_fast.model.packed.layers import (
     EncodedBatch,
@@ -78,7 +78,7 @@ class PackedPairs:
         gradient_checkpointing: bool = False,
         compiler: Compiler | None = None,
         ready: ReadyLayers | None = None,
-        graphs: EncoderGraphs | None = None,
+        graphs: TrainingGraphs | ScoringGraphs | None = None,
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
@@ -128,7 +128,7 @@ class PackedPairs:
         positions = self._positions(flat, starts)
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
-        if self._graphs is not None and num_pairs:
+        if self._graphs is not None and self._graphs.serves(len(flat)):
             read = self._graphs(self.tokens.input_ids[flat], positions, type_ids, starts)
             scores = self.architecture.head(read).float()
             if keep is None or keep.all():

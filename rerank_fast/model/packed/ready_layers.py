@@ -27,6 +27,7 @@ class ReadyLayers:
         num_tokens: about how many a step has.
         compiles: whether torch.compile traces the layers.
         adds_gradients: see Preparer.
+        lasts: without gradients too they serve one call after the other, and follow the weights.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ReadyLayers:
         *,
         compiles: bool,
         adds_gradients: bool = False,
+        lasts: bool = False,
     ) -> None:
         grads, on_cpu = (
             torch.is_grad_enabled(),
@@ -46,7 +48,7 @@ class ReadyLayers:
         self.layers: list[Step] = []
         self.decoder_layers: list[PreNormStep] = []
         # Without gradients a CPU lays weights out anew, one by one.
-        self._copies = NarrowCopies() if grads or not on_cpu else None
+        self._copies = NarrowCopies() if grads or lasts or not on_cpu else None
         options: dict[str, Any] = {"copies": self._copies, "adds_gradients": adds_gradients}
         decoder = architecture.decoder
         reads_one = architecture.pool is None and decoder is None

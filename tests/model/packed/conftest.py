@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rerank_fast.model import cross_encoder, pretrained
 from rerank_fast.model.packed import buckets, encoder, graphs, layers, pre_norm_step
-from tests.model.packed.graph_stand_in import StandIn
+from tests.model.packed.graph_stand_in import CallStandIn, StandIn
 
 
 @pytest.fixture
@@ -37,3 +38,16 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandIn]]:
     StandIn.made.clear()
     yield StandIn.made
     StandIn.made.clear()
+
+
+@pytest.fixture
+def scoring_replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CallStandIn]]:
+    """Graphs that score are stood in for, on whatever device; gives those that were captured."""
+    monkeypatch.setattr(graphs, "CudaGraph", CallStandIn)
+    monkeypatch.setattr(graphs, "warm_up", lambda call, device: call())
+    monkeypatch.setattr(buckets, "_LEAST", (16, 4))
+    for module in (cross_encoder, pretrained):
+        monkeypatch.setattr(module, "has_graphs", lambda device: True)
+    CallStandIn.made.clear()
+    yield CallStandIn.made
+    CallStandIn.made.clear()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.tools.gpu_counts import counting
 from benchmarks.tools.gpu_stand_ins import standing_in_for_graphs
 from rerank_fast.model.packed.architectures import find_architecture
-from rerank_fast.model.packed.graphs import EncoderGraphs
+from rerank_fast.model.packed.graphs import TrainingGraphs
 from rerank_fast.model.preparation import Preparer
 from rerank_fast.model.tokens.packing import TokenizedPairs
 from tests.model.packed import test_encoder
@@ -113,7 +113,7 @@ def test_replays_give_eager_numbers(
 
     actual = run(graph_seed=7)
     assert len(replays) == 1
-    monkeypatch.setattr(EncoderGraphs, "_read", EncoderGraphs.encode)
+    monkeypatch.setattr(TrainingGraphs, "_read", lambda one, *of: one._encoder(*of))
     expected = run(graph_seed=7)
     assert len(replays) == 1
     for (scores, found), (same, wanted) in zip(actual, expected, strict=True):
@@ -168,7 +168,7 @@ def forget(*arguments: object) -> None:
 def test_a_part_that_cannot_be_captured_is_named(
     part: str, name: str, change: Callable[[nn.Module], object]
 ) -> None:
-    with pytest.raises(ValueError, match=f"cuda_graphs must be off here: {part} can't be capt"):
+    with pytest.raises(ValueError, match=f"CUDA graphs must be off here: {part} can't be capt"):
         Preparer(tiny(name, change), None, graph_seed=7)(batch((3,)))
 
 

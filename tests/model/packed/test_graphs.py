@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks.tools.gpu_counts import counting
 from rerank_fast import CrossEncoder
 from rerank_fast.model.packed import buckets, graphs
-from rerank_fast.model.packed.buckets import Bucket
+from rerank_fast.model.packed.buckets import FINE, Bucket
 from rerank_fast.model.preparation import Preparer, prepare_packed
 from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.training.backward import Backward
@@ -46,11 +46,11 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_bucket_has_room_for_one_more_and_little_else():
-    assert Bucket.of(3, 1) == Bucket(16, 4)
-    assert Bucket.of(16, 3) == Bucket(32, 4)
-    assert Bucket.of(10_400, 104) == Bucket(10_752, 108)
+    assert Bucket.of(3, 1, FINE) == Bucket(16, 4)
+    assert Bucket.of(16, 3, FINE) == Bucket(32, 4)
+    assert Bucket.of(10_400, 104, FINE) == Bucket(10_752, 108)
     for tokens in range(1000, 3000, 7):
-        found = Bucket.of(tokens, tokens // 9)
+        found = Bucket.of(tokens, tokens // 9, FINE)
         assert found.sequences > tokens // 9
         assert tokens + found.sequences - tokens // 9 <= found.tokens < 1.1 * tokens
 
@@ -86,7 +86,7 @@ def test_what_fills_a_bucket_up_changes_nothing(
         values[num_tokens : bucket.tokens] = 3 + np.arange(bucket.tokens - num_tokens) % 7
         return upload(values, device)
 
-    filled = [(sum(one), Bucket.of(sum(one), len(one))) for one in batches]
+    filled = [(sum(one), Bucket.of(sum(one), len(one), FINE)) for one in batches]
     monkeypatch.setattr(buckets, "upload", others)
     again, same = run(graph_seed=7)
     assert torch.equal(again, actual)
@@ -132,19 +132,21 @@ def test_shapes_follow_from_the_bucket_and_no_value_is_read() -> None:
     assert len(inside) > 0.8 * len(names)
     assert [one.name for one in first] == [one.name for one in second]
     assert len(StandIn.made) == 1
-    for tokens in range(1, graphs.MOST_GRAPHS + 1):
+    for tokens in range(1, graphs.MOST_TRAINING + 1):
         operations(*[16 * tokens] * 7)
-    assert len(StandIn.made) == 1 + graphs.MOST_GRAPHS
-    operations(*[16 * graphs.MOST_GRAPHS] * 7)  # the last one is there still
-    assert len(StandIn.made) == 1 + graphs.MOST_GRAPHS
+    assert len(StandIn.made) == 1 + graphs.MOST_TRAINING
+    operations(*[16 * graphs.MOST_TRAINING] * 7)  # the last one is there still
+    assert len(StandIn.made) == 1 + graphs.MOST_TRAINING
     operations(3, 5)
-    assert len(StandIn.made) == 2 + graphs.MOST_GRAPHS
+    assert len(StandIn.made) == 2 + graphs.MOST_TRAINING
 
 
 def test_what_cannot_be_captured_is_refused(tmp_path: Path, still_bert: Path) -> None:
     model = tiny()
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *arguments: None)
-    with pytest.raises(ValueError, match="must be off here: an adapter, a hook or int8 in a layer"):
+    with pytest.raises(
+        ValueError, match="CUDA graphs must be off here: an adapter, a hook or int8 in a layer"
+    ):
         prepare_packed(model, pairs(3), graph_seed=1)
     with pytest.raises(ValueError, match="torch_compile must be off with cuda_graphs"):
         config_for(tmp_path, cuda_graphs=True, torch_compile=True)
