@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.tools import gpu_model
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
+from benchmarks.tools.gpu_rows import LAUNCH_SECONDS, NODE_SECONDS, Row
 from benchmarks.tools.gpu_workloads import SHAPES
 from rerank_fast.ops.registry import HAS_TRITON
 
@@ -80,8 +81,8 @@ def test_a_replay_is_one_launch_and_takes_the_device_as_long_as_its_kernels():
     assert replayed.by_name() == {"replay of a graph": 1, "sub": 1}
     card = gpu_model.CARDS[0]
     assert replayed.seconds(card) == pytest.approx(1.5 * eager.seconds(card))
-    row = gpu_model.Row("shape", "what", {"replayed": replayed}, {"replayed": 1.0})
-    driver = 2 * gpu_model.LAUNCH_SECONDS + 2 * gpu_model.NODE_SECONDS
+    row = Row("shape", "what", {"replayed": replayed}, {"replayed": 1.0})
+    driver = 2 * LAUNCH_SECONDS + 2 * NODE_SECONDS
     assert row.host_seconds() == pytest.approx(1 + driver)
 
 
@@ -99,6 +100,20 @@ def test_a_captured_step_launches_little(shape: str):
     assert graphs.total().syncs == 0
     # Buckets are a sixteenth larger at most.
     assert graphs.total().flops < 1.07 * eager.total().flops
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_pairs_are_scored_in_few_launches(shape: str):
+    eager, graphs = rows_of(shape)[-2:]
+    assert graphs.what == f"{eager.what}, CUDA graphs"
+    (kernels,) = graphs.total().replays
+    assert 0.9 < kernels / eager.total().launches < 1.1
+    copies = graphs.total().by_name().get("_foreach_copy_", 0)  # of weights that lie side by side
+    assert graphs.total().launches - copies < 12
+    assert graphs.total().syncs == 0
+    # Buckets are a quarter larger at most.
+    assert graphs.total().flops < 1.26 * eager.total().flops
 
 
 def test_copies_and_reads_are_waits_unless_pinned():

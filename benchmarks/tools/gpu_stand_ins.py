@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.tools.gpu_counts import DeviceCounts
-from rerank_fast.model.packed import encoder, linear, pre_norm_step
+from rerank_fast.model import cross_encoder, pretrained
+from rerank_fast.model.packed import bucket_encoder, encoder, linear, pre_norm_step
 from rerank_fast.ops import registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training import backward
@@ -95,8 +96,10 @@ def stubbed_kernels() -> Iterator[None]:
     patches: list[tuple[Any, str, Any]] = [
         (registry.Backends, "_best", lambda backends, tensor, facts: "triton"),
         (guard, "refusal", lambda device: ""),
-        (encoder, "has_kernels", lambda device, dtype: True),
-        (pre_norm_step, "has_kernels", lambda device, dtype: True),
+        *(
+            (module, "has_kernels", lambda device, dtype: True)
+            for module in (encoder, bucket_encoder, pre_norm_step)
+        ),
         (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
         (linear, "_weight_gradient", _wide_product),
     ]
@@ -150,7 +153,9 @@ def standing_in_for_graphs(counts: DeviceCounts | None = None) -> Iterator[None]
             (torch.cuda, "Stream", lambda device: _StandInStream()),
             (torch.cuda, "current_stream", lambda device: _StandInStream()),
             (torch.cuda, "stream", lambda stream: nullcontext()),
-            (backward, "_graph_seed", seed),  # which refuses what is no GPU
+            (backward, "_graph_seed", seed),  # which refuses what is no GPU, as these do
+            (cross_encoder, "has_graphs", lambda device: True),
+            (pretrained, "has_graphs", lambda device: True),
         ):
             stack.enter_context(mock.patch.object(place, name, stub))
         yield

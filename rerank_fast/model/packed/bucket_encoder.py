@@ -17,6 +17,7 @@ from rerank_fast.model.packed.buckets import Bucket, BucketInputs, InputLayout
 from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces, WordPlaces
 from rerank_fast.model.packed.layers import MicroBatch, PostNormStep, run_layer
 from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 from rerank_fast.model.packed.ready_layers import Step, finished, summed
 
@@ -47,6 +48,8 @@ class BucketEncoder:
         self._modules = list(model.modules())
         if part := _uncapturable(self._modules, architecture, layers):
             refuse(part)
+        if not has_kernels(architecture.word_embeddings.weight.device, dtype):
+            refuse("what Triton does not run")
         self.parameters = list(model.parameters())
         self._owned: list[tuple[dict[str, Any], str]] = [
             (owner, name)
