@@ -213,3 +213,38 @@ def test_weights_that_moved_or_were_frozen_are_captured_anew(
     step()  # the head alone
     assert len(replays) == 3
     assert model.classifier.weight.grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mistral-sliding", "qwen3", "gemma3"])
+def test_a_gpus_own_graphs_give_eager_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA has captured, beside the bucket run eagerly."""
+    model = make_model(name, **(NO_DROPOUT if name == "bert" else {})).to("cuda").train()
+    steps = [batch(lengths) for lengths in ((3, 40), (60, 1), (2, 3), (3, 40))]
+
+    def run() -> list[tuple[Tensor, dict[str, Tensor]]]:
+        prepare = Preparer(model, None, graph_seed=7)
+        found = []
+        for tokens in steps:
+            model.zero_grad()
+            scores = prepare(tokens)(np.arange(len(tokens)))
+            scores.square().sum().backward()
+            found.append((scores.detach(), gradients(model)))
+        return found
+
+    def scored(**options: Any) -> list[Tensor]:
+        prepare = Preparer(model.eval(), None, **options)
+        with torch.inference_mode():
+            return [prepare(tokens)(np.arange(len(tokens))) for tokens in steps]
+
+    actual = run()
+    for found, expected in zip(scored(captures=True), scored(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    model.train()
+    monkeypatch.setattr(TrainingGraphs, "_read", lambda one, *of: one._encoder(*of))
+    for (scores, found), (same, wanted) in zip(actual, run(), strict=True):
+        torch.testing.assert_close(scores, same, rtol=1e-5, atol=1e-5)
+        largest = max(float(one.norm()) for one in wanted.values())
+        for key, one in wanted.items():
+            assert (found[key] - one).norm() < 1e-4 * one.norm() + 1e-5 * largest, key
