@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tools import gpu_attention, gpu_model, gpu_workloads
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
+from benchmarks.tools.gpu_rows import LAUNCH_SECONDS, NODE_SECONDS, Row
 from benchmarks.tools.gpu_workloads import SHAPES
 from rerank_fast.ops.registry import HAS_TRITON
 
@@ -78,6 +79,61 @@ def test_views_and_allocations_are_no_launches():
     tally = counts.phases["all"]
     assert tally.by_name() == {"add": 1}
     assert tally.bytes == 2 * 6 * 4 * 4
+
+
+def test_a_replay_is_one_launch_and_takes_the_device_as_long_as_its_kernels():
+    x = torch.empty(6, 4, device="meta")
+    with counting(np.ones(1, np.int64)) as counts:
+        counts.begin("eager")
+        x + 1
+        x.sum(0)
+        counts.begin("replayed")
+        with counts.capturing() as captured:
+            x + 1
+            x.sum(0)
+        assert not counts.tally.operations
+        counts.replay(captured)
+        x - 1
+        with pytest.raises(ValueError, match="launches alone in a graph"), counts.capturing():
+            torch.ones(3).to("meta")
+    eager, replayed = counts.phases["eager"], counts.phases["replayed"]
+    assert (eager.launches, replayed.launches, replayed.replays) == (2, 2, [2])
+    assert replayed.by_name() == {"replay of a graph": 1, "sub": 1}
+    card = gpu_model.CARDS[0]
+    assert replayed.seconds(card) == pytest.approx(1.5 * eager.seconds(card))
+    row = Row("shape", "what", {"replayed": replayed}, {"replayed": 1.0})
+    driver = 2 * LAUNCH_SECONDS + 2 * NODE_SECONDS
+    assert row.host_seconds() == pytest.approx(1 + driver)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_captured_step_launches_little(shape: str):
+    eager, graphs = (
+        next(row for row in rows_of(shape) if row.what == what)
+        for what in ("training, direct", "training, CUDA graphs")
+    )
+    for phase, most in (("forward", 10), ("backward", 20)):
+        (kernels,) = graphs.phases[phase].replays
+        assert 0.9 < kernels / eager.phases[phase].launches < 1.1
+        assert graphs.phases[phase].launches <= most
+    assert graphs.total().syncs == 0
+    # Buckets are a sixteenth larger at most.
+    assert graphs.total().flops < 1.07 * eager.total().flops
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_pairs_are_scored_in_few_launches(shape: str):
+    eager, graphs = rows_of(shape)[-2:]
+    assert graphs.what == f"{eager.what}, CUDA graphs"
+    (kernels,) = graphs.total().replays
+    assert 0.9 < kernels / eager.total().launches < 1.1
+    copies = graphs.total().by_name().get("_foreach_copy_", 0)  # of weights that lie side by side
+    assert graphs.total().launches - copies < 12
+    assert graphs.total().syncs == 0
+    # Buckets are a quarter larger at most.
+    assert graphs.total().flops < 1.26 * eager.total().flops
 
 
 def test_copies_and_reads_are_waits_unless_pinned():

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Operation:
     bytes: int  # read and written
     flops: int = 0  # of products and attention
     narrow: bool = True  # their operands have 16 bits
+    replayed: bool = False  # inside a graph, which the host launches at once
 
 
 @dataclass
@@ -80,10 +81,17 @@ class Tally:
     reads: int = (
         0  # values of the device that the host asks for: it waits for all that was launched
     )
+    replays: list[int] = field(default_factory=list)  # of graphs: the kernels of each
+
+    @property
+    def launched(self) -> list[Operation]:
+        """Those that the host launches one by one."""
+        return [one for one in self.operations if not one.replayed]
 
     @property
     def launches(self) -> int:
-        return sum(one.launches for one in self.operations)
+        """By the host, of which a graph's replay is one."""
+        return sum(one.launches for one in self.launched) + len(self.replays)
 
     @property
     def bytes(self) -> int:
@@ -100,8 +108,10 @@ class Tally:
     def by_name(self) -> dict[str, int]:
         """Launches of each operation, most first."""
         counted: Counter[str] = Counter()
-        for one in self.operations:
+        for one in self.launched:
             counted[one.name] += one.launches
+        if self.replays:
+            counted["replay of a graph"] = len(self.replays)
         return dict(counted.most_common())
 
     def seconds(self, card: Card) -> float:
@@ -198,6 +208,24 @@ class DeviceCounts(TorchDispatchMode):
     def begin(self, phase: str) -> None:
         """From here on what comes is counted there."""
         self.tally = self.phases.setdefault(phase, Tally())
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[Operation]]:
+        """What is counted inside is none of the phase's: replay() adds it."""
+        captured: list[Operation] = []
+        before = self.tally
+        self.tally = Tally()
+        try:
+            yield captured
+        finally:
+            counted, self.tally = self.tally, before
+        if counted.uploads or counted.syncs:
+            raise ValueError("expected launches alone in a graph, got a copy or a read of a value")
+        captured += [replace(one, replayed=True) for one in counted.operations]
+
+    def replay(self, captured: list[Operation]) -> None:
+        self.tally.operations += captured
+        self.tally.replays.append(sum(one.launches for one in captured))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -17,7 +17,7 @@ import json
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +27,32 @@ import transformers
 
 from benchmarks.arguments import make_parser
 from benchmarks.tools import gpu_attention, gpu_counts, gpu_workloads
-from benchmarks.tools.gpu_counts import CARDS, TRITON, Tally, counting
+from benchmarks.tools.gpu_counts import CARDS, Tally, counting
+from benchmarks.tools.gpu_rows import LAUNCH_SECONDS, NODE_SECONDS, TRITON_SECONDS, Row
+from benchmarks.tools.gpu_stand_ins import standing_in_for_graphs, stubbed_kernels
 from benchmarks.tools.gpu_workloads import (
     SHAPES,
     HostClock,
+    Observed,
     Observer,
     PeerScoring,
     PeerStep,
     Scoring,
     Training,
 )
+from rerank_fast.data.tokenized import TokenizedLists
+from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.training.distributed.buckets import GradientBuckets
 
 LIMITS = Path(__file__).with_name("gpu_limits.json")
 RENEW = "python -m benchmarks.tools.gpu_model --renew_limits"
-# Besides what torch does for an operation: cudaLaunchKernel on a current server; and what Triton's
-# launcher in C takes to read the arguments. The rest of it is in Python, and measured.
-LAUNCH_SECONDS = 2.5e-6
-TRITON_SECONDS = 1.5e-6
 # What a commit must not raise: by phase.
 LIMITED = ("launches", "syncs", "bytes")
 PEER_BATCHES = 32, 128, 256, 512  # pairs of its predict; the first is its default
+_FEW = 50  # pairs that a service scores for one request
 _SMALL = 2  # size of the heads where only the host's time counts; odd ones can't be rotated
 
 Run = Callable[[Observer], None]
-
-
-@dataclass
-class Row:
-    """One thing that was run, in its phases."""
-
-    shape: str
-    what: str
-    phases: dict[str, Tally]
-    # Seconds measured by phase; empty: not measured.
-    host: dict[str, float] = field(default_factory=dict)
-
-    def total(self) -> Tally:
-        total = Tally()
-        for one in self.phases.values():
-            total.operations += one.operations
-            total.uploads += one.uploads
-            total.uploaded_bytes += one.uploaded_bytes
-            total.waits += one.waits
-            total.reads += one.reads
-        return total
-
-    def host_seconds(self, phase: str | None = None) -> float | None:
-        """With the driver's share."""
-        if not self.host:
-            return None
-        tally = self.total() if phase is None else self.phases[phase]
-        measured = sum(self.host.values()) if phase is None else self.host.get(phase, 0.0)
-        own = sum(one.launches for one in tally.operations if one.name in TRITON)
-        return measured + tally.launches * LAUNCH_SECONDS + own * TRITON_SECONDS
-
-    def as_json(self) -> dict[str, Any]:
-        phases = {}
-        for name, tally in self.phases.items():
-            phases[name] = {
-                "launches": tally.launches,
-                "uploads": tally.uploads,
-                "uploaded_bytes": tally.uploaded_bytes,
-                "waits": tally.waits,
-                "reads": tally.reads,
-                "bytes": tally.bytes,
-                "flops": tally.flops,
-                "launches_by_name": tally.by_name(),
-                "device_seconds": {card.name: tally.seconds(card) for card in CARDS},
-                "host_seconds": self.host_seconds(name),
-            }
-        return {"shape": self.shape, "what": self.what, "phases": phases}
 
 
 def count(shape: str, what: str, run: Run, lengths: np.ndarray, **options: Any) -> Row:
@@ -110,7 +65,7 @@ def host_times(run: Run, repeats: int = 40) -> dict[str, float]:
     """Seconds of each phase in the fastest of some calls, the first left out: other work only adds
     to them."""
     calls = []
-    with gpu_workloads.stubbed_kernels():
+    with stubbed_kernels():
         for _ in range(repeats + 1):
             clock = HostClock()
             run(clock)
@@ -133,16 +88,59 @@ def our_rows(shape: str, *, host: bool = False) -> list[Row]:
         if host:
             small = gpu_workloads.reranker_of(shape, head_size=_SMALL)
             rows[-1].host = host_times(Training(small, few, cache))
-    for what, dtype in (("predict", torch.bfloat16), ("evaluation in a run", torch.float32)):
-        scoring = Scoring(gpu_workloads.reranker_of(shape, dtype), pairs)
-        row = count(shape, f"{what}, 1,000 pairs", scoring, pairs.lengths)
+    rows.append(graph_row(shape, reranker, lists, host=host))
+    for what, dtype, scored in (
+        ("predict, 1,000 pairs", torch.bfloat16, pairs),
+        ("evaluation in a run, 1,000 pairs", torch.float32, pairs),
+        (f"predict, {_FEW} pairs", torch.bfloat16, pairs.select(np.arange(_FEW))),
+    ):
+        scoring = Scoring(gpu_workloads.reranker_of(shape, dtype), scored)
+        row = count(shape, what, scoring, scored.lengths)
         rows.append(row)
         if host:
             forwards = row.total().by_name()["varlen_attention"] // config.num_hidden_layers
             small = gpu_workloads.reranker_of(shape, dtype, head_size=_SMALL)
             tokens = gpu_workloads.pairs_of(np.full(2 * forwards, 3), 64)
             row.host = host_times(Scoring(small, tokens, batch_size=2))
+    rows.append(scoring_graph_row(shape, scored, host=host))
     return rows
+
+
+def graph_row(shape: str, reranker: Observed, lists: TokenizedLists, *, host: bool) -> Row:
+    """A step whose bucket has been captured: the second one.
+
+    The host's time is of all words and tokens, which it counts and sorts in each step; what
+    computes with them on a GPU is not run here.
+    """
+    with counting(lists.pairs.lengths) as counts, standing_in_for_graphs(counts):
+        step = Training(reranker, lists, "off", cuda_graphs=True)
+        step(counts)
+        counts.phases.clear()
+        step(counts)
+    row = Row(shape, "training, CUDA graphs", counts.phases)
+    if host:
+        small = gpu_workloads.reranker_of(shape, head_size=_SMALL, vocabulary=0)
+        with standing_in_for_graphs():
+            row.host = host_times(Training(small, lists, "off", cuda_graphs=True))
+    return row
+
+
+def scoring_graph_row(shape: str, tokens: TokenizedPairs, *, host: bool) -> Row:
+    """Scores of a batch whose bucket has been captured."""
+    with counting(tokens.lengths) as counts, standing_in_for_graphs(counts):
+        reranker = gpu_workloads.reranker_of(shape, torch.bfloat16)
+        reranker.capture_graphs()
+        scoring = Scoring(reranker, tokens)
+        scoring(counts)
+        counts.phases.clear()
+        scoring(counts)
+    row = Row(shape, f"predict, {len(tokens)} pairs, CUDA graphs", counts.phases)
+    if host:
+        small = gpu_workloads.reranker_of(shape, torch.bfloat16, head_size=_SMALL, vocabulary=0)
+        with standing_in_for_graphs(), stubbed_kernels():
+            small.capture_graphs()
+            row.host = host_times(Scoring(small, tokens))
+    return row
 
 
 def peer_rows(shape: str, *, host: bool = False) -> list[Row]:
@@ -296,6 +294,9 @@ ran on a GPU.
   on a GPU's path, whose own kernels are not launched,
   and {1e6 * LAUNCH_SECONDS} microseconds of a driver a launch, {1e6 * TRITON_SECONDS} more for
   one of Triton's. It counts the loss to the forward pass.
+- CUDA graphs: the second call of a bucket, of all words and tokens; a replay is one launch of the
+  host's and {1e6 * NODE_SECONDS} microseconds for each of its kernels, which is an assumption. The
+  device takes for each of them what it takes outside of a graph.
 """
 
 

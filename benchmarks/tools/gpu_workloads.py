@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
-from unittest import mock
 
 import numpy as np
 import torch
@@ -31,10 +29,7 @@ from transformers import (
 
 from rerank_fast import CrossEncoder, TrainingConfig
 from rerank_fast.data.tokenized import TokenizedLists
-from rerank_fast.model.packed import encoder, linear, pre_norm_step
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from rerank_fast.ops import ragged, registry
-from rerank_fast.ops.triton import guard
 from rerank_fast.training.backward import Backward
 from rerank_fast.training.clipping import clip_gradients
 from rerank_fast.training.freezing import layer_depths
@@ -66,9 +61,9 @@ _SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 SHAPES = tuple(_SHAPES)
 
 
-def config_of(shape: str, *, head_size: int = 0) -> PretrainedConfig:
+def config_of(shape: str, *, head_size: int = 0, vocabulary: int = 64) -> PretrainedConfig:
     """Of a shape; with a head_size a small one: as many layers, each with one head of that size,
-    and few words.
+    and so many words, 0 for the shape's own.
 
     What the host does for a layer follows from no width; a product in bf16 of twelve columns takes
     a CPU six times as long as to dispatch it.
@@ -76,8 +71,9 @@ def config_of(shape: str, *, head_size: int = 0) -> PretrainedConfig:
     kind, settings = _SHAPES[shape]
     if head_size:
         widths = {"hidden_size": head_size, "intermediate_size": head_size}
-        settings = {**settings, "vocab_size": 64, **widths}
-        settings |= {"num_attention_heads": 1}
+        settings = {**settings, **widths, "num_attention_heads": 1}
+        if vocabulary:
+            settings["vocab_size"] = vocabulary
         if kind is Qwen3Config:
             settings |= {"num_key_value_heads": 1, "head_dim": head_size}
     if kind is ModernBertConfig:
@@ -108,99 +104,6 @@ class HostClock:
         now = time.thread_time()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
-
-
-class _StandInDriver:
-    """Of Triton's, of a GPU that tensors of the CPU lie on."""
-
-    def get_current_device(self) -> int:
-        return -1  # as their get_device() says
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-class _StandInKernel:
-    """What Triton has compiled, without a program: what is left of a launch is the host's."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *arguments: Any) -> None:
-        return None
-
-    def run(self, *arguments: Any) -> None:
-        return None
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def runner(*arguments: Any, stream: int) -> None:
-            metadata = self.launch_metadata(grid, stream, *arguments)
-            self.run(*grid, stream, self.function, self.packed_metadata, metadata, *arguments)
-
-        return runner
-
-
-def _compile_nothing(
-    kernel: Any, key: str, signature: Any, device: int, *rest: Any
-) -> _StandInKernel:
-    compiled = kernel.device_caches[device][0][key] = _StandInKernel()
-    return compiled
-
-
-@contextmanager
-def _launching_nothing() -> Iterator[None]:
-    """Inside, Triton finds and binds what it would launch, and neither compiles nor launches it."""
-    from triton.runtime import JITFunction, driver
-
-    from rerank_fast.ops.triton import launcher
-
-    with (
-        mock.patch.object(driver, "_active", _StandInDriver()),
-        mock.patch.object(JITFunction, "_do_compile", _compile_nothing),
-        mock.patch.dict(launcher._known, clear=True),
-        # Heads of one number lie closer than those of a model.
-        mock.patch.object(launcher, "_ALIGNMENT", 1),
-    ):
-        yield
-
-
-@functools.cache
-def _wide(shape: torch.Size) -> Tensor:
-    return torch.zeros(shape)
-
-
-def _wide_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stands for a product of 16-bit rows that comes out in fp32, which the CPU has not."""
-    return torch.mm(_wide(grad.shape).t(), _wide(x.shape))
-
-
-@contextmanager
-def stubbed_kernels() -> Iterator[None]:
-    """Inside, tensors of the CPU take a GPU's path, whose kernels are not launched; and products
-    don't go through oneDNN, which takes longer for a tiny one than a GPU's library to launch it."""
-    patches: list[tuple[Any, str, Any]] = [
-        (registry.Backends, "_best", lambda backends, tensor, facts: "triton"),
-        (guard, "refusal", lambda device: ""),
-        (encoder, "has_kernels", lambda device, dtype: True),
-        (pre_norm_step, "has_kernels", lambda device, dtype: True),
-        (linear, "_onednn_multiplies", lambda dtype: False),
-        (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
-        (linear, "_weight_gradient", _wide_product),
-        # Cumulative lengths are read where they lie on the CPU alone.
-        (ragged, "check_ends", lambda name, ends, num_tokens: None),
-        (ragged, "check_offsets", lambda offsets, num_documents: None),
-    ]
-    with ExitStack() as stack:
-        if registry.HAS_TRITON:
-            stack.enter_context(_launching_nothing())
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        for place, name, stub in patches:
-            stack.enter_context(mock.patch.object(place, name, stub))
-        yield
 
 
 class Observed(CrossEncoder):
@@ -271,16 +174,19 @@ def _directory() -> Any:
     return directory
 
 
-def model_of(shape: str, dtype: torch.dtype = torch.float32, *, head_size: int = 0) -> Any:
+def model_of(
+    shape: str, dtype: torch.dtype = torch.float32, *, head_size: int = 0, vocabulary: int = 64
+) -> Any:
     """A Hugging Face model of the shape that has no values, or a small one on the CPU."""
     with torch.device("cpu" if head_size else "meta"):
-        config = config_of(shape, head_size=head_size)
+        config = config_of(shape, head_size=head_size, vocabulary=vocabulary)
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
 
 
-def reranker_of(shape: str, dtype: torch.dtype = torch.float32, *, head_size: int = 0) -> Observed:
+def reranker_of(shape: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Observed:
+    """Of model_of's model."""
     reranker = Observed(_directory().name, device="cpu")
-    reranker.model = model_of(shape, dtype, head_size=head_size)
+    reranker.model = model_of(shape, dtype, **sizes)
     return reranker.eval()
 
 
@@ -291,9 +197,12 @@ class Training:
     reranker: Observed
     lists: TokenizedLists
     gradient_cache: Any
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        config = TrainingConfig(precision="bf16", gradient_cache=self.gradient_cache)
+        config = TrainingConfig(
+            precision="bf16", gradient_cache=self.gradient_cache, cuda_graphs=self.cuda_graphs
+        )
         # Kernels that are not launched leave gradients that may be 0: of no pair is that asked.
         config.skip_below = -1.0
         self.reranker.train()

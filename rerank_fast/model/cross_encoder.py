@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from rerank_fast.model.calls import with_older_names
 from rerank_fast.model.packed.architectures import find_answer_head
+from rerank_fast.model.packed.graphs import has_graphs
 from rerank_fast.model.padded import padded_scores
 from rerank_fast.model.preparation import Prepared, Preparer
 from rerank_fast.model.ranking import check_lists, rankings
@@ -112,6 +113,7 @@ class CrossEncoder(TokenizingModel):
         packed: bool = True,
         adds_gradients: bool = False,
         graph_seed: int | None = None,
+        captures: bool = False,
     ) -> Preparer:
         """What prepares batch after batch while the model's modules stay what they are: finds its
         parts once.
@@ -126,6 +128,7 @@ class CrossEncoder(TokenizingModel):
             compiler=self._compiler,
             adds_gradients=adds_gradients,
             graph_seed=graph_seed,
+            captures=captures,
         )
 
     @contextlib.contextmanager
@@ -176,7 +179,8 @@ class CrossEncoder(TokenizingModel):
         done = 0
         bar = tqdm(total=total, desc="Scoring", disable=not show_progress_bar)
         with self._eval_mode.of(self), bar:
-            prepare = self.preparer()
+            captured = self._captured if has_graphs(self.device) else None
+            prepare = self.preparer() if captured is None else captured.preparer(self)
             for tokens in chunks:
                 scores[done : done + len(tokens)] = score(
                     prepare(tokens), max_pairs=batch_size, progress=bar.update

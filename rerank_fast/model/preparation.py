@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -17,10 +18,12 @@ from rerank_fast.model.packed.architectures import (
     find_architecture,
     reason_to_pad,
 )
+from rerank_fast.model.packed.bucket_encoder import BucketEncoder, refuse
 from rerank_fast.model.packed.compilation import Compiler
-from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
-from rerank_fast.model.packed.graphs import EncoderGraphs
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.packed.graphs import ScoringGraphs, TrainingGraphs
 from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.packed.ready_layers import ReadyLayers
 from rerank_fast.model.padded import PaddedPairs
 from rerank_fast.model.precision.hardware import arithmetic, name_of, why_slow
 from rerank_fast.model.tokens.packing import (
@@ -57,7 +60,9 @@ class Preparer:
             `.grad` themselves, and each time call what register_post_accumulate_grad_hook left
             there: for scores that only backward() goes back through, with no inputs named.
         graph_seed: of the dropout of layers that are captured as CUDA graphs, for such scores; None
-            captures none. See EncoderGraphs.
+            captures none. See TrainingGraphs.
+        captures: of packed execution without gradients: layers are captured as CUDA graphs. See
+            ScoringGraphs.
     """
 
     def __init__(
@@ -72,10 +77,13 @@ class Preparer:
         compiler: Compiler | None = None,
         adds_gradients: bool = False,
         graph_seed: int | None = None,
+        captures: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.adds_gradients, self.graph_seed = adds_gradients, graph_seed
-        self._graphs: EncoderGraphs | None = None
+        self._graphs: TrainingGraphs | None = None
+        self.captures, self._lock = captures, threading.Lock()
+        self._scoring: tuple[ReadyLayers, ScoringGraphs] | None = None
         self.dtype, self.packed_dtype = dtype, dtype or packed_dtype
         self.answers, self.compiler = answers, compiler
         self.recomputes = _recomputes(model)
@@ -117,7 +125,16 @@ class Preparer:
             )
             if self.graph_seed is not None:
                 layers = self._ready.layers
-                self._graphs = EncoderGraphs(self.architecture, layers, dtype, seed=self.graph_seed)
+                encoder = BucketEncoder(
+                    self.model, self.architecture, layers, dtype, seed=self.graph_seed
+                )
+                self._graphs = TrainingGraphs(encoder)
+        ready: ReadyLayers | None = None
+        graphs: TrainingGraphs | ScoringGraphs | None = None
+        if torch.is_grad_enabled():
+            ready, graphs = self._ready, self._graphs
+        elif self.captures:
+            ready, graphs = self.scoring(len(tokens.input_ids))
         architecture = self.architecture
         if self.answers is not None:  # this head has rows of the weights
             head = find_answer_head(self.model, self.answers)
@@ -129,9 +146,32 @@ class Preparer:
             dtype=dtype,
             gradient_checkpointing=recomputes,
             compiler=self.compiler,
-            ready=self._ready if torch.is_grad_enabled() else None,
-            graphs=self._graphs if torch.is_grad_enabled() else None,
+            ready=ready,
+            graphs=graphs,
         )
+
+    def scoring(self, num_tokens: int = 0) -> tuple[ReadyLayers, ScoringGraphs]:
+        """Layers without gradients that last, and their graphs.
+
+        Args:
+            num_tokens: about how many the first call has.
+
+        Raises:
+            ValueError: something in the model can't be captured; it is named.
+        """
+        if self.architecture is None:
+            refuse("a model that runs padded")
+        dtype = self.packed_dtype or _own_dtype(self.model)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._scoring is None or not self._scoring[0].is_current(dtype):
+                ready = ReadyLayers(
+                    self.architecture, dtype, num_tokens, compiles=False, lasts=True
+                )
+                encoder = BucketEncoder(
+                    self.model, self.architecture, ready.layers, dtype, seed=None
+                )
+                self._scoring = ready, ScoringGraphs(encoder)
+            return self._scoring
 
 
 def prepare_packed(model: Any, tokens: TokenizedPairs, **options: Any) -> PackedPairs | None:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from rerank_fast.model import storage
 from rerank_fast.model.calls import NoCardData
+from rerank_fast.model.captured import CapturedScoring
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.devices import choose_device
 from rerank_fast.model.digest import sample_digest
 from rerank_fast.model.eval_mode import EvalMode
 from rerank_fast.model.packed.architectures import reason_to_pad
 from rerank_fast.model.packed.compilation import Compiler, check_compiler
+from rerank_fast.model.packed.graphs import has_graphs
 from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
@@ -78,6 +80,7 @@ class PretrainedModel(nn.Module):
         self.default_prompt_name = loaded.default_prompt_name
         self.keep_in_fp32_modules = loaded.keep_in_fp32_modules
         self._compiler: Compiler | None = None
+        self._captured: CapturedScoring | None = None
         self._dtype_of_steps: torch.dtype | None = None
         self._eval_mode = EvalMode()
         self._truncation = TruncationLog()
@@ -178,11 +181,41 @@ class PretrainedModel(nn.Module):
         batches build no more. On a CPU only steps with gradients are compiled.
 
         Raises:
-            ValueError: inductor lacks a compiler here.
+            ValueError: inductor lacks a compiler here, or CUDA graphs are captured.
         """
+        if self._captured is not None:
+            raise ValueError("CUDA graphs must be off where layers are compiled: use one of both")
         if backend == "inductor":
             check_compiler(self.device)
         self._compiler = backend
+
+    def capture_graphs(self, on: bool = True) -> None:
+        """From now on predict, rank, score_tokens and evaluators replay CUDA graphs of the layers,
+        where a batch has 16,384 tokens at most: a few pairs are scored in the time of some
+        launches. Experimental, on an NVIDIA GPU.
+
+        Numbers of tokens and pairs are rounded up by a quarter at most, to buckets; the first batch
+        of each is captured, which takes as long as several batches. Of 64 buckets the graphs are
+        kept, in memory that they share. They are captured anew where weights lie elsewhere, and not
+        where their values are others. Adapters and hooks must be there before.
+
+        Args:
+            on: False forgets them.
+
+        Raises:
+            ValueError: the device is none of NVIDIA's, compile() was called, or a part of the model
+                can't be captured; it is named.
+        """
+        if not on:
+            self._captured = None
+            return
+        if not has_graphs(self.device):
+            raise ValueError(f"CUDA graphs need an NVIDIA GPU, got a model on {self.device}")
+        if self._compiler is not None:
+            raise ValueError("CUDA graphs must be off where layers are compiled: use one of both")
+        captured = CapturedScoring()
+        captured.preparer(self).scoring()
+        self._captured = captured
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None

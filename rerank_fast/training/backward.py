@@ -14,6 +14,7 @@ from rerank_fast.data.tokenized import TokenizedLists
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.devices import empty_cache
 from rerank_fast.model.gradient_cache import Final, Loss, backward_cached, backward_direct
+from rerank_fast.model.packed.graphs import has_graphs
 from rerank_fast.model.preparation import Preparer
 from rerank_fast.model.random_state import random_state, set_random_state
 from rerank_fast.model.scoring import is_out_of_memory
@@ -234,7 +235,7 @@ def _graph_seed(config: TrainingConfig, device: torch.device) -> int | None:
     """Of the dropout inside CUDA graphs; None without them."""
     if not config.cuda_graphs:
         return None
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not has_graphs(device):
         raise ValueError(f"cuda_graphs needs an NVIDIA GPU, got a model on {device}")
     if collectives.several():
         raise ValueError(

@@ -114,8 +114,8 @@ class TrainingConfig:
         torch_compile: run the layers of packed execution through torch.compile; the first steps
             build the kernels.
         cuda_graphs: experimental: capture what a step's layers launch, for numbers of tokens that
-            are rounded up to few, and replay it; on one NVIDIA GPU, of BERT's kin. Memory: the
-            gradients of all weights up to eight times.
+            are rounded up to few, and replay it; on one NVIDIA GPU, of families without relative
+            positions. Memory: the gradients of all weights up to eight times.
         seed: of the order of the lists, the fresh head and dropout.
         objective: the loss by its name, or several that are added up: a list of {"name": ...,
             "weight": 1} with the options of each beside.

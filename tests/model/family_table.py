@@ -13,8 +13,9 @@ import torch
 
 from rerank_fast.model import padded
 from rerank_fast.model.packed.architectures import find_architecture
-from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
+from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.packed.ready_layers import ReadyLayers
 from rerank_fast.model.precision.int8 import Int8Linear, quantize_linears
 from tests.model.packed.test_encoder import make_model, make_tokens, padded_scores
 from tests.model.test_encoder_decoders import ANSWERS, make_t5

@@ -1,5 +1,5 @@
-"""BERT's embeddings on a GPU: gathered, normed and dropped out at once; their gradients in the
-host's order.
+"""Embeddings on a GPU: BERT's gathered, normed and dropped out at once, others' words gathered;
+their gradients in the host's order.
 """
 
 from __future__ import annotations
@@ -51,6 +51,73 @@ class DistinctRows(torch.autograd.Function):
         if ctx.unread is not None:  # the padding token has none
             gradient[ctx.unread].zero_()
         return gradient, None, None
+
+
+def _in_order(ids: np.ndarray, count: int, unread: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of each of so many rows, row by row, and how many these have; those of the unread
+    row are in none.
+    """
+    placed = np.argsort(ids.astype(np.uint16), kind="stable")  # by radix, as all of 16 bits
+    if count > 2**16:
+        placed = placed[np.argsort((ids >> 16).astype(np.uint16)[placed], kind="stable")]
+    found = np.bincount(ids, minlength=count)
+    if unread is not None and found[unread]:
+        placed = placed[ids[placed] != unread]
+        found[unread] = 0
+    return placed, found
+
+
+@dataclass(frozen=True)
+class WordPlaces:
+    """Where the T tokens' rows of the words are, and the tokens of each row in order."""
+
+    ids: Tensor  # (T,) int32
+    order: Tensor  # (T,) int32 tokens
+    starts: Tensor  # (U + 1,) int32: where each row's begin in the order
+
+    @staticmethod
+    def size(num_tokens: int, num_words: int) -> int:
+        """How many values() there are."""
+        return 2 * num_tokens + num_words + 1
+
+    @staticmethod
+    def within(values: Tensor, num_tokens: int) -> WordPlaces:
+        """The parts of uploaded values()."""
+        rest = len(values) - 2 * num_tokens
+        return WordPlaces(*values.split_with_sizes([num_tokens, num_tokens, rest]))
+
+    @staticmethod
+    def values(words: np.ndarray, num_words: int, unread: int | None = None) -> np.ndarray:
+        """int32 ids, order and starts, one after the other; tokens of the unread row are in no
+        row's order, and zeros make up for them at its end.
+        """
+        order, counts = _in_order(words, num_words, unread)
+        filled = np.zeros(len(words) - len(order) + 1, int)
+        return np.concatenate([words, order, filled, np.cumsum(counts)]).astype(np.int32)
+
+    def rows(self, table: Tensor) -> Tensor:
+        """(T, H) of the (U, H) table."""
+        return _Gathered.apply(table, self)
+
+
+class _Gathered(torch.autograd.Function):
+    """Each row's gradients are summed by one kernel; F.embedding's backward would sort them in
+    some ten.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, places: WordPlaces) -> Tensor:
+        ctx.places = places
+        return table.index_select(0, places.ids)
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        from rerank_fast.ops.triton.embedding import segment_sums
+
+        places: WordPlaces = ctx.places
+        sums = segment_sums(grad.float().contiguous(), places.order, places.starts)
+        return sums.to(grad.dtype), None
 
 
 @dataclass(frozen=True)
@@ -108,12 +175,7 @@ class TokenPlaces:
             (words, num_words, words_unread),
             (positions, positions_table.num_embeddings, padding),
         ):
-            small = ids.astype(np.uint16) if count <= 2**16 else ids  # sorted by radix
-            placed = np.argsort(small, kind="stable")
-            found = np.bincount(ids, minlength=count)
-            if unread is not None and found[unread]:
-                placed = placed[ids[placed] != unread]
-                found[unread] = 0
+            placed, found = _in_order(ids, count, unread)
             order.append(placed)
             counts.append(found)
         unplaced = 2 * num_tokens - sum(map(len, order))

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,100 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rerank_fast.model.packed.architectures import Architecture, Decoder, PostNormLayer
+from rerank_fast.model.packed.architectures import Architecture, Decoder
 from rerank_fast.model.packed.compilation import Compiler, compiled_layer
-from rerank_fast.model.packed.embeddings import DistinctRows, FusedEmbeddings, TokenPlaces
-from rerank_fast.model.packed.graphs import EncoderGraphs
+from rerank_fast.model.packed.embeddings import (
+    DistinctRows,
+    TokenPlaces,
+    WordPlaces,
+)
+from rerank_fast.model.packed.graphs import ScoringGraphs, TrainingGraphs
 from rerank_fast.model.packed.heads import cut, cut_head
 from rerank_fast.model.packed.layers import (
     EncodedBatch,
     LayerBatch,
     MicroBatch,
-    PostNormStep,
     Rows,
     dropped,
     prepare_layers,
     run_layer,
 )
-from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.norm import norm
 from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
+from rerank_fast.model.packed.ready_layers import ReadyLayers, Step, finished, summed
 from rerank_fast.model.random_state import nothing_drawn, random_state
 from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up, upload
-
-
-class ReadyLayers:
-    """The layers of an architecture with copies of their weights, for one step or for one after the
-    other.
-
-    Args:
-        architecture: of the model.
-        dtype: of products and attention.
-        num_tokens: about how many a step has.
-        compiles: whether torch.compile traces the layers.
-        adds_gradients: see Preparer.
-
-    Attributes:
-        calls_no_module: in training, between the embeddings and the head: seeds are all that is
-            drawn there.
-        embeddings: as one kernel, where there is one.
-    """
-
-    def __init__(
-        self,
-        architecture: Architecture,
-        dtype: torch.dtype,
-        num_tokens: int,
-        *,
-        compiles: bool,
-        adds_gradients: bool = False,
-    ) -> None:
-        grads, on_cpu = (
-            torch.is_grad_enabled(),
-            architecture.word_embeddings.weight.device.type == "cpu",
-        )
-        self._dtype = dtype
-        self.layers: list[PostNormStep | PreNormStep] = []
-        self.decoder_layers: list[PreNormStep] = []
-        # Without gradients a CPU lays weights out anew, one by one.
-        self._copies = NarrowCopies() if grads or not on_cpu else None
-        options: dict[str, Any] = {"copies": self._copies, "adds_gradients": adds_gradients}
-        decoder = architecture.decoder
-        reads_one = architecture.pool is None and decoder is None
-        for depth, layer in enumerate(architecture.layers, start=1):
-            one_token = reads_one and depth == len(architecture.layers)
-            make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            trains = not compiles and (grads or make is PreNormStep)
-            self.layers.append(
-                make(layer, dtype, num_tokens, one_token=one_token, trains=trains, **options)  # type: ignore[arg-type]
-            )
-        for decoders in () if decoder is None else decoder.layers:
-            self.decoder_layers.append(
-                PreNormStep(decoders, dtype, num_tokens, one_token=False, **options)
-            )
-
-        self.calls_no_module = (
-            architecture.final_dropout is None
-            and decoder is None
-            and all(isinstance(one, PostNormStep) and one.trains for one in self.layers)
-        )
-        self.embeddings = None
-        if has_kernels(architecture.word_embeddings.weight.device, dtype):
-            self.embeddings = FusedEmbeddings.find(architecture.embeddings)
-
-    def is_current(self, dtype: torch.dtype) -> bool:
-        """Whether the modules have the weights still that they had, and products the dtype."""
-        return dtype == self._dtype and all(
-            one.is_current()
-            for layer in (*self.layers, *self.decoder_layers)
-            for one in layer.linears
-        )
-
-    def fill(self) -> None:
-        """Copy the weights as they are now."""
-        if self._copies is not None:
-            self._copies.fill()
 
 
 class PackedPairs:
@@ -149,7 +78,7 @@ class PackedPairs:
         gradient_checkpointing: bool = False,
         compiler: Compiler | None = None,
         ready: ReadyLayers | None = None,
-        graphs: EncoderGraphs | None = None,
+        graphs: TrainingGraphs | ScoringGraphs | None = None,
     ) -> None:
         self.architecture, self.tokens, self.dtype = architecture, tokens, dtype
         self.gradient_checkpointing = gradient_checkpointing and torch.is_grad_enabled()
@@ -185,6 +114,7 @@ class PackedPairs:
             padding = architecture.word_embeddings.padding_idx
             unread = padding if padding is not None and padding in used else None
             self._rows = DistinctRows.apply(weight, upload(used, weight.device), unread)
+        self._has_kernels = has_kernels(self.device, dtype)
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
@@ -198,7 +128,7 @@ class PackedPairs:
         positions = self._positions(flat, starts)
         types = self.tokens.token_type_ids
         type_ids = np.zeros(len(flat), np.int64) if types is None else types[flat].astype(np.int64)
-        if self._graphs is not None and num_pairs:
+        if self._graphs is not None and self._graphs.serves(len(flat)):
             read = self._graphs(self.tokens.input_ids[flat], positions, type_ids, starts)
             scores = self.architecture.head(read).float()
             if keep is None or keep.all():
@@ -241,10 +171,7 @@ class PackedPairs:
         prepared = prepare_layers(self.layers, batch)
         of_decoder = self._prepare_decoder(batch)
         before = random_state(device) if self._looks_at_draws else None
-        wide = self._run(self.layers, prepared, wide, x)
-        if architecture.final_norm is not None:
-            wide = norm(wide, architecture.final_norm)
-        wide = dropped(wide, architecture.final_dropout)
+        wide = finished(architecture, self._run(self.layers, prepared, wide, x))
         if architecture.decoder is not None:
             wide = self._decoded(architecture.decoder, wide, of_decoder, batch)
         if before is not None and not nothing_drawn(before, random_state(device)):
@@ -262,7 +189,7 @@ class PackedPairs:
 
     def _run(
         self,
-        layers: Sequence[PostNormStep | PreNormStep],
+        layers: Sequence[Step],
         prepared: Sequence[LayerBatch],
         wide: Tensor,
         x: Rows | None,
@@ -270,13 +197,14 @@ class PackedPairs:
         """The residual stream behind all layers."""
         for layer, batch in zip(layers, prepared, strict=True):
             # One row to compute is no dynamic number of them: it would be a graph of its own.
+            assert batch.max_seqlens is not None
             one_row = len(batch.cu_queries) == 2 and batch.max_seqlens[0] == 1
             run = run_layer if self.compiled is None or one_row else self.compiled
             if self.gradient_checkpointing:
                 wide, x = checkpoint(run, layer, wide, x, batch, use_reentrant=False)
             else:
                 wide, x = run(layer, wide, x, batch)
-        return wide + x if isinstance(layers[-1], PreNormStep) and isinstance(x, Tensor) else wide
+        return summed(layers, wide, x)
 
     def _prepare_decoder(self, batch: MicroBatch) -> list[LayerBatch]:
         """For its one token of each sequence."""
@@ -319,12 +247,17 @@ class PackedPairs:
             if places is not None:
                 words, positions, types = words[places], positions[places], types[places]
             table = self._embeddings.positions
-            found = TokenPlaces.of(words, positions, types, len(self._rows), table, device)
-            wide, narrow = self._embeddings(self._rows, found, tokens, self.dtype)
-            return wide, None if pre_norm else narrow, found.ids[1:2], tokens
+            token_places = TokenPlaces.of(words, positions, types, len(self._rows), table, device)
+            wide, narrow = self._embeddings(self._rows, token_places, tokens, self.dtype)
+            return wide, None if pre_norm else narrow, token_places.ids[1:2], tokens
         position_ids = upload(positions, device)[None]
+        if self._has_kernels and self._rows.requires_grad and torch.is_grad_enabled():
+            found = upload(WordPlaces.values(words, len(self._rows)), device)
+            rows = WordPlaces.within(found, len(words)).rows(self._rows)
+        else:
+            rows = F.embedding(upload(words, device), self._rows)
         embedded = self.architecture.embed(
-            F.embedding(upload(words, device), self._rows)[None],
+            rows[None],
             upload(types, device)[None],
             position_ids,
         ).squeeze(0)

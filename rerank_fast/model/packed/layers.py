@@ -50,6 +50,7 @@ class MicroBatch:
     token_rows: Tensor | None = None  # (T,) int32
     sequence_rows: Tensor | None = None  # (N,) int32
     reads_last: bool = False  # the token that is read is the last of each
+    captured: bool = False  # for other values too: lengths are the most that they could be
 
     @functools.cached_property
     def longest(self) -> int:
@@ -76,7 +77,8 @@ class LayerBatch:
 
     cu_queries: Tensor  # (N + 1,) int32
     cu_keys: Tensor  # (N + 1,) int32
-    max_seqlens: tuple[int, int]  # most queries and keys of a sequence
+    # Most queries and keys of a sequence; None where the host can't say.
+    max_seqlens: tuple[int, int] | None
     seeds: tuple[int, ...]  # of each dropout that an op does itself
     read: Tensor | None = None  # (N,) int64: the tokens that go on; None: all
     kept: Tensor | None = None  # int64: the tokens that they may attend to; None: all
@@ -341,10 +343,12 @@ def prepare_layers(
 def layer_batch_of(batch: MicroBatch, seeds: list[int], *, one_token: bool) -> LayerBatch:
     longest, ends = batch.longest, batch.cu_seqlens
     if one_token:
+        most = None if batch.captured else (1, longest)
         return LayerBatch(
-            batch.one_each, ends, (1, longest), tuple(seeds), batch.read, rows=batch.sequence_rows
+            batch.one_each, ends, most, tuple(seeds), batch.read, rows=batch.sequence_rows
         )
-    return LayerBatch(ends, ends, (longest, longest), tuple(seeds), rows=batch.token_rows)
+    most = None if batch.captured else (longest, longest)
+    return LayerBatch(ends, ends, most, tuple(seeds), rows=batch.token_rows)
 
 
 def share_of(module: nn.Module | None, p: float | None = None) -> float:

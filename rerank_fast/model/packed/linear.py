@@ -145,7 +145,8 @@ class NarrowCopies:
     def __init__(self) -> None:
         # By the dtypes of both: one kernel copies from one to another.
         self._made: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        self._raised: dict[float, list[Tensor]] = {}  # by what is added to them
+        # By what is added to them.
+        self._raised: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
 
     def joined(self, weights: Sequence[Tensor], dtype: torch.dtype, *, plus: float = 0.0) -> Tensor:
         """Room for the rows of one weight after the other, which fill() writes with plus added."""
@@ -154,11 +155,13 @@ class NarrowCopies:
             sum(rows), *weights[0].shape[1:], dtype=dtype, device=weights[0].device
         )
         for copy, weight in zip(joined.split(rows), weights, strict=True):
-            copies, originals = self._made.setdefault((weight.dtype, dtype), ([], []))
+            copies, originals = (
+                self._raised.setdefault(plus, ([], []))
+                if plus
+                else self._made.setdefault((weight.dtype, dtype), ([], []))
+            )
             copies.append(copy)
             originals.append(weight)
-        if plus:
-            self._raised.setdefault(plus, []).append(joined)
         return joined
 
     @torch.no_grad()
@@ -168,8 +171,12 @@ class NarrowCopies:
         """
         for copies, originals in self._made.values():
             torch._foreach_copy_(copies, originals)
-        for plus, raised in self._raised.items():
+        for plus, (copies, originals) in self._raised.items():
+            # Not in place: other threads may read them, and they are what they were.
+            raised = [torch.empty_like(one) for one in copies]
+            torch._foreach_copy_(raised, originals)
             torch._foreach_add_(raised, plus)
+            torch._foreach_copy_(copies, raised)
 
 
 @functools.cache

@@ -3,9 +3,8 @@ buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,50 +14,16 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.tools.gpu_counts import counting
 from rerank_fast import CrossEncoder
-from rerank_fast.model.packed import graphs
-from rerank_fast.model.packed.graphs import Bucket
+from rerank_fast.model.packed import buckets, graphs
+from rerank_fast.model.packed.buckets import FINE, Bucket
 from rerank_fast.model.preparation import Preparer, prepare_packed
 from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.training.backward import Backward
+from tests.model.packed.graph_stand_in import StandIn
 from tests.training.conftest import config_for
 
 pytest.importorskip("triton")
-
-
-class StandIn:
-    """Computes at every replay, in buffers of its own as a captured graph does."""
-
-    made: ClassVar[list[StandIn]] = []
-
-    def __init__(
-        self, encode: Callable[[Tensor], Tensor], values: Tensor, weights: list[Tensor], pool: Any
-    ) -> None:
-        self.encode, self.values, self.weights = encode, values.clone(), weights
-        self.gradients: list[Tensor] = []
-        encode(self.values)  # to warm up
-        self.made.append(self)
-
-    def forward(self, values: Tensor) -> Tensor:
-        self.values.copy_(values)
-        with torch.enable_grad():
-            self.read = self.encode(self.values)
-        return self.read.detach()
-
-    def backward(self, grad: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(self.read, self.weights, grad)
-        if not self.gradients:
-            self.gradients = [torch.empty_like(one) for one in found]
-        torch._foreach_copy_(self.gradients, list(found))
-        return self.gradients
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(graphs, "CudaGraphs", StandIn)
-    monkeypatch.setattr(graphs, "_LEAST", (16, 4))  # less for Triton's interpreter
-    StandIn.made.clear()
-    yield
-    StandIn.made.clear()
+pytestmark = pytest.mark.usefixtures("replays")
 
 
 def tiny(dropout: float = 0.0) -> BertForSequenceClassification:
@@ -81,11 +46,11 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_a_bucket_has_room_for_one_more_and_little_else():
-    assert Bucket.of(3, 1) == Bucket(16, 4)
-    assert Bucket.of(16, 3) == Bucket(32, 4)
-    assert Bucket.of(10_400, 104) == Bucket(10_752, 108)
+    assert Bucket.of(3, 1, FINE) == Bucket(16, 4)
+    assert Bucket.of(16, 3, FINE) == Bucket(32, 4)
+    assert Bucket.of(10_400, 104, FINE) == Bucket(10_752, 108)
     for tokens in range(1000, 3000, 7):
-        found = Bucket.of(tokens, tokens // 9)
+        found = Bucket.of(tokens, tokens // 9, FINE)
         assert found.sequences > tokens // 9
         assert tokens + found.sequences - tokens // 9 <= found.tokens < 1.1 * tokens
 
@@ -112,7 +77,7 @@ def test_what_fills_a_bucket_up_changes_nothing(
     assert len(StandIn.made) == 1
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-    upload = graphs.upload
+    upload = buckets.upload
 
     def others(values: np.ndarray, device: torch.device) -> Tensor:
         """Other words where a loss should read none; products of other shapes would round
@@ -121,8 +86,8 @@ def test_what_fills_a_bucket_up_changes_nothing(
         values[num_tokens : bucket.tokens] = 3 + np.arange(bucket.tokens - num_tokens) % 7
         return upload(values, device)
 
-    filled = [(sum(one), Bucket.of(sum(one), len(one))) for one in batches]
-    monkeypatch.setattr(graphs, "upload", others)
+    filled = [(sum(one), Bucket.of(sum(one), len(one), FINE)) for one in batches]
+    monkeypatch.setattr(buckets, "upload", others)
     again, same = run(graph_seed=7)
     assert torch.equal(again, actual)
     assert all(torch.equal(same[name], found[name]) for name in found)
@@ -167,19 +132,21 @@ def test_shapes_follow_from_the_bucket_and_no_value_is_read() -> None:
     assert len(inside) > 0.8 * len(names)
     assert [one.name for one in first] == [one.name for one in second]
     assert len(StandIn.made) == 1
-    for tokens in range(1, graphs.MOST_GRAPHS + 1):
+    for tokens in range(1, graphs.MOST_TRAINING + 1):
         operations(*[16 * tokens] * 7)
-    assert len(StandIn.made) == 1 + graphs.MOST_GRAPHS
-    operations(*[16 * graphs.MOST_GRAPHS] * 7)  # the last one is there still
-    assert len(StandIn.made) == 1 + graphs.MOST_GRAPHS
+    assert len(StandIn.made) == 1 + graphs.MOST_TRAINING
+    operations(*[16 * graphs.MOST_TRAINING] * 7)  # the last one is there still
+    assert len(StandIn.made) == 1 + graphs.MOST_TRAINING
     operations(3, 5)
-    assert len(StandIn.made) == 2 + graphs.MOST_GRAPHS
+    assert len(StandIn.made) == 2 + graphs.MOST_TRAINING
 
 
 def test_what_cannot_be_captured_is_refused(tmp_path: Path, still_bert: Path) -> None:
     model = tiny()
     model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *arguments: None)
-    with pytest.raises(ValueError, match="cuda_graphs must be off here: expected BERT's"):
+    with pytest.raises(
+        ValueError, match="CUDA graphs must be off here: an adapter, a hook or int8 in a layer"
+    ):
         prepare_packed(model, pairs(3), graph_seed=1)
     with pytest.raises(ValueError, match="torch_compile must be off with cuda_graphs"):
         config_for(tmp_path, cuda_graphs=True, torch_compile=True)

@@ -124,3 +124,23 @@ def test_a_gate_without_gradients_is_the_formula(dtype: torch.dtype, bias: bool,
             error = (found.double() - exact).abs().max()
             assert found.dtype == dtype
             assert error <= 4 * torch.finfo(dtype).eps * exact.abs().max(), error
+
+
+def test_copies_are_never_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads read them while they are filled anew."""
+    weight, copies = torch.tensor([2.0, 3.0], dtype=torch.bfloat16), NarrowCopies()
+    made = copies.joined([weight, weight], torch.float32, plus=2**-9)
+    copies.fill()
+    expected = [2 + 2**-9, 3 + 2**-9] * 2
+    assert made.tolist() == expected
+    seen = []
+    for name in ("_foreach_copy_", "_foreach_add_"):
+        own = getattr(torch, name)
+
+        def watched(*given: object, own: Any = own) -> None:
+            own(*given)
+            seen.append(made.tolist())
+
+        monkeypatch.setattr(torch, name, watched)
+    copies.fill()
+    assert seen == [expected] * 3

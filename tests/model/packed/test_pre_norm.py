@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rerank_fast.model.packed import pre_norm_step
 from rerank_fast.model.packed.architectures import find_architecture
-from rerank_fast.model.packed.encoder import PackedPairs, ReadyLayers
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.packed.ready_layers import ReadyLayers
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.ops.cpu import available, unavailable_reason
 from tests.model.packed.test_encoder import LENGTHS, make_model, make_tokens
