@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.tools import gpu_attention, gpu_model, gpu_workloads
+from benchmarks.tools import gpu_attention, gpu_model, gpu_stand_ins, gpu_workloads
 from benchmarks.tools.gpu_counts import counting, multi_tensor_launches
 from benchmarks.tools.gpu_rows import LAUNCH_SECONDS, NODE_SECONDS, Row
 from benchmarks.tools.gpu_workloads import SHAPES
@@ -63,7 +63,7 @@ def test_the_hosts_time_is_of_a_gpus_path():
     reranker = gpu_workloads.reranker_of("MiniLM-L6", head_size=2)
     lists = gpu_workloads.training_lists(64, small=True)
     run = gpu_workloads.Training(reranker, lists, "off")
-    with gpu_workloads.stubbed_kernels(), Seen():
+    with gpu_stand_ins.stubbed_kernels(), Seen():
         run(gpu_workloads.HostClock())
     assert "rerank_fast.attention_grads.default" in called
     assert not [name for name in called if name.startswith(("mkldnn.", "aten.mkldnn"))]
