@@ -227,6 +227,22 @@ def reads(
     return allowed
 
 
+@triton.jit
+def share_of_cap(scores, SOFTCAP: tl.constexpr):
+    """tanh(s / SOFTCAP) of scores s times log2(e), to 3e-7."""
+    x = scores * (0.6931471805599453 / SOFTCAP)
+    a = tl.abs(x)
+    a2 = a * a
+    t = tl.exp2(a * -2.8853900817779268)
+    # Near 0, where 1 - t cancels, an odd polynomial.
+    p = a2 * -0.00628366228 + 0.0211214516
+    p = p * a2 - 0.053876318
+    p = p * a2 + 0.133329332
+    p = p * a2 - 0.333333313
+    y = tl.where(a < 0.6, a + a * (a2 * p), (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -y, y)
+
+
 RUNTIME = [
     "num_sequences",
     "num_steps",
@@ -238,7 +254,7 @@ RUNTIME = [
     "threshold",
 ]
 # What makes a case for tuning, beside the dtype.
-CASE = ("GROUP", "HEAD_SIZE", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT")
+CASE = ("GROUP", "HEAD_SIZE", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT", "SOFTCAP")
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -274,6 +290,7 @@ def forward_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # of the scores; 0: none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -307,6 +324,8 @@ def forward_kernel(
             k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
         )
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        if SOFTCAP > 0:
+            scores = share_of_cap(scores, SOFTCAP) * (SOFTCAP * 1.4426950408889634)
         allowed = reads(place, j[None, :], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         scores = tl.where(allowed, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
@@ -338,16 +357,26 @@ def forward_kernel(
 
 
 def constants_of(
-    q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    softcap: float | None,
 ) -> dict[str, Any]:
     _, heads, size = q.shape
     sides = window_left >= 0, window_right >= 0
-    return _constants(heads // k.shape[1], size, *sides, dropout_p > 0)
+    return _constants(heads // k.shape[1], size, *sides, dropout_p > 0, softcap or 0.0)
 
 
 @functools.cache
 def _constants(
-    group: int, head_size: int, has_left: bool, has_right: bool, has_dropout: bool
+    group: int,
+    head_size: int,
+    has_left: bool,
+    has_right: bool,
+    has_dropout: bool,
+    softcap: float,
 ) -> dict[str, Any]:
     return {
         "GROUP": group,
@@ -355,6 +384,7 @@ def _constants(
         "HAS_LEFT": has_left,
         "HAS_RIGHT": has_right,
         "HAS_DROPOUT": has_dropout,
+        "SOFTCAP": softcap,  # a model has one: it is compiled in
     }
 
 
@@ -380,6 +410,7 @@ def forward(
     window_right: int,
     dropout_p: float,
     seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     guard.require_gpu(q)
@@ -406,22 +437,38 @@ def forward(
         lambda meta: (num_tokens // meta["BLOCK_M"] + num_sequences, heads),
         (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
         numbers,
-        **constants_of(q, k, window_left, window_right, dropout_p),
+        **constants_of(q, k, window_left, window_right, dropout_p, softcap),
         **config,
     )
     return out, lse
 
 
 _CASES_COMPILED = {
-    "bf16": ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"),
+    "bf16": (
+        "plain",
+        "dropout_window",
+        "dropout_window_rows",
+        "one_query",
+        "dropout_sums",
+        "capped_window",
+        "capped_dropout_window_rows",
+    ),
     "fp16": ("plain", "dropout_window_rows"),
-    "fp32": ("plain", "dropout_window_rows", "one_query", "dropout_sums"),
+    "fp32": (
+        "plain",
+        "dropout_window_rows",
+        "one_query",
+        "dropout_sums",
+        "capped_window",
+        "capped_dropout_window_rows",
+    ),
 }
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
     """Every head size class and dtype: plain, with dropout and a window, also of some rows alone,
-    for a single query a sequence, and with dropout and sums, as BERT trains. What differs from
+    for a single query a sequence, with dropout and sums, as BERT trains, and with a softcap and a
+    window, as Gemma 2 trains, also with all else. What differs from
     another in nothing that the compiler sees is left out: fp16 is bf16, and rows are one load more.
     """
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
@@ -450,7 +497,8 @@ def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
                     types=types,
                     config=launch(size, dtype, part, few_queries=few, hip=False),
                     hip_config=launch(size, dtype, part, few_queries=few, hip=True),
-                    constants=constants | {"HAS_DROPOUT": "dropout" in case},
+                    constants=constants
+                    | {"HAS_DROPOUT": "dropout" in case, "SOFTCAP": 50.0 * ("capped" in case)},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of
                     # 16.
                     multiples=[
