@@ -31,11 +31,22 @@ Part = Literal["forward", "queries", "keys"]
 # Of fp32 parts and widths for which ptxas would, on sm_80, 86 or 120, rather spill than take what
 # there is.
 _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 128}
+# The same where scores are capped, by the bytes of a value too.
+_CAPPED_REGISTERS: dict[tuple[Part, int, int], int] = {
+    ("forward", 256, 2): 255,
+    ("forward", 256, 4): 128,
+}
 
 
 @functools.cache
 def launch(
-    head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
+    head_size: int,
+    dtype: torch.dtype,
+    part: Part,
+    *,
+    few_queries: bool,
+    capped: bool = False,
+    hip: bool = guard.HIP,
 ) -> dict[str, Any]:
     """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80
     to gfx942.
@@ -69,8 +80,11 @@ def launch(
         warps, stages = 4, 1
     blocks = {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width}
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if dtype == torch.float32 and (part, width) in _REGISTERS:
-        config["maxnreg"] = _REGISTERS[part, width]
+    registers = _REGISTERS.get((part, width)) if dtype == torch.float32 else None
+    if capped:
+        registers = _CAPPED_REGISTERS.get((part, width, dtype.itemsize), registers)
+    if registers is not None:
+        config["maxnreg"] = registers
     return guard.for_vendor(config, hip)
 
 
@@ -422,7 +436,8 @@ def forward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
-    config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
+    few, capped = q.shape[0] <= 16 * num_sequences, softcap is not None
+    config = launch(q.shape[2], q.dtype, "forward", few_queries=few, capped=capped)
     kernel, config = choose(forward_kernel, config, "forward")
     num_tokens, heads = q.shape[:2]
     numbers = (
@@ -452,6 +467,7 @@ _CASES_COMPILED = {
         "dropout_sums",
         "capped_window",
         "capped_dropout_window_rows",
+        "capped_one_query",
     ),
     "fp16": ("plain", "dropout_window_rows"),
     "fp32": (
@@ -461,22 +477,23 @@ _CASES_COMPILED = {
         "dropout_sums",
         "capped_window",
         "capped_dropout_window_rows",
+        "capped_one_query",
     ),
 }
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
     """Every head size class and dtype: plain, with dropout and a window, also of some rows alone,
-    for a single query a sequence, with dropout and sums, as BERT trains, and with a softcap and a
-    window, as Gemma 2 trains, also with all else. What differs from
-    another in nothing that the compiler sees is left out: fp16 is bf16, and rows are one load more.
+    for a single query a sequence, with dropout and sums, as BERT trains, and with a softcap, as
+    Gemma 2 trains. What differs from another in nothing that the compiler sees is left out: fp16 is
+    bf16, and rows are one load more.
     """
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for case in _CASES_COMPILED[name]:
-            few, windowed = case == "one_query", "window" in case
+            few, windowed = case.endswith("one_query"), "window" in case
             constants: dict[str, Any] = {
                 "GROUP": 1,
                 "HEAD_SIZE": size,
@@ -491,14 +508,19 @@ def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
                     constants["sums"] = None
                 elif case.endswith("sums") and "sums" not in types:
                     continue  # dropout without a window is one with a window, and less
+                capped = "capped" in case
+                configs = [
+                    launch(size, dtype, part, few_queries=few, capped=capped, hip=hip)
+                    for hip in (False, True)
+                ]
                 yield Variant(
                     name=f"varlen_attention-{kernel.__name__}_{name}_{size}_{case}",
                     kernel=kernel,
                     types=types,
-                    config=launch(size, dtype, part, few_queries=few, hip=False),
-                    hip_config=launch(size, dtype, part, few_queries=few, hip=True),
+                    config=configs[0],
+                    hip_config=configs[1],
                     constants=constants
-                    | {"HAS_DROPOUT": "dropout" in case, "SOFTCAP": 50.0 * ("capped" in case)},
+                    | {"HAS_DROPOUT": "dropout" in case, "SOFTCAP": 50.0 * capped},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of
                     # 16.
                     multiples=[

@@ -389,7 +389,7 @@ def attention_grads(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0 or q.is_meta:
         return
-    along, few = torch.empty_like(lse), _few(q, num_sequences)
+    along, few, capped = torch.empty_like(lse), _few(q, num_sequences), softcap is not None
     places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
@@ -403,7 +403,7 @@ def attention_grads(
     )
     constants = constants_of(q, k, window_left, window_right, dropout_p, softcap)
     if dq.numel():
-        config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
+        config = launch(q.shape[2], q.dtype, "queries", few_queries=few, capped=capped)
         kernel, rest = choose(query_grad_kernel, config, "queries")
         launcher.launch(
             kernel,
@@ -414,7 +414,7 @@ def attention_grads(
             **rest,
         )
     if dk.numel():
-        config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
+        config = launch(q.shape[2], q.dtype, "keys", few_queries=few, capped=capped)
         kernel, rest = choose(key_value_grad_kernel, config, "keys")
         launcher.launch(
             kernel,
