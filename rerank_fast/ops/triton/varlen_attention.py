@@ -35,6 +35,8 @@ _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 1
 _CAPPED_REGISTERS: dict[tuple[Part, int, int], int] = {
     ("forward", 256, 2): 255,
     ("forward", 256, 4): 128,
+    ("queries", 128, 4): 128,
+    ("keys", 128, 4): 128,
 }
 
 
@@ -70,6 +72,8 @@ def launch(
         stages = 2 if part == "queries" or width <= 128 else 1
     elif width <= 64:
         rows, keys = (32, 64) if part == "keys" and width <= 32 else (64, 32)
+        if capped and part == "keys":  # the slopes of 64 queries' scores would spill
+            rows = 32
     elif width <= 128:
         rows, keys = 64 if part == "forward" else 32, 32
     else:
