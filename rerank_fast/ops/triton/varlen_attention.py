@@ -35,7 +35,10 @@ _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 1
 _CAPPED_REGISTERS: dict[tuple[Part, int, int], int] = {
     ("forward", 256, 2): 255,
     ("forward", 256, 4): 128,
+    ("queries", 64, 2): 168,
     ("queries", 128, 4): 128,
+    ("keys", 64, 2): 128,
+    ("keys", 128, 2): 255,
     ("keys", 128, 4): 128,
 }
 

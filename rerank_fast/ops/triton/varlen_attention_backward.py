@@ -55,11 +55,11 @@ def _tile_grads(
         share = share_of_cap(scores, SOFTCAP)
         scores = share * (SOFTCAP * 1.4426950408889634)
     weights = tl.where(allowed, tl.exp2(scores - lse), 0.0)
-    slopes = weights
-    if SOFTCAP > 0:  # before the product: what it has to keep is registers
-        slopes = weights * (1.0 - share * share)
     upstream = tl.dot(own_upstream, tl.trans(other_upstream), input_precision="ieee")
-    return weights * kept, slopes * (upstream * kept - along)
+    d_scores = weights * (upstream * kept - along)
+    if SOFTCAP > 0:
+        d_scores *= 1.0 - share * share
+    return weights * kept, d_scores
 
 
 @triton.jit
