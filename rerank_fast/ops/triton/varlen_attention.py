@@ -38,6 +38,7 @@ _CAPPED_REGISTERS: dict[tuple[Part, int, int], int] = {
     ("queries", 64, 2): 168,
     ("queries", 128, 4): 128,
     ("keys", 64, 2): 128,
+    ("keys", 64, 4): 128,
     ("keys", 128, 2): 255,
     ("keys", 128, 4): 128,
 }
