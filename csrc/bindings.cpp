@@ -148,7 +148,7 @@ void bind_attention(py::module_& module) {
       .def(py::init([](std::int64_t num_sequences, std::int64_t num_queries, std::int64_t num_keys,
                        std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_size,
                        Address cu_seqlens_q, Address cu_seqlens_k, Address dropout_rows, bool bf16, double scale,
-                       std::int64_t window_left, std::int64_t window_right, double dropout_p, std::uint64_t seed,
+                       double softcap, std::int64_t window_left, std::int64_t window_right, double dropout_p, std::uint64_t seed,
                        int num_threads) {
              return AttentionShape{num_sequences,
                                    num_queries,
@@ -161,6 +161,7 @@ void bind_attention(py::module_& module) {
                                    at<std::int32_t>(dropout_rows),
                                    bf16,
                                    scale,
+                                   softcap,
                                    window_left,
                                    window_right,
                                    dropout_p,
@@ -169,8 +170,8 @@ void bind_attention(py::module_& module) {
            }),
            py::kw_only(), py::arg("num_sequences"), py::arg("num_queries"), py::arg("num_keys"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("head_size"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
-           py::arg("dropout_rows"), py::arg("bf16"), py::arg("scale"), py::arg("window_left"), py::arg("window_right"),
-           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+           py::arg("dropout_rows"), py::arg("bf16"), py::arg("scale"), py::arg("softcap"), py::arg("window_left"),
+           py::arg("window_right"), py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
   // False, and nothing done, where the cu_seqlens do not rise from 0 to the tokens.
   module.def("attention_forward", [](const AttentionShape& shape, const Rows& q, const Rows& k, const Rows& v,
                                      const Rows& out, Address lse) {

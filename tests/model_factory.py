@@ -12,6 +12,8 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     GemmaConfig,
     GemmaForCausalLM,
     GemmaTokenizer,
@@ -190,19 +192,44 @@ def make_tiny_qwen3(
     return _save(Qwen3ForCausalLM(config), tokenizer, directory)
 
 
-def make_tiny_gemma(directory: str | Path, *, seed: int = 0) -> Path:
-    """Save a 2-layer causal Gemma of width 32 as BAAI/bge-reranker-v2-gemma is published: without a
-    chat template. Its tokenizer has letters and the word Yes.
-    """
+def _gemma_tokenizer() -> GemmaTokenizer:
+    """Of letters and the word Yes."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", "\n", *map(chr, range(33, 127)), "Ye", "Yes"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [("Y", "e"), ("Ye", "s")]
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=512)
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=512)
+
+
+def make_tiny_gemma(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a 2-layer causal Gemma of width 32 as BAAI/bge-reranker-v2-gemma is published: without a
+    chat template.
+    """
+    tokenizer = _gemma_tokenizer()
     config = GemmaConfig(
         **_shape(tokenizer), num_key_value_heads=1, head_dim=16, max_position_embeddings=512
     )
     torch.manual_seed(seed)
     return _save(GemmaForCausalLM(config), tokenizer, directory)
+
+
+def make_tiny_gemma2(directory: str | Path, *, seed: int = 0) -> Path:
+    """Save a Gemma 2 with a classifier: 2 layers of width 32, the first with a window, and caps
+    that its scores reach.
+    """
+    tokenizer = _gemma_tokenizer()
+    config = Gemma2Config(
+        **_shape(tokenizer),
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=8,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=2.0,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+    )
+    torch.manual_seed(seed)
+    return _save(Gemma2ForSequenceClassification(config), tokenizer, directory)
 
 
 def make_tiny_t5(

@@ -94,6 +94,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("qwen2", {}),
     "Qwen3": ("qwen3", {}),
     "Gemma": ("gemma", {}),
+    "Gemma 2": ("gemma2", {}),
     "Gemma 3 (text)": ("gemma3_text", {}),
     "T5 (monoT5)": ("t5", {}),
     "T5 1.1 (monoT5)": ("t5", _GATED_T5),

@@ -17,6 +17,7 @@ struct AttentionShape {
   const std::int32_t* dropout_rows;  // (queries): what stands for each of them in the dropout, or null: its place
   bool bf16;  // of every tensor but lse; else fp32
   double scale;
+  double softcap;  // a score s becomes softcap * tanh(s / softcap); 0: it stays
   // Query i of Lq may read the keys from i + Lk - Lq - window_left to i + Lk - Lq + window_right; below 0 is unlimited.
   std::int64_t window_left, window_right;
   double dropout_p;  // of the attention probabilities

@@ -13,8 +13,38 @@ constexpr std::int64_t kQueries = kRows, kBackwardQueries = 4 * kRows;
 
 // The keys and values of a sequence in fp32, and room for a block of queries.
 struct Memory {
-  Scratch<float> keys, keys_t, values, values_t, scores, grads, rows, grad_rows, out_rows, dk, dv;
+  Scratch<float> keys, keys_t, values, values_t, scores, grads, bends, rows, grad_rows, out_rows, dk, dv;
 };
+
+// What is made of scores. Products give them in powers of 2 or, where they are capped, as shares of the cap.
+struct Scores {
+  bool capped;
+  float factor;  // of queries in products
+  float cap;     // in powers of 2
+
+  explicit Scores(const AttentionShape& shape)
+      : capped(shape.softcap > 0),
+        factor(static_cast<float>(capped ? shape.scale / shape.softcap : shape.scale * kLog2E)),
+        cap(static_cast<float>(shape.softcap * kLog2E)) {}
+};
+
+// A row's shares of the cap as scores in powers of 2.
+void cap_row(float* row, std::int64_t from, std::int64_t end, float cap) {
+  for (std::int64_t j = from; j < end; j += kLanes) store(tanh_of(load(row + j)) * cap, row + j);
+}
+
+// That, and how steeply each score follows its product.
+void cap_row(float* row, float* bend_row, std::int64_t from, std::int64_t end, float cap) {
+  for (std::int64_t j = from; j < end; j += kLanes) {
+    const Vector share = tanh_of(load(row + j));
+    store(share * cap, row + j);
+    store(1.0f - share * share, bend_row + j);
+  }
+}
+
+void multiply_row(const float* by, std::int64_t from, std::int64_t end, float* row) {
+  for (std::int64_t j = from; j < end; j += kLanes) store(load(row + j) * load(by + j), row + j);
+}
 
 template <bool kBf16>
 RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const AttentionForward& tensors,
@@ -32,17 +62,18 @@ RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const AttentionF
   read<kBf16>(tensors.k, kv_head, task.first_k, task.num_k, size, width, task.padded_keys, 1.0f, keys);
   read<kBf16>(tensors.v, kv_head, task.first_k, task.num_k, size, width, task.num_k, 1.0f, values);
   as_columns(keys, task.padded_keys, width, keys_t);
-  const auto factor = static_cast<float>(shape.scale * kLog2E);
+  const Scores made(shape);
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kQueries) {
       const std::int64_t count = smaller(kQueries, task.num_q - first), token = task.first_q + first;
       const KeyRange range = task.readable(shape, first, first + count, kColumns);
-      read<kBf16>(tensors.q, head, token, count, size, width, kQueries, factor, rows);
+      read<kBf16>(tensors.q, head, token, count, size, width, kQueries, made.factor, rows);
       const std::int64_t end = task.by_columns(rows, keys_t, range, scores);
       float rescale[kQueries];
       for (std::int64_t r = 0; r < count; ++r) {
         float* const row = scores + r * stride;
+        if (made.capped) cap_row(row, range.from, end, made.cap);
         task.mask(shape, first + r, range, end, row);
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
@@ -82,14 +113,15 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const Attention
   as_columns(values, task.padded_keys, width, values_t);
   fill(dk, grads_size, 0.0f);
   fill(dv, grads_size, 0.0f);
-  const auto factor = static_cast<float>(shape.scale * kLog2E);
+  const Scores made(shape);
+  float* const bend_row = made.capped ? memory.bends.room(stride) : nullptr;
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     for (std::int64_t first = 0; first < task.num_q; first += kBackwardQueries) {
       const std::int64_t count = smaller(kBackwardQueries, task.num_q - first), token = task.first_q + first;
       const std::int64_t padded = whole(count, kRows);
       const KeyRange range = task.readable(shape, first, first + count, kColumns);
-      read<kBf16>(tensors.q, head, token, count, size, width, padded, factor, rows);
+      read<kBf16>(tensors.q, head, token, count, size, width, padded, made.factor, rows);
       read<kBf16>(tensors.grad_out, head, token, count, size, width, padded, 1.0f, grad_rows);
       read<kBf16>(tensors.out, head, token, count, size, width, padded, 1.0f, out_rows);
       std::int64_t end = range.from;
@@ -99,12 +131,14 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const Attention
       }
       for (std::int64_t r = 0; r < count; ++r) {
         float *const weight_row = weights + r * stride, *const slope_row = slopes + r * stride;
+        if (made.capped) cap_row(weight_row, bend_row, range.from, end, made.cap);
         task.mask(shape, first + r, range, end, weight_row);
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));
         softmax_row_gradient(weight_row, slope_row, range.from, end,
                              along_of(out_rows + r * width, grad_rows + r * width, width),
                              tensors.lse[head * shape.num_queries + token + r], dropout, drawn);
+        if (made.capped) multiply_row(bend_row, range.from, end, slope_row);
       }
       for (std::int64_t j = range.from; j < range.to; j += kRows) {
         row_of_tiles<true>(weights + j, 1, stride, grad_rows, width, 1, count, 0, width, dv + j * width, width);
@@ -116,8 +150,9 @@ RERANK_FAST_INLINE void backward_of(const AttentionShape& shape, const Attention
       write<kBf16>(tensors.dq, head, token, count, size, width, static_cast<float>(shape.scale), out_rows);
     }
   }
-  // rows hold q times scale and log2(e): the latter is taken off.
-  write<kBf16>(tensors.dk, kv_head, task.first_k, task.num_k, size, width, 0.6931471805599453f, dk);
+  // rows hold q times scale and log2(e), or over the cap: that is taken off.
+  const float rest = made.capped ? static_cast<float>(shape.softcap) : 0.6931471805599453f;
+  write<kBf16>(tensors.dk, kv_head, task.first_k, task.num_k, size, width, rest, dk);
   write<kBf16>(tensors.dv, kv_head, task.first_k, task.num_k, size, width, 1.0f, dv);
 }
 

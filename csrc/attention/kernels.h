@@ -11,7 +11,7 @@ struct AttentionKernels {
                            std::int64_t kv_head);
   using Backward = void (*)(const AttentionShape&, const AttentionBackward&, std::int64_t sequence,
                             std::int64_t kv_head);
-  // Products in fp32, of tensors of either type.
+  // Products in fp32, of tensors of either type: all that is asked for.
   Forward forward;
   Backward backward;
   // Products of bf16 pairs, summed in fp32. Probabilities, and the gradients of scores, are rounded to bf16 before they
@@ -25,7 +25,7 @@ struct AttentionKernels {
                             const RelativeGradients&, std::int64_t part, std::int64_t head);
 };
 
-// For tensors of bf16 and heads of whole multiples of this, up to 256.
+// For tensors of bf16, heads of whole multiples of this, up to 256, and scores that are not capped.
 constexpr std::int64_t kBf16HeadStep = 16;
 
 }  // namespace rerank_fast

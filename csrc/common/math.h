@@ -123,17 +123,19 @@ RERANK_FAST_INLINE Lanes<double> log1p_unit(Lanes<double> t) {
   return t;
 }
 
-// To 3e-7.
-RERANK_FAST_INLINE float tanh_of(float x) {
-  const float a = __builtin_fabsf(x), a2 = a * a, t = exp_negative(2.0f * a);
+// To 3e-7. NaN stays NaN.
+template <typename V>
+RERANK_FAST_INLINE V tanh_of(V x) {
+  using Bits = typename BitsOf<V>::type;
+  const Bits bits = same_bits<Bits>(x);
+  const V a = same_bits<V>(bits & 0x7fffffffu), a2 = a * a, t = exp_negative(2.0f * a);
   // Near 0, where 1 - t cancels, an odd polynomial.
-  float p = -0.00628366228f;
-  p = p * a2 + 0.0211214516f;
+  V p = -0.00628366228f * a2 + 0.0211214516f;
   p = p * a2 - 0.053876318f;
   p = p * a2 + 0.133329332f;
   p = p * a2 - 0.333333313f;
-  const float result = a < 0.6f ? a + a * (a2 * p) : (1.0f - t) / (1.0f + t);
-  return __builtin_copysignf(result, x);
+  const V result = a < 0.6f ? a + a * (a2 * p) : (1.0f - t) / (1.0f + t);
+  return same_bits<V>(same_bits<Bits>(result) | (bits & 0x80000000u));
 }
 
 // The normal distribution's P(X <= x), to 3e-7 of 1, from its density's exponential e^(-x^2 / 2).

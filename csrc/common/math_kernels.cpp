@@ -25,6 +25,7 @@ V exp_lanes(V x) { return exp_negative(x); }
 V log1p_lanes(V x) { return log1p_unit(x); }
 V log2_lanes(V x) { return log2_of(x); }
 float tanh_one(float x) { return tanh_of(x); }
+V tanh_lanes(V x) { return tanh_of(x); }
 float cdf_one(float x) { return normal_cdf(x, exp_negative(0.5f * x * x)); }
 V gelu_lanes(V x) { return gelu_coarse(x); }
 
@@ -34,6 +35,7 @@ const MathFunction functions[] = {{"exp2_below", each_register<exp2_lanes>},
                                   {"log1p_unit", each_register<log1p_lanes>},
                                   {"log2", each_register<log2_lanes>},
                                   {"tanh", each_value<tanh_one>},
+                                  {"tanh_lanes", each_register<tanh_lanes>},
                                   {"normal_cdf", each_value<cdf_one>},
                                   {"gelu_coarse", each_register<gelu_lanes>},
                                   {nullptr, nullptr}};

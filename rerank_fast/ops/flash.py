@@ -37,8 +37,12 @@ class TorchFlash:
         self.function = function
         self.known = frozenset(inspect.signature(function).parameters)
 
-    def lacks(self, q: Tensor, k: Tensor, scale: float, window: Window) -> str:
+    def lacks(
+        self, q: Tensor, k: Tensor, scale: float, window: Window, softcap: float | None = None
+    ) -> str:
         """What the function has no parameter for; empty where it takes the call."""
+        if softcap is not None:
+            return "a softcap"
         if "scale" not in self.known and scale != q.shape[2] ** -0.5:
             return "a scale"
         causal = window == _CAUSAL and "is_causal" in self.known
@@ -49,7 +53,14 @@ class TorchFlash:
         )
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *places: Any,
+        scale: float,
+        window: Window,
+        softcap: float | None = None,
     ) -> Tensor:
         """places: cu_seqlens_q, cu_seqlens_k, and the most queries and keys of a sequence."""
         options: dict[str, Any] = {}
@@ -68,7 +79,7 @@ class PackageFlash:
     """flash_attn.flash_attn_varlen_func, of the package's version 2, which takes grouped heads as
     they come.
 
-    From 2.4 on it has a flag for gradients of the same bits every time.
+    From 2.4 on it has a flag for gradients of the same bits every time, from 2.6 on a softcap.
     """
 
     name = "flash_attn"
@@ -77,20 +88,33 @@ class PackageFlash:
         self.function = function
         self.known = frozenset(inspect.signature(function).parameters)
 
-    def lacks(self, q: Tensor, k: Tensor, scale: float, window: Window) -> str:
+    def lacks(
+        self, q: Tensor, k: Tensor, scale: float, window: Window, softcap: float | None = None
+    ) -> str:
         """What the function has no parameter for; empty where it takes the call."""
         if not {"softmax_scale", "causal"} <= self.known:
             return "a scale and a causal mask"
+        if softcap is not None and "softcap" not in self.known:
+            return "a softcap"
         limited = window not in (_UNLIMITED, _CAUSAL)
         return "a window" if limited and "window_size" not in self.known else ""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *places: Any, scale: float, window: Window
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *places: Any,
+        scale: float,
+        window: Window,
+        softcap: float | None = None,
     ) -> Tensor:
         """places: cu_seqlens_q, cu_seqlens_k, and the most queries and keys of a sequence."""
         options: dict[str, Any] = {"softmax_scale": scale, "causal": window == _CAUSAL}
         if "window_size" in self.known:
             options["window_size"] = window
+        if softcap is not None:
+            options["softcap"] = softcap
         if "deterministic" in self.known:
             options["deterministic"] = True
         return self.function(q, k, v, *places, **options)
@@ -136,21 +160,24 @@ def libraries() -> list[Flash]:
     return _FOUND
 
 
-def serving(q: Tensor, k: Tensor, scale: float, window: Window) -> Flash | None:
+def serving(
+    q: Tensor, k: Tensor, scale: float, window: Window, softcap: float | None = None
+) -> Flash | None:
     """The first of the libraries that takes a call."""
     for library in libraries():
-        if not library.lacks(q, k, scale, window):
+        if not library.lacks(q, k, scale, window, softcap):
             return library
     return None
 
 
-def refusal(q: Tensor, k: Tensor, scale: float, window: Window) -> str:
+def refusal(
+    q: Tensor, k: Tensor, scale: float, window: Window, softcap: float | None = None
+) -> str:
     """Why no library takes a call, to follow the backend's name; empty where one does."""
-    if serving(q, k, scale, window) is not None:
+    if serving(q, k, scale, window, softcap) is not None:
         return ""
-    lacks = [
-        f"{one.name} has no parameter for {one.lacks(q, k, scale, window)}" for one in libraries()
-    ]
+    call = (q, k, scale, window, softcap)
+    lacks = [f"{one.name} has no parameter for {one.lacks(*call)}" for one in libraries()]
     if not lacks:
         lacks = [
             f"torch {torch.__version__} has no {TorchFlash.name}, and flash_attn is not installed"

@@ -19,6 +19,7 @@ from rerank_fast.ops.options import (
     check_flag,
     check_lengths,
     check_number,
+    check_positive,
     check_seed,
     check_share,
     check_window,
@@ -51,6 +52,7 @@ def _triton_refusal(
     dropout_p: float = 0.0,
     max_seqlens: tuple[int, int] | None = None,
     has_relative: bool = False,
+    softcap: float | None = None,
 ) -> str:
     widest = (64 if q.dtype == torch.float32 else 128) if has_relative else 256
     if q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[2] <= widest:
@@ -67,6 +69,7 @@ def _flash_refusal(
     dropout_p: float = 0.0,
     max_seqlens: tuple[int, int] | None = None,
     has_relative: bool = False,
+    softcap: float | None = None,
 ) -> str:
     if has_relative:
         return "has no relative positions"
@@ -80,7 +83,7 @@ def _flash_refusal(
         return f"takes fp16 or bf16 of a head size that 8 divides, up to 256, got {_what(q)}"
     if _capability(q.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or above"
-    return flash.refusal(q, k, scale, window)
+    return flash.refusal(q, k, scale, window, softcap)
 
 
 def _what(q: Tensor) -> str:
@@ -130,11 +133,13 @@ def unchecked_forward(
     dropout_p: float,
     seed: int,
     backend: str,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     forward, _ = _BACKENDS[backend]
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     places = contiguous(cu_seqlens_q, cu_seqlens_k, rows)
-    return forward(q, k, v, *places, scale, window_left, window_right, dropout_p, seed)
+    options = (scale, window_left, window_right, dropout_p, seed)
+    return forward(q, k, v, *places, *options, softcap=softcap)
 
 
 @declare("varlen_attention_backward", fake=_fake_backward)
@@ -154,18 +159,18 @@ def _backward(
     dropout_p: float,
     seed: int,
     backend: str,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, backward = _BACKENDS[backend]
     q, k, v, grad_out = (rows_contiguous(tensor) for tensor in (q, k, v, grad_out))
     places = contiguous(cu_seqlens_q, cu_seqlens_k, rows)
-    return backward(
-        q, k, v, out, lse, grad_out, *places, scale, window_left, window_right, dropout_p, seed
-    )
+    options = (scale, window_left, window_right, dropout_p, seed)
+    return backward(q, k, v, out, lse, grad_out, *places, *options, softcap=softcap)
 
 
 def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
     """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row
-    contiguous.
+    contiguous. Of scores that are not capped.
     """
     *tensors_and_options, backend = arguments
     _, backward = _BACKENDS[backend]
@@ -259,6 +264,7 @@ def varlen_attention(
     seed: int = 0,
     rows: Tensor | None = None,  # (Tq,) int32
     relative: RelativePositions | None = None,
+    softcap: float | None = None,
     max_seqlens: tuple[int, int] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -284,13 +290,14 @@ def varlen_attention(
         rows: (Tq,) int32 numbers that stand for the queries in that choice: some sequences of many,
             computed alone, lose what they lost there. None takes 0 to Tq - 1.
         relative: terms of the scores by the distance of query and key; as many heads of keys as of
-            queries, and neither causal nor window.
+            queries, and neither causal, window nor softcap.
+        softcap: a score s becomes softcap * tanh(s / softcap) before any is masked; None leaves it.
         max_seqlens: most queries and most keys of any sequence, as known on the host; "flash" needs
             them, and nothing here reads them from a device.
         backend: "cpu" (C++), "flash" (the package flash_attn or torch.nn.attention.varlen, on
-            NVIDIA GPUs: fp16 or bf16, no dropout), "triton" (GPUs) or "reference"; None takes the
-            best that can run. All but torch.nn.attention.varlen give the same bits every time; it
-            does under torch.use_deterministic_algorithms(True).
+            NVIDIA GPUs: fp16 or bf16, no dropout, a softcap by flash_attn alone), "triton" (GPUs)
+            or "reference"; None takes the best that can run. All but torch.nn.attention.varlen give
+            the same bits every time; it does under torch.use_deterministic_algorithms(True).
 
     Returns:
         (Tq, heads, head_size) in q's dtype, accumulated in fp32 at least; a query that may read
@@ -311,17 +318,18 @@ def varlen_attention(
     if causal:
         right = 0
     scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
+    softcap = None if softcap is None else check_positive("softcap", softcap)
     if relative is not None:
         relative.check(q, k)
-        if (left, right) != (-1, -1):
+        if (left, right) != (-1, -1) or softcap is not None:
             raise ValueError(
-                "relative positions need causal=False and window=None, "
-                f"got causal={causal} and window={window}"
+                "relative positions need causal=False, window=None and softcap=None, "
+                f"got causal={causal}, window={window} and softcap={softcap}"
             )
-    call = (k, scale, (left, right), dropout_p, max_seqlens, relative is not None)
+    call = (k, scale, (left, right), dropout_p, max_seqlens, relative is not None, softcap)
     backend_name = _BACKENDS.resolve(backend, q, *call)
     if backend_name == "flash":
-        library = flash.serving(q, k, scale, (left, right))
+        library = flash.serving(q, k, scale, (left, right), softcap)
         assert library is not None
         assert max_seqlens is not None
         return library(
@@ -330,6 +338,7 @@ def varlen_attention(
             *max_seqlens,
             scale=scale,
             window=(left, right),
+            softcap=softcap,
         )
     own_ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     rows = rows if dropout_p > 0 else None
@@ -344,5 +353,5 @@ def varlen_attention(
             *relative.parts,
             (scale, dropout_p, seed, backend_name),
         )
-    options = (scale, left, right, dropout_p, seed, backend_name)
+    options = (scale, left, right, dropout_p, seed, backend_name, softcap)
     return _VarlenAttention.apply(q, k, v, cu_seqlens_q, own_ends, rows, options)

@@ -204,6 +204,7 @@ def test_what_the_op_refuses():
         "eurobert",
         "mistral",
         "gemma",
+        "gemma2",
         "gemma3",
         "deberta-v2",
         "deberta-v3",

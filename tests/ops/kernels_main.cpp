@@ -70,10 +70,10 @@ int lambda_loss(std::istream& in, std::ostream& out) {
   return 0;
 }
 
-// int64 sequences, queries, keys, heads, kv_heads, head_size, bytes of a value; cu_seqlens_q, cu_seqlens_k; q, k, v and
-// the gradient of out, causal. Gives out and the gradients of q, k and v.
+// int64 sequences, queries, keys, heads, kv_heads, head_size, bytes of a value, softcap; cu_seqlens_q, cu_seqlens_k; q,
+// k, v and the gradient of out, causal. Gives out and the gradients of q, k and v.
 int attention(std::istream& in, std::ostream& out) {
-  const auto header = take<std::int64_t>(in, 7);
+  const auto header = take<std::int64_t>(in, 8);
   const std::int64_t queries = header[1], keys = header[2], heads = header[3], kv_heads = header[4], size = header[5],
                      bytes = header[6];
   const auto cu_q = take<std::int32_t>(in, header[0] + 1), cu_k = take<std::int32_t>(in, header[0] + 1);
@@ -83,8 +83,8 @@ int attention(std::istream& in, std::ostream& out) {
   std::vector<float> lse(static_cast<std::size_t>(queries * heads));
   const rerank_fast::AttentionShape shape{header[0],    queries, keys, heads,      kv_heads,
                                           size,         cu_q.data(), cu_k.data(), nullptr,    bytes == 2,
-                                          0.25,         -1,      0,    0.0,        0,
-                                          1};
+                                          0.25,         static_cast<double>(header[7]),
+                                          -1,           0,       0.0,  0,          1};
   const auto rows = [size](std::vector<char>& values, std::int64_t count) {
     return rerank_fast::Rows{values.data(), count * size, size};
   };
@@ -116,8 +116,8 @@ int relative(std::istream& in, std::ostream& out) {
   std::vector<float> d_keys(static_cast<std::size_t>(parts * heads * num_slots * size)), d_queries(d_keys.size()),
       d_bias(static_cast<std::size_t>(parts * heads * num_slots));
   const rerank_fast::AttentionShape shape{header[0],   queries,     keys,    heads, heads, size, cu_q.data(),
-                                          cu_k.data(), nullptr,     bytes == 2, 0.25,  -1,    -1,   0.0,
-                                          0,           1};
+                                          cu_k.data(), nullptr,     bytes == 2, 0.25,  0.0,   -1,   -1,
+                                          0.0,         0,           1};
   const auto rows = [heads, size](std::vector<char>& values) {
     return rerank_fast::Rows{values.data(), heads * size, size};
   };

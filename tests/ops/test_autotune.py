@@ -32,7 +32,16 @@ def autotune(monkeypatch):
 
 def _attention(backend, q, ends):
     return varlen_attention(
-        q, q * 2, q - 1, ends, ends, causal=True, dropout_p=0.2, seed=3, backend=backend
+        q,
+        q * 2,
+        q - 1,
+        ends,
+        ends,
+        causal=True,
+        dropout_p=0.2,
+        seed=3,
+        softcap=2.0,
+        backend=backend,
     )
 
 

@@ -31,6 +31,8 @@ CASES = [
     ("log2", torch.log2, 2.0, 1e6, 3e-7, "result"),
     ("log2", torch.log2, 0.5, 2.0, 3e-7, "one"),
     ("tanh", torch.tanh, -10.0, 10.0, 3e-7, "result"),
+    ("tanh_lanes", torch.tanh, -10.0, 10.0, 3e-7, "result"),
+    ("tanh_lanes", torch.tanh, -0.01, 0.01, 3e-7, "result"),
     ("normal_cdf", cdf, -8.0, 8.0, 3e-7, "one"),
     ("gelu_coarse", lambda x: x * cdf(x), -4.0, 4.0, 5e-5, "one"),
     ("gelu_coarse", lambda x: x * cdf(x), -100.0, 100.0, 5e-5, "one and the argument"),
@@ -63,4 +65,10 @@ def test_ends_and_nan():
     assert values[0] == 1.0
     assert values[3] == values[4] == pytest.approx(math.exp(-87), rel=1e-5)
     assert math.isnan(values[5])
-    assert all(math.isnan(evaluate(name, x)[5]) for name in ("log1p_unit", "log2", "tanh"))
+    names = ("log1p_unit", "log2", "tanh", "tanh_lanes")
+    assert all(math.isnan(evaluate(name, x)[5]) for name in names)
+    for name in ("tanh", "tanh_lanes"):
+        x = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e30, -200.0] + [0.0] * 10)
+        values = evaluate(name, x)[:6]
+        assert values.tolist() == [0.0, 0.0, 1.0, -1.0, 1.0, -1.0]
+        assert values.signbit().tolist() == [False, True, False, True, False, True]

@@ -115,18 +115,18 @@ def check_lambda_loss(results) -> None:
 
 
 def check_attention(results, dtype: torch.dtype) -> None:
-    for (queries, keys), heads, kv_heads, size in (
-        (attention.LENGTHS["same"], 2, 1, 32),
-        (attention.LENGTHS["fewer queries"], 4, 2, 16),
-        (attention.LENGTHS["more queries"], 1, 1, 12),
+    for (queries, keys), heads, kv_heads, size, softcap in (
+        (attention.LENGTHS["same"], 2, 1, 32, None),
+        (attention.LENGTHS["fewer queries"], 4, 2, 16, None),
+        (attention.LENGTHS["fewer queries"], 4, 2, 16, 2),
+        (attention.LENGTHS["more queries"], 1, 1, 12, None),
     ):
         lengths = (queries, keys)
         tensors, grad, ends = attention.make(
             lengths, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype
         )
-        header = torch.tensor(
-            [len(queries), sum(queries), sum(keys), heads, kv_heads, size, dtype.itemsize]
-        )
+        sizes = len(queries), sum(queries), sum(keys), heads, kv_heads, size, dtype.itemsize
+        header = torch.tensor([*sizes, softcap or 0])
         flat = torch.frombuffer(results(header, *ends, *tensors, grad), dtype=dtype)
         exact, eager = (
             attention.run(
@@ -136,6 +136,7 @@ def check_attention(results, dtype: torch.dtype) -> None:
                 ends,
                 causal=True,
                 scale=0.25,
+                softcap=softcap,
             )
             for kind in (torch.float64, dtype)
         )

@@ -22,11 +22,9 @@ from tests.ops.test_varlen_attention import HAS_GPU, LENGTHS, make, run
 CALLS: list[dict[str, Any]] = []
 
 
-def attend(q, k, v, cu_q, cu_k, *, window=(-1, -1), causal=False, scale=None, **received) -> Tensor:
-    CALLS.append({"window": window, "causal": causal, "scale": scale, **received})
-    return varlen_attention(
-        q, k, v, cu_q, cu_k, window=window, causal=causal, scale=scale, backend="reference"
-    )
+def attend(q, k, v, cu_q, cu_k, *, lengths, **options) -> Tensor:
+    CALLS.append({"lengths": lengths, **options})
+    return varlen_attention(q, k, v, cu_q, cu_k, backend="reference", **options)
 
 
 def torch_2_10(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -82,7 +80,7 @@ def package_2_8(
     assert deterministic
     return attend(
         q, k, v, cu_seqlens_q, cu_seqlens_k, window=window_size, causal=causal, scale=softmax_scale,
-        lengths=(max_seqlen_q, max_seqlen_k),
+        softcap=softcap or None, lengths=(max_seqlen_q, max_seqlen_k),
     )  # fmt: skip
 
 
@@ -115,6 +113,11 @@ KINDS: dict[str, tuple[dict[str, Any], bool, dict[str, str]]] = {
         {"torch 2.10": "a window", "package 2.0": "a window"},
     ),
     "groups": ({}, True, {"torch 2.10": "grouped heads", "torch 2.11": "grouped heads"}),
+    "softcap": (
+        {"causal": True, "softcap": 2.0},
+        False,
+        {name: "a softcap" for name in LIBRARIES if name != "package 2.8"},
+    ),
 }
 
 
@@ -123,7 +126,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors pass for a GPU's, for whoever asks whether FlashAttention serves."""
 
     def refusal(q: torch.Tensor, k: torch.Tensor, scale: float, window: Any, *rest: Any) -> str:
-        return flash.refusal(q, k, scale, window)
+        return flash.refusal(q, k, scale, window, rest[-1])
 
     served = {**op._BACKENDS._served, "flash": registry.Served(lambda: (), refusal)}
     monkeypatch.setattr(op._BACKENDS, "_served", served)
@@ -164,6 +167,7 @@ def test_the_first_library_that_takes_a_call_runs_it(monkeypatch: pytest.MonkeyP
     assert flash.serving(q, k, 0.25, (-1, -1)) is few
     assert flash.serving(q, k, 0.25, (-1, 0)) is few
     assert flash.serving(q, k, 0.25, (3, 0)) is all_
+    assert flash.serving(q, k, 0.25, (-1, -1), 30.0) is None
     monkeypatch.setattr(flash, "_FOUND", [few])
     assert flash.serving(q, k, 0.25, (3, 0)) is None
     monkeypatch.setattr(flash, "_FOUND", [])

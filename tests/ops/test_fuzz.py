@@ -275,6 +275,7 @@ def fuzz_varlen_attention(case: Case) -> None:
         "window": case.one([None, None, (3, 2), (0, 0), (-1, 4), (2**31 - 1, -1)]),
         "dropout_p": case.one([0.0, 0.0, 0.2]),
         "seed": case.one([0, 7, 2**63 - 1]),
+        "softcap": case.one([None, None, 0.5, 50.0]),
     }
     case.spoil("varlen_attention", options)
     if len(ends[0]) != len(ends[1]):

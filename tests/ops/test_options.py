@@ -111,6 +111,7 @@ WRONG = {
             (True, 1),
             (nan, 1),
         ],
+        "softcap": [one for one in ABOVE_ZERO if one is not None],
         "max_seqlens": [(-1, 3), (2.0, 3), (3,), 3, "33", (2**31, 3), (True, 3)],
         "dropout_p": SHARES,
         "seed": SEEDS,

@@ -217,7 +217,7 @@ def test_attention_of_bad_sequences_keeps_inside(guard, side, window):
         bad = torch.tensor(bounds).clamp(-(2**31), 2**31 - 1).int()
         good = torch.linspace(0, 40, len(bounds)).int()
         ends = {"queries": (bad, good), "keys": (good, bad), "both": (bad, bad)}[side]
-        options = (rows, 0.25, *window, 0.1 * (number % 2), 3)
+        options = (rows, 0.25, *window, 0.1 * (number % 2), 3, 2.0 if number % 3 == 0 else None)
         out, lse = ahead.forward(q, k, v, *ends, *options)
         grads = back.backward(q, k, v, out, lse, grad, *ends, *options)
         if len(bounds) == 2:  # one sequence, which does not fit

@@ -5,6 +5,7 @@ interpreter.
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -163,6 +164,74 @@ def test_some_sequences_alone_lose_what_they_lost_among_all(backend, dtype, leng
 @pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2, "seed": SEED}], ids=str)
 def test_half_precision(backend, dtype, options):
     assert_close(backend, LENGTHS["same"], dtype=dtype, **options)
+
+
+CAPS = [0.3, 4.0, 1e4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_softcap(backend, softcap, lengths):
+    """Most scores beyond the cap, some, and none: there a cap that loses bits would show."""
+    options = {"scale": 1.0, "softcap": softcap}
+    assert_close(backend, LENGTHS[lengths], size=12, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (3, 2)},
+        {"causal": True, "window": (4, -1)},
+        {"causal": True, "dropout_p": 0.3, "seed": SEED},
+        {"scale": -0.5},
+    ],
+    ids=str,
+)
+def test_softcap_of_groups_and_masks(backend, options):
+    lengths = ([5, 0, 37, 1, 3], [5, 0, 37, 1, 9])
+    assert_close(backend, lengths, heads=4, kv_heads=2, size=20, softcap=2.0, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcap_of_the_widest_heads(backend):
+    assert_close(backend, ([3, 19], [3, 19]), size=256, causal=True, softcap=2.0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("cpu", torch.bfloat16), ("triton", torch.float16), ("triton", torch.bfloat16)],
+)
+@pytest.mark.parametrize("softcap", CAPS)
+def test_softcap_in_half_precision(backend, dtype, softcap):
+    """Where products of bf16 pairs have no cap, those of fp32 serve."""
+    for size in (32, 40):
+        assert_close(backend, LENGTHS["same"], dtype=dtype, size=size, causal=True, softcap=softcap)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_softcap_of_scores_of_some_hundreds(backend):
+    require(backend if backend != "reference" else "cpu")
+    tensors, grad, ends = make(LENGTHS["same"], size=16)
+    tensors = (tensors[0] * 30, tensors[1] * 30, tensors[2])
+    for _ in each_instruction_set(backend):
+        actual = run(backend, tensors, grad, ends, softcap=20.0)
+        exact = run("reference", [t.double() for t in tensors], grad.double(), ends, softcap=20.0)
+        torch.testing.assert_close(actual[0].double(), exact[0], rtol=1e-3, atol=1e-3)
+        assert all(torch.isfinite(x).all() for x in actual)
+
+
+def test_softcap_is_tanh_of_scores_before_they_are_masked():
+    q, k = torch.tensor([[[3.0]], [[-2.0]]]), torch.tensor([[[1.0]], [[5.0]]])
+    v, ends = torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([0, 2], dtype=torch.int32)
+    out = varlen_attention(
+        q, k, v, ends, ends, scale=0.5, softcap=2.0, causal=True, backend="reference"
+    )
+    first, second = (2 * math.tanh(score / 2) for score in (-2 * 1 * 0.5, -2 * 5 * 0.5))
+    weight = math.exp(first) / (math.exp(first) + math.exp(second))
+    assert out.flatten().tolist() == pytest.approx([1.0, weight + 10 * (1 - weight)])
 
 
 @pytest.mark.parametrize("size", [12, 16, 32, 40, 48, 64, 128])
@@ -375,7 +444,15 @@ def test_dropout_is_of_its_rate_and_without_pattern():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": (2, 1)}, {"causal": True, "dropout_p": 0.3, "seed": 7}], ids=str
+    "options",
+    [
+        {},
+        {"window": (2, 1)},
+        {"causal": True, "dropout_p": 0.3, "seed": 7},
+        {"causal": True, "softcap": 0.8},
+        {"window": (2, 1), "dropout_p": 0.3, "softcap": 3.0},
+    ],
+    ids=str,
 )
 def test_gradcheck(options):
     tensors, _, ends = make(
@@ -399,8 +476,8 @@ def test_differentiating_twice_raises():
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend):
     (q, k, v), grad, ends = make(([3, 5], [3, 5]), size=16)
-    for rows in (None, torch.arange(8, 16, dtype=torch.int32)):
-        options = (rows, 0.25, -1, 0, 0.1, 3, backend)
+    for rows, softcap in ((None, ()), (torch.arange(8, 16, dtype=torch.int32), (2.0,))):
+        options = (rows, 0.25, -1, 0, 0.1, 3, backend, *softcap)
         torch.library.opcheck(
             torch.ops.rerank_fast.varlen_attention.default, (q, k, v, *ends, *options)
         )
@@ -414,7 +491,7 @@ def test_compiles_as_one_graph():
     leaves = [t.requires_grad_() for t in tensors]
 
     def twice(q, k, v):
-        return varlen_attention(q * 2, k, v, *ends, causal=True)
+        return varlen_attention(q * 2, k, v, *ends, causal=True, softcap=2.0)
 
     expected = torch.autograd.grad(twice(*leaves), leaves, grad)
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")

@@ -107,10 +107,13 @@ class AnswerHead:
 
     rows: Tensor  # (1 or 2, H)
     bias: Tensor | None
+    softcap: float | None = None  # of each logit
 
     def __call__(self, last: Tensor) -> Tensor:
         rows, bias = self.rows.to(last.dtype), self.bias
         logits = F.linear(last, rows, None if bias is None else bias.to(last.dtype))
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits[:, 0] if len(self.rows) == 1 else logits[:, 0] - logits[:, 1]
 
 

@@ -106,6 +106,7 @@ _RMS_NORMS = [
 ]
 _GEMMAS = [  # theirs is eps, and rows are multiplied with 1 + weight
     "transformers.models.gemma.modeling_gemma.GemmaRMSNorm",
+    "transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm",
     "transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm",
 ]
 
@@ -175,7 +176,7 @@ class TrainedParts:
             or (attention_norm is None) != (layer.attention_norm is None)
         ):
             return None
-        more = (layer.post_attention_norm, layer.post_mlp_norm, layer.down_dropout)
+        more = (layer.post_attention_norm, layer.post_mlp_norm, layer.down_dropout, layer.softcap)
         if layer.rotary is None or not layer.gated or any(one is not None for one in more):
             return None
         if layer.head_size > _MAX_HEAD_SIZE or layer.head_size % 2:

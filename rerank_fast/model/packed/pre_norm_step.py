@@ -236,6 +236,7 @@ class PreNormStep:
             seed=batch.seeds[0],
             rows=batch.rows,
             relative=relative,
+            softcap=layer.softcap,
             max_seqlens=batch.max_seqlens,
         )
         return (out,)

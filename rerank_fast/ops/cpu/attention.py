@@ -26,6 +26,7 @@ def attention_shape(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     options: tuple[Any, ...],
+    softcap: float | None = None,
 ) -> Any:
     """scale, window_left, window_right, dropout_p and seed are the options."""
     scale, window_left, window_right, dropout_p, seed = options
@@ -41,6 +42,7 @@ def attention_shape(
         dropout_rows=address(rows),
         bf16=q.dtype == torch.bfloat16,
         scale=scale,
+        softcap=softcap or 0.0,
         window_left=window_left,
         window_right=window_right,
         dropout_p=dropout_p,
@@ -63,11 +65,12 @@ def varlen_attention_forward(
     cu_seqlens_k: Tensor,  # (N + 1,) int32
     rows: Tensor | None,  # (Tq,) int32
     *options: Any,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options, softcap)
     if not compiled().attention_forward(
         shape, rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data_ptr()
     ):
@@ -86,13 +89,14 @@ def varlen_attention_backward(
     cu_seqlens_k: Tensor,
     rows: Tensor | None,
     *options: Any,
+    softcap: float | None = None,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
     dq, dk, dv = into or tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v)
     )
-    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options)
+    shape = attention_shape(q, k, cu_seqlens_q, cu_seqlens_k, rows, options, softcap)
     forward = (rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data_ptr())
     if not compiled().attention_backward(
         shape, *forward, rows_of(grad_out), rows_of(dq), rows_of(dk), rows_of(dv)

@@ -42,17 +42,20 @@ def _factors(seed: int, rows: Tensor | None, own: slice, like: Tensor, p: float)
 
 
 def _scores(
-    queries: Tensor, keys: Tensor, own: slice, relative: RelativePositions | None, scale: float
+    queries: Tensor,
+    keys: Tensor,
+    own: slice,
+    relative: RelativePositions | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """(heads, num_q, num_k) of the (heads, num_q, head_size) queries of one sequence, which are
     those of `own` of all, and its (heads, num_k, head_size) keys.
     """
     scores = queries @ keys.transpose(1, 2) * scale
-    return (
-        scores
-        if relative is None
-        else scores + relative_scores(queries, keys, relative, own, scale)
-    )
+    if relative is not None:
+        scores = scores + relative_scores(queries, keys, relative, own, scale)
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
 def forward(
@@ -68,6 +71,7 @@ def forward(
     dropout_p: float,
     seed: int,
     relative: RelativePositions | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as written: out (Tq, heads, head_size), and lse (heads, Tq) to base 2."""
     ragged.check_ends("cu_seqlens_q", cu_seqlens_q, q.shape[0])
@@ -86,7 +90,8 @@ def forward(
             x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
         )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
-        scores = _scores(queries, keys, own, relative, scale).masked_fill(~allowed, -torch.inf)
+        scores = _scores(queries, keys, own, relative, scale, softcap)
+        scores = scores.masked_fill(~allowed, -torch.inf)
         # A query that may read nothing gives 0, not NaN.
         probabilities = (
             torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
@@ -113,6 +118,7 @@ def backward(
     dropout_p: float,
     seed: int,
     relative: RelativePositions | None = None,
+    softcap: float | None = None,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v as written, into those tensors where they are given; with
@@ -132,7 +138,8 @@ def backward(
             x[read].to(wide).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v)
         )
         allowed = _allowed(queries.shape[1], keys.shape[1], window_left, window_right, q.device)
-        scores = _scores(queries, keys, own, relative, scale).masked_fill(~allowed, -torch.inf)
+        capped = _scores(queries, keys, own, relative, scale, softcap)
+        scores = capped.masked_fill(~allowed, -torch.inf)
         probabilities = (
             torch.where(allowed.any(dim=1)[:, None], scores, 0.0).softmax(dim=-1) * allowed
         )
@@ -140,6 +147,8 @@ def backward(
         d_probabilities = factors * (upstream @ values.transpose(1, 2))
         along = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)
         d_scores = probabilities * (d_probabilities - along)
+        if softcap is not None:
+            d_scores = d_scores * (1 - (capped / softcap).square())
         d_queries = scale * d_scores @ keys
         d_keys = scale * d_scores.transpose(1, 2) @ queries
         if tables is not None:

@@ -31,11 +31,28 @@ Part = Literal["forward", "queries", "keys"]
 # Of fp32 parts and widths for which ptxas would, on sm_80, 86 or 120, rather spill than take what
 # there is.
 _REGISTERS: dict[tuple[Part, int], int] = {("forward", 64): 64, ("keys", 256): 128}
+# The same where scores are capped, by the bytes of a value too.
+_CAPPED_REGISTERS: dict[tuple[Part, int, int], int] = {
+    ("forward", 256, 2): 255,
+    ("forward", 256, 4): 128,
+    ("queries", 64, 2): 168,
+    ("queries", 128, 4): 128,
+    ("keys", 64, 2): 128,
+    ("keys", 64, 4): 128,
+    ("keys", 128, 2): 255,
+    ("keys", 128, 4): 128,
+}
 
 
 @functools.cache
 def launch(
-    head_size: int, dtype: torch.dtype, part: Part, *, few_queries: bool, hip: bool = guard.HIP
+    head_size: int,
+    dtype: torch.dtype,
+    part: Part,
+    *,
+    few_queries: bool,
+    capped: bool = False,
+    hip: bool = guard.HIP,
 ) -> launcher.Config:
     """The one configuration of a case: tiles that stay in registers and shared memory, from sm_80
     to gfx942.
@@ -59,6 +76,8 @@ def launch(
         stages = 2 if part == "queries" or width <= 128 else 1
     elif width <= 64:
         rows, keys = (32, 64) if part == "keys" and width <= 32 else (64, 32)
+        if capped and part == "keys":  # the slopes of 64 queries' scores would spill
+            rows = 32
     elif width <= 128:
         rows, keys = 64 if part == "forward" else 32, 32
     else:
@@ -69,8 +88,11 @@ def launch(
         warps, stages = 4, 1
     blocks = {"BLOCK_M": rows, "BLOCK_N": keys, "WIDTH": width}
     config = blocks | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if dtype == torch.float32 and (part, width) in _REGISTERS:
-        config["maxnreg"] = _REGISTERS[part, width]
+    registers = _REGISTERS.get((part, width)) if dtype == torch.float32 else None
+    if capped:
+        registers = _CAPPED_REGISTERS.get((part, width, dtype.itemsize), registers)
+    if registers is not None:
+        config["maxnreg"] = registers
     return launcher.Config(guard.for_vendor(config, hip))
 
 
@@ -227,6 +249,22 @@ def reads(
     return allowed
 
 
+@triton.jit
+def share_of_cap(scores, SOFTCAP: tl.constexpr):
+    """tanh(s / SOFTCAP) of scores s times log2(e), to 3e-7."""
+    x = scores * (0.6931471805599453 / SOFTCAP)
+    a = tl.abs(x)
+    a2 = a * a
+    t = tl.exp2(a * -2.8853900817779268)
+    # Near 0, where 1 - t cancels, an odd polynomial.
+    p = a2 * -0.00628366228 + 0.0211214516
+    p = p * a2 - 0.053876318
+    p = p * a2 + 0.133329332
+    p = p * a2 - 0.333333313
+    y = tl.where(a < 0.6, a + a * (a2 * p), (1.0 - t) / (1.0 + t))
+    return tl.where(x < 0.0, -y, y)
+
+
 RUNTIME = [
     "num_sequences",
     "num_steps",
@@ -238,7 +276,7 @@ RUNTIME = [
     "threshold",
 ]
 # What makes a case for tuning, beside the dtype.
-CASE = ("GROUP", "HEAD_SIZE", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT")
+CASE = ("GROUP", "HEAD_SIZE", "HAS_LEFT", "HAS_RIGHT", "HAS_DROPOUT", "SOFTCAP")
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -274,6 +312,7 @@ def forward_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # of the scores; 0: none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -307,6 +346,8 @@ def forward_kernel(
             k, k_token, k_head, head // GROUP, first_k + start, in_k, HEAD_SIZE, WIDTH
         )
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        if SOFTCAP > 0:
+            scores = share_of_cap(scores, SOFTCAP) * (SOFTCAP * 1.4426950408889634)
         allowed = reads(place, j[None, :], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         scores = tl.where(allowed, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
@@ -338,7 +379,12 @@ def forward_kernel(
 
 
 def constants_of(
-    q: Tensor, k: Tensor, window_left: int, window_right: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    softcap: float | None,
 ) -> launcher.Config:
     _, heads, size = q.shape
     return launcher.constants(
@@ -347,6 +393,7 @@ def constants_of(
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=window_right >= 0,
         HAS_DROPOUT=dropout_p > 0,
+        SOFTCAP=softcap or 0.0,  # a model has one: it is compiled in
     )
 
 
@@ -377,6 +424,7 @@ def forward(
     window_right: int,
     dropout_p: float,
     seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backend contract: out (Tq, heads, head_size), and lse (heads, Tq) fp32 for backward."""
     guard.require_gpu(q)
@@ -388,7 +436,8 @@ def forward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
-    config = launch(q.shape[2], q.dtype, "forward", few_queries=q.shape[0] <= 16 * num_sequences)
+    few, capped = q.shape[0] <= 16 * num_sequences, softcap is not None
+    config = launch(q.shape[2], q.dtype, "forward", few_queries=few, capped=capped)
     kernel, config = choose(forward_kernel, config, "forward")
     num_tokens, heads = q.shape[:2]
     numbers = (
@@ -403,30 +452,48 @@ def forward(
         lambda meta: (num_tokens // meta["BLOCK_M"] + num_sequences, heads),
         (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rows),
         numbers,
-        constants_of(q, k, window_left, window_right, dropout_p),
+        constants_of(q, k, window_left, window_right, dropout_p, softcap),
         config,
     )
     return out, lse
 
 
 _CASES_COMPILED = {
-    "bf16": ("plain", "dropout_window", "dropout_window_rows", "one_query", "dropout_sums"),
+    "bf16": (
+        "plain",
+        "dropout_window",
+        "dropout_window_rows",
+        "one_query",
+        "dropout_sums",
+        "capped_window",
+        "capped_dropout_window_rows",
+        "capped_one_query",
+    ),
     "fp16": ("plain", "dropout_window_rows"),
-    "fp32": ("plain", "dropout_window_rows", "one_query", "dropout_sums"),
+    "fp32": (
+        "plain",
+        "dropout_window_rows",
+        "one_query",
+        "dropout_sums",
+        "capped_window",
+        "capped_dropout_window_rows",
+        "capped_one_query",
+    ),
 }
 
 
 def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
     """Every head size class and dtype: plain, with dropout and a window, also of some rows alone,
-    for a single query a sequence, and with dropout and sums, as BERT trains. What differs from
-    another in nothing that the compiler sees is left out: fp16 is bf16, and rows are one load more.
+    for a single query a sequence, with dropout and sums, as BERT trains, and with a softcap, as
+    Gemma 2 trains. What differs from another in nothing that the compiler sees is left out: fp16 is
+    bf16, and rows are one load more.
     """
     cases = [(torch.bfloat16, size) for size in (32, 64, 128, 256)] + [(torch.float16, 64)]
     cases += [(torch.float32, size) for size in (32, 64, 128, 256)]
     for dtype, size in cases:
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for case in _CASES_COMPILED[name]:
-            few, windowed = case == "one_query", "window" in case
+            few, windowed = case.endswith("one_query"), "window" in case
             constants: dict[str, Any] = {
                 "GROUP": 1,
                 "HEAD_SIZE": size,
@@ -441,13 +508,19 @@ def variants(kernels: dict[Part, Any]) -> Iterator[Variant]:
                     constants["sums"] = None
                 elif case.endswith("sums") and "sums" not in types:
                     continue  # dropout without a window is one with a window, and less
+                capped = "capped" in case
+                configs = [
+                    launch(size, dtype, part, few_queries=few, capped=capped, hip=hip)
+                    for hip in (False, True)
+                ]
                 yield Variant(
                     name=f"varlen_attention-{kernel.__name__}_{name}_{size}_{case}",
                     kernel=kernel,
                     types=types,
-                    config=launch(size, dtype, part, few_queries=few, hip=False),
-                    hip_config=launch(size, dtype, part, few_queries=few, hip=True),
-                    constants=constants | {"HAS_DROPOUT": "dropout" in case},
+                    config=configs[0],
+                    hip_config=configs[1],
+                    constants=constants
+                    | {"HAS_DROPOUT": "dropout" in case, "SOFTCAP": 50.0 * capped},
                     # What Triton finds at a launch: aligned tensors, and strides of multiples of
                     # 16.
                     multiples=[

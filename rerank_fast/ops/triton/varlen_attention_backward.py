@@ -26,6 +26,7 @@ from rerank_fast.ops.triton.varlen_attention import (
     launch,
     load_tile,
     reads,
+    share_of_cap,
     store_tile,
     strides,
     variants,
@@ -44,12 +45,21 @@ def _tile_grads(
     allowed,
     kept,  # the factors of the dropout
     log2_scale,
+    SOFTCAP: tl.constexpr,
 ):
-    """Of a tile of (own, other): the weights as they were used, and the gradient of the scores."""
+    """Of a tile of (own, other): the weights as they were used, and the gradient of the scores
+    before they were capped.
+    """
     scores = tl.dot(own, tl.trans(other), input_precision="ieee") * log2_scale
+    if SOFTCAP > 0:
+        share = share_of_cap(scores, SOFTCAP)
+        scores = share * (SOFTCAP * 1.4426950408889634)
     weights = tl.where(allowed, tl.exp2(scores - lse), 0.0)
     upstream = tl.dot(own_upstream, tl.trans(other_upstream), input_precision="ieee")
-    return weights * kept, weights * (upstream * kept - along)
+    d_scores = weights * (upstream * kept - along)
+    if SOFTCAP > 0:
+        d_scores *= 1.0 - share * share
+    return weights * kept, d_scores
 
 
 @triton.jit
@@ -108,6 +118,7 @@ def query_grad_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -170,6 +181,7 @@ def query_grad_kernel(
             allowed,
             kept,
             log2_scale,
+            SOFTCAP,
         )
         result += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
     result *= scale
@@ -221,6 +233,7 @@ def key_value_grad_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -280,7 +293,16 @@ def key_value_grad_kernel(
                 place, j[:, None], num_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             weights, d_scores = _tile_grads(
-                k_tile, q_tile, v_tile, grad_tile, lse_i, along_i, allowed, kept, log2_scale
+                k_tile,
+                q_tile,
+                v_tile,
+                grad_tile,
+                lse_i,
+                along_i,
+                allowed,
+                kept,
+                log2_scale,
+                SOFTCAP,
             )
             d_value += tl.dot(weights.to(grad_tile.dtype), grad_tile, input_precision="ieee")
             d_key += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision="ieee")
@@ -307,13 +329,14 @@ def backward(
     window_right: int,
     dropout_p: float,
     seed: int,
+    softcap: float | None = None,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend contract: the gradients of q, k and v, written to `into` where it is given."""
     guard.require_gpu(q)
     grads = into or [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     places = (cu_seqlens_q, cu_seqlens_k, rows)
-    options = (scale, window_left, window_right, dropout_p, seed)
+    options = (scale, window_left, window_right, dropout_p, seed, softcap)
     attention_grads(q, k, v, out, lse, grad_out, *places, *grads, None, None, *options)
     return grads[0], grads[1], grads[2]
 
@@ -358,6 +381,7 @@ def attention_grads(
     window_right: int,
     dropout_p: float,
     seed: int,
+    softcap: float | None = None,
 ) -> None:
     """The gradients of q, k and v to where dq, dk and dv lie, each head's row contiguous; see
     sums_for.
@@ -365,7 +389,7 @@ def attention_grads(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0 or q.is_meta:
         return
-    along, few = torch.empty_like(lse), _few(q, num_sequences)
+    along, few, capped = torch.empty_like(lse), _few(q, num_sequences), softcap is not None
     places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
@@ -377,9 +401,9 @@ def attention_grads(
         q.shape[0],
         k.shape[0],
     )
-    constants = constants_of(q, k, window_left, window_right, dropout_p)
+    constants = constants_of(q, k, window_left, window_right, dropout_p, softcap)
     if dq.numel():
-        config = launch(q.shape[2], q.dtype, "queries", few_queries=few)
+        config = launch(q.shape[2], q.dtype, "queries", few_queries=few, capped=capped)
         kernel, rest = choose(query_grad_kernel, config, "queries")
         launcher.launch(
             kernel,
@@ -390,7 +414,7 @@ def attention_grads(
             rest,
         )
     if dk.numel():
-        config = launch(q.shape[2], q.dtype, "keys", few_queries=few)
+        config = launch(q.shape[2], q.dtype, "keys", few_queries=few, capped=capped)
         kernel, rest = choose(key_value_grad_kernel, config, "keys")
         launcher.launch(
             kernel,

@@ -35,6 +35,7 @@ FAMILIES = {
     "mistral-sliding": "llama",
     "qwen3-sliding-both-ways": "llama",
     "gemma": "llama",
+    "gemma2": "llama",
     "gemma3": "llama",
     "gemma3-both-ways": "llama",
 }
@@ -100,6 +101,15 @@ def test_compiled_layers_give_the_eager_numbers(name: str) -> None:
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
     assert max(relative_errors(found[1][1], found[0][1]).values()) < 1e-5
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2"])
+def test_both_ways_in_some_kernels_alone_is_padded(name: str) -> None:
+    model = make_model(name, use_bidirectional_attention=True)
+    assert find_architecture(model) is None
+    assert "heeds use_bidirectional_attention" in reason_to_pad(model)
+    model.config.is_causal = False
+    assert find_architecture(model) is not None
 
 
 def test_only_the_default_languages_adapter_is_read() -> None:

@@ -181,8 +181,6 @@ def _reading(model: Any, answers: Answers | None) -> Reading | str | None:
     head, name = find_answer_head(model, answers), own_class(model).__name__
     if head is None and name not in (*CAUSAL_FAMILIES, *ENCODER_DECODERS):
         return _unknown(model)
-    if head is None and getattr(model.config, "final_logit_softcapping", None) is not None:
-        return f"this {name} caps its logits"
     return None if head is None else Reading(head=head, reads="last")
 
 

@@ -20,7 +20,7 @@ from rerank_fast.model.packed.architectures.views import (
 )
 from rerank_fast.model.packed.heads import AnswerHead, Answers, own_class
 
-# Their logits are the last hidden states times the vocabulary and nothing else.
+# Their logits are the last hidden states times the vocabulary and, but for a cap, nothing else.
 CAUSAL_FAMILIES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -30,6 +30,8 @@ CAUSAL_FAMILIES = (
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
 )
+# Whose config may say that they are capped.
+_CAPPED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 
 def decoder_body(base: Any) -> Body:
@@ -114,8 +116,8 @@ def decoder_reading(model: Any) -> Reading | None:
 
 
 def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
-    """The head of a language model whose score is the last hidden state times the vocabulary; None
-    for another.
+    """The head of a language model whose score is the last hidden state times the vocabulary, and
+    capped where the model's is; None for another.
     """
     vocabulary, name = model.get_output_embeddings(), own_class(model).__name__
     if name not in (*CAUSAL_FAMILIES, *ENCODER_DECODERS) or type(vocabulary) is not nn.Linear:
@@ -123,7 +125,6 @@ def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
     if (
         not own_class(model).__module__.startswith("transformers.models.")
         or vocabulary._forward_hooks
-        or getattr(model.config, "final_logit_softcapping", None) is not None
     ):
         return None
     ids = [answers.true_token_id] + (
@@ -133,4 +134,5 @@ def find_answer_head(model: Any, answers: Answers) -> AnswerHead | None:
     if name in ENCODER_DECODERS:
         rows = rows * answer_scale(model)
     bias = None if vocabulary.bias is None else vocabulary.bias[ids]
-    return AnswerHead(rows, bias)
+    softcap = model.config.final_logit_softcapping if name in _CAPPED else None
+    return AnswerHead(rows, bias, softcap)

@@ -1,5 +1,5 @@
-"""Gemma: embeddings multiplied by a number, norms by 1 + weight, and Gemma 3's norms around each
-sublayer.
+"""Gemma: embeddings multiplied by a number, norms by 1 + weight, and from Gemma 2 on norms around
+each sublayer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,23 @@ from rerank_fast.model.packed.architectures.views import Body, PreNormLayer
 def gemma_body(base: Any) -> Body | str:
     config = base.config
     if getattr(config, "use_bidirectional_attention", None) and getattr(config, "is_causal", True):
-        # transformers' mask ignores it, and it holds where a batch needs no mask.
-        return "use_bidirectional_attention makes scores depend on whether a batch has padding"
+        # transformers' mask ignores it. It holds where there is none: in kernels of Gemma where a
+        # batch has no padding, in eager attention, which is Gemma 2's, never.
+        return "it depends on the kernel whether transformers heeds use_bidirectional_attention"
     return replace(decoder_body(base), embed=_scaled(base.embed_tokens))
 
 
-def gemma2_body(base: Any) -> str:
-    return "attention caps its logits, for which there is no kernel"
+def gemma2_body(base: Any) -> Body | str:
+    """Windows in every other layer, and attention that caps its logits."""
+    body = gemma_body(base)
+    if isinstance(body, str):
+        return body
+    softcap = base.config.attn_logit_softcapping
+    layers = [
+        replace(_normed_around(found, one), softcap=softcap)
+        for found, one in zip(body.layers, base.layers, strict=False)
+    ]
+    return replace(body, layers=layers)
 
 
 def gemma3_body(base: Any) -> Body:
@@ -41,13 +51,8 @@ def gemma3_body(base: Any) -> Body:
         if kind == "sliding_attention":
             # Its own mask for both directions leaves the token at this distance out.
             window = (reach - 1, reach - 1) if both and causal else window_of(reach, causal=causal)
-        return replace(
-            decoder_layer(one, causal=causal and not both, window=window),
-            rotary=kind,
-            post_attention_norm=one.post_attention_layernorm,
-            mlp_norm=one.pre_feedforward_layernorm,
-            post_mlp_norm=one.post_feedforward_layernorm,
-        )
+        found = decoder_layer(one, causal=causal and not both, window=window)
+        return replace(_normed_around(found, one), rotary=kind)
 
     def rotary(hidden: Tensor, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         kinds = set(config.layer_types)
@@ -60,6 +65,16 @@ def gemma3_body(base: Any) -> Body:
         layers=[layer(one, kind) for one, kind in zip(layers, config.layer_types, strict=False)],
         final_norm=base.norm,
         rotary=rotary,
+    )
+
+
+def _normed_around(found: Any, layer: Any) -> PreNormLayer:
+    """A layer's parts, with the norms of what its sublayers add."""
+    return replace(
+        found,
+        post_attention_norm=layer.post_attention_layernorm,
+        mlp_norm=layer.pre_feedforward_layernorm,
+        post_mlp_norm=layer.post_feedforward_layernorm,
     )
 
 

@@ -113,6 +113,7 @@ class PreNormLayer:
     post_mlp_norm: nn.Module | None = None  # of what the feed-forward adds
     relative: RelativeTerms | None = None  # of a layer neither causal nor with a window
     cross: CrossAttention | None = None  # between attention and feed-forward
+    softcap: float | None = None  # of attention's scores
 
 
 Rotary = Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]]
