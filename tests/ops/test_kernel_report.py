@@ -135,7 +135,7 @@ def others(tmp_path_factory):
         "relative_key_value_grad_kernel_bf16_64_tables_dropout_rows",
         "relative_table_grad_kernel_bf16_64_tables_dropout_rows",
     ]
-    targets = ("80", "90", "120", "gfx942")
+    targets = ("90", "gfx942")  # all of them: with -m slow
     report, _ = _report(
         tmp_path_factory.mktemp("report"), "--kernels", *kernels, "--targets", *targets
     )
@@ -154,7 +154,7 @@ def others(tmp_path_factory):
 )
 def test_the_other_ops_kernels_stay_within_their_limits(others, op, kernels):
     rows = [row for row in others if row["kernel_name"].startswith(op)]
-    assert len(rows) == 4 * kernels
+    assert len(rows) == 2 * kernels
     for row in rows if _is_current() else ():
         _assert_limits(row)
 

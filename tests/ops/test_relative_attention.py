@@ -359,8 +359,8 @@ def test_errors_say_what_was_expected_and_what_came():
         ({"bias": good.bias.double()}, {}, "relative.bias must be torch.float32"),
         ({"query_positions": ends[0]}, {}, r"relative.query_positions must be .* \(8,\)"),
         ({"keys": None, "queries": None, "bias": None}, {}, "keys, queries or bias"),
-        ({}, {"causal": True}, "causal=False and window=None"),
-        ({}, {"window": (3, 3)}, "causal=False and window=None"),
+        ({}, {"causal": True}, "causal=False, window=None and softcap=None"),
+        ({}, {"window": (3, 3)}, "causal=False, window=None and softcap=None"),
         ({}, {"backend": "flash"}, "'flash' has no relative positions"),
     ]
     for changes, options, message in wrong:

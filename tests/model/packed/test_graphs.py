@@ -55,7 +55,9 @@ def test_a_bucket_has_room_for_one_more_and_little_else():
         assert tokens + found.sequences - tokens // 9 <= found.tokens < 1.1 * tokens
 
 
-@pytest.mark.parametrize("batches", [[(3, 5)], [(5, 2, 1), (9, 8)]])
+@pytest.mark.parametrize(
+    "batches", [[(3, 5)], pytest.param([(5, 2, 1), (9, 8)], marks=pytest.mark.slow)]
+)
 def test_what_fills_a_bucket_up_changes_nothing(
     batches: list[Any], through_triton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

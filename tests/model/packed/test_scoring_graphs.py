@@ -57,7 +57,7 @@ def test_scores_are_one_copy_and_one_replay(name: str) -> None:
     assert tally.launches < 16
 
 
-@pytest.mark.parametrize("name", ["modernbert-mean", "qwen3"])
+@pytest.mark.parametrize("name", ["modernbert-mean", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_replays_give_eager_scores(
     name: str,
     through_triton: str,
