@@ -421,7 +421,7 @@ def test_the_kernels_of_a_gpu_give_the_same(
         if "num_key_value_heads" in sizes:
             monkeypatch.setitem(sizes, "num_key_value_heads", 1)
     tokens, plan = make_tokens([3, 10]), [np.array([1, 0])]
-    upstream = torch.randn(len(tokens))
+    upstream = torch.tensor([0.7, -1.2])  # drawn ones may all but cancel
     model = make_model(name).eval().double()
     expected = padded_scores(model, tokens)
     expected_gradients = gradients(model, expected, upstream.double())
