@@ -105,6 +105,13 @@ class Tally:
     def syncs(self) -> int:
         return self.waits + self.reads
 
+    def seconds_by_name(self, card: Card) -> dict[str, float]:
+        """Of each operation on a card, longest first."""
+        summed: dict[str, float] = {}
+        for one in self.operations:
+            summed[one.name] = summed.get(one.name, 0.0) + card.seconds(one)
+        return dict(sorted(summed.items(), key=lambda item: -item[1]))
+
     def by_name(self) -> dict[str, int]:
         """Launches of each operation, most first."""
         counted: Counter[str] = Counter()

@@ -62,6 +62,7 @@ class Row:
                 "flops": tally.flops,
                 "launches_by_name": tally.by_name(),
                 "device_seconds": {card.name: tally.seconds(card) for card in CARDS},
+                "device_seconds_by_name": tally.seconds_by_name(CARDS[0]),
                 "host_seconds": self.host_seconds(name),
             }
         return {"shape": self.shape, "what": self.what, "phases": phases}
