@@ -148,8 +148,8 @@ void bind_attention(py::module_& module) {
       .def(py::init([](std::int64_t num_sequences, std::int64_t num_queries, std::int64_t num_keys,
                        std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_size,
                        Address cu_seqlens_q, Address cu_seqlens_k, Address dropout_rows, bool bf16, double scale,
-                       double softcap, std::int64_t window_left, std::int64_t window_right, double dropout_p, std::uint64_t seed,
-                       int num_threads) {
+                       double softcap, std::int64_t window_left, std::int64_t window_right, double dropout_p,
+                       std::uint64_t seed, int num_threads) {
              return AttentionShape{num_sequences,
                                    num_queries,
                                    num_keys,
