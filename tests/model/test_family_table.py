@@ -14,7 +14,7 @@ from tests.model.family_table import (
     END,
     FAMILIES,
     HEAD,
-    ONNX,
+    NOT_EXPORTED,
     PAGE,
     answers_of,
     made,
@@ -39,7 +39,7 @@ def test_a_row_is_what_its_model_does(family: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES.values())
+@pytest.mark.parametrize("name", [n for n in FAMILIES.values() if n not in NOT_EXPORTED])
 def test_a_family_is_exported(name: str, tmp_path: Path):
     """At another batch size and length than those of the example."""
     runtime = pytest.importorskip("onnxruntime")
@@ -50,11 +50,7 @@ def test_a_family_is_exported(name: str, tmp_path: Path):
         model.config = model.model.config
     ids, mask = torch.randint(4, 97, (3, 17)), torch.ones(3, 17, dtype=torch.int64)
     example = {"input_ids": ids[:2, :9], "attention_mask": mask[:2, :9]}
-    try:
-        export._write(model, list(example), example, tmp_path / "model.onnx")
-    except Exception:
-        assert ONNX.get(name) == "no"
-        return
+    export._write(model, list(example), example, tmp_path / "model.onnx")
     mask[1, 12:], ids[1, 12:] = 0, model.config.pad_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():
@@ -63,5 +59,4 @@ def test_a_family_is_exported(name: str, tmp_path: Path):
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
     )
     feed = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
-    holds = np.allclose(session.run(None, feed)[0], expected, rtol=1e-3, atol=1e-3)
-    assert ONNX.get(name, "not tried") in ("not tried", "yes" if holds else "no")
+    np.testing.assert_allclose(session.run(None, feed)[0], expected, rtol=1e-3, atol=1e-3)
