@@ -52,7 +52,6 @@ def test_step(compare: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predict(compare: Callable, tmp_path: Path) -> None:
-    compare_predict(
-        compare, "deberta-v3-base", make_deberta(tmp_path / "model"), make_pairs(100), rounds=2
-    )
+def test_predict(interleaved: Callable, note: Callable, tmp_path: Path) -> None:
+    directory = make_deberta(tmp_path / "model")
+    compare_predict(interleaved, note, "deberta-v3-base", directory, make_pairs(100), rounds=2)

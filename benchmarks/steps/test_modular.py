@@ -69,5 +69,6 @@ def test_step(compare: Callable, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_predict(compare: Callable, tmp_path: Path, name: str) -> None:
-    compare_predict(compare, name, make_ettin(name, tmp_path), make_pairs(400), rounds=3)
+def test_predict(interleaved: Callable, note: Callable, tmp_path: Path, name: str) -> None:
+    directory = make_ettin(name, tmp_path)
+    compare_predict(interleaved, note, name, directory, make_pairs(400), rounds=3)

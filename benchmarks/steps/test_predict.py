@@ -64,18 +64,23 @@ def peer_predict(directory: str, dtype: str, pairs: Pairs) -> Callable[[], np.nd
 
 
 def compare_predict(
-    compare: Callable, name: str, directory: str, pairs: Pairs, *, rounds: int
+    interleaved: Callable, note: Callable, name: str, directory: str, pairs: Pairs, *, rounds: int
 ) -> None:
-    """A family in fp32 on both sides, once both score a tenth of the pairs alike."""
-    model, peer = CrossEncoder(directory, device="cpu"), PeerCrossEncoder(directory, device="cpu")
-    few = pairs[::10]
-    np.testing.assert_allclose(model.predict(few), peer.predict(few), rtol=1e-4, atol=1e-4)
-    compare(
-        f"predict {name} fp32, {describe(model, pairs)}",
-        lambda: model.predict(pairs),
-        lambda: peer.predict(pairs, batch_size=BATCH),
-        rounds=rounds,
-    )
+    """A family in fp32 on both sides, and in bf16 where the processor has it, once both score a
+    tenth of the pairs alike.
+    """
+    model, few = CrossEncoder(directory, device="cpu"), pairs[::10]
+    expected = peer_predict(directory, "float32", few)()
+    np.testing.assert_allclose(model.predict(few), expected, rtol=1e-4, atol=1e-4)
+    dtypes = {"fp32": "float32"} | ({"bf16": "bfloat16"} if HAS_BF16 else {})
+    calls = {}
+    for short, dtype in dtypes.items():
+        calls[short] = our_predict(directory, dtype, pairs)
+        calls[f"peer {short}"] = peer_predict(directory, dtype, pairs)
+    medians = interleaved(calls, rounds=rounds)
+    for short in dtypes:
+        case = f"predict {name} {short}, {describe(model, pairs)}"
+        note(case, medians[short], medians[f"peer {short}"])
 
 
 def test_predict(interleaved, note, directory: str) -> None:
