@@ -22,14 +22,15 @@ from torch import Tensor
 from rerank_fast.ops import ragged
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout, guard, launcher
-from rerank_fast.ops.triton.grid import next_power_of_2
-from rerank_fast.ops.triton.variant import Variant
-from rerank_fast.ops.triton.varlen_attention import (
+from rerank_fast.ops.triton.attention_tiles import (
     block_of,
+    has_few,
     load_tile,
     store_tile,
     strides,
 )
+from rerank_fast.ops.triton.grid import next_power_of_2
+from rerank_fast.ops.triton.variant import Variant
 
 # The results, and the gradients of queries, of keys and values, and of the tables.
 Part = Literal["forward", "queries", "keys", "tables"]
@@ -265,10 +266,6 @@ def relative_forward_kernel(
     tl.store(lse + head.to(tl.int64) * num_tokens + first_q + i, log_sum, mask=in_q)
 
 
-def few(q: Tensor, num_sequences: int) -> bool:
-    return q.shape[0] <= 16 * num_sequences
-
-
 def places_of(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: Tensor | None, relative: RelativePositions
 ) -> tuple[Tensor | None, ...]:
@@ -312,7 +309,7 @@ def forward(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
-    config = launch(q.shape[2], q.dtype, "forward", few_queries=few(q, num_sequences))
+    config = launch(q.shape[2], q.dtype, "forward", few_queries=has_few(q, num_sequences))
     launcher.launch(
         relative_forward_kernel,
         (q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]),

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout, guard, launcher
+from rerank_fast.ops.triton.attention_tiles import block_of, has_few, load_tile, store_tile, strides
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
-    few,
     launch,
     places_of,
     query_place,
@@ -31,7 +31,6 @@ from rerank_fast.ops.triton.relative_attention import (
 )
 from rerank_fast.ops.triton.relative_table_grads import table_grads
 from rerank_fast.ops.triton.variant import Variant
-from rerank_fast.ops.triton.varlen_attention import block_of, load_tile, store_tile, strides
 
 
 @triton.jit
@@ -291,7 +290,7 @@ def backward(
     )
     constants = launcher.constants(HEAD_SIZE=q.shape[2], HAS_DROPOUT=dropout_p > 0)
     if dq.numel():
-        config = launch(q.shape[2], q.dtype, "queries", few_queries=few(q, num_sequences))
+        config = launch(q.shape[2], q.dtype, "queries", few_queries=has_few(q, num_sequences))
         launcher.launch(
             relative_query_grad_kernel,
             (q.shape[0] // config["BLOCK"] + num_sequences, q.shape[1]),
@@ -301,7 +300,7 @@ def backward(
             config,
         )
     if dk.numel():
-        config = launch(q.shape[2], q.dtype, "keys", few_queries=few(q, num_sequences))
+        config = launch(q.shape[2], q.dtype, "keys", few_queries=has_few(q, num_sequences))
         launcher.launch(
             relative_key_value_grad_kernel,
             (k.shape[0] // config["BLOCK"] + num_sequences, k.shape[1]),

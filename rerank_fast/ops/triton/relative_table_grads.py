@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rerank_fast.ops.relative_positions import RelativePositions
 from rerank_fast.ops.triton import dropout, launcher
+from rerank_fast.ops.triton.attention_tiles import has_few, load_tile, strides
 from rerank_fast.ops.triton.grid import next_power_of_2
 from rerank_fast.ops.triton.relative_attention import (
     RUNTIME,
-    few,
     launch,
     places_of,
     query_place,
@@ -32,7 +32,6 @@ from rerank_fast.ops.triton.relative_attention import (
     variants,
 )
 from rerank_fast.ops.triton.variant import Variant
-from rerank_fast.ops.triton.varlen_attention import load_tile, strides
 
 # Parts of the sequences, each with programs of its own: of tables of rows, whose parts take memory,
 # and of the bias.
@@ -246,7 +245,7 @@ def table_grads(
     """
     num_sequences = cu_seqlens_q.shape[0] - 1
     heads, head_size = q.shape[1:]
-    config = launch(head_size, q.dtype, "tables", few_queries=few(q, num_sequences))
+    config = launch(head_size, q.dtype, "tables", few_queries=has_few(q, num_sequences))
     block = config["BLOCK"]
     places = places_of(cu_seqlens_q, cu_seqlens_k, rows, relative)
     far = -(-(relative.reach + block - 1) // block)

@@ -17,19 +17,20 @@ from torch import Tensor
 
 from rerank_fast.ops.registry import declare
 from rerank_fast.ops.triton import dropout, guard, launcher
+from rerank_fast.ops.triton.attention_launches import choose, launch, variants
+from rerank_fast.ops.triton.attention_tiles import (
+    block_of,
+    has_few,
+    load_tile,
+    reads,
+    store_tile,
+    strides,
+)
 from rerank_fast.ops.triton.variant import Variant
 from rerank_fast.ops.triton.varlen_attention import (
     RUNTIME,
-    block_of,
-    choose,
     constants_of,
-    launch,
-    load_tile,
-    reads,
     share_of_cap,
-    store_tile,
-    strides,
-    variants,
     windows,
 )
 
@@ -341,21 +342,15 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _few(q: Tensor, num_sequences: int) -> bool:
-    return q.shape[0] <= 16 * num_sequences
-
-
 def sums_for(q: Tensor, k: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     """Room for the sums that attention_grads leaves: of the queries' gradients, and of keys' and
     values'.
     """
     made = []
     for tensor, part, block, count in ((q, "queries", "BLOCK_M", 1), (k, "keys", "BLOCK_N", 2)):
-        rows = launch(q.shape[2], q.dtype, part, few_queries=_few(q, num_sequences))[block]
-        programs, width = (
-            tensor.shape[0] // rows + num_sequences,
-            count * tensor.shape[1] * tensor.shape[2],
-        )
+        rows = launch(q.shape[2], q.dtype, part, few_queries=has_few(q, num_sequences))[block]
+        programs = tensor.shape[0] // rows + num_sequences
+        width = count * tensor.shape[1] * tensor.shape[2]
         made.append(torch.empty(programs, width, dtype=torch.float32, device=q.device))
     return made[0], made[1]
 
@@ -389,7 +384,7 @@ def attention_grads(
     num_sequences = cu_seqlens_q.shape[0] - 1
     if num_sequences == 0 or q.is_meta:
         return
-    along, few, capped = torch.empty_like(lse), _few(q, num_sequences), softcap is not None
+    along, few, capped = torch.empty_like(lse), has_few(q, num_sequences), softcap is not None
     places = (cu_seqlens_q, cu_seqlens_k, rows)
     options = (
         scale,
