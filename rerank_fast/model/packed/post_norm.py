@@ -20,7 +20,8 @@ from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
-    from rerank_fast.model.packed.layers import LayerBatch, NormWeights, PostNormStep
+    from rerank_fast.model.packed.layers import LayerBatch
+    from rerank_fast.model.packed.post_norm_step import NormWeights, PostNormStep
 
 
 class TrainedPostNorm(torch.autograd.Function):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
 from rerank_fast.model.packed.embeddings import FusedEmbeddings
-from rerank_fast.model.packed.layers import PostNormStep, Rows, dropped
+from rerank_fast.model.packed.layers import Rows, dropped
 from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.norm import norm
+from rerank_fast.model.packed.post_norm_step import PostNormStep
 from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 

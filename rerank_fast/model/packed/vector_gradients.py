@@ -17,7 +17,7 @@ from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
 from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
-    from rerank_fast.model.packed.layers import PostNormStep
+    from rerank_fast.model.packed.post_norm_step import PostNormStep
 
 
 class VectorGradients(Protocol):
