@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PostNormLayer
@@ -22,11 +23,14 @@ from rerank_fast.model.packed.linear import (
     NarrowCopies,
     StepLinear,
     joins_product,
+    must_be_called,
     parameters_through,
 )
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
+from rerank_fast.model.packed.pre_norm import gate_of, has_kernels, kernels_on_host
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
+from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
 from rerank_fast.ops.residual_norm import backend_for, residual_norm
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
@@ -35,8 +39,9 @@ class PostNormStep:
     """A PostNormLayer with its weights made ready for one step; one_token computes only the token
     that is read.
 
-    trains: as one function of autograd, where no module of the layer must be called and its
-    activation is GELU. adds_gradients: see Preparer.
+    trains: rotary positions and gates through kernels, and with gradients all of it as one function
+    of autograd, where no module of the layer must be called and its parts are known.
+    adds_gradients: see Preparer.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class PostNormStep:
         adds_gradients: bool = False,
     ) -> None:
         # Of the last layer most is computed for one token of each pair.
-        few = 0 if one_token else num_tokens
+        few, infers = 0 if one_token else num_tokens, not torch.is_grad_enabled()
         self.layer, self.one_token, self.adds_gradients = layer, one_token, adds_gradients
         if one_token:
             keys = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
@@ -78,17 +83,20 @@ class PostNormStep:
         self.relative: RelativeStep | None = None
         if layer.relative is not None:
             terms, on_cpu = layer.relative, layer.relative.embeddings.weight.device.type == "cpu"
-            on_host = on_cpu and (trains or not torch.is_grad_enabled())
+            on_host = on_cpu and (trains or infers)
             self.relative = RelativeStep(terms, layer.num_heads, dtype, copies, on_host=on_host)
         further = [] if self.relative is None else self.relative.linears
         self.linears = [*linears, *(self.adapter or ()), *further]
-        plain = all(one.has_weight and one.biases for one in linears)
-        others = (layer.gate, layer.adapter, layer.rotary)
-        plain = plain and all(one is None for one in others)
-        self.trains = trains and plain and joins_product(layer.activation)
+        kernels = _kernels_of(layer, dtype) if trains else None
+        own = all(one.has_weight for one in linears) and layer.adapter is None
+        self.trains = trains and not infers and own and _is_known(layer, kernels)
         if self.trains and self.relative is not None:  # Triton's kernels write no gradients into
             like = self.down.weights[0].new_empty(0, layer.num_heads, 1, dtype=dtype)
             self.trains = own_backend_for(like) != "triton"
+        # They write to where a product lies: it must be this step's, and no graph's.
+        writes = self.trains or (infers and all(one.modules is None for one in linears))
+        self.kernels = kernels if writes else None
+        self.gate = None if layer.gate is None else gate_of(layer.activation)
         self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
         self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
         self._backends: tuple[str, str] | None = None  # of attention and norms
@@ -97,16 +105,17 @@ class PostNormStep:
             self.width, self.inner_width = self.down.weights[0].shape
             self.weights = [one.ready[0] for one in linears]
             self.trained = [weight for one in linears for weight in one.weights]
-            for norm, first, second in (
-                (layer.output_norm, self.down, [self.up]),
-                (layer.attention_norm, self.attention_out, self.projections),
+            for norm, first in (
+                (layer.output_norm, self.down),
+                (layer.attention_norm, self.attention_out),
             ):
-                self.trained += [
-                    norm.weight,
-                    norm.bias,
-                    *first.biases,
-                    *(b for one in second for b in one.biases),
-                ]
+                self.trained += [norm.weight, norm.bias, *first.biases]
+            self.trained += [b for one in (self.up, *self.projections) for b in one.biases]
+
+    @property
+    def calls_no_module(self) -> bool:
+        """Whether seeds are all that is drawn in it."""
+        return self.trains and self.layer.mlp_dropout is None
 
     def dropouts(self) -> list[float]:
         """The shares that are dropped, in the order of prepare's seeds."""
@@ -150,9 +159,10 @@ class PostNormStep:
             wide = wide.index_select(0, batch.read)
             queries_of = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
         projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
+        self.rotate(projected, batch)
         query, key, value = self.heads_of(projected)
         layer, relative = self.layer, None
-        if batch.rotary is not None:
+        if batch.rotary is not None and self.kernels is None:
             cos, sin = batch.rotary
             key = rotated(key, cos, sin)
             if batch.read is not None:
@@ -183,7 +193,7 @@ class PostNormStep:
         if layer.gate is None:
             widened = self.up.before(self.down, x)
         else:
-            widened = dropped(self.up(x), layer.mlp_dropout)
+            widened = dropped(self._gated(x), layer.mlp_dropout)
         last = self.down
         if layer.adapter is not None and self.adapter is not None:
             before = (layer.adapter.norm, layer.down_dropout, batch.seeds[3], batch.rows)
@@ -215,6 +225,54 @@ class PostNormStep:
             key, value = projected[1].view(projected[1].shape[0], 2, heads, -1).unbind(1)
         return query, key, value
 
+    def rotate(self, projected: list[Tensor], batch: LayerBatch) -> None:
+        """Queries and keys in the results of these products to their positions, where kernels do
+        it.
+        """
+        if self.kernels is not None:
+            for x, cos, sin in self._rotated(projected, batch):
+                self.kernels.rotary(x, x, cos, sin, None, x.shape[1], 0.0)
+
+    def rotate_back(self, gradients: list[Tensor], batch: LayerBatch) -> None:
+        """The gradients of what rotate was given, in place of those of what it left."""
+        if self.kernels is not None:
+            for grad, cos, sin in self._rotated(gradients, batch):
+                self.kernels.rotary_grad(grad, None, cos, sin, None, grad.shape[1], 0.0)
+
+    def _rotated(
+        self, projected: list[Tensor], batch: LayerBatch
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(T, heads, head size) what has positions, each with its cosines and sines."""
+        if batch.rotary is None:
+            return []
+        heads, (cos, sin) = self.layer.num_heads, batch.rotary
+        *of_queries, last = projected
+        if not of_queries:
+            return [(last.view(len(last), 3 * heads, -1)[:, : 2 * heads], cos, sin)]
+        (query,) = of_queries
+        assert batch.read is not None
+        places = cos.index_select(0, batch.read), sin.index_select(0, batch.read)
+        keys = last.view(len(last), 2 * heads, -1)[:, :heads]
+        return [(query.view(len(query), heads, -1), *places), (keys, cos, sin)]
+
+    def activated(self, hidden: Tensor) -> Tensor:
+        """The activation of up's product, where the layer is one function."""
+        if self.gate is None or self.kernels is None:
+            return F.gelu(hidden)
+        return self.kernels.gated(hidden, self.gate)
+
+    def activation_grad(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of up's product from that of its activation."""
+        if self.gate is None or self.kernels is None:
+            return torch.ops.aten.gelu_backward(grad, hidden)
+        return self.kernels.gated_grad(hidden, grad, self.gate)
+
+    def _gated(self, x: Rows) -> Tensor:
+        """What the feed-forward's last product reads, composed."""
+        if self.kernels is None or self.gate is None or self.up.activation is None:
+            return self.up(x)
+        return self.kernels.gated(self.up.product(x), self.gate)
+
     def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
         """What the unchecked ops take behind their tensors: of attention and of both norms."""
         layer = self.layer
@@ -222,8 +280,8 @@ class PostNormStep:
             heads = rows.view(rows.shape[0], layer.num_heads, -1)
             self._backends = own_backend_for(heads), backend_for(rows, wide)
         attention_backend, backend = self._backends
-        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
-        drawn = [(share_of(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
+        *shares, _ = self.dropouts()
+        drawn = list(zip(shares, batch.seeds, strict=True))
         numbers = [batch.rows if p > 0 else None for p, _ in drawn]
         places = batch.cu_queries, batch.cu_keys, numbers[0]
         return (
@@ -231,6 +289,28 @@ class PostNormStep:
             (numbers[1], self.attention_norm.eps, *drawn[1], backend),
             (numbers[2], self.output_norm.eps, *drawn[2], backend),
         )
+
+
+def _kernels_of(layer: PostNormLayer, dtype: torch.dtype) -> PreNormKernels | None:
+    """Those that its rotary positions and its gate run through; None where none are there, and
+    none needed.
+    """
+    if layer.rotary is None and layer.gate is None:
+        return None
+    device = layer.output_norm.weight.device
+    if has_kernels(device, dtype):
+        return kernels_of("triton")
+    return kernels_on_host(device, dtype)
+
+
+def _is_known(layer: PostNormLayer, kernels: PreNormKernels | None) -> bool:
+    """Whether each part between the products has its gradient here."""
+    dropout = layer.mlp_dropout
+    if dropout is not None and (type(dropout) is not nn.Dropout or must_be_called(dropout)):
+        return False
+    if layer.gate is None:
+        return joins_product(layer.activation) and (layer.rotary is None or kernels is not None)
+    return gate_of(layer.activation) is not None and kernels is not None
 
 
 @dataclass(frozen=True)

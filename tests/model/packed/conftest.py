@@ -32,7 +32,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
     for choose in ("backend_for", "own_backend_for"):
         monkeypatch.setattr(post_norm_step, choose, lambda *tensors: "triton")
-    for module in (encoder, pre_norm_step, bucket_encoder):
+    for module in (encoder, post_norm_step, pre_norm_step, bucket_encoder):
         monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
