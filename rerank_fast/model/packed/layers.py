@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.relative import RelativeBatch
 from rerank_fast.ops.int8_linear import Int8Rows
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.post_norm_step import PostNormStep
     from rerank_fast.model.packed.pre_norm_step import PreNormStep
+    from rerank_fast.model.packed.relative import RelativeBatch
 
 Rows: TypeAlias = Tensor | Int8Rows
 

@@ -21,7 +21,8 @@ from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import LayerBatch
-    from rerank_fast.model.packed.post_norm_step import NormWeights, PostNormStep
+    from rerank_fast.model.packed.norm import NormWeights
+    from rerank_fast.model.packed.post_norm_step import PostNormStep
 
 
 class TrainedPostNorm(torch.autograd.Function):
@@ -48,8 +49,8 @@ class TrainedPostNorm(torch.autograd.Function):
             linear.product(rows) for linear, rows in step.projections_of(queries_of, keys_of)
         ]
         step.rotate(projected, batch)
-        attention, first_norm, second_norm = step.options(batch, keys_of, wide)
         heads = step.heads_of(projected)
+        attention, first_norm, second_norm = step.options(batch, heads[0], keys_of, wide)
         if batch.relative is None:
             attended, lse = varlen_attention.unchecked_forward(*heads, *attention)
         else:
@@ -63,15 +64,16 @@ class TrainedPostNorm(torch.autograd.Function):
             added, wide, *_vectors(step.attention_norm), *first_norm
         )
         hidden = step.up.product(y if x is None else narrow)
-        active, kept, dropout_p = step.activated(hidden), None, share_of(step.layer.mlp_dropout)
-        if dropout_p > 0:
-            active, kept = torch.native_dropout(active, dropout_p, True)
+        active, kept = step.activated(hidden), None
+        mlp_dropout_p = share_of(step.layer.mlp_dropout)
+        if mlp_dropout_p > 0:
+            active, kept = torch.native_dropout(active, mlp_dropout_p, True)
         down = step.down.product(active)
         result, result_narrow, *last_stats = residual_norm.unchecked_forward(
             down, y, *_vectors(step.output_norm), *second_norm
         )
         ctx.step, ctx.batch = step, batch
-        ctx.options = attention, first_norm, second_norm, dropout_p
+        ctx.options = attention, first_norm, second_norm, mlp_dropout_p
         ctx.is_wide = x is None
         saved = (
             keys_of,
@@ -84,7 +86,8 @@ class TrainedPostNorm(torch.autograd.Function):
             y,
             narrow,
             hidden,
-            active,
+            # Of gates one pass makes it again, of what is twice as wide.
+            active if step.gate is None else None,
             kept,
             down,
         )
@@ -100,7 +103,7 @@ class TrainedPostNorm(torch.autograd.Function):
         ctx: Any, d_result: Tensor | None, d_narrow: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         step: PostNormStep = ctx.step
-        attention, first_norm, second_norm, dropout_p = ctx.options
+        attention, first_norm, second_norm, mlp_dropout_p = ctx.options
         keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = (
             ctx.saved_tensors
         )
@@ -116,9 +119,7 @@ class TrainedPostNorm(torch.autograd.Function):
         norm = (step.output_norm.weight, last_mean, last_rstd)
         outer = (*norm, d_result, d_narrow, *second_norm)
         d_down, d_y = vectors.norm(step.down, down, y, *outer)
-        d_active = d_down @ down_weight
-        if kept is not None:
-            d_active = torch.ops.aten.native_dropout_backward(d_active, kept, 1 / (1 - dropout_p))
+        d_active = _dropped(d_down @ down_weight, kept, mlp_dropout_p)
         d_hidden = vectors.activation(hidden, d_active)
         d_first, d_first_narrow = _through_product(d_y, d_hidden, up_weight, into_wide=ctx.is_wide)
         norm = (step.attention_norm.weight, mean, rstd)
@@ -134,6 +135,8 @@ class TrainedPostNorm(torch.autograd.Function):
             d_tables = vectors.relative_attention(*seen, relative=relative, options=attention)
         step.rotate_back(d_projected, ctx.batch)
 
+        if active is None:
+            active = _dropped(step.activated(hidden), kept, mlp_dropout_p)
         products = [
             (step.down, d_down, active),
             (step.up, d_hidden, y if ctx.is_wide else narrow),
@@ -164,6 +167,13 @@ def _relative(
     assert batch.relative is not None
     places = batch.relative.query_positions
     return RelativePositions(batch.relative.slots, keys, queries, bias, places)
+
+
+def _dropped(x: Tensor, kept: Tensor | None, dropout_p: float) -> Tensor:
+    """What forward's dropout left of x, or passes back of its gradient."""
+    if kept is None:
+        return x
+    return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout_p))
 
 
 def _vectors(norm: nn.LayerNorm | NormWeights) -> tuple[Tensor, Tensor]:

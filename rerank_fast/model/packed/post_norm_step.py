@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +26,13 @@ from rerank_fast.model.packed.linear import (
     must_be_called,
     parameters_through,
 )
+from rerank_fast.model.packed.norm import add_norm, ready_norm
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
 from rerank_fast.model.packed.pre_norm import gate_of, has_kernels, kernels_on_host
 from rerank_fast.model.packed.relative import RelativeStep
-from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
+from rerank_fast.ops.int8_linear import Int8Rows
 from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
-from rerank_fast.ops.residual_norm import backend_for, residual_norm
+from rerank_fast.ops.residual_norm import backend_for
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
 
@@ -97,8 +98,8 @@ class PostNormStep:
         writes = self.trains or (infers and all(one.modules is None for one in linears))
         self.kernels = kernels if writes else None
         self.gate = None if layer.gate is None else gate_of(layer.activation)
-        self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
-        self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
+        self.attention_norm = ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
+        self.output_norm = ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
         self._backends: tuple[str, str] | None = None  # of attention and norms
         self.trained: list[Tensor] = []  # as TrainedPostNorm takes them
         if self.trains:
@@ -189,7 +190,7 @@ class PostNormStep:
             self.attention_norm,
             layer.attention_out_dropout,
         )
-        wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
+        wide, x = add_norm(wide, *attention, batch.seeds[1], batch.rows)
         if layer.gate is None:
             widened = self.up.before(self.down, x)
         else:
@@ -197,10 +198,10 @@ class PostNormStep:
         last = self.down
         if layer.adapter is not None and self.adapter is not None:
             before = (layer.adapter.norm, layer.down_dropout, batch.seeds[3], batch.rows)
-            wide, x = _add_norm(wide, last, widened, *before)
+            wide, x = add_norm(wide, last, widened, *before)
             down, last = self.adapter
             widened = down.before(last, x)
-        return _add_norm(
+        return add_norm(
             wide,
             last,
             widened,
@@ -273,19 +274,19 @@ class PostNormStep:
             return self.up(x)
         return self.kernels.gated(self.up.product(x), self.gate)
 
-    def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
+    def options(
+        self, batch: LayerBatch, query: Tensor, rows: Tensor, wide: Tensor
+    ) -> tuple[tuple[Any, ...], ...]:
         """What the unchecked ops take behind their tensors: of attention and of both norms."""
-        layer = self.layer
         if self._backends is None:  # the same for all that the step computes
-            heads = rows.view(rows.shape[0], layer.num_heads, -1)
-            self._backends = own_backend_for(heads), backend_for(rows, wide)
+            self._backends = own_backend_for(query), backend_for(rows, wide)
         attention_backend, backend = self._backends
         *shares, _ = self.dropouts()
         drawn = list(zip(shares, batch.seeds, strict=True))
         numbers = [batch.rows if p > 0 else None for p, _ in drawn]
         places = batch.cu_queries, batch.cu_keys, numbers[0]
         return (
-            (*places, layer.scale, -1, -1, *drawn[0], attention_backend),
+            (*places, self.layer.scale, -1, -1, *drawn[0], attention_backend),
             (numbers[1], self.attention_norm.eps, *drawn[1], backend),
             (numbers[2], self.output_norm.eps, *drawn[2], backend),
         )
@@ -311,55 +312,3 @@ def _is_known(layer: PostNormLayer, kernels: PreNormKernels | None) -> bool:
     if layer.gate is None:
         return joins_product(layer.activation) and (layer.rotary is None or kernels is not None)
     return gate_of(layer.activation) is not None and kernels is not None
-
-
-@dataclass(frozen=True)
-class NormWeights:
-    """Of a LayerNorm, in the residual stream's dtype."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-def _ready_norm(
-    norm: nn.LayerNorm, dtype: torch.dtype, copies: NarrowCopies | None, *, trains: bool
-) -> nn.LayerNorm | NormWeights:
-    """A norm whose weights need no cast in each micro-batch.
-
-    With gradients on they must reach the module's own, unless the layer trains as one function.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    if copies is None or (torch.is_grad_enabled() and not trains):
-        return norm
-    if norm.weight.dtype == wide:
-        # A module's attributes take ten times as long.
-        return NormWeights(norm.weight, norm.bias, norm.eps) if trains else norm
-    return NormWeights(
-        copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps
-    )
-
-
-def _add_norm(
-    wide: Tensor,
-    linear: StepLinear,
-    x: Rows,
-    norm: nn.LayerNorm | NormWeights,
-    dropout: nn.Dropout | None,
-    seed: int,
-    rows: Tensor | None,
-) -> tuple[Tensor, Rows]:
-    """norm(wide + dropout(linear(x))) in wide's dtype and in what products read."""
-    weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-    if linear.int8 is not None and share_of(dropout) == 0:
-        return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
-    return residual_norm(
-        linear(x),
-        wide,
-        weight,
-        bias,
-        eps=norm.eps,
-        dropout_p=share_of(dropout),
-        seed=seed,
-        rows=rows,
-    )

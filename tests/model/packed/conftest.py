@@ -12,6 +12,7 @@ from rerank_fast.model.packed import (
     buckets,
     encoder,
     graphs,
+    norm,
     post_norm_step,
     pre_norm_step,
 )
@@ -26,7 +27,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     pytest.importorskip("triton")
     for module, op in (
         (post_norm_step, "varlen_attention"),
-        (post_norm_step, "residual_norm"),
+        (norm, "residual_norm"),
         (pre_norm_step, "varlen_attention"),
     ):
         monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
