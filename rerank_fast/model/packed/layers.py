@@ -1,33 +1,22 @@
-"""One layer of a packed encoder that norms after each sum, as BERT does, and what layers of every
-kind read.
-"""
+"""What layers of every kind read of a micro-batch, and what they share."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.architectures import PostNormLayer
-from rerank_fast.model.packed.linear import (
-    NarrowCopies,
-    StepLinear,
-    joins_product,
-    parameters_through,
-)
-from rerank_fast.model.packed.post_norm import TrainedPostNorm
-from rerank_fast.model.packed.relative import RelativeBatch, RelativeStep
-from rerank_fast.ops.int8_linear import Int8Rows, int8_norm
-from rerank_fast.ops.residual_norm import backend_for, residual_norm
-from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
+from rerank_fast.ops.int8_linear import Int8Rows
 
 if TYPE_CHECKING:
+    from rerank_fast.model.packed.post_norm_step import PostNormStep
     from rerank_fast.model.packed.pre_norm_step import PreNormStep
+    from rerank_fast.model.packed.relative import RelativeBatch
 
 Rows: TypeAlias = Tensor | Int8Rows
 
@@ -99,235 +88,6 @@ def run_layer(
     return layer(wide, x, batch)  # type: ignore[arg-type]
 
 
-class PostNormStep:
-    """A PostNormLayer with its weights made ready for one step; one_token computes only the token
-    that is read.
-
-    trains: as one function of autograd, where no module of the layer must be called and its
-    activation is GELU. adds_gradients: see Preparer.
-    """
-
-    def __init__(
-        self,
-        layer: PostNormLayer,
-        dtype: torch.dtype,
-        num_tokens: int,
-        *,
-        one_token: bool,
-        copies: NarrowCopies | None = None,
-        trains: bool = False,
-        adds_gradients: bool = False,
-    ) -> None:
-        # Of the last layer most is computed for one token of each pair.
-        few = 0 if one_token else num_tokens
-        self.layer, self.one_token, self.adds_gradients = layer, one_token, adds_gradients
-        if one_token:
-            keys = StepLinear([layer.key, layer.value], dtype, num_tokens, copies=copies)
-            self.projections = [StepLinear([layer.query], dtype, 0, copies=copies), keys]
-        else:
-            self.projections = [
-                StepLinear([layer.query, layer.key, layer.value], dtype, num_tokens, copies=copies)
-            ]
-        self.attention_out = StepLinear([layer.attention_out], dtype, few, copies=copies)
-        if layer.gate is None:
-            self.up = StepLinear([layer.up], dtype, few, layer.activation, copies)
-        else:
-            gate_up = [layer.gate, layer.up]
-            self.up = StepLinear(gate_up, dtype, few, layer.activation, copies, gated=True)
-        self.down = StepLinear([layer.down], dtype, few, copies=copies)
-        linears = [self.down, self.up, self.attention_out, *self.projections]
-        self.adapter: tuple[StepLinear, StepLinear] | None = None
-        if layer.adapter is not None:
-            narrow, act = layer.adapter.down, layer.adapter.activation
-            self.adapter = (
-                StepLinear([narrow], dtype, few, act, copies),
-                StepLinear([layer.adapter.up], dtype, few, copies=copies),
-            )
-        self.relative: RelativeStep | None = None
-        if layer.relative is not None:
-            terms, on_cpu = layer.relative, layer.relative.embeddings.weight.device.type == "cpu"
-            on_host = on_cpu and (trains or not torch.is_grad_enabled())
-            self.relative = RelativeStep(terms, layer.num_heads, dtype, copies, on_host=on_host)
-        further = [] if self.relative is None else self.relative.linears
-        self.linears = [*linears, *(self.adapter or ()), *further]
-        plain = all(one.has_weight and one.biases for one in linears)
-        others = (layer.gate, layer.adapter, layer.rotary)
-        plain = plain and all(one is None for one in others)
-        self.trains = trains and plain and joins_product(layer.activation)
-        if self.trains and self.relative is not None:  # Triton's kernels write no gradients into
-            like = self.down.weights[0].new_empty(0, layer.num_heads, 1, dtype=dtype)
-            self.trains = own_backend_for(like) != "triton"
-        self.attention_norm = _ready_norm(layer.attention_norm, dtype, copies, trains=self.trains)
-        self.output_norm = _ready_norm(layer.output_norm, dtype, copies, trains=self.trains)
-        self._backends: tuple[str, str] | None = None  # of attention and norms
-        self.trained: list[Tensor] = []  # as TrainedPostNorm takes them
-        if self.trains:
-            self.width, self.inner_width = self.down.weights[0].shape
-            self.weights = [one.ready[0] for one in linears]
-            self.trained = [weight for one in linears for weight in one.weights]
-            for norm, first, second in (
-                (layer.output_norm, self.down, [self.up]),
-                (layer.attention_norm, self.attention_out, self.projections),
-            ):
-                self.trained += [
-                    norm.weight,
-                    norm.bias,
-                    *first.biases,
-                    *(b for one in second for b in one.biases),
-                ]
-
-    def dropouts(self) -> list[float]:
-        """The shares that are dropped, in the order of prepare's seeds."""
-        layer, relative = self.layer, self.relative
-        down = share_of(layer.down_dropout)
-        return [
-            share_of(layer.attention_dropout, layer.attention_dropout_p),
-            share_of(layer.attention_out_dropout),
-            *([down] if layer.adapter is None else [down, down]),
-            0.0 if relative is None else relative.dropout_p,
-        ]
-
-    def prepare(self, batch: MicroBatch, seeds: list[int]) -> LayerBatch:
-        layer, relative = self.layer, self.relative
-        *seeds, last = seeds
-        prepared = layer_batch_of(batch, seeds, one_token=self.one_token)
-        if layer.rotary is not None:
-            prepared = replace(prepared, rotary=batch.rotary[layer.rotary])
-        if relative is None:
-            return prepared
-        # Where the last token is read, it stands beside the last key without being told to.
-        of_first = self.one_token and not batch.reads_last
-        first_of = len(batch.lengths) if of_first else None
-        return replace(prepared, relative=relative.prepare(batch.longest, first_of, last))
-
-    def __call__(self, wide: Tensor, x: Rows, batch: LayerBatch) -> tuple[Tensor, Rows]:
-        if self.trains:
-            # By the dtype: checkpointing's second run has two tensors for one.
-            narrow_rows = None if x.dtype == wide.dtype else x
-            through = parameters_through(self, wide)
-            tables: tuple[Tensor | None, ...] = (None, None, None)
-            if self.relative is not None and batch.relative is not None:
-                found = self.relative(batch.relative)
-                tables = found.keys, found.queries, found.bias
-            layer_of = (self, batch, *tables)
-            result, narrow = TrainedPostNorm.apply(wide, narrow_rows, *layer_of, *through)
-            return result, result if narrow is None else narrow
-        queries_of = x
-        if batch.read is not None:
-            # Not wide[...], whose gradient is sorted on a GPU.
-            wide = wide.index_select(0, batch.read)
-            queries_of = x[batch.read] if isinstance(x, Int8Rows) else x.index_select(0, batch.read)
-        projected = [linear(rows) for linear, rows in self.projections_of(queries_of, x)]
-        query, key, value = self.heads_of(projected)
-        layer, relative = self.layer, None
-        if batch.rotary is not None:
-            cos, sin = batch.rotary
-            key = rotated(key, cos, sin)
-            if batch.read is not None:
-                cos, sin = cos.index_select(0, batch.read), sin.index_select(0, batch.read)
-            query = rotated(query, cos, sin)
-        if self.relative is not None and batch.relative is not None:
-            relative = self.relative(batch.relative)
-        attended = varlen_attention(
-            query,
-            key,
-            value,
-            batch.cu_queries,
-            batch.cu_keys,
-            scale=layer.scale,
-            dropout_p=share_of(layer.attention_dropout, layer.attention_dropout_p),
-            seed=batch.seeds[0],
-            rows=batch.rows,
-            relative=relative,
-            max_seqlens=batch.max_seqlens,
-        )
-        attention = (
-            self.attention_out,
-            attended.flatten(1),
-            self.attention_norm,
-            layer.attention_out_dropout,
-        )
-        wide, x = _add_norm(wide, *attention, batch.seeds[1], batch.rows)
-        if layer.gate is None:
-            widened = self.up.before(self.down, x)
-        else:
-            widened = dropped(self.up(x), layer.mlp_dropout)
-        last = self.down
-        if layer.adapter is not None and self.adapter is not None:
-            before = (layer.adapter.norm, layer.down_dropout, batch.seeds[3], batch.rows)
-            wide, x = _add_norm(wide, last, widened, *before)
-            down, last = self.adapter
-            widened = down.before(last, x)
-        return _add_norm(
-            wide,
-            last,
-            widened,
-            self.output_norm,
-            layer.down_dropout,
-            batch.seeds[2],
-            batch.rows,
-        )
-
-    def projections_of(self, queries_of: Rows, keys_of: Rows) -> list[tuple[StepLinear, Any]]:
-        """The products before attention, each with the rows that it reads."""
-        rows = (queries_of, keys_of)[-len(self.projections) :]
-        return list(zip(self.projections, rows, strict=True))
-
-    def heads_of(self, projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, heads, head size) queries, keys and values in the results of these products."""
-        heads = self.layer.num_heads
-        if len(projected) == 1:
-            query, key, value = projected[0].view(projected[0].shape[0], 3, heads, -1).unbind(1)
-        else:
-            query = projected[0].view(projected[0].shape[0], heads, -1)
-            key, value = projected[1].view(projected[1].shape[0], 2, heads, -1).unbind(1)
-        return query, key, value
-
-    def options(self, batch: LayerBatch, rows: Tensor, wide: Tensor) -> tuple[tuple[Any, ...], ...]:
-        """What the unchecked ops take behind their tensors: of attention and of both norms."""
-        layer = self.layer
-        if self._backends is None:  # the same for all that the step computes
-            heads = rows.view(rows.shape[0], layer.num_heads, -1)
-            self._backends = own_backend_for(heads), backend_for(rows, wide)
-        attention_backend, backend = self._backends
-        dropouts = (layer.attention_dropout, layer.attention_out_dropout, layer.down_dropout)
-        drawn = [(share_of(one), seed) for one, seed in zip(dropouts, batch.seeds, strict=True)]
-        numbers = [batch.rows if p > 0 else None for p, _ in drawn]
-        places = batch.cu_queries, batch.cu_keys, numbers[0]
-        return (
-            (*places, layer.scale, -1, -1, *drawn[0], attention_backend),
-            (numbers[1], self.attention_norm.eps, *drawn[1], backend),
-            (numbers[2], self.output_norm.eps, *drawn[2], backend),
-        )
-
-
-@dataclass(frozen=True)
-class NormWeights:
-    """Of a LayerNorm, in the residual stream's dtype."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-def _ready_norm(
-    norm: nn.LayerNorm, dtype: torch.dtype, copies: NarrowCopies | None, *, trains: bool
-) -> nn.LayerNorm | NormWeights:
-    """A norm whose weights need no cast in each micro-batch.
-
-    With gradients on they must reach the module's own, unless the layer trains as one function.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    if copies is None or (torch.is_grad_enabled() and not trains):
-        return norm
-    if norm.weight.dtype == wide:
-        # A module's attributes take ten times as long.
-        return NormWeights(norm.weight, norm.bias, norm.eps) if trains else norm
-    return NormWeights(
-        copies.joined([norm.weight], wide), copies.joined([norm.bias], wide), norm.eps
-    )
-
-
 def prepare_layers(
     layers: Sequence[PostNormStep | PreNormStep], batch: MicroBatch
 ) -> list[LayerBatch]:
@@ -387,28 +147,3 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.to(cos.dtype).chunk(2, dim=2)
     turned = x * cos + torch.cat([-right, left], dim=2) * sin
     return turned.to(dtype)
-
-
-def _add_norm(
-    wide: Tensor,
-    linear: StepLinear,
-    x: Rows,
-    norm: nn.LayerNorm | NormWeights,
-    dropout: nn.Dropout | None,
-    seed: int,
-    rows: Tensor | None,
-) -> tuple[Tensor, Rows]:
-    """norm(wide + dropout(linear(x))) in wide's dtype and in what products read."""
-    weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-    if linear.int8 is not None and share_of(dropout) == 0:
-        return int8_norm(x, linear.int8, wide, weight, bias, eps=norm.eps)
-    return residual_norm(
-        linear(x),
-        wide,
-        weight,
-        bias,
-        eps=norm.eps,
-        dropout_p=share_of(dropout),
-        seed=seed,
-        rows=rows,
-    )

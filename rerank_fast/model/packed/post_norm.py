@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rerank_fast.model.packed.layers import share_of
 from rerank_fast.model.packed.linear import pass_on
 from rerank_fast.model.packed.vector_gradients import vector_gradients
 from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
@@ -20,7 +20,9 @@ from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
-    from rerank_fast.model.packed.layers import LayerBatch, NormWeights, PostNormStep
+    from rerank_fast.model.packed.layers import LayerBatch
+    from rerank_fast.model.packed.norm import NormWeights
+    from rerank_fast.model.packed.post_norm_step import PostNormStep
 
 
 class TrainedPostNorm(torch.autograd.Function):
@@ -46,8 +48,9 @@ class TrainedPostNorm(torch.autograd.Function):
         projected = [
             linear.product(rows) for linear, rows in step.projections_of(queries_of, keys_of)
         ]
-        attention, first_norm, second_norm = step.options(batch, keys_of, wide)
+        step.rotate(projected, batch)
         heads = step.heads_of(projected)
+        attention, first_norm, second_norm = step.options(batch, heads[0], keys_of, wide)
         if batch.relative is None:
             attended, lse = varlen_attention.unchecked_forward(*heads, *attention)
         else:
@@ -61,12 +64,16 @@ class TrainedPostNorm(torch.autograd.Function):
             added, wide, *_vectors(step.attention_norm), *first_norm
         )
         hidden = step.up.product(y if x is None else narrow)
-        active = F.gelu(hidden)
+        active, kept = step.activated(hidden), None
+        mlp_dropout_p = share_of(step.layer.mlp_dropout)
+        if mlp_dropout_p > 0:
+            active, kept = torch.native_dropout(active, mlp_dropout_p, True)
         down = step.down.product(active)
         result, result_narrow, *last_stats = residual_norm.unchecked_forward(
             down, y, *_vectors(step.output_norm), *second_norm
         )
-        ctx.step, ctx.batch, ctx.options = step, batch, (attention, first_norm, second_norm)
+        ctx.step, ctx.batch = step, batch
+        ctx.options = attention, first_norm, second_norm, mlp_dropout_p
         ctx.is_wide = x is None
         saved = (
             keys_of,
@@ -79,7 +86,9 @@ class TrainedPostNorm(torch.autograd.Function):
             y,
             narrow,
             hidden,
-            active,
+            # Of gates one pass makes it again, of what is twice as wide.
+            active if step.gate is None else None,
+            kept,
             down,
         )
         # With the weights: their change would be noticed.
@@ -94,11 +103,11 @@ class TrainedPostNorm(torch.autograd.Function):
         ctx: Any, d_result: Tensor | None, d_narrow: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         step: PostNormStep = ctx.step
-        attention, first_norm, second_norm = ctx.options
+        attention, first_norm, second_norm, mlp_dropout_p = ctx.options
         keys_of, queries_of, wide, attended, lse, added, mean, rstd, y, narrow, *saved = (
             ctx.saved_tensors
         )
-        hidden, active, down, last_mean, last_rstd, *saved = saved
+        hidden, active, kept, down, last_mean, last_rstd, *saved = saved
         keys, queries, bias, q, k, v, down_weight, up_weight, out_weight, *in_weights = saved
         projections = step.projections_of(queries_of, keys_of)
         d_projected = [
@@ -108,11 +117,14 @@ class TrainedPostNorm(torch.autograd.Function):
         vectors = vector_gradients(step, wide, d_projected, second_norm[-1], attention[-1])
 
         norm = (step.output_norm.weight, last_mean, last_rstd)
-        d_down, d_y = vectors.norm(down, y, *norm, d_result, d_narrow, *second_norm)
-        d_hidden = vectors.gelu(hidden, d_down @ down_weight)
+        outer = (*norm, d_result, d_narrow, *second_norm)
+        d_down, d_y = vectors.norm(step.down, down, y, *outer)
+        d_active = _dropped(d_down @ down_weight, kept, mlp_dropout_p)
+        d_hidden = vectors.activation(hidden, d_active)
         d_first, d_first_narrow = _through_product(d_y, d_hidden, up_weight, into_wide=ctx.is_wide)
         norm = (step.attention_norm.weight, mean, rstd)
-        d_added, d_wide = vectors.norm(added, wide, *norm, d_first, d_first_narrow, *first_norm)
+        outer = (*norm, d_first, d_first_narrow, *first_norm)
+        d_added, d_wide = vectors.norm(step.attention_out, added, wide, *outer)
         d_attended = (d_added @ out_weight).view_as(attended)
         seen = (q, k, v, attended, lse, d_attended)
         d_tables: list[Tensor | None] = [None, None, None]
@@ -121,7 +133,10 @@ class TrainedPostNorm(torch.autograd.Function):
         else:
             relative = _relative(ctx.batch, keys, queries, bias)
             d_tables = vectors.relative_attention(*seen, relative=relative, options=attention)
+        step.rotate_back(d_projected, ctx.batch)
 
+        if active is None:
+            active = _dropped(step.activated(hidden), kept, mlp_dropout_p)
         products = [
             (step.down, d_down, active),
             (step.up, d_hidden, y if ctx.is_wide else narrow),
@@ -152,6 +167,13 @@ def _relative(
     assert batch.relative is not None
     places = batch.relative.query_positions
     return RelativePositions(batch.relative.slots, keys, queries, bias, places)
+
+
+def _dropped(x: Tensor, kept: Tensor | None, dropout_p: float) -> Tensor:
+    """What forward's dropout left of x, or passes back of its gradient."""
+    if kept is None:
+        return x
+    return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - dropout_p))
 
 
 def _vectors(norm: nn.LayerNorm | NormWeights) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
 from rerank_fast.model.packed.embeddings import FusedEmbeddings
-from rerank_fast.model.packed.layers import PostNormStep, Rows, dropped
+from rerank_fast.model.packed.layers import Rows, dropped
 from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.norm import norm
+from rerank_fast.model.packed.post_norm_step import PostNormStep
 from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 
@@ -62,9 +63,8 @@ class ReadyLayers:
         for depth, layer in enumerate(architecture.layers, start=1):
             one_token = reads_one and depth == len(architecture.layers)
             make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            trains = not compiles and (grads or make is PreNormStep)
             self.layers.append(
-                make(layer, dtype, num_tokens, one_token=one_token, trains=trains, **options)  # type: ignore[arg-type]
+                make(layer, dtype, num_tokens, one_token=one_token, trains=not compiles, **options)  # type: ignore[arg-type]
             )
         for decoders in () if decoder is None else decoder.layers:
             self.decoder_layers.append(
@@ -73,7 +73,7 @@ class ReadyLayers:
         self.calls_no_module = (
             architecture.final_dropout is None
             and decoder is None
-            and all(isinstance(one, PostNormStep) and one.trains for one in self.layers)
+            and all(isinstance(one, PostNormStep) and one.calls_no_module for one in self.layers)
         )
         self.embeddings = None
         if has_kernels(architecture.word_embeddings.weight.device, dtype):

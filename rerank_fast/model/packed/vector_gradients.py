@@ -9,28 +9,31 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
-from rerank_fast.model.packed.linear import bias_gradient
 from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
 from rerank_fast.ops.relative_positions import RelativePositions
 
 if TYPE_CHECKING:
-    from rerank_fast.model.packed.layers import PostNormStep
+    from rerank_fast.model.packed.linear import StepLinear
+    from rerank_fast.model.packed.post_norm_step import PostNormStep
 
 
 class VectorGradients(Protocol):
-    """Each method gives the gradients of rows; all() those of the vectors before them, in the order
-    of the calls.
+    """Each method gives the gradients of rows; all(), when those of the products before attention
+    are done, the vectors'.
 
-    That is first the later norm, weight and bias, and the bias of the product that it adds; then
-    the bias before the GELU; the earlier norm; the biases of queries, keys and values.
+    That is first the later norm, weight and bias, and the bias of the product that it adds, where
+    there is one; then those of the earlier norm; the biases before the activation; the biases of
+    queries, keys and values.
     """
 
-    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]: ...
+    def norm(
+        self, linear: StepLinear, x: Tensor, residual: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """linear is the product that it adds."""
 
-    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor: ...
+    def activation(self, hidden: Tensor, grad: Tensor) -> Tensor: ...
 
     def attention(self, *tensors_and_options: Any) -> None: ...
 
@@ -39,7 +42,7 @@ class VectorGradients(Protocol):
     ) -> list[Tensor | None]:
         """Leaves beside them the gradients of the relative positions' keys, queries and bias."""
 
-    def all(self) -> Sequence[Tensor]: ...
+    def all(self) -> Sequence[Tensor | None]: ...
 
 
 def vector_gradients(
@@ -60,27 +63,29 @@ def vector_gradients(
     """
     if norm_backend == attention_backend == "triton":
         return _SumsOfKernels(step, wide, d_projected)
-    return _SumsOfRows(step, wide, d_projected)
+    return _SumsOfRows(step, d_projected)
 
 
 class _SumsOfRows:
-    def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
-        self._step, self._dtype, self._d_projected = step, wide.dtype, d_projected
-        self._found: list[Tensor] = []
+    def __init__(self, step: PostNormStep, d_projected: list[Tensor]) -> None:
+        self._step, self._d_projected = step, d_projected
+        self._norms: list[Tensor | None] = []
+        self._biases: Sequence[Tensor | None] = ()
 
-    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def norm(
+        self, linear: StepLinear, x: Tensor, residual: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         dx, d_residual, *vectors = residual_norm.unchecked_backward(x, residual, *rest)
-        self._found += [*vectors, bias_gradient(dx, self._dtype)]
+        self._norms += [*vectors, *linear.bias_gradients(dx)]
         return dx, d_residual
 
-    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        result = torch.ops.aten.gelu_backward(grad, hidden)
-        self._found.append(bias_gradient(result, self._dtype))
+    def activation(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        result = self._step.activation_grad(hidden, grad)
+        self._biases = self._step.up.bias_gradients(result)
         return result
 
     def attention(self, *arguments: Any) -> None:
         varlen_attention.unchecked_backward(*arguments, into=self._step.heads_of(self._d_projected))
-        self._add_biases()
 
     def relative_attention(
         self, *tensors: Any, relative: RelativePositions, options: tuple[Any, ...]
@@ -88,16 +93,16 @@ class _SumsOfRows:
         *places, scale, _left, _right, dropout_p, seed, backend = options
         more = *places, relative, scale, dropout_p, seed, backend
         into = self._step.heads_of(self._d_projected)
-        tables = relative_attention.unchecked_backward(*tensors, *more, into=into)
-        self._add_biases()
-        return tables
+        return relative_attention.unchecked_backward(*tensors, *more, into=into)
 
-    def _add_biases(self) -> None:
-        for one in self._d_projected:
-            self._found += bias_gradient(one, self._dtype).split(self._step.width)
+    def all(self) -> Sequence[Tensor | None]:
+        return [*self._norms, *self._biases, *_projected_biases(self._step, self._d_projected)]
 
-    def all(self) -> Sequence[Tensor]:
-        return self._found
+
+def _projected_biases(step: PostNormStep, d_projected: list[Tensor]) -> list[Tensor | None]:
+    """Of queries, keys and values, summed by PyTorch."""
+    each = zip(step.projections, d_projected, strict=True)
+    return [one for linear, grad in each for one in linear.bias_gradients(grad)]
 
 
 @functools.cache
@@ -120,29 +125,45 @@ def _kernels() -> SimpleNamespace:
 
 class _SumsOfKernels:
     """A kernel leaves the sums of some rows in a row of a matrix; one launch at the end adds these
-    up.
+    up. Gates leave none, nor does attention whose queries and keys are still to be rotated back.
     """
 
     def __init__(self, step: PostNormStep, wide: Tensor, d_projected: list[Tensor]) -> None:
         self._step, self._d_projected, self._kernels = step, d_projected, _kernels()
-        width, inner = step.width, step.inner_width
-        self._sizes = [width, width, width, inner, *[width] * 6]
-        self._sums = wide.new_empty(self._kernels.programs(wide.shape[0]), 6 * width + inner)
-        # Of the later norm, the GELU and the earlier norm.
-        self._parts = iter(self._sums.split_with_sizes([3 * width, inner, 3 * width], 1))
+        width, layer = step.width, step.layer
+        widths = [width * (2 + len(one.biases)) for one in (step.down, step.attention_out)]
+        inner = step.inner_width if layer.gate is None and step.up.biases else 0
+        rows = self._kernels.programs(wide.shape[0])
+        self._sums = wide.new_empty(rows, sum(widths) + inner)
+        *norms, self._inner = self._sums.split_with_sizes([*widths, inner], 1)
+        self._norms = iter(norms)
+        self._sizes = [*[width] * (sum(widths) // width), *([inner] if inner else [])]
+        self._sums_attention = (
+            layer.rotary is None and inner > 0 and all(one.biases for one in step.projections)
+        )
+        self._of_attention: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._biases: Sequence[Tensor | None] = ()  # where PyTorch sums
 
-    def norm(self, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def norm(
+        self, linear: StepLinear, x: Tensor, residual: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         *tensors, _eps, dropout_p, seed, _backend = rest
-        sums = next(self._parts)
+        sums = next(self._norms)
         return self._kernels.residual_norm_grads(x, residual, *tensors, sums, dropout_p, seed)
 
-    def gelu(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        return self._kernels.gelu_grad(hidden, grad, next(self._parts))
+    def activation(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        if self._inner.shape[1] > 0:
+            return self._kernels.gelu_grad(hidden, grad, self._inner)
+        result = self._step.activation_grad(hidden, grad)
+        self._biases = self._step.up.bias_gradients(result)
+        return result
 
     def attention(self, q: Tensor, k: Tensor, *arguments: Any) -> None:
         *tensors, scale, left, right, dropout_p, seed, _backend = arguments
-        self._attention_sums = self._kernels.sums_for(q, k, tensors[4].shape[0] - 1)
-        outputs = *self._step.heads_of(self._d_projected), *self._attention_sums
+        if self._sums_attention:
+            self._of_attention = self._kernels.sums_for(q, k, tensors[4].shape[0] - 1)
+            self._sizes += [self._step.width] * 3
+        outputs = *self._step.heads_of(self._d_projected), *self._of_attention
         options = scale, left, right, dropout_p, seed
         self._kernels.attention_grads(q, k, *tensors, *outputs, *options)
 
@@ -151,6 +172,9 @@ class _SumsOfKernels:
     ) -> list[Tensor | None]:
         raise NotImplementedError("layers with relative positions are composed on a GPU")
 
-    def all(self) -> Sequence[Tensor]:
-        sums = self._kernels.column_sums(self._sums, *self._attention_sums)
-        return sums.split_with_sizes(self._sizes)
+    def all(self) -> Sequence[Tensor | None]:
+        sums = self._kernels.column_sums(self._sums, *self._of_attention)
+        found = [*sums.split_with_sizes(self._sizes), *self._biases]
+        if self._sums_attention:
+            return found
+        return [*found, *_projected_biases(self._step, self._d_projected)]

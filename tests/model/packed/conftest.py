@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from rerank_fast.model import cross_encoder, pretrained
-from rerank_fast.model.packed import bucket_encoder, buckets, encoder, graphs, layers, pre_norm_step
+from rerank_fast.model.packed import (
+    bucket_encoder,
+    buckets,
+    encoder,
+    graphs,
+    norm,
+    post_norm_step,
+    pre_norm_step,
+)
 from tests.model.packed.graph_stand_in import CallStandIn, StandIn
 
 
@@ -18,14 +26,14 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     """
     pytest.importorskip("triton")
     for module, op in (
-        (layers, "varlen_attention"),
-        (layers, "residual_norm"),
+        (post_norm_step, "varlen_attention"),
+        (norm, "residual_norm"),
         (pre_norm_step, "varlen_attention"),
     ):
         monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
     for choose in ("backend_for", "own_backend_for"):
-        monkeypatch.setattr(layers, choose, lambda *tensors: "triton")
-    for module in (encoder, pre_norm_step, bucket_encoder):
+        monkeypatch.setattr(post_norm_step, choose, lambda *tensors: "triton")
+    for module in (encoder, post_norm_step, pre_norm_step, bucket_encoder):
         monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
 

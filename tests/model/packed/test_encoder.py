@@ -408,7 +408,16 @@ def test_texts_that_spell_the_padding_token(name: str) -> None:
         *(
             # Made of what the others have.
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("data2vec", "gte", "eurobert", "gemma3", "qwen2-sliding", "qwen3")
+            for name in (
+                "data2vec",
+                "nomic-bert",
+                "gte",
+                "jina",
+                "eurobert",
+                "gemma3",
+                "qwen2-sliding",
+                "qwen3",
+            )
         ),
     ],
 )
