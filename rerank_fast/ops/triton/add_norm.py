@@ -7,6 +7,7 @@ gradients over its rows: no atomics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rerank_fast.ops.registry import declare
-from rerank_fast.ops.triton import launcher
+from rerank_fast.ops.triton import guard, launcher
 from rerank_fast.ops.triton.residual_norm import ROWS, launch, programs
 from rerank_fast.ops.triton.variant import Variant
+
+
+@functools.cache
+def _limited(width: int, hip: bool = guard.HIP) -> launcher.Config:
+    """For the gradient through both norms: without the limit it spills on sm_80, of no more
+    registers.
+    """
+    return launcher.Config(guard.for_vendor({**launch(width, hip), "maxnreg": 64}, hip=hip))
 
 
 @triton.jit
@@ -204,7 +213,7 @@ def add_norm_grads(
             (*given, dx if has_x else None, d_residual, sums),
             (sums.stride(0), num_rows, width),
             launcher.constants(ROWS=ROWS),
-            launch(width),
+            launch(width) if x is None else _limited(width),
         )
     return dx, d_residual
 
@@ -216,20 +225,22 @@ def shipped() -> Iterator[Variant]:
                 for kernel in (add_norm_kernel, add_norm_grad_kernel):
                     types = {argument: _type(argument, name) for argument in kernel.arg_names}
                     constants: dict[str, Any] = {"bias": None}
-                    of_x = ["x_weight", "x_rstd"]
+                    of_x, launched = ["x_weight", "x_rstd"], launch
                     if kernel is add_norm_grad_kernel:
                         constants, of_x = {"ROWS": ROWS}, ["x", *of_x]
                     if case != "layer":
                         constants["mean"] = None
                     if case != "rms_rms":
                         constants |= dict.fromkeys(of_x)
+                    elif kernel is add_norm_grad_kernel:
+                        launched = _limited
                     yield Variant(
                         f"{kernel.__name__}-{name}_{width}_{case}",
                         kernel,
                         types,
-                        launch(width, hip=False),
+                        launched(width, hip=False),
                         constants,
-                        launch(width, hip=True),
+                        launched(width, hip=True),
                         multiples=[
                             a
                             for a in types
