@@ -18,8 +18,9 @@ from rerank_fast.ops.cpu import available, unavailable_reason
 from tests.model.packed.test_encoder import LENGTHS, make_model, make_tokens
 
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason())
-# LayerNorms and GELU, without the first norm; RMSNorms and SiLU; norms of the heads.
-NAMES = ["modernbert", "modernbert-mean", "eurobert", "qwen3"]
+# LayerNorms and GELU, without the first norm; RMSNorms and SiLU; norms of the heads; norms of what
+# is added, with capped scores and without.
+NAMES = ["modernbert", "modernbert-mean", "eurobert", "qwen3", "gemma2", "gemma3"]
 
 
 @pytest.fixture
@@ -87,3 +88,17 @@ def test_a_part_that_must_be_called_is_called():
     with torch.inference_mode():
         scores_of(model, torch.float32)
     assert sorted(called) == ["norm", "product"]
+
+
+def test_a_norm_of_what_is_added_is_called_between_layers_that_are_one_function():
+    model, called = make_model("gemma2"), []
+    expected = gradients_of(model, torch.float32)
+    norm = model.model.layers[0].post_feedforward_layernorm
+    norm.register_forward_hook(lambda *of: called.append("norm"))
+    architecture = find_architecture(model)
+    assert architecture is not None
+    layers = ReadyLayers(architecture, torch.float32, 100, compiles=False).layers
+    # The first leaves its sum to the second, which adds its own: nothing is left to the third.
+    assert [one.parts is not None for one in layers] == [True, False, True]
+    torch.testing.assert_close(gradients_of(model, torch.float32), expected, rtol=1e-4, atol=1e-6)
+    assert called == ["norm"]
