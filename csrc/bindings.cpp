@@ -323,24 +323,26 @@ void bind_pre_norm(py::module_& module) {
   module.attr("GATES") = kGates;
   module.attr("PRE_NORM_ROWS_PER_TASK") = kPreNormRowsPerTask;
   py::class_<AddNormShape>(module, "AddNormShape")
-      .def(py::init([](std::int64_t rows, std::int64_t width, bool bf16, bool centered, double eps, int num_threads) {
-             return AddNormShape{rows, width, bf16, centered, eps, num_threads};
+      .def(py::init([](std::int64_t rows, std::int64_t width, bool bf16, bool centered, double eps, double x_eps,
+                       int num_threads) {
+             return AddNormShape{rows, width, bf16, centered, eps, x_eps, num_threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("width"), py::arg("bf16"), py::arg("centered"), py::arg("eps"),
-           py::arg("num_threads"));
-  module.def("add_norm_forward", [](const AddNormShape& shape, Address residual, Address x, Address weight, Address bias,
-                                    Address total, Address normed, Address mean, Address rstd) {
+           py::arg("x_eps"), py::arg("num_threads"));
+  module.def("add_norm_forward", [](const AddNormShape& shape, Address residual, Address x, Address x_weight,
+                                    Address weight, Address bias, Address total, Address normed, Address mean,
+                                    Address rstd, Address x_rstd) {
     py::gil_scoped_release release;
-    add_norm(shape, {at<float>(residual), at<void>(x), at<float>(weight), at<float>(bias), at<float>(total),
-                     at<void>(normed), at<float>(mean), at<float>(rstd)});
+    add_norm(shape, {at<float>(residual), at<void>(x), at<float>(x_weight), at<float>(weight), at<float>(bias),
+                     at<float>(total), at<void>(normed), at<float>(mean), at<float>(rstd), at<float>(x_rstd)});
   });
   module.def("add_norm_backward", [](const AddNormShape& shape, Address total, Address weight, Address mean,
-                                     Address rstd, Address grad_normed, Address grad_total, Address grad_x,
-                                     Address grad_residual, Address sums) {
+                                     Address rstd, Address x, Address x_weight, Address x_rstd, Address grad_normed,
+                                     Address grad_total, Address grad_x, Address grad_residual, Address sums) {
     py::gil_scoped_release release;
-    add_norm_backward(shape,
-                      {at<float>(total), at<float>(weight), at<float>(mean), at<float>(rstd), at<void>(grad_normed),
-                       at<float>(grad_total), at<void>(grad_x), at<float>(grad_residual), at<float>(sums)});
+    add_norm_backward(shape, {at<float>(total), at<float>(weight), at<float>(mean), at<float>(rstd), at<void>(x),
+                              at<float>(x_weight), at<float>(x_rstd), at<void>(grad_normed), at<float>(grad_total),
+                              at<void>(grad_x), at<float>(grad_residual), at<float>(sums)});
   });
   py::class_<RotaryShape>(module, "RotaryShape")
       .def(py::init([](std::int64_t rows, std::int64_t heads, std::int64_t num_queries, std::int64_t head_size,

@@ -2,6 +2,7 @@
 // belongs to a query is then a register's worth of 16 of them, and no maximum or sum goes across lanes.
 #include "attention/amx_queries.h"
 #include "attention/amx_tiles.h"
+#include "attention/scores.h"
 #include "attention/sequence.h"
 #include "common/math.h"
 #include "common/scratch.h"
@@ -36,6 +37,7 @@ struct ForwardMemory {
 struct Softmax {
   const AttentionShape& shape;
   const Sequence& sequence;
+  const Scores& made;
   const Dropout& dropout;
   KeyRange range;  // whole blocks
   std::int64_t head, first, count;
@@ -47,7 +49,8 @@ struct Softmax {
   }
 
   // The factor of the sums of values; and lse.
-  RERANK_FAST_INLINE Vector run(float factor, float* lse) const {
+  RERANK_FAST_INLINE Vector run(float* lse) const {
+    const float factor = made.capped ? 1.0f : made.factor;
     const Reach reach(shape, sequence, first);
     const std::int64_t end = whole(range.to, 2);
     Vector top = every_lane(-kInfinity);
@@ -55,6 +58,7 @@ struct Softmax {
       const std::int64_t rows = smaller(kSide, end - j);
       const bool hidden = hides_some(shape, sequence, first, smaller(count, kSide), j, j + rows);
       float* const raw = scores + row(j);
+      if (made.capped) made.cap_row(raw, rows * kSide, made.factor);
       for (std::int64_t r = 0; r < rows; ++r) {
         Vector score = load(raw + r * kSide);
         if (hidden) {
@@ -105,7 +109,7 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
   Word* const weights = memory.weights.room(blocks * 2 * kTile);
   float* const scores = memory.scores.room(blocks * kBlockTile);
   float* const sums = memory.sums.room(kBlockTile);
-  const auto factor = static_cast<float>(shape.scale * kLog2E);
+  const Scores made(shape);
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   const TileRegisters registers;
   Packing(tensors.k, kv_head, sequence.first_k, sequence.num_k, size).as_rows(keys);
@@ -123,9 +127,9 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
       }
       Vector rescale[2] = {};
       for (std::int64_t n = 0; n < columns; ++n) {
-        const Softmax softmax{shape, sequence, dropout, range, head, first + n * kSide, count - n * kSide,
+        const Softmax softmax{shape, sequence, made, dropout, range, head, first + n * kSide, count - n * kSide,
                               scores + n * kTile, weights + n * kTile};
-        rescale[n] = softmax.run(factor, tensors.lse + head * shape.num_queries + token + n * kSide);
+        rescale[n] = softmax.run(tensors.lse + head * shape.num_queries + token + n * kSide);
       }
       const std::int64_t block = range.from / kBlockSide, depth = whole(range.to, kBlockSide) / kBlockSide - block;
       for (std::int64_t e = 0; e < size; e += kBlockSide) {
@@ -145,11 +149,13 @@ struct Block {
   alignas(64) float scores[kBlockTile], grads[kBlockTile];
 };
 
-// From them the weights, dropped out, and the gradients of the scores: for products along queries (two tiles of
-// keys), and the latter along keys too (two tiles of queries).
-RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries, const Dropout& dropout,
-                                      float factor, std::int64_t columns, const Reach* reach, std::int64_t key,
-                                      std::int64_t count, Word* weights, Word* slopes, Word* slope_pairs) {
+// From them, the scores capped, the weights, dropped out, and the gradients of the products: for products along queries
+// (two tiles of keys), and the latter along keys too (two tiles of queries).
+RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries, const Scores& made,
+                                      const Dropout& dropout, std::int64_t columns, const Reach* reach,
+                                      std::int64_t key, std::int64_t count, Word* weights, Word* slopes,
+                                      Word* slope_pairs) {
+  const float factor = made.capped ? 1.0f : made.factor;
   for (std::int64_t j = 0; j < count; j += 2) {
     Vector weight[2][2] = {}, slope[2][2] = {};
 #pragma GCC unroll 2
@@ -170,6 +176,7 @@ RERANK_FAST_INLINE void differentiate(const Block& block, const Queries& queries
           weight[n][c] = keep(which, all, dropout.rescale);
           slope[n][c] = all * keep_less(which, upstream, dropout.rescale, queries.along[c]);
         }
+        if (made.capped) slope[n][c] *= made.bend(load(block.scores + at));
       }
     }
 #pragma GCC unroll 2
@@ -202,7 +209,8 @@ struct Backward {
   const std::int64_t key_blocks = whole(sequence.num_k, kBlockSide) / kBlockSide;
   const std::int64_t query_blocks = whole(sequence.num_q, kBlockSide) / kBlockSide;
   const std::int64_t block_words = 2 * chunks * kTile, block_sums = chunks * kBlockTile;
-  const float scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
+  const float scale = static_cast<float>(shape.scale);
+  const Scores made{shape};
   const Dropout dropout{shape.dropout_p, shape.seed, shape.dropout_rows};
   Word* const keys = memory.keys.room(key_blocks * block_words);
   Word* const keys_turned = memory.keys_turned.room(key_blocks * block_words);
@@ -264,7 +272,8 @@ struct Backward {
       const std::int64_t first = b * kBlockSide, num = smaller(kBlockSide, sequence.num_q - first);
       const Reach reach[2] = {{shape, sequence, first}, {shape, sequence, first + kSide}};
       const bool hidden = hides_some(shape, sequence, first, num, key, key + whole(count, 2));
-      differentiate(blocks[b % 2], known[b], dropout, factor, columns(b), hidden ? reach : nullptr, key, count,
+      if (made.capped) made.cap_row(blocks[b % 2].scores, kBlockTile, made.factor);
+      differentiate(blocks[b % 2], known[b], made, dropout, columns(b), hidden ? reach : nullptr, key, count,
                     weights + b * 2 * kTile, slopes + b * 2 * kTile, slope_pairs + b * 2 * kTile);
     }
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {

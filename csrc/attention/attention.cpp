@@ -14,8 +14,7 @@ bool rise(const std::int32_t* cu_seqlens, std::int64_t num_sequences, std::int64
 }
 
 bool in_bf16_pairs(const AttentionShape& shape) {
-  return shape.bf16 && shape.head_size % kBf16HeadStep == 0 && shape.softcap == 0 &&
-         kernels().attention->bf16_forward != nullptr;
+  return shape.bf16 && shape.head_size % kBf16HeadStep == 0 && kernels().attention->bf16_forward != nullptr;
 }
 
 // A sequence's heads lie side by side: a thread takes all of them, unless there are too few sequences for all threads.

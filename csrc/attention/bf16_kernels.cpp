@@ -4,6 +4,7 @@
 #if RERANK_FAST_BF16_PRODUCTS
 
 #include "attention/bf16_products.h"
+#include "attention/scores.h"
 #include "common/math.h"
 #include "common/scratch.h"
 
@@ -77,7 +78,7 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
   Word* const queries = memory.queries.room(whole(sequence.num_q, kRows) * size / 2);
   Word* const weights = memory.weights.room(kRows * stride / 2);  // (tiles, kRows, kKeys / 2)
   float* const scores = memory.scores.room(kRows * stride);       // (tiles, kRows, kKeys)
-  const auto factor = static_cast<float>(shape.scale * kLog2E);
+  const Scores made(shape);
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   pair_columns<kKeys>(rows_of(k, kv_head, sequence.first_k, sequence.num_k), size, keys);
   pair_rows(rows_of(v, kv_head, sequence.first_k, sequence.num_k), size, values);
@@ -92,10 +93,11 @@ void forward(const AttentionShape& shape, const AttentionForward& tensors, const
       for (std::int64_t j = range.from; j < range.to; j += kKeys) {
         const Word *left = queries + first * size / 2, *right = keys + j * size / 2;
         if (range.to - j > kLanes) {
-          store_product<2>(left, right, size / 2, factor, scores + j * kRows);
+          store_product<2>(left, right, size / 2, made.factor, scores + j * kRows);
         } else {
-          store_product<1>(left, right, size / 2, factor, scores + j * kRows);
+          store_product<1>(left, right, size / 2, made.factor, scores + j * kRows);
         }
+        if (made.capped) made.cap_row(scores + j * kRows, kRows * kKeys);
         if (j < every.from || j + kKeys > every.to) mask(shape, sequence, first, count, j, scores + j * kRows);
       }
       float rescale[kRows];
@@ -150,8 +152,8 @@ struct Query {
   std::uint32_t drawn;
 
   // The probabilities, dropped out, and the scores' gradients of kLanes keys.
-  RERANK_FAST_INLINE void differentiate(const float* score, const float* grad, const Dropout& dropout, std::int64_t j,
-                                        Vector* weight, Vector* slope) const {
+  RERANK_FAST_INLINE void differentiate(const float* score, const float* grad, const Scores& made,
+                                        const Dropout& dropout, std::int64_t j, Vector* weight, Vector* slope) const {
     const Vector all = exp2_below<true>(load(score) - log_sum);
     Vector upstream = load(grad);
     *weight = all;
@@ -161,6 +163,7 @@ struct Query {
       *weight = all * factors;
     }
     *slope = all * (upstream - along);
+    if (made.capped) *slope *= made.bend(load(score));
   }
 };
 
@@ -214,7 +217,8 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
   float* const weight_grads = memory.weight_grads.room(kQueries * stride);
   float* const key_grads = memory.dk.room(stride * size + kLanes);
   float* const value_grads = memory.dv.room(stride * size + kLanes);
-  const auto scale = static_cast<float>(shape.scale), factor = static_cast<float>(shape.scale * kLog2E);
+  const auto scale = static_cast<float>(shape.scale);
+  const Scores made(shape);
   const Dropout dropout(shape.dropout_p, shape.seed, shape.dropout_rows);
   const Bf16Rows key_rows = rows_of(k, kv_head, sequence.first_k, sequence.num_k);
   pair_columns<kKeys>(key_rows, size, keys);
@@ -239,7 +243,8 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
         for (std::int64_t j = range.from; j < range.to; j += kKeys) {
           const std::int64_t left = at + row * size / 2, right = j * size / 2;
           float* const to = scores + j * kQueries + row * kKeys;
-          store_product<2>(queries + left, keys + right, size / 2, factor, to);
+          store_product<2>(queries + left, keys + right, size / 2, made.factor, to);
+          if (made.capped) made.cap_row(to, kRows * kKeys);
           store_product<2>(grads + left, values + right, size / 2, 1.0f, weight_grads + (to - scores));
           if (j < every.from || j + kKeys > every.to)
             mask(shape, sequence, first + row, smaller(kRows, count - row), j, to);
@@ -256,8 +261,8 @@ void backward(const AttentionShape& shape, const AttentionBackward& tensors, con
           for (std::int64_t row = 0; row < smaller(2, count - r); ++row)
             for (std::int64_t n = 0; n < 2; ++n) {
               const std::int64_t from = j * kQueries + (r + row) * kKeys + n * kLanes;
-              known[r + row].differentiate(scores + from, weight_grads + from, dropout, j + n * kLanes, &weight[row][n],
-                                           &slope[row][n]);
+              known[r + row].differentiate(scores + from, weight_grads + from, made, dropout, j + n * kLanes,
+                                           &weight[row][n], &slope[row][n]);
             }
           for (std::int64_t n = 0; n < 2; ++n) {
             const std::int64_t to = r / 2 * stride + j + n * kLanes;

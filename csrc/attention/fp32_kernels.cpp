@@ -1,6 +1,7 @@
 // Attention by products in fp32. A block of queries meets all keys that it may read: its scores lie in the first level
 // of the cache, and softmax runs over whole rows of them.
 #include "attention/fp32_products.h"
+#include "attention/scores.h"
 #include "attention/tasks.h"
 #include "common/scratch.h"
 
@@ -16,24 +17,7 @@ struct Memory {
   Scratch<float> keys, keys_t, values, values_t, scores, grads, bends, rows, grad_rows, out_rows, dk, dv;
 };
 
-// What is made of scores. Products give them in powers of 2 or, where they are capped, as shares of the cap.
-struct Scores {
-  bool capped;
-  float factor;  // of queries in products
-  float cap;     // in powers of 2
-
-  explicit Scores(const AttentionShape& shape)
-      : capped(shape.softcap > 0),
-        factor(static_cast<float>(capped ? shape.scale / shape.softcap : shape.scale * kLog2E)),
-        cap(static_cast<float>(shape.softcap * kLog2E)) {}
-};
-
-// A row's shares of the cap as scores in powers of 2.
-void cap_row(float* row, std::int64_t from, std::int64_t end, float cap) {
-  for (std::int64_t j = from; j < end; j += kLanes) store(tanh_of(load(row + j)) * cap, row + j);
-}
-
-// That, and how steeply each score follows its product.
+// Scores of their shares of the cap in powers of 2, and how steeply each follows its product.
 void cap_row(float* row, float* bend_row, std::int64_t from, std::int64_t end, float cap) {
   for (std::int64_t j = from; j < end; j += kLanes) {
     const Vector share = tanh_of(load(row + j));
@@ -73,7 +57,7 @@ RERANK_FAST_INLINE void forward_of(const AttentionShape& shape, const AttentionF
       float rescale[kQueries];
       for (std::int64_t r = 0; r < count; ++r) {
         float* const row = scores + r * stride;
-        if (made.capped) cap_row(row, range.from, end, made.cap);
+        if (made.capped) made.cap_row(row + range.from, end - range.from);
         task.mask(shape, first + r, range, end, row);
         const std::uint32_t drawn =
             dropout.row(static_cast<std::uint32_t>(head), static_cast<std::uint32_t>(token + r));

@@ -13,7 +13,8 @@ void add_norm(const AddNormShape& shape, const AddNormForward& tensors) {
 
 void add_norm_backward(const AddNormShape& shape, const AddNormBackward& tensors) {
   const auto rows = kernels().rows->add_norm_backward;
-  const std::int64_t sums = shape.centered ? 2 * shape.width : shape.width;
+  const std::int64_t vectors = 1 + (shape.centered ? 1 : 0) + (tensors.x == nullptr ? 0 : 1);
+  const std::int64_t sums = vectors * shape.width;
   for_rows<kPreNormRowsPerTask>(
       shape, [&](TaskRows own) { rows(shape, tensors, tensors.sums + own.number * sums, own.begin, own.end); });
 }

@@ -14,26 +14,30 @@ struct AddNormShape {
   std::int64_t rows, width;
   bool bf16;      // of x, normed and their gradients; else fp32
   bool centered;  // LayerNorm; else RMSNorm
-  double eps;
+  double eps, x_eps;
   int num_threads;
 };
 
 struct AddNormForward {
   const float* residual;       // (rows, width)
   const void* x;               // (rows, width), or null
+  const float* x_weight;       // (width) of an RMSNorm of x; null where it is added as it is
   const float *weight, *bias;  // (width); the bias may be null
   float* total;                // (rows, width) residual + x; null without x
   void* normed;                // (rows, width)
   float *mean, *rstd;          // (rows); mean is null where nothing is centered
+  float* x_rstd;               // (rows); null without x_weight
 };
 
 struct AddNormBackward {
   const float *total, *weight, *mean, *rstd;
+  const void* x;  // null, as the two that follow, where it was added as it is
+  const float *x_weight, *x_rstd;
   const void* grad_normed;
   const float* grad_total;  // or null: taken as 0
   void* grad_x;             // or null
   float* grad_residual;
-  float* sums;  // (tasks, width) of the weight's gradient and, centered, behind it the bias's: (tasks, 2 * width)
+  float* sums;  // (tasks, 1 to 3 * width) of the gradients of weight, centered of bias, and with x of x_weight
 };
 
 // The first heads of a token are queries, the others keys; each is normed by its root mean square, where there are

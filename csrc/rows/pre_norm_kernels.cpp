@@ -10,6 +10,15 @@ namespace {
 template <bool kBf16>
 using Value = typename Stored<kBf16>::type;
 
+// One over the root mean square of a row.
+template <bool kBf16>
+RERANK_FAST_INLINE float rms_scale(const Value<kBf16>* row, std::int32_t size, double eps) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (std::int32_t e = 0; e < size; ++e) squares += Stored<kBf16>::get(row[e]) * Stored<kBf16>::get(row[e]);
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + static_cast<float>(eps));
+}
+
 template <bool kBf16>
 RERANK_FAST_INLINE void add_norm_each(const AddNormShape& shape, const AddNormForward& tensors, std::int64_t begin,
                                       std::int64_t end) {
@@ -21,8 +30,15 @@ RERANK_FAST_INLINE void add_norm_each(const AddNormShape& shape, const AddNormFo
     if (tensors.x != nullptr) {
       const auto* x = static_cast<const Value<kBf16>*>(tensors.x) + row * width;
       float* const total = tensors.total + row * width;
+      if (tensors.x_weight == nullptr) {
 #pragma omp simd
-      for (std::int32_t e = 0; e < width; ++e) total[e] = own[e] + Stored<kBf16>::get(x[e]);
+        for (std::int32_t e = 0; e < width; ++e) total[e] = own[e] + Stored<kBf16>::get(x[e]);
+      } else {
+        const float* const x_weight = tensors.x_weight;
+        const float scale = tensors.x_rstd[row] = rms_scale<kBf16>(x, width, shape.x_eps);
+#pragma omp simd
+        for (std::int32_t e = 0; e < width; ++e) total[e] = own[e] + Stored<kBf16>::get(x[e]) * scale * x_weight[e];
+      }
       own = total;
     }
     float middle = 0;
@@ -56,7 +72,8 @@ RERANK_FAST_INLINE void add_norm_backward_each(const AddNormShape& shape, const 
   const auto count = static_cast<float>(width);
   const float* const weight = tensors.weight;
   float* const bias_sums = sums + width;
-  fill(sums, shape.centered ? 2 * shape.width : shape.width, 0.0f);
+  float* const x_sums = shape.centered ? bias_sums + width : bias_sums;
+  fill(sums, (tensors.x == nullptr ? x_sums : x_sums + width) - sums, 0.0f);
   for (std::int64_t row = begin; row < end; ++row) {
     const float* const total = tensors.total + row * width;
     const auto* const grad = static_cast<const Value<kBf16>*>(tensors.grad_normed) + row * width;
@@ -85,21 +102,30 @@ RERANK_FAST_INLINE void add_norm_backward_each(const AddNormShape& shape, const 
 #pragma omp simd
       for (std::int32_t e = 0; e < width; ++e) to[e] += grad_total[e];
     }
-    if (tensors.grad_x != nullptr) {
-      auto* const grad_x = static_cast<Value<kBf16>*>(tensors.grad_x) + row * width;
+    if (tensors.grad_x == nullptr) continue;
+    auto* const grad_x = static_cast<Value<kBf16>*>(tensors.grad_x) + row * width;
+    if (tensors.x == nullptr) {
 #pragma omp simd
       for (std::int32_t e = 0; e < width; ++e) grad_x[e] = Stored<kBf16>::put(to[e]);
+      continue;
+    }
+    const auto* const x = static_cast<const Value<kBf16>*>(tensors.x) + row * width;
+    const float* const x_weight = tensors.x_weight;
+    const float x_scale = tensors.x_rstd[row];
+    float x_along = 0;
+#pragma omp simd reduction(+ : x_along)
+    for (std::int32_t e = 0; e < width; ++e) {
+      const float unit = Stored<kBf16>::get(x[e]) * x_scale;
+      x_sums[e] += to[e] * unit;
+      x_along += to[e] * x_weight[e] * unit;
+    }
+    x_along /= count;
+#pragma omp simd
+    for (std::int32_t e = 0; e < width; ++e) {
+      const float unit = Stored<kBf16>::get(x[e]) * x_scale;
+      grad_x[e] = Stored<kBf16>::put(x_scale * (to[e] * x_weight[e] - unit * x_along));
     }
   }
-}
-
-// One over the root mean square of a head.
-template <bool kBf16>
-RERANK_FAST_INLINE float head_scale(const Value<kBf16>* head, std::int32_t size, double eps) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (std::int32_t e = 0; e < size; ++e) squares += Stored<kBf16>::get(head[e]) * Stored<kBf16>::get(head[e]);
-  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(size) + static_cast<float>(eps));
 }
 
 template <bool kBf16>
@@ -122,7 +148,7 @@ RERANK_FAST_INLINE void rotary_each(const RotaryShape& shape, const Rotary& tens
         continue;
       }
       const float* const weight = tensors.weights + (head < shape.num_queries ? 0 : size);
-      const float scale = head_scale<kBf16>(x, size, shape.eps);
+      const float scale = rms_scale<kBf16>(x, size, shape.eps);
 #pragma omp simd
       for (std::int32_t e = 0; e < half; ++e) {
         const float left = Stored<kBf16>::get(x[e]) * scale * weight[e];
@@ -155,7 +181,7 @@ RERANK_FAST_INLINE void rotary_backward_each(const RotaryShape& shape, const Rot
       }
       const auto* const x = static_cast<const Value<kBf16>*>(tensors.x) + row * shape.other_stride + head * size;
       const std::int64_t first = head < shape.num_queries ? 0 : size;
-      const float *const weight = tensors.weights + first, scale = head_scale<kBf16>(x, size, shape.eps);
+      const float *const weight = tensors.weights + first, scale = rms_scale<kBf16>(x, size, shape.eps);
       float* const own = sums + first;
       float along = 0;
 #pragma omp simd reduction(+ : along)

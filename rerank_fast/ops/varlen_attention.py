@@ -168,13 +168,15 @@ def _backward(
     return backward(q, k, v, out, lse, grad_out, *places, *options, softcap=softcap)
 
 
-def unchecked_backward(*arguments: Any, into: Sequence[Tensor]) -> None:
+def unchecked_backward(
+    *arguments: Any, softcap: float | None = None, into: Sequence[Tensor]
+) -> None:
     """Its gradients, written to `into`: tensors of the shapes of q, k and v, each head's row
-    contiguous. Of scores that are not capped.
+    contiguous.
     """
     *tensors_and_options, backend = arguments
     _, backward = _BACKENDS[backend]
-    backward(*tensors_and_options, into=into)
+    backward(*tensors_and_options, softcap=softcap, into=into)
 
 
 class _VarlenAttention(torch.autograd.Function):

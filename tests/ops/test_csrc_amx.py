@@ -70,7 +70,11 @@ def test_no_tiles_are_left_behind(stand_ins):
     assert in_use() == 0  # whatever oneDNN's products left before
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.2, "seed": 7}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"dropout_p": 0.2, "seed": 7}, {"causal": True, "softcap": 1.5}],
+    ids=str,
+)
 def test_as_exact_as_the_set_below(options):
     """In the mean: nothing is rounded once more than there."""
     lengths = [100, 250, 33]

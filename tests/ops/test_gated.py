@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from rerank_fast.model.packed.pre_norm import gate_of
+from rerank_fast.model.packed.pre_norm_parts import gate_of
 from tests.ops.test_backends import require_triton
 
 _EXACT = {

@@ -22,6 +22,11 @@ def norm(wide: Tensor, module: nn.Module) -> Tensor:
     return F.layer_norm(wide, module.normalized_shape, weight, bias, module.eps)
 
 
+def added(x: Tensor, module: nn.Module | None) -> Tensor:
+    """What a sublayer adds to the stream, normed in fp32 at least where the model norms it."""
+    return x if module is None else module(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 @dataclass(frozen=True)
 class NormWeights:
     """Of a LayerNorm, in the residual stream's dtype."""

@@ -28,7 +28,8 @@ from rerank_fast.model.packed.linear import (
 )
 from rerank_fast.model.packed.norm import add_norm, ready_norm
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
-from rerank_fast.model.packed.pre_norm import gate_of, has_kernels, kernels_on_host
+from rerank_fast.model.packed.pre_norm import has_kernels, kernels_on_host
+from rerank_fast.model.packed.pre_norm_parts import gate_of
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows
 from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of

@@ -22,14 +22,14 @@ from rerank_fast.model.packed.layers import (
     share_of,
 )
 from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, parameters_through
-from rerank_fast.model.packed.norm import norm
+from rerank_fast.model.packed.norm import added, norm
 from rerank_fast.model.packed.pre_norm import (
-    TrainedParts,
     TrainedPreNorm,
     fused_layer,
     has_kernels,
     kernels_on_host,
 )
+from rerank_fast.model.packed.pre_norm_parts import TrainedParts
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.ops.pre_norm import kernels_of
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
@@ -37,11 +37,11 @@ from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
 class PreNormStep:
     """A PreNormLayer with its weights made ready for one step. The last addition to the stream is
-    left to whoever follows: the second result.
+    left to whoever follows, not yet normed: the second result.
 
-    one_token computes only the token that is read. trains: through kernels, with gradients as one
-    function of autograd, where all parts are known and nothing is dropped but attention's
-    weights. adds_gradients: see Preparer.
+    one_token computes only the token that is read. added_norm: of what the layer before has left to
+    be added. trains: through kernels, with gradients as one function of autograd, where all parts
+    are known and nothing is dropped but attention's weights. adds_gradients: see Preparer.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class PreNormStep:
         num_tokens: int,
         *,
         one_token: bool,
+        added_norm: nn.Module | None = None,
         copies: NarrowCopies | None = None,
         trains: bool = False,
         adds_gradients: bool = False,
@@ -59,7 +60,7 @@ class PreNormStep:
         # and values of the encoded text.
         few = 0 if one_token or layer.cross is not None else num_tokens
         self.layer, self.one_token, self.dtype = layer, one_token, dtype
-        self.adds_gradients = adds_gradients
+        self.added_norm, self.adds_gradients = added_norm, adds_gradients
         # A step with gradients has one attention, also where a cache runs it first without.
         self.infers = not torch.is_grad_enabled()
         rows = num_tokens if layer.cross is None else 0
@@ -107,7 +108,7 @@ class PreNormStep:
         if kernels is None or not (own or self.infers):
             return None
         made = NarrowCopies() if copies is None else copies
-        parts = TrainedParts.of(self.layer, made, kernels)
+        parts = TrainedParts.of(self.layer, self.added_norm, made, kernels)
         if copies is None:
             made.fill()
         return parts
@@ -163,6 +164,7 @@ class PreNormStep:
             dropout_p,
             batch.seeds[0],
             self._attention_backend,
+            layer.softcap,
         )
 
     def __call__(
@@ -178,7 +180,7 @@ class PreNormStep:
                 attend = functools.partial(self._attended, batch, reach)
                 return fused_layer(self, wide, x, batch, attend)[:2]
             return TrainedPreNorm.apply(wide, x, self, batch, *parameters_through(self, wide))
-        wide = wide if x is None else wide + x
+        wide = wide if x is None else wide + added(x, self.added_norm)
         normed = wide if layer.attention_norm is None else norm(wide, layer.attention_norm)
         heads = self.projections(normed.to(self.dtype)).view(len(wide), -1, layer.head_size)
         query, key, value = heads.split(
@@ -203,13 +205,13 @@ class PreNormStep:
             key, value = key.index_select(0, batch.kept), value.index_select(0, batch.kept)
             window = None
         (attended,) = self._attended(batch, window, query, key, value)
-        added = dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
-        wide = wide + _normed(added, layer.post_attention_norm)
+        summand = dropped(self.attention_out(attended.flatten(1)), layer.attention_out_dropout)
+        wide = wide + added(summand, layer.post_attention_norm)
         if self.cross is not None and batch.encoded is not None:
             wide = wide + self.cross(wide, batch.encoded, batch)
         hidden = self.gate_up(norm(wide, layer.mlp_norm).to(self.dtype))
-        added = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
-        return wide + _normed(added, layer.post_mlp_norm), None
+        summand = dropped(self.down(dropped(hidden, layer.mlp_dropout)), layer.down_dropout)
+        return wide + added(summand, layer.post_mlp_norm), None
 
     def _attended(
         self,
@@ -284,11 +286,6 @@ class CrossStep:
             max_seqlens=(1, encoded.longest),
         )
         return dropped(self.out(attended.flatten(1)), cross.out_dropout)
-
-
-def _normed(x: Tensor, module: nn.Module | None) -> Tensor:
-    """What a sublayer adds, normed in fp32 at least where the model norms it."""
-    return x if module is None else module(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 def _first_tokens(batch: MicroBatch, limit: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from rerank_fast.model.packed.architectures import Architecture, PostNormLayer
 from rerank_fast.model.packed.embeddings import FusedEmbeddings
 from rerank_fast.model.packed.layers import Rows, dropped
 from rerank_fast.model.packed.linear import NarrowCopies
-from rerank_fast.model.packed.norm import norm
+from rerank_fast.model.packed.norm import added, norm
 from rerank_fast.model.packed.post_norm_step import PostNormStep
 from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
@@ -60,12 +60,17 @@ class ReadyLayers:
         options: dict[str, Any] = {"copies": self._copies, "adds_gradients": adds_gradients}
         decoder = architecture.decoder
         reads_one = architecture.pool is None and decoder is None
+        trains, added_norm = not compiles, None
         for depth, layer in enumerate(architecture.layers, start=1):
             one_token = reads_one and depth == len(architecture.layers)
-            make = PostNormStep if isinstance(layer, PostNormLayer) else PreNormStep
-            self.layers.append(
-                make(layer, dtype, num_tokens, one_token=one_token, trains=not compiles, **options)  # type: ignore[arg-type]
-            )
+            more: dict[str, Any] = {**options, "one_token": one_token, "trains": trains}
+            if isinstance(layer, PostNormLayer):
+                self.layers.append(PostNormStep(layer, dtype, num_tokens, **more))
+            else:
+                self.layers.append(
+                    PreNormStep(layer, dtype, num_tokens, added_norm=added_norm, **more)
+                )
+                added_norm = layer.post_mlp_norm
         for decoders in () if decoder is None else decoder.layers:
             self.decoder_layers.append(
                 PreNormStep(decoders, dtype, num_tokens, one_token=False, **options)
@@ -95,7 +100,10 @@ class ReadyLayers:
 
 def summed(layers: Sequence[Step], wide: Tensor, x: Rows | None) -> Tensor:
     """The residual stream with what the last layer has left to be added."""
-    return wide + x if isinstance(layers[-1], PreNormStep) and isinstance(x, Tensor) else wide
+    last = layers[-1]
+    if not isinstance(last, PreNormStep) or not isinstance(x, Tensor):
+        return wide
+    return wide + added(x, last.layer.post_mlp_norm)
 
 
 def finished(architecture: Architecture, wide: Tensor) -> Tensor:

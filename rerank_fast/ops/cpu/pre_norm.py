@@ -21,13 +21,16 @@ def programs(num_rows: int) -> int:
     return -(-num_rows // int(compiled().PRE_NORM_ROWS_PER_TASK))
 
 
-def _add_norm_shape(rows: Tensor, dtype: torch.dtype, eps: float, *, centered: bool) -> Any:
+def _add_norm_shape(
+    rows: Tensor, dtype: torch.dtype, eps: float, x_eps: float, *, centered: bool
+) -> Any:
     return compiled().AddNormShape(
         rows=rows.shape[0],
         width=rows.shape[1],
         bf16=dtype == torch.bfloat16,
         centered=centered,
         eps=eps,
+        x_eps=x_eps,
         num_threads=torch.get_num_threads(),
     )
 
@@ -41,8 +44,10 @@ def add_norm(
     eps: float,
     centered: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """residual + x and its norm.
+    x_weight: Tensor | None,
+    x_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """residual + x, or residual + RMSNorm(x), and the norm of the sum.
 
     Args:
         residual: (T, H) fp32.
@@ -53,20 +58,24 @@ def add_norm(
         eps: of the norm.
         centered: LayerNorm; else RMSNorm, whose mean is empty.
         dtype: of the norm's result: fp32 or bf16.
+        x_weight: (H,) fp32 of the norm of x; None without x, and where it is added as it is.
+        x_eps: of the norm of x.
 
     Returns:
-        (T, H) fp32 sum, (T, H) norm, (T,) fp32 mean and reciprocal of the deviation.
+        (T, H) fp32 sum, (T, H) norm, (T,) fp32 mean and reciprocal of the deviation, and of x's
+        norm, empty without.
     """
     residual, x = residual.contiguous(), None if x is None else x.to(dtype).contiguous()
     total = residual.new_empty(residual.shape if x is not None else 0)
     normed = residual.new_empty(residual.shape, dtype=dtype)
     mean = residual.new_empty(len(residual) if centered else 0)
     rstd = residual.new_empty(len(residual))
+    x_rstd = residual.new_empty(0 if x_weight is None else len(residual))
     if not residual.is_meta:
-        shape = _add_norm_shape(residual, dtype, eps, centered=centered)
-        tensors = (residual, x, weight, bias, total, normed, mean, rstd)
-        compiled().add_norm_forward(shape, *map(address, tensors))
-    return total, normed, mean, rstd
+        shape = _add_norm_shape(residual, dtype, eps, x_eps, centered=centered)
+        taken, given = (residual, x, x_weight, weight, bias), (total, normed, mean, rstd, x_rstd)
+        compiled().add_norm_forward(shape, *map(address, (*taken, *given)))
+    return total, normed, mean, rstd, x_rstd
 
 
 @declare("cpu_add_norm_grads", mutates=("sums",))
@@ -79,22 +88,27 @@ def add_norm_grads(
     grad_total: Tensor | None,
     sums: Tensor,
     has_x: bool,
+    x: Tensor | None,
+    x_weight: Tensor | None,
+    x_rstd: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, in grad_normed's dtype and empty without one, and of the residual (T, H)
     fp32.
 
     Args:
         total: (T, H) fp32 what was normed.
-        sums: (programs, H) fp32, or twice as wide for a LayerNorm: rows of sums of weight's and
-            bias's gradients.
+        sums: (programs, H) fp32, twice as wide for a LayerNorm and H wider for a norm of x: rows of
+            sums of the gradients of weight, bias and x_weight.
+        x: (T, H) as add_norm read it; None, as the two behind it, where it was not normed.
     """
     total, grad_normed = total.contiguous(), grad_normed.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
+    x = None if x is None else x.to(grad_normed.dtype).contiguous()
     grad_x = grad_normed.new_empty(total.shape if has_x else 0)
     d_residual = torch.empty_like(total)
     if not total.is_meta:
-        shape = _add_norm_shape(total, grad_normed.dtype, 0.0, centered=mean.numel() > 0)
-        taken = (total, weight, mean, rstd, grad_normed, grad_total)
+        shape = _add_norm_shape(total, grad_normed.dtype, 0.0, 0.0, centered=mean.numel() > 0)
+        taken = (total, weight, mean, rstd, x, x_weight, x_rstd, grad_normed, grad_total)
         given = (grad_x if has_x else None, d_residual, sums)
         compiled().add_norm_backward(shape, *map(address, (*taken, *given)))
     return grad_x, d_residual

@@ -59,12 +59,12 @@ def test_a_step_is_one_copy_and_two_replays(name: str) -> None:
 
 def few_heads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The interpreter goes head by head, and layer by layer."""
-    tables = "SIZES", "ROBERTA", "MODERN", "ROTARY", "SLIDING", "DECODER", "GEMMA3"
+    tables = "SIZES", "ROBERTA", "MODERN", "ROTARY", "SLIDING", "DECODER", "GEMMA2", "GEMMA3"
     for table in (getattr(test_encoder, one) for one in tables):
         monkeypatch.setitem(table, "num_attention_heads", 2)
         if "num_key_value_heads" in table:
             monkeypatch.setitem(table, "num_key_value_heads", 1)
-        if not name.startswith(("modernbert", "gemma3")):
+        if not name.startswith(("modernbert", "gemma2", "gemma3")):
             monkeypatch.setitem(table, "num_hidden_layers", 2)
 
 
@@ -80,6 +80,7 @@ SLOW = [
     "llama",
     "qwen2-sliding",
     "gemma",
+    "gemma2",
     "gemma3",
 ]
 SLOW += ["mistral-sliding", "qwen3-sliding-both-ways", "roberta", "roberta-prelayernorm", "jina"]

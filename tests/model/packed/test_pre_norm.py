@@ -14,12 +14,14 @@ from rerank_fast.model.packed.architectures import find_architecture
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.ready_layers import ReadyLayers
 from rerank_fast.model.precision.int8 import quantize_linears
+from rerank_fast.model.preparation import Preparer
 from rerank_fast.ops.cpu import available, unavailable_reason
 from tests.model.packed.test_encoder import LENGTHS, make_model, make_tokens
 
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason())
-# LayerNorms and GELU, without the first norm; RMSNorms and SiLU; norms of the heads.
-NAMES = ["modernbert", "modernbert-mean", "eurobert", "qwen3"]
+# LayerNorms and GELU, without the first norm; RMSNorms and SiLU; norms of the heads; norms of what
+# is added, with capped scores and without.
+NAMES = ["modernbert", "modernbert-mean", "eurobert", "qwen3", "gemma2", "gemma3"]
 
 
 @pytest.fixture
@@ -87,3 +89,41 @@ def test_a_part_that_must_be_called_is_called():
     with torch.inference_mode():
         scores_of(model, torch.float32)
     assert sorted(called) == ["norm", "product"]
+
+
+def test_a_norm_of_what_is_added_is_called_between_layers_that_are_one_function():
+    model, called = make_model("gemma2"), []
+    expected = gradients_of(model, torch.float32)
+    norm = model.model.layers[0].post_feedforward_layernorm
+    norm.register_forward_hook(lambda *of: called.append("norm"))
+    architecture = find_architecture(model)
+    assert architecture is not None
+    layers = ReadyLayers(architecture, torch.float32, 100, compiles=False).layers
+    # The first leaves its sum to the second, which adds its own: nothing is left to the third.
+    assert [one.parts is not None for one in layers] == [True, False, True]
+    torch.testing.assert_close(gradients_of(model, torch.float32), expected, rtol=1e-4, atol=1e-6)
+    assert called == ["norm"]
+
+
+@pytest.mark.parametrize("adds_gradients", [False, True])
+@pytest.mark.parametrize("frozen", ["", "layers.0", "layers.1", "post_feedforward", "embed_tokens"])
+def test_a_norm_of_what_is_added_is_trained_in_the_layer_behind(
+    frozen: str, adds_gradients: bool, compose: Callable[[], None]
+):
+    model, tokens = make_model("gemma2"), make_tokens(LENGTHS, types=False)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or frozen not in name)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        step = Preparer(model, None, adds_gradients=adds_gradients)(tokens)
+        scores = step(np.arange(len(tokens)))
+        (scores * torch.linspace(-1, 1, len(LENGTHS))).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    compose()
+    expected = gradients()
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
