@@ -66,7 +66,7 @@ def save(
         with quiet_transformers():
             model.save_pretrained(staging)
             tokenizer_settings.save(tokenizer, staging, max_length)
-        files = _module_files(entries or _plain_entries(answers, encoder_decoder))
+        files = _module_files(entries or _plain_entries(answers, encoder_decoder), max_length)
         files[SENTENCE_TRANSFORMERS_CONFIG] = _settings(
             activation_fn, prompts, default_prompt_name, keep_in_fp32_modules
         )
@@ -113,9 +113,9 @@ def _settings(
     )
 
 
-def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
+def _module_files(entries: Sequence[Entry], max_length: int | None) -> dict[str, Any]:
     """modules.json and each module's config."""
-    files: dict[str, Any] = {TRANSFORMER_CONFIG: dict(entries[0].config)}
+    files: dict[str, Any] = {TRANSFORMER_CONFIG: _limited(entries[0].config, max_length)}
     files |= {f"{entry.path}/config.json": dict(entry.config) for entry in entries[1:]}
     files["modules.json"] = [
         {"idx": index, "name": entry.name, "path": entry.path, "type": entry.type}
@@ -123,6 +123,19 @@ def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
         for index, entry in enumerate(entries)
     ]
     return files
+
+
+def _limited(config: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """A Transformer's config; where it names a limit, which goes before the tokenizer's, this
+    one.
+    """
+    limited = dict(config)
+    if limited.get("max_seq_length") is not None:
+        limited["max_seq_length"] = max_length
+    text = (limited.get("processing_kwargs") or {}).get("text") or {}
+    if text.get("max_length") is not None:
+        limited["processing_kwargs"] = {"text": {**text, "max_length": max_length}}
+    return limited
 
 
 def _plain_entries(answers: Answers | None, encoder_decoder: bool) -> list[Entry]:
