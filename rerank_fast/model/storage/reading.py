@@ -97,7 +97,13 @@ def load(
     base = adapter_base(encoder) or encoder
     if base is not encoder:
         hub["revision"] = None  # which is the adapter's
-    config = read_config(base, hub, check_dtype=dtype is None)
+    try:
+        config = read_config(base, hub, check_dtype=dtype is None)
+    except ValueError as error:
+        if base is encoder:
+            raise
+        what = f"{encoder.name} holds a PEFT adapter of {base.name} and no model"
+        raise ValueError(f"{what}: {error}") from error
     if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
         entries[0] = replace(entries[0], path="")
     prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)

@@ -27,11 +27,18 @@ from rerank_fast.model.texts import one_line
 logger = logging.getLogger(__name__)
 
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What transformers would add, of a model that lay there before, to the one that is saved.
+_STALE = (*_ADAPTER, "added_tokens.json", "special_tokens_map.json")
+
+
 def holds_model(directory: Path) -> bool:
-    """Whether a directory has a config, weights or a README that a save would replace."""
-    return any((directory / name).exists() for name in ("config.json", CARD_FILE)) or any(
-        directory.glob("*.safetensors")
-    )
+    """Whether a directory has a config, weights, an adapter or a README that a save would
+    replace.
+    """
+    return any(
+        (directory / name).exists() for name in ("config.json", CARD_FILE, *_ADAPTER)
+    ) or any(directory.glob("*.safetensors"))
 
 
 def save(
@@ -74,6 +81,8 @@ def save(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
+        for name in _STALE:
+            (directory / name).unlink(missing_ok=True)
         mode = (staging / "modules.json").stat().st_mode
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             file.chmod(mode)  # safetensors makes its files the owner's alone
