@@ -245,8 +245,9 @@ class PretrainedModel(nn.Module):
         """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to
         a directory.
 
-        README.md is the card that the model was loaded with or trained to, else a short one. Set
-        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
+        PEFT's adapters are merged into the weights that are written, and stay as they are in the
+        model. README.md is the card that the model was loaded with or trained to, else a short
+        one. Set `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
         beforehand.
 
         Raises:
@@ -267,7 +268,7 @@ class PretrainedModel(nn.Module):
             )
         card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
-            self.model if model is None else model,
+            storage.merged_copy(self.model) if model is None else model,
             self.tokenizer,
             self.activation_fn,
             self.max_length,

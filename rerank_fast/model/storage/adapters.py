@@ -4,8 +4,12 @@ directory of its own.
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
 from typing import Any
+
+from torch import nn
 
 from rerank_fast.model.storage.files import Checkpoint, named
 from rerank_fast.model.storage.weights import header
@@ -84,3 +88,40 @@ def merged(
             raise ValueError(f"expected an adapter that can be merged, as LoRA, got {kind}")
         whole = adapted.merge_and_unload().eval()
     return whole, missing - {name.removeprefix(_PREFIX) for name in brought}
+
+
+def merged_copy(model: Any) -> Any:
+    """A copy of the model with PEFT's adapters merged into its weights; the model itself where it
+    has none, or such as can't be merged.
+    """
+    if "peft" not in sys.modules:
+        return model
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kinds = (PeftModel, BaseTunerLayer)
+    found = [part for part in model.modules() if isinstance(part, kinds)]
+    if not found or not all(
+        hasattr(part, "merge_adapter" if isinstance(part, PeftModel) else "merge") for part in found
+    ):
+        return model
+    holder, done = nn.ModuleList([copy.deepcopy(model)]), list[str]()
+    for name, part in list(holder.named_modules()):
+        if name.startswith(tuple(done)):
+            continue
+        whole: Any = None
+        if isinstance(part, PeftModel):
+            whole = part.merge_and_unload()
+        elif hasattr(part, "unload_and_optionally_merge_module"):  # of modules_to_save, and others
+            options: dict[str, Any] = {"safe_merge": False, "adapter_names": None}
+            whole = part.unload_and_optionally_merge_module(merge=True, **options)
+        elif isinstance(part, BaseTunerLayer):
+            part.merge()
+            whole = part.get_base_layer()
+        if whole is not None:
+            holder.set_submodule(name, whole)
+            done.append(f"{name}.")
+    for part in holder.modules():  # what lets transformers save the adapters alone
+        vars(part).pop("peft_config", None)
+        vars(part).pop("_hf_peft_config_loaded", None)
+    return holder[0]
