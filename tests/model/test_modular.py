@@ -14,6 +14,8 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.losses import LambdaLoss as PeerLambdaLoss
+from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling, WordWeights
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from rerank_fast import CrossEncoder
@@ -24,6 +26,7 @@ from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.tokens.packing import plan_micro_batches
 from rerank_fast.model.wrappers import Wrapped, find_cross_encoder
 from tests.model.modular_factory import ENCODERS, HEADS, PAIRS, THEIRS, ettin, make_peer
+from tests.model.storage.damage import edit
 
 MODES = [
     "cls",
@@ -126,6 +129,37 @@ def test_encoders(encoder: str, mode: str, tmp_path: Path):
         check_gradients(model)
 
 
+@pytest.mark.parametrize("read", ["hidden_states.1", "pooler_output", "all_layer_embeddings"])
+def test_other_outputs_of_the_encoder(read: str, tmp_path: Path):
+    head = ettin("mean")
+    if read == "all_layer_embeddings":
+        head = [WeightedLayerPooling(32, num_hidden_layers=2, layer_start=0), *head]
+    elif read == "pooler_output":
+        head = head[1:]
+    make_peer(tmp_path, head, "bert")
+    path, name = tmp_path / "model", "sentence_bert_config.json"
+    if read == "hidden_states.1":
+        text = {"method": "forward", "method_output_name": ["hidden_states", 1]}
+        edit(path, name, modality_config={"text": text})
+    elif read == "pooler_output":
+        text = {"method": "forward", "method_output_name": "pooler_output"}
+        edit(path, name, modality_config={"text": text}, module_output_name="sentence_embedding")
+    else:
+        edit(path, "config.json", output_hidden_states=True)
+    peer = PeerCrossEncoder(str(path), activation_fn=nn.Identity(), device="cpu")
+    check_both_ways(peer, tmp_path, packed=False)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_pooling_of_weighted_words(mode: Any, tmp_path: Path):
+    words = [f"w{n}" for n in range(128)]
+    weights = {word: 0.1 + n * 37 % 11 / 7 for n, word in enumerate(words)}
+    make_peer(tmp_path, [WordWeights(words, weights), *ettin(mode)])
+    path = str(tmp_path / "model")  # which has the weights of words in its config
+    peer = PeerCrossEncoder(path, activation_fn=nn.Identity(), device="cpu")
+    check_both_ways(peer, tmp_path, packed=False)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_is_theirs_alone_runs_padded(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -185,6 +219,25 @@ def test_pooling_without_the_tokens_of_a_prompt(encoder: str, mode: str, tmp_pat
     assert differs or mode == "lasttoken"
 
 
+@pytest.mark.parametrize("prompt", ["the sea", "is it of the sea " * 30], ids=["short", "long"])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "mode", ["cls", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+)
+def test_a_prompt_that_leaves_no_other_token(mode: str, special: bool, prompt: str, tmp_path: Path):
+    head = ettin(mode)
+    head[0].include_prompt = False  # type: ignore[assignment]
+    peer = make_peer(tmp_path, head, "qwen3")
+    if not special:
+        processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        peer.tokenizer.backend_tokenizer.post_processor = processor
+        peer.tokenizer.save_pretrained(str(tmp_path / "model"))
+    pairs = [("", ""), *PAIRS]
+    expected = peer.predict(pairs, prompt=prompt)
+    found = CrossEncoder(tmp_path / "model", device="cpu").predict(pairs, prompt=prompt)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_texts_are_lowered_and_limited_as_the_transformer_says(tmp_path: Path):
     from tokenizers.normalizers import NFD
 
@@ -206,6 +259,41 @@ def test_texts_are_lowered_and_limited_as_the_transformer_says(tmp_path: Path):
     model.save_pretrained(tmp_path / "saved")
     again = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose(again.predict(pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+LONG = [("the sea " * 20, "rain in paris " * 40), *PAIRS]
+
+
+@pytest.mark.parametrize("encoder", ["bert", "distilbert", "deberta", "deberta-conv"])
+def test_texts_may_fill_all_positions(encoder: str, tmp_path: Path):
+    expected = make_peer(tmp_path, ettin("mean"), encoder).predict(LONG)
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    assert model.max_length == 64
+    np.testing.assert_allclose(model.predict(LONG), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"max_seq_length": 40}, {"processing_kwargs": {"text": {"max_length": 40}}}],
+    ids=["max_seq_length", "processing_kwargs"],
+)
+def test_the_transformers_limit_goes_before_the_tokenizers(limit: dict[str, Any], tmp_path: Path):
+    make_peer(tmp_path, ettin("mean"))
+    path = tmp_path / "model"
+    edit(path, "sentence_bert_config.json", **limit)
+    edit(path, "tokenizer_config.json", model_max_length=20)
+    model = CrossEncoder(path, device="cpu")
+    assert model.max_length == 40
+    expected = PeerCrossEncoder(str(path), device="cpu").predict(LONG)
+    np.testing.assert_allclose(model.predict(LONG), expected, rtol=1e-5, atol=1e-5)
+    # And is saved where it was changed.
+    model.max_length = 12
+    expected = model.predict(LONG)
+    model.save_pretrained(tmp_path / "saved")
+    for kind in (CrossEncoder, PeerCrossEncoder):
+        again = kind(str(tmp_path / "saved"), device="cpu")
+        assert again.max_seq_length == 12 if kind is PeerCrossEncoder else again.max_length == 12
+        np.testing.assert_allclose(again.predict(LONG), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["bert", "qwen3"])

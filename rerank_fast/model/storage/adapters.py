@@ -90,19 +90,29 @@ def merged(
     return whole, missing - {name.removeprefix(_PREFIX) for name in brought}
 
 
+def adapters_in(model: nn.Module) -> list[Any]:
+    """PEFT's layers in a model, and its wrappers."""
+    if "peft" not in sys.modules:
+        return []
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [part for part in model.modules() if isinstance(part, PeftModel | BaseTunerLayer)]
+
+
 def merged_copy(model: Any) -> Any:
     """A copy of the model with PEFT's adapters merged into its weights; the model itself where it
     has none, or such as can't be merged.
     """
-    if "peft" not in sys.modules:
+    found = adapters_in(model)
+    if not found:
         return model
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kinds = (PeftModel, BaseTunerLayer)
-    found = [part for part in model.modules() if isinstance(part, kinds)]
-    if not found or not all(
-        hasattr(part, "merge_adapter" if isinstance(part, PeftModel) else "merge") for part in found
+    if not all(
+        hasattr(part, "merge_and_unload" if isinstance(part, PeftModel) else "merge")
+        for part in found
     ):
         return model
     holder, done = nn.ModuleList([copy.deepcopy(model)]), list[str]()

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers.cross_encoder.modules import Dense
+from sentence_transformers.sentence_transformer.modules import CNN, LSTM
 from torch import nn
 
 from rerank_fast import CrossEncoder
-from tests.model.modular_factory import PAIRS, ettin, make_peer
+from tests.model.modular_factory import PAIRS, ettin, make_peer, score
 from tests.model.storage.damage import edit, refused
 
 
@@ -104,6 +106,12 @@ def test_entries_of_modules(modular: Path, changes: dict[str, Any], message: str
     refused(modular, message)
 
 
+def test_a_transformer_of_somebodys_own_is_not_read_as_theirs(modular: Path):
+    (modular / "custom_st.py").write_text("raise SystemExit")
+    edit_module(modular, 0, type="custom_st.Transformer")
+    refused(modular, "has the module custom_st.Transformer: expected sentence-transformers' own")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,13 +179,22 @@ def test_a_damaged_file_of_a_module(modular: Path):
     refused(modular, r"4_Dense/model.safetensors is damaged")
 
 
-def test_two_scores_are_refused(tmp_path: Path):
-    from sentence_transformers.cross_encoder.modules import Dense
-
-    head = ettin("cls")
+@pytest.mark.parametrize("theirs", [False, True])
+def test_two_scores_are_refused(theirs: bool, tmp_path: Path):
+    head = [CNN(32, 16, [1, 1]), *ettin("cls")] if theirs else ettin("cls")
     head[-1] = Dense(32, 2, activation_function=nn.Identity(), module_output_name="scores")
     make_peer(tmp_path, head, "bert", num_labels=2)
     refused(tmp_path / "model", "has 2 labels; expected modules that give 1 score")
+
+
+def test_a_score_for_each_token_is_refused(tmp_path: Path):
+    make_peer(tmp_path, [score(module_input_name="token_embeddings")], "bert")
+    refused(tmp_path / "model", r"scores of the shape \(2, 2, 1\) for 2 texts; expected \(2, 1\)")
+
+
+def test_modules_that_want_what_a_transformer_does_not_give(tmp_path: Path):
+    make_peer(tmp_path, [LSTM(32, 16), *ettin("cls")], "bert")
+    refused(tmp_path / "model", "the modules give no score: KeyError: 'sentence_lengths'")
 
 
 def test_without_sentence_transformers_what_is_theirs_alone_is_named(
