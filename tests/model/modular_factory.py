@@ -50,6 +50,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", {"max_position_embeddings": 65, "type_vocab_size": 2}),
     "distilbert": ("DistilBert", {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+    "eurobert": ("EuroBert", {}),
     "deberta": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
     "deberta-conv": ("DebertaV2", {"conv_kernel_size": 3}),  # of those that are padded
 }
