@@ -203,6 +203,16 @@ def test_prompts(prompt: str | None, tmp_path: Path):
     np.testing.assert_allclose(theirs.predict(PAIRS, prompt=prompt), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("prompts", "default"), [({"a": "x"}, "b"), ({}, "a"), ({"a": 3}, "a")])
+def test_prompts_that_could_not_be_opened_are_not_saved(prompts: Any, default: str, tmp_path: Path):
+    make_peer(tmp_path, ettin("cls"))
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    model.prompts, model.default_prompt_name = prompts, default
+    with pytest.raises(ValueError, match=r"default_prompt_name is|prompt 'a': expected a string"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("mode", ["cls", "mean", "max", "weightedmean", "lasttoken"])
 @pytest.mark.parametrize("encoder", ["modernbert", "qwen3"])
 def test_pooling_without_the_tokens_of_a_prompt(encoder: str, mode: str, tmp_path: Path):

@@ -50,13 +50,19 @@ def read_entries(checkpoint: Checkpoint) -> list[Entry]:
                 f"{checkpoint.name}/modules.json has the module {module['type']}: expected "
                 "sentence-transformers' own"
             )
+        kwargs = module.get("kwargs") or []
+        if not isinstance(kwargs, list):
+            raise ValueError(
+                f"{checkpoint.name}/modules.json: expected kwargs to be a list of names, got "
+                f"{shown(kwargs)}"
+            )
         path, name = module.get("path") or "", str(module.get("name", index))
         file = TRANSFORMER_CONFIG
         if path:
             place = checkpoint.inside(path, "modules.json")
             file = f"{place}/{'config.json' if entries else TRANSFORMER_CONFIG}"
         config = checkpoint.read_json(file) or {}
-        entries.append(Entry(name, module["type"], path, config, tuple(module.get("kwargs") or ())))
+        entries.append(Entry(name, module["type"], path, config, tuple(kwargs)))
     return entries
 
 
@@ -123,13 +129,16 @@ def assemble(checkpoint: Checkpoint, entries: Sequence[Entry], encoder: Any) -> 
         ValueError: a module is damaged or unknown, or they don't give one score together; says
             which.
     """
-    text = dict(entries[0].config.get("modality_config") or {}).get("text") or {}
+    where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
+    modalities = entries[0].config.get("modality_config") or {}
+    text = modalities.get("text") or {} if isinstance(modalities, dict) else modalities
+    if not isinstance(text, dict):
+        raise ValueError(f"{where}: expected a modality_config of objects, got {shown(modalities)}")
     classifies = entries[0].config.get("transformer_task") == "sequence-classification"
     usual = LOGITS if classifies else TOKENS
     path = output_path(text.get("method_output_name", usual[0]))
     name = entries[0].config.get("module_output_name", usual[1])
     if text.get("method", "forward") != "forward" or path is None or not isinstance(name, str):
-        where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
         raise ValueError(
             f"{where}: expected the output {usual[0][0]} of the method forward, got {shown(text)}"
         )

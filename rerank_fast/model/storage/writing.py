@@ -22,7 +22,7 @@ from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
 from rerank_fast.model.storage.modules import TRANSFORMER_CONFIG
 from rerank_fast.model.storage.tokenizer import TokenizerSettings
-from rerank_fast.model.texts import one_line
+from rerank_fast.model.texts import check_text, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,12 @@ def save(
         raise ValueError(
             f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) "
             "to replace it"
+        )
+    for name, prompt in prompts.items():
+        check_text(prompt, f"prompt {name!r}")
+    if default_prompt_name is not None and default_prompt_name not in prompts:
+        raise ValueError(
+            f"default_prompt_name is {default_prompt_name!r}: expected None or one of {[*prompts]}"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

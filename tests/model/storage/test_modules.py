@@ -91,6 +91,7 @@ def test_configs_of_modules(modular: Path, folder: str, changes: dict[str, Any],
     [
         ({"path": "../outside"}, "leads out of the model's directory"),
         ({"path": ""}, "expected a path for the module"),
+        ({"kwargs": 3}, "expected kwargs to be a list of names, got int 3"),
         ({"path": "9_Missing"}, r"expected pooling modes|9_Missing"),
         (
             {"type": "somebodys.modules.Dense"},
@@ -124,6 +125,8 @@ def test_a_transformer_of_somebodys_own_is_not_read_as_theirs(modular: Path):
         ({"processing_kwargs": 3}, "expected processing_kwargs of text alone"),
         ({"processing_kwargs": {"text": {"truncation": False}}}, "truncation that are true"),
         ({"processing_kwargs": {"text": {"max_length": 0}}}, "max_length to be at least 4, got"),
+        ({"modality_config": 3}, "expected a modality_config of objects, got int 3"),
+        ({"modality_config": {"text": 3}}, "expected a modality_config of objects, got dict"),
         ({"query_expansion": {"strategy": "fixed"}}, "query_expansion is not supported"),
         (
             {"modality_config": {"text": {"method": "encode"}}},
