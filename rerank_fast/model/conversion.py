@@ -145,7 +145,10 @@ def to_classification(model: ModularReranker) -> Any:
     config.num_labels = 1
     _configure(config, wanted)
     try:
-        classifier = AutoModelForSequenceClassification.from_config(config).to(model.encoder.dtype)
+        # Not by .to(), which would round the angles of rotary positions as well.
+        classifier = AutoModelForSequenceClassification.from_config(
+            config, dtype=model.encoder.dtype
+        )
     except ValueError as error:
         raise ValueError(
             f"transformers has no sequence classifier of {config.model_type}"

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rerank_fast import CrossEncoder
 from rerank_fast.cli import main
+from rerank_fast.model.conversion import convert_head
 from tests.model.modular_factory import (
     HEADS,
     PAIRS,
@@ -102,6 +103,17 @@ def test_the_dropout_and_activation_of_modules_are_the_classifiers(
     model = CrossEncoder(tmp_path / "out", device="cpu")
     np.testing.assert_allclose(model.predict(PAIRS), peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
     assert getattr(model.model.config, name) == 0.35
+
+
+def test_a_bf16_decoders_rotary_positions_are_not_rounded(tmp_path: Path):
+    peer = make_peer(tmp_path, [Pooling(WIDTH, "lasttoken"), score(bias=False)], "qwen3")
+    peer.to(torch.bfloat16).save_pretrained(str(tmp_path / "model"))
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    before = dict(model.model.named_buffers())
+    assert convert_head(model, "classification") == 0
+    after = dict(model.model.named_buffers())
+    for name, value in before.items():
+        torch.testing.assert_close(after[name.replace("encoder.", "model.")], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["cls", "mean"])

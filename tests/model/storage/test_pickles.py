@@ -145,6 +145,13 @@ def test_safetensors_beside_a_pickle_are_the_model(
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_heads_fault_is_said_of_it_too(directory: Path, tmp_path: Path, capsys: Any):
+    to_pickles(directory)
+    flags = ["--output", str(tmp_path / "out"), "--head", "classification"]
+    assert main(["convert", "--model", str(directory), *flags]) == 2
+    assert f"error: {directory} has a classification head already" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_weights_is_said_of_the_directory_that_has_it(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
