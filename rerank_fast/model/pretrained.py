@@ -107,6 +107,24 @@ class PretrainedModel(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What to(), half() and their like do to each tensor; buffers that no file has, as the
+        frequencies of rotary positions, keep their dtype, as they do where a file is opened in
+        another one.
+        """
+        kept = {
+            id(module._buffers.get(name))
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+        }
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            keeps = new.dtype != tensor.dtype and id(tensor) in kept
+            return tensor.to(new.device) if keeps else new
+
+        return super()._apply(moved, recurse)
+
     @property
     def max_length(self) -> int | None:
         """Longest pair in tokens, special tokens included; None where there is no limit."""
