@@ -92,7 +92,7 @@ def merged(
 
 def adapters_in(model: nn.Module) -> list[Any]:
     """PEFT's layers in a model, and its wrappers."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return []
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
