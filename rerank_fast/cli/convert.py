@@ -66,6 +66,7 @@ def run(options: dict[str, Any]) -> None:
             source = Path(directory, "model")
             convert_pickles(Path(options["model"]), source, opened)
         model = opened(source if source.is_dir() else options["model"])
+        model.name_or_path = options["model"]
         difference = convert_head(model, options["head"])
         model.save_pretrained(output, overwrite=options["overwrite"])
     print(f"{output}: a {options['head']} head, whose scores differ by at most {difference:.2e}")

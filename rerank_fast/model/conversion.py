@@ -5,6 +5,7 @@ classifier.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.modular.modules import Dense, Dropout, LayerNorm
 from rerank_fast.model.modular.pooling import Pooling
-from rerank_fast.model.modular.reranker import Entry, ModularReranker
+from rerank_fast.model.modular.reranker import TOKENS, Entry, ModularReranker
 from rerank_fast.model.packed.architectures import HeadParts, find_head_parts
 from rerank_fast.model.packed.linear import is_gelu
 from rerank_fast.model.preparation import Preparer
@@ -140,11 +141,14 @@ def to_classification(model: ModularReranker) -> Any:
         ValueError: the modules are not such as that head has, or its class is not known.
     """
     wanted = _parts_of_modules(model)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.num_labels = 1
     _configure(config, wanted)
     try:
-        classifier = AutoModelForSequenceClassification.from_config(config).to(model.encoder.dtype)
+        # Not by .to(), which would round the angles of rotary positions as well.
+        classifier = AutoModelForSequenceClassification.from_config(
+            config, dtype=model.encoder.dtype
+        )
     except ValueError as error:
         raise ValueError(
             f"transformers has no sequence classifier of {config.model_type}"
@@ -157,9 +161,9 @@ def to_classification(model: ModularReranker) -> Any:
         )
     for part in ("dense", "norm"):
         if (getattr(parts, part) is None) is not (getattr(wanted, part) is None):
-            has = "no" if getattr(parts, part) is None else "a"
+            has, other = ("no", "one") if getattr(parts, part) is None else ("a", "none")
             raise ValueError(
-                f"the head of {name} has {has} {part} layer, and the modules have another"
+                f"the head of {name} has {has} {part} layer, and the modules have {other}"
             )
     if parts.dense is not None:
         ours, own = (_torch_activation(one.activation) for one in (wanted, parts))
@@ -193,6 +197,13 @@ def _parts_of_modules(model: ModularReranker) -> HeadParts:
         f"{kinds} are no sequence classifier's head: expected Pooling, Dense and LayerNorm or "
         "none, Dense"
     )
+    if model.output != TOKENS:
+        read = ".".join(map(str, model.output[0]))
+        raise ValueError(
+            f"the modules read the encoder's {read}, and a classifier its last_hidden_state"
+        )
+    if len(modules) < 2:
+        raise fault
     first, *between, last = modules
     plain = [one for one in modules if isinstance(one, Dense)]
     shapes = {(): (None, None), (Dense,): (0, None), (Dense, LayerNorm): (0, 1)}
@@ -206,33 +217,50 @@ def _parts_of_modules(model: ModularReranker) -> HeadParts:
         raise fault
     if type(last.activation_function) is not nn.Identity or len(first.pooling_mode) != 1:
         raise fault
+    if not first.include_prompt:
+        raise ValueError(
+            "the Pooling leaves out a prompt's tokens, which no classifier's head does"
+        )
     dense = None if found[0] is None else between[found[0]]
-    dropped = [place for place, module in enumerate(model.head) if isinstance(module, Dropout)]
-    p: list[float] = [model.head[place].dropout_layer.p for place in dropped]  # type: ignore[union-attr, misc]
+    layers = list(model.head)
+    place = 0 if dense is None else layers.index(dense)
     return HeadParts(
         pooling=first.pooling_mode[0],
+        dropout_in=_last_dropout(layers[:place]),
         dense=None if dense is None else dense.linear,
         activation=None if dense is None else dense.activation_function,
         norm=None if found[1] is None else between[found[1]].norm,
-        dropout=p[-1] if p else 0.0,
+        dropout=_last_dropout(layers[place:]),
         out=last.linear,
     )
 
 
+def _last_dropout(layers: Sequence[nn.Module]) -> float:
+    found = [float(one.dropout_layer.p) for one in layers if isinstance(one, Dropout)]
+    return found[-1] if found else 0.0
+
+
 def _configure(config: Any, wanted: HeadParts) -> None:
     """What a config says of the head, where it does."""
+    first = "bos" if config.model_type == "eurobert" else "cls"
     settings: dict[str, Any] = {
-        "classifier_dropout": wanted.dropout,
-        "classifier_pooling": wanted.pooling,
+        "classifier_pooling": first if wanted.pooling == "cls" else wanted.pooling,
+        "pooler_dropout": wanted.dropout_in,  # DeBERTa's
+        **dict.fromkeys(
+            ("classifier_dropout", "seq_classif_dropout", "cls_dropout"), wanted.dropout
+        ),
     }
     if wanted.dense is not None:
         settings["classifier_bias"] = wanted.dense.bias is not None
-        settings["classifier_activation"] = type(
-            _torch_activation(wanted.activation)
-        ).__name__.lower()
+        name = type(_torch_activation(wanted.activation)).__name__.lower()
+        settings |= dict.fromkeys(("classifier_activation", "pooler_hidden_act"), name)
     for name, value in settings.items():
         if hasattr(config, name):
-            setattr(config, name, value)
+            try:
+                setattr(config, name, value)
+            except Exception as error:  # of a kind of its own, where a config checks its values
+                said = f"{name} of transformers' {config.model_type} can't be {value!r}"
+                raise ValueError(said) from error
 
 
 def _torch_activation(activation: nn.Module | None) -> nn.Module:

@@ -107,6 +107,24 @@ class PretrainedModel(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What to(), half() and their like do to each tensor; buffers that no file has, as the
+        frequencies of rotary positions, keep their dtype, as they do where a file is opened in
+        another one.
+        """
+        kept = {
+            id(module._buffers.get(name))
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+        }
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            keeps = new.dtype != tensor.dtype and id(tensor) in kept
+            return tensor.to(new.device) if keeps else new
+
+        return super()._apply(moved, recurse)
+
     @property
     def max_length(self) -> int | None:
         """Longest pair in tokens, special tokens included; None where there is no limit."""
@@ -245,8 +263,9 @@ class PretrainedModel(nn.Module):
         """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to
         a directory.
 
-        README.md is the card that the model was loaded with or trained to, else a short one. Set
-        `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
+        PEFT's adapters are merged into the weights that are written, and stay as they are in the
+        model. README.md is the card that the model was loaded with or trained to, else a short
+        one. Set `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
         beforehand.
 
         Raises:
@@ -267,7 +286,7 @@ class PretrainedModel(nn.Module):
             )
         card = (self.card or short_card(self, name)).named(name).with_metadata(self.card_metadata)
         storage.save(
-            self.model if model is None else model,
+            storage.merged_copy(self.model) if model is None else model,
             self.tokenizer,
             self.activation_fn,
             self.max_length,

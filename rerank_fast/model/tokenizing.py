@@ -79,7 +79,7 @@ class TokenizingModel(PretrainedModel):
         limit = self.max_length or sys.maxsize
         tokens, truncated = tokenize(pairs, limit, prompt)
         if prompt and isinstance(tokenize, PairTokenizer) and self._leaves_prompt_out():
-            tokens = replace(tokens, prompt_length=tokenize.prompt_length(prompt))
+            tokens = replace(tokens, prompt_length=tokenize.prompt_length(prompt, limit))
         rows = getattr(self.model.config, "vocab_size", None)
         number = int(tokens.input_ids.max(initial=0))
         if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process

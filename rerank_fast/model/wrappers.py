@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.modular.reranker import ModularReranker, output_path
 from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.packed.linear import has_hooks, must_be_called
 
@@ -103,10 +103,11 @@ def _parts_of_theirs(inner: Any) -> tuple[Any, Answers | None] | str:
     if first.transformer_task == "sequence-classification" and not rest:
         return first.model, None
     text = first.modality_config.get("text", {})
-    output = text.get("method_output_name"), first.module_output_name
-    if text.get("method") != "forward" or not all(isinstance(one, str) for one in output):
-        return f"the CrossEncoder's Transformer gives {output[0]} of {text.get('method')}"
-    return ModularReranker(first.model, rest, output=output), None
+    path, name = output_path(text.get("method_output_name")), first.module_output_name
+    if text.get("method") != "forward" or path is None or not isinstance(name, str):
+        given = text.get("method_output_name")
+        return f"the CrossEncoder's Transformer gives {given} of {text.get('method')}"
+    return ModularReranker(first.model, rest, output=(path, name)), None
 
 
 def _autocast_of_accelerate(model: nn.Module) -> torch.dtype | None:

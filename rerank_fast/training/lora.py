@@ -28,18 +28,14 @@ def add_lora(model: CrossEncoder, settings: TrainingConfig) -> Any:
     model keeps its class and runs packed. Returns PEFT's tuner.
 
     Raises:
-        ValueError: PEFT is not installed, the model has adapters, no module has one of the names,
-            or one that does is no nn.Linear.
+        ValueError: PEFT is not installed, no module has one of the names, or one that does is no
+            nn.Linear.
     """
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise ValueError("LoRA needs PEFT: pip install 'rerank-fast[lora]'") from error
     inner = model.model
-    if any(".lora_" in name for name, _ in inner.named_modules()):
-        raise ValueError(
-            "the model has LoRA adapters already; a Trainer's are merged at the end of its train()"
-        )
     heads = _heads(inner)
     # A language model's is the vocabulary, which may be the word embeddings too: it stays as it is.
     trained_whole = None if model.answers is not None else heads

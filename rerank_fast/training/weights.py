@@ -15,6 +15,7 @@ from torch import Tensor
 from rerank_fast.model import storage
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.digest import sample_digest
+from rerank_fast.model.storage.adapters import adapters_in
 from rerank_fast.training.config import TrainingConfig
 from rerank_fast.training.distributed import collectives
 from rerank_fast.training.distributed.buckets import GradientBuckets
@@ -35,11 +36,16 @@ class TrainedWeights:
         config: the run's.
 
     Raises:
-        ValueError: see freeze and add_lora.
+        ValueError: the model has adapters; see also freeze and add_lora.
     """
 
     def __init__(self, model: CrossEncoder, config: TrainingConfig) -> None:
         self._model, self._config, inner = model, config, model.model
+        if adapters_in(inner):
+            raise ValueError(
+                "the model has PEFT adapters already: expected them merged into its weights, or "
+                "lora_rank, whose adapters are merged at the end of train()"
+            )
         narrow = config.precision == "bf16-pure"
         shards = config.sharding == "fsdp2" and collectives.several()
         # bf16 weights would round a step of the recipe's size away: bf16-pure has fp32 copies to

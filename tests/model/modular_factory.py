@@ -1,11 +1,15 @@
-"""Tiny CrossEncoders of modules, made and saved by sentence-transformers."""
+"""Tiny CrossEncoders of modules, made and saved by sentence-transformers, and what is held against
+them.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
@@ -19,6 +23,11 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from torch import nn
 
+from rerank_fast import CrossEncoder
+from rerank_fast.model import scoring
+from rerank_fast.model.gradient_cache import backward_cached, backward_direct
+from rerank_fast.model.packed.encoder import PackedPairs
+from rerank_fast.model.tokens.packing import plan_micro_batches
 from tests.model_factory import make_tokenizer
 
 WIDTH = 32
@@ -50,6 +59,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", {"max_position_embeddings": 65, "type_vocab_size": 2}),
     "distilbert": ("DistilBert", {"dim": WIDTH, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+    "eurobert": ("EuroBert", {}),
     "deberta": ("DebertaV2", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
     "deberta-conv": ("DebertaV2", {"conv_kernel_size": 3}),  # of those that are padded
 }
@@ -151,3 +161,66 @@ def spread(model: nn.Module, scale: float = 0.2) -> None:
     """The usual 0.02 leaves a tiny random model's scores all but equal."""
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.3))
+
+
+def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder:
+    """Scores are those of sentence-transformers, and it reads what is saved; packed, padded and
+    alone.
+    """
+    expected = peer.predict(PAIRS)
+    assert np.ptp(expected) > 0.01
+    model = CrossEncoder(directory / "model", device="cpu")
+    step = model.prepare(model.tokenize(PAIRS))
+    assert isinstance(step, PackedPairs) is packed
+    for scores in (
+        model.predict(PAIRS),
+        [model.predict(pair) for pair in PAIRS],
+        scoring.score(model.prepare(model.tokenize(PAIRS), packed=False)).detach(),
+        model.forward(model.preprocess(PAIRS))["scores"].detach(),
+    ):
+        np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(directory / "saved")
+    theirs = PeerCrossEncoder(str(directory / "saved"), device="cpu")
+    np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
+    assert [type(one) for one in theirs] == [type(one) for one in peer]
+    for name in ("modules.json", "sentence_bert_config.json"):
+        saved, given = (
+            json.loads((directory / one / name).read_text()) for one in ("saved", "model")
+        )
+        assert saved == given
+    again = CrossEncoder(directory / "saved", device="cpu")
+    np.testing.assert_array_equal(again.predict(PAIRS), model.predict(PAIRS))
+    return model
+
+
+def check_gradients(model: CrossEncoder) -> None:
+    """Every parameter's gradient, packed, is that of the padded model, also by the gradient
+    cache.
+    """
+    tokens = model.tokenize(PAIRS)
+    upstream = torch.linspace(-1, 2, len(PAIRS))
+    found = []
+    plan = plan_micro_batches(tokens.lengths, max_pairs=2)
+    for packed, backward in (
+        (False, None),
+        (True, None),
+        (True, backward_direct),
+        (True, backward_cached),
+    ):
+        model.zero_grad()
+        step = model.prepare(tokens, packed=packed)
+        if backward is None:
+            scoring.score(step).backward(upstream)
+        else:
+            options = {} if backward is backward_direct else {"device": model.device}
+            backward(step, plan, lambda scores: (scores * upstream).sum(), **options)
+        found.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
+    expected = found[0]
+    assert sum(".head." in name for name in expected) >= 1
+    least = 1e-3 * max(gradient.norm() for gradient in expected.values())
+    for gradients in found[1:]:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (gradients[name] - gradient).norm() <= 2e-4 * max(gradient.norm(), least), name

@@ -14,94 +14,25 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as PeerCrossEncoder
 from sentence_transformers.cross_encoder.losses import LambdaLoss as PeerLambdaLoss
+from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
 from torch import nn
 
 from rerank_fast import CrossEncoder
 from rerank_fast.losses import LambdaLoss
-from rerank_fast.model import preparation, scoring
-from rerank_fast.model.gradient_cache import backward_cached, backward_direct
+from rerank_fast.model import preparation
 from rerank_fast.model.packed.encoder import PackedPairs
-from rerank_fast.model.tokens.packing import plan_micro_batches
 from rerank_fast.model.wrappers import Wrapped, find_cross_encoder
-from tests.model.modular_factory import ENCODERS, HEADS, PAIRS, THEIRS, ettin, make_peer
-
-MODES = [
-    "cls",
-    "mean",
-    "max",
-    "mean_sqrt_len_tokens",
-    "weightedmean",
-    "lasttoken",
-    ("cls", "mean", "lasttoken"),
-]
-
-
-def check_both_ways(peer: Any, directory: Path, *, packed: bool) -> CrossEncoder:
-    """Scores are those of sentence-transformers, and it reads what is saved; packed, padded and
-    alone.
-    """
-    expected = peer.predict(PAIRS)
-    assert np.ptp(expected) > 0.01
-    model = CrossEncoder(directory / "model", device="cpu")
-    step = model.prepare(model.tokenize(PAIRS))
-    assert isinstance(step, PackedPairs) is packed
-    for scores in (
-        model.predict(PAIRS),
-        [model.predict(pair) for pair in PAIRS],
-        scoring.score(model.prepare(model.tokenize(PAIRS), packed=False)).detach(),
-        model.forward(model.preprocess(PAIRS))["scores"].detach(),
-    ):
-        np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5, atol=1e-5)
-    model.save_pretrained(directory / "saved")
-    theirs = PeerCrossEncoder(str(directory / "saved"), device="cpu")
-    np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=1e-5, atol=1e-5)
-    assert [type(one) for one in theirs] == [type(one) for one in peer]
-    for name in ("modules.json", "sentence_bert_config.json"):
-        saved, given = (
-            json.loads((directory / one / name).read_text()) for one in ("saved", "model")
-        )
-        assert saved == given
-    again = CrossEncoder(directory / "saved", device="cpu")
-    np.testing.assert_array_equal(again.predict(PAIRS), model.predict(PAIRS))
-    return model
-
-
-def check_gradients(model: CrossEncoder) -> None:
-    """Every parameter's gradient, packed, is that of the padded model, also by the gradient
-    cache.
-    """
-    tokens = model.tokenize(PAIRS)
-    upstream = torch.linspace(-1, 2, len(PAIRS))
-    found = []
-    plan = plan_micro_batches(tokens.lengths, max_pairs=2)
-    for packed, backward in (
-        (False, None),
-        (True, None),
-        (True, backward_direct),
-        (True, backward_cached),
-    ):
-        model.zero_grad()
-        step = model.prepare(tokens, packed=packed)
-        if backward is None:
-            scoring.score(step).backward(upstream)
-        else:
-            options = {} if backward is backward_direct else {"device": model.device}
-            backward(step, plan, lambda scores: (scores * upstream).sum(), **options)
-        found.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
-    expected = found[0]
-    assert sum(".head." in name for name in expected) >= 1
-    least = 1e-3 * max(gradient.norm() for gradient in expected.values())
-    for gradients in found[1:]:
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert (gradients[name] - gradient).norm() <= 2e-4 * max(gradient.norm(), least), name
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_pooling_in_each_of_its_modes(mode: Any, tmp_path: Path):
-    check_gradients(check_both_ways(make_peer(tmp_path, ettin(mode)), tmp_path, packed=True))
+from tests.model.modular_factory import (
+    ENCODERS,
+    HEADS,
+    PAIRS,
+    THEIRS,
+    check_both_ways,
+    check_gradients,
+    ettin,
+    make_peer,
+)
+from tests.model.storage.damage import edit
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -126,6 +57,27 @@ def test_encoders(encoder: str, mode: str, tmp_path: Path):
         check_gradients(model)
 
 
+@pytest.mark.parametrize("read", ["hidden_states.1", "pooler_output", "all_layer_embeddings"])
+def test_other_outputs_of_the_encoder(read: str, tmp_path: Path):
+    head = ettin("mean")
+    if read == "all_layer_embeddings":
+        head = [WeightedLayerPooling(32, num_hidden_layers=2, layer_start=0), *head]
+    elif read == "pooler_output":
+        head = head[1:]
+    make_peer(tmp_path, head, "bert")
+    path, name = tmp_path / "model", "sentence_bert_config.json"
+    if read == "hidden_states.1":
+        text = {"method": "forward", "method_output_name": ["hidden_states", 1]}
+        edit(path, name, modality_config={"text": text})
+    elif read == "pooler_output":
+        text = {"method": "forward", "method_output_name": "pooler_output"}
+        edit(path, name, modality_config={"text": text}, module_output_name="sentence_embedding")
+    else:
+        edit(path, "config.json", output_hidden_states=True)
+    peer = PeerCrossEncoder(str(path), activation_fn=nn.Identity(), device="cpu")
+    check_both_ways(peer, tmp_path, packed=False)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_is_theirs_alone_runs_padded(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -133,19 +85,6 @@ def test_what_is_theirs_alone_runs_padded(
     preparation._said.clear()
     check_both_ways(make_peer(tmp_path, THEIRS[name]()), tmp_path, packed=False)
     assert sum("padded and sorted by length" in record.message for record in caplog.records) == 1
-
-
-def test_an_older_pooling_config_opens(tmp_path: Path):
-    peer = make_peer(tmp_path, ettin(("max", "mean")))
-    file = tmp_path / "model" / "1_Pooling" / "config.json"
-    older = {
-        "word_embedding_dimension": 32,
-        "pooling_mode_mean_tokens": True,
-        "pooling_mode_max_tokens": True,
-    }
-    file.write_text(json.dumps(older | {"pooling_mode_cls_token": False}))
-    scores = CrossEncoder(tmp_path / "model", device="cpu").predict(PAIRS)
-    np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_token_that_is_read_is_computed_in_the_last_layer(tmp_path: Path):
@@ -169,20 +108,14 @@ def test_prompts(prompt: str | None, tmp_path: Path):
     np.testing.assert_allclose(theirs.predict(PAIRS, prompt=prompt), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["cls", "mean", "max", "weightedmean", "lasttoken"])
-@pytest.mark.parametrize("encoder", ["modernbert", "qwen3"])
-def test_pooling_without_the_tokens_of_a_prompt(encoder: str, mode: str, tmp_path: Path):
-    head = ettin(mode)
-    head[0].include_prompt = False  # type: ignore[assignment]
-    peer = make_peer(tmp_path, head, encoder)
+@pytest.mark.parametrize(("prompts", "default"), [({"a": "x"}, "b"), ({}, "a"), ({"a": 3}, "a")])
+def test_prompts_that_could_not_be_opened_are_not_saved(prompts: Any, default: str, tmp_path: Path):
+    make_peer(tmp_path, ettin("cls"))
     model = CrossEncoder(tmp_path / "model", device="cpu")
-    for prompt in (None, "is it of the sea: "):
-        expected = peer.predict(PAIRS, prompt=prompt)
-        found = model.predict(PAIRS, prompt=prompt, batch_size=2)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    head[0].include_prompt = True  # type: ignore[assignment]
-    differs = np.abs(peer.predict(PAIRS, prompt=prompt) - expected).max() > 1e-4
-    assert differs or mode == "lasttoken"
+    model.prompts, model.default_prompt_name = prompts, default
+    with pytest.raises(ValueError, match=r"default_prompt_name is|prompt 'a': expected a string"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_texts_are_lowered_and_limited_as_the_transformer_says(tmp_path: Path):
@@ -206,6 +139,41 @@ def test_texts_are_lowered_and_limited_as_the_transformer_says(tmp_path: Path):
     model.save_pretrained(tmp_path / "saved")
     again = PeerCrossEncoder(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose(again.predict(pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+LONG = [("the sea " * 20, "rain in paris " * 40), *PAIRS]
+
+
+@pytest.mark.parametrize("encoder", ["bert", "distilbert", "deberta", "deberta-conv"])
+def test_texts_may_fill_all_positions(encoder: str, tmp_path: Path):
+    expected = make_peer(tmp_path, ettin("mean"), encoder).predict(LONG)
+    model = CrossEncoder(tmp_path / "model", device="cpu")
+    assert model.max_length == 64
+    np.testing.assert_allclose(model.predict(LONG), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"max_seq_length": 40}, {"processing_kwargs": {"text": {"max_length": 40}}}],
+    ids=["max_seq_length", "processing_kwargs"],
+)
+def test_the_transformers_limit_goes_before_the_tokenizers(limit: dict[str, Any], tmp_path: Path):
+    make_peer(tmp_path, ettin("mean"))
+    path = tmp_path / "model"
+    edit(path, "sentence_bert_config.json", **limit)
+    edit(path, "tokenizer_config.json", model_max_length=20)
+    model = CrossEncoder(path, device="cpu")
+    assert model.max_length == 40
+    expected = PeerCrossEncoder(str(path), device="cpu").predict(LONG)
+    np.testing.assert_allclose(model.predict(LONG), expected, rtol=1e-5, atol=1e-5)
+    # And is saved where it was changed.
+    model.max_length = 12
+    expected = model.predict(LONG)
+    model.save_pretrained(tmp_path / "saved")
+    for kind in (CrossEncoder, PeerCrossEncoder):
+        again = kind(str(tmp_path / "saved"), device="cpu")
+        assert again.max_seq_length == 12 if kind is PeerCrossEncoder else again.max_length == 12
+        np.testing.assert_allclose(again.predict(LONG), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["bert", "qwen3"])

@@ -152,6 +152,21 @@ def test_a_checkpoint_of_several_dtypes_scores(tmp_path: Path):
     np.testing.assert_allclose(opened.predict(PAIRS), exact, atol=5e-2)
 
 
+def test_a_model_moved_to_a_dtype_is_that_which_is_opened_in_it(tmp_path: Path):
+    """Frequencies of rotary positions are no weights: rounded, they would be others than those of
+    the model that is saved.
+    """
+    directory = make_tiny_qwen3(tmp_path / "qwen3", chat_template=QWEN3_RERANKER_TEMPLATE)
+    opened = CrossEncoder(directory, dtype="bfloat16", device="cpu")
+    moved = CrossEncoder(directory, device="cpu").to(torch.bfloat16)
+    np.testing.assert_array_equal(moved.predict(PAIRS), opened.predict(PAIRS))
+    buffers = dict(moved.named_buffers())
+    assert {name: one.dtype for name, one in opened.named_buffers()} == {
+        name: one.dtype for name, one in buffers.items()
+    }
+    assert {one.dtype for one in moved.parameters()} == {torch.bfloat16}
+
+
 def test_a_step_in_another_dtype_than_the_weights(tmp_path: Path):
     model = CrossEncoder(make_tiny_bert(tmp_path / "model"), device="cpu")
     exact = model.predict(PAIRS)

@@ -139,8 +139,9 @@ def test_targets_that_are_no_linear_modules_are_refused(
 def test_a_model_that_has_adapters_is_refused(tiny_bert: Path, tmp_path: Path):
     model = CrossEncoder(tiny_bert, device="cpu")
     Trainer(model, make_lists(4), config=config_for(tmp_path / "never-trained", **SETTINGS))
-    with pytest.raises(ValueError, match="has LoRA adapters already"):
-        Trainer(model, make_lists(4), config=config_for(tmp_path, **SETTINGS))
+    for settings in (SETTINGS, {}):
+        with pytest.raises(ValueError, match=r"has PEFT adapters already: .*lora_rank"):
+            Trainer(model, make_lists(4), config=config_for(tmp_path, **settings))
 
 
 def test_named_targets_alone_get_adapters(tmp_path: Path):

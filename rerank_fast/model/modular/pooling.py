@@ -114,7 +114,8 @@ def pooling_modes(config: dict[str, Any]) -> tuple[str, ...]:
 class Pooling(nn.Module):
     """token_embeddings (B, T, H) under attention_mask (B, T) to sentence_embedding (B, modes * H).
 
-    Without include_prompt the first prompt_length (B,) tokens of each are passed over.
+    Without include_prompt the first prompt_length (B,) tokens of each are passed over. Of a text
+    that has no others cls reads the first token, and the other modes give 0.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -124,14 +125,21 @@ class Pooling(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         mask, before = features["attention_mask"].bool(), 0
+        some = mask.new_ones(len(mask), 1)
         if not self.include_prompt and "prompt_length" in features:
             before = int(features["prompt_length"][0])
-            mask = mask & (mask.cumsum(dim=1) > before)
+            place = mask.cumsum(dim=1)
+            some = (place > before).any(dim=1, keepdim=True)
+            mask = mask & torch.where(some, place > before, place == 1)
         ends = F.pad(mask.sum(dim=1).cumsum(0), (1, 0))
         owner = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-        pool = pool_by(self.pooling_mode, before)
-        pooled = pool(features["token_embeddings"][mask], ends, owner)
-        return features | {"sentence_embedding": pooled}
+        rows = features["token_embeddings"][mask]
+        pooled = [
+            one if mode == "cls" else torch.where(some, one, 0)
+            for mode in self.pooling_mode
+            for one in [pool_by([mode], before)(rows, ends, owner)]
+        ]
+        return features | {"sentence_embedding": torch.cat(pooled, dim=1)}
 
     def extra_repr(self) -> str:
         return ", ".join(self.pooling_mode)

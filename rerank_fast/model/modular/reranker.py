@@ -4,9 +4,11 @@ classifier.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 _HEAD, _ENCODER = "head.", "encoder."
+# Of the encoder's outputs: the path to one, and its name among the features.
+Output = tuple[tuple[str | int, ...], str]
+TOKENS: Output = (("last_hidden_state",), "token_embeddings")
+LOGITS: Output = (("logits",), "scores")
+
+
+def output_path(name: Any) -> tuple[str | int, ...] | None:
+    """The path to an output that sentence-transformers' method_output_name gives: a name, or
+    several and indices; None where it is something else.
+    """
+    path = (name,) if isinstance(name, str) else name
+    if not isinstance(path, list | tuple) or not path:
+        return None
+    return tuple(path) if all(type(one) in (str, int) for one in path) else None
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class ModularReranker(nn.Module):
         head: the modules behind it, this package's or sentence-transformers'.
         entries: of the encoder and of each module, as they are saved; none for a view of somebody
             else's model.
-        output: of the encoder's outputs, and what its name is among the features.
+        output: what the modules read of the encoder.
     """
 
     base_model_prefix = "encoder"  # as of transformers' models
@@ -52,7 +68,7 @@ class ModularReranker(nn.Module):
         encoder: Any,
         head: Sequence[nn.Module],
         entries: Sequence[Entry] = (),
-        output: tuple[str, str] = ("last_hidden_state", "token_embeddings"),
+        output: Output = TOKENS,
     ) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.ModuleList(head)
@@ -76,11 +92,16 @@ class ModularReranker(nn.Module):
         """(B, 1) logits of a padded batch of input_ids, attention_mask and, where there are any,
         token_type_ids.
         """
-        output, name = self.output
-        encoded = self.encoder(
-            **{key: value for key, value in inputs.items() if key in self._accepted}
-        )
-        features = {**inputs, name: encoded[output]}
+        path, name = self.output
+        called: dict[str, Any] = {
+            key: value for key, value in inputs.items() if key in self._accepted
+        }
+        if "hidden_states" in path:
+            called["output_hidden_states"] = True
+        encoded = self.encoder(**called, return_dict=True)
+        features: dict[str, Any] = {**inputs, name: functools.reduce(getitem, path, encoded)}
+        if getattr(self.config, "output_hidden_states", False) and "hidden_states" in encoded:
+            features["all_layer_embeddings"] = encoded["hidden_states"]
         for module in self.head:
             features = module(features)
         return SequenceClassifierOutput(logits=features["scores"])

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
 from rerank_fast.model.modular.modules import Float32Linear, make_module
-from rerank_fast.model.modular.reranker import Entry, ModularReranker
+from rerank_fast.model.modular.pooling import Pooling
+from rerank_fast.model.modular.reranker import (
+    LOGITS,
+    TOKENS,
+    Entry,
+    ModularReranker,
+    output_path,
+)
 from rerank_fast.model.storage.activations import is_torchs, make_activation
 from rerank_fast.model.storage.files import Checkpoint, named
 from rerank_fast.model.storage.weights import header
@@ -38,13 +45,24 @@ def read_entries(checkpoint: Checkpoint) -> list[Entry]:
             raise ValueError(
                 f"{checkpoint.name}/modules.json: expected objects with a type, got {shown(module)}"
             )
+        if not module["type"].startswith("sentence_transformers."):
+            raise ValueError(
+                f"{checkpoint.name}/modules.json has the module {module['type']}: expected "
+                "sentence-transformers' own"
+            )
+        kwargs = module.get("kwargs") or []
+        if not isinstance(kwargs, list):
+            raise ValueError(
+                f"{checkpoint.name}/modules.json: expected kwargs to be a list of names, got "
+                f"{shown(kwargs)}"
+            )
         path, name = module.get("path") or "", str(module.get("name", index))
         file = TRANSFORMER_CONFIG
         if path:
             place = checkpoint.inside(path, "modules.json")
             file = f"{place}/{'config.json' if entries else TRANSFORMER_CONFIG}"
         config = checkpoint.read_json(file) or {}
-        entries.append(Entry(name, module["type"], path, config, tuple(module.get("kwargs") or ())))
+        entries.append(Entry(name, module["type"], path, config, tuple(kwargs)))
     return entries
 
 
@@ -111,24 +129,29 @@ def assemble(checkpoint: Checkpoint, entries: Sequence[Entry], encoder: Any) -> 
         ValueError: a module is damaged or unknown, or they don't give one score together; says
             which.
     """
-    text = dict(entries[0].config.get("modality_config") or {}).get("text") or {}
+    where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
+    modalities = entries[0].config.get("modality_config") or {}
+    text = modalities.get("text") or {} if isinstance(modalities, dict) else modalities
+    if not isinstance(text, dict):
+        raise ValueError(f"{where}: expected a modality_config of objects, got {shown(modalities)}")
     classifies = entries[0].config.get("transformer_task") == "sequence-classification"
-    outputs = ("logits", "scores") if classifies else ("last_hidden_state", "token_embeddings")
-    output = (
-        text.get("method_output_name", outputs[0]),
-        entries[0].config.get("module_output_name", outputs[1]),
-    )
-    if text.get("method", "forward") != "forward" or not all(
-        isinstance(one, str) for one in output
-    ):
-        where = f"{checkpoint.name}/{TRANSFORMER_CONFIG}"
+    usual = LOGITS if classifies else TOKENS
+    path = output_path(text.get("method_output_name", usual[0]))
+    name = entries[0].config.get("module_output_name", usual[1])
+    if text.get("method", "forward") != "forward" or path is None or not isinstance(name, str):
         raise ValueError(
-            f"{where}: expected the output {outputs[0]} of the method forward, got {shown(text)}"
+            f"{where}: expected the output {usual[0][0]} of the method forward, got {shown(text)}"
         )
     modules = [_read_module(checkpoint, entry, encoder.dtype) for entry in entries[1:]]
-    model = ModularReranker(encoder, modules, entries, output)
+    if not all(_is_ours(module) for module in modules):
+        # Of what theirs add to the features, as the weights of words, their Pooling takes account.
+        modules = [
+            _theirs(checkpoint, entry) if isinstance(module, Pooling) else module
+            for entry, module in zip(entries[1:], modules, strict=True)
+        ]
+    model = ModularReranker(encoder, modules, entries, (path, name)).eval()
     _check_score(checkpoint, model)
-    return model.eval()
+    return model
 
 
 def _read_module(checkpoint: Checkpoint, entry: Entry, dtype: torch.dtype) -> nn.Module:
@@ -137,16 +160,11 @@ def _read_module(checkpoint: Checkpoint, entry: Entry, dtype: torch.dtype) -> nn
         raise ValueError(
             f"{checkpoint.name}/modules.json: expected a path for the module {entry.type}"
         )
-    if not entry.type.startswith("sentence_transformers."):
-        raise ValueError(
-            f"{checkpoint.name}/modules.json has the module {entry.type}: expected "
-            "sentence-transformers' own"
-        )
 
     def activation(name: Any) -> nn.Module:
         if not isinstance(name, str) or not is_torchs(name):
             raise ValueError(f"expected an activation of torch.nn, got {shown(name)}")
-        return make_activation(name, where)
+        return make_activation(name, "it")
 
     with named(where):
         module = make_module(entry.kind, dict(entry.config), activation)
@@ -201,27 +219,33 @@ def _theirs(checkpoint: Checkpoint, entry: Entry) -> nn.Module:
         return kind.load(checkpoint.name, subfolder=entry.path, **options)
 
 
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("rerank_fast.")
+
+
 @torch.no_grad()
 def _check_score(checkpoint: Checkpoint, model: ModularReranker) -> None:
-    """Whether the modules give one score a text, tried with two texts of two tokens; theirs alone
-    are not tried.
-    """
-    if any(not type(module).__module__.startswith("rerank_fast.") for module in model.head):
-        return
-    shape = (
-        (2, 2, model.config.hidden_size)
-        if model.output[0] != "logits"
-        else (2, model.config.num_labels)
-    )
-    features = {model.output[1]: torch.zeros(shape, dtype=model.encoder.dtype)}
-    features["attention_mask"] = torch.ones(2, 2, dtype=torch.int64)
-    with named(f"{checkpoint.name}/modules.json: the modules give no score"):
-        for module in model.head.eval():
-            features = module(features)
-        scores = features["scores"]
+    """Whether the modules give one score a text, tried with two texts of two tokens."""
+    mask, where = torch.ones(2, 2, dtype=torch.int64), f"{checkpoint.name}/modules.json"
+    shapes = {TOKENS: (2, 2, model.config.hidden_size), LOGITS: (2, model.config.num_labels)}
+    ours = all(_is_ours(module) for module in model.head)
+    with named(f"{where}: the modules give no score"):
+        if ours and model.output in shapes:  # which spares a large encoder's forward
+            zeros = torch.zeros(shapes[model.output], dtype=model.encoder.dtype)
+            features = {model.output[1]: zeros, "attention_mask": mask}
+            for module in model.head:
+                features = module(features)
+            scores = features["scores"]
+        else:
+            scores = model(input_ids=torch.zeros_like(mask), attention_mask=mask).logits
+    if scores.dim() == 2 and scores.shape[1] > 1:
+        raise ValueError(
+            f"{checkpoint.name} has {scores.shape[1]} labels; expected modules that give 1 score"
+        )
     if scores.shape not in ((2, 1), (2,)):
         raise ValueError(
-            f"{checkpoint.name} has {scores.shape[-1]} labels; expected modules that give 1 score"
+            f"{where}: the modules give scores of the shape {tuple(scores.shape)} for 2 texts; "
+            "expected (2, 1)"
         )
 
 

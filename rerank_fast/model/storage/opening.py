@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rerank_fast.model.modular.reranker import Entry
-from rerank_fast.model.storage.adapters import merged
+from rerank_fast.model.storage.adapters import has_adapter, merged
 from rerank_fast.model.storage.files import Checkpoint
 from rerank_fast.model.storage.modules import assemble, encoder_loader, is_modular
 from rerank_fast.model.storage.names import check_encoder, in_encoder, unwrapped
@@ -81,7 +81,9 @@ def open_model(
         config.num_labels = 1
     files = check_weight_files(base, getattr(config, "transformers_weights", None))
     model, report = _model(base, loader, config, dtype, hub)
-    if in_encoder(model, report["missing_keys"]):
+    beside = base is encoder and has_adapter(base)
+    # An adapter that lies beside it, transformers has put into the model unmerged.
+    if beside or in_encoder(model, report["missing_keys"]):
         names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
         tensors = {names[name]: tensor for name, tensor in files.read().items()}
         model, report = _model(base, type(model), config, dtype, {"state_dict": tensors})
@@ -90,8 +92,9 @@ def open_model(
     if not modular:
         _check_labels(name, model, report["mismatched_keys"])
     check_weights(name, model, files.dtypes, report["mismatched_keys"])
-    if base is not encoder:
+    if beside or base is not encoder:
         model, missing = merged(encoder, base, model, missing)
+        check_weights(encoder.name, model, {}, ())
     # The pooler of an encoder whose tokens are read is none of the head.
     return (assemble(checkpoint, entries, model), set()) if modular else (model, missing)
 

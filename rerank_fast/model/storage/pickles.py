@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,12 +28,20 @@ _KEPT = (".json", ".txt", ".model", ".md", ".jinja", ".safetensors", ".png")
 
 
 def pickled_weights(directory: Path) -> list[Path]:
-    """Weights of a model directory that are pickled, its modules' too."""
+    """Weights of a model directory that are pickled, its modules' too; none that safetensors stand
+    beside, which are what is opened.
+    """
     return sorted(
         path
         for path in directory.rglob("*.bin")
-        if path.name.startswith(_WEIGHTS) and path.name != _INDEX
+        if path.name.startswith(_WEIGHTS) and not _has_safetensors(path)
     )
+
+
+def _has_safetensors(path: Path) -> bool:
+    kind = "adapter_model" if path.name.startswith("adapter_model") else "model"
+    names = (f"{kind}.safetensors", f"{kind}.safetensors.index.json")
+    return any(path.with_name(name).exists() for name in names)
 
 
 def convert_pickles(source: Path, target: Path, check: Callable[[Path], object]) -> list[Path]:
@@ -48,8 +58,8 @@ def convert_pickles(source: Path, target: Path, check: Callable[[Path], object])
         The files that were converted.
 
     Raises:
-        ValueError: source is no directory, has no pickled weights, or one of them holds more than
-            tensors.
+        ValueError: source is no directory, has no pickled weights that lack safetensors beside
+            them, or one of them holds more than tensors.
     """
     if not source.is_dir():
         raise ValueError(
@@ -57,7 +67,9 @@ def convert_pickles(source: Path, target: Path, check: Callable[[Path], object])
         )
     found = pickled_weights(source)
     if not found:
-        raise ValueError(f"{source} has no pickled weights (pytorch_model.bin) to convert")
+        there = any(path.name.startswith(_WEIGHTS) for path in source.rglob("*.bin"))
+        also = ": there are safetensors of them, which are what is opened" if there else ""
+        raise ValueError(f"{source} has no pickled weights (pytorch_model.bin) to convert{also}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as directory:
         staging = Path(directory, "model")
@@ -74,8 +86,14 @@ def convert_pickles(source: Path, target: Path, check: Callable[[Path], object])
             )
         for index in source.rglob(_INDEX):
             place = staging / index.relative_to(source).with_name("model.safetensors.index.json")
-            place.write_text(json.dumps(_renamed_index(index), indent=2) + "\n", encoding="utf-8")
-        check(staging)
+            if not place.with_name("model.safetensors").exists() and not place.exists():
+                renamed = json.dumps(_renamed_index(index), indent=2) + "\n"
+                place.write_text(renamed, encoding="utf-8")
+        try:
+            check(staging)
+        except ValueError as error:  # it is the user's directory that has the fault
+            said = str(error).replace(str(staging), str(source))
+            raise ValueError(f"what was read as tensors opens as no reranker: {said}") from error
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
             place = target / path.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +125,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of as many kinds as there are ways to damage a pickle
-        said = one_line(error).split(" (1)")[0]
-        raise ValueError(f"{file} can't be read as tensors alone: {said}") from error
+        raise ValueError(f"{file} can't be read as tensors alone: {_reason(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state:
@@ -116,5 +133,16 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{file}: expected a tensor, got {shown(tensor)} for {name!r}")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{file}: expected a dense tensor, got {kind} for {name!r}")
     # Weights that are tied share memory, which safetensors does not.
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refused, without its advice to run the pickle's code."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return one_line(error)
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it names {found[1]}" if found else "it is damaged, or holds something else"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.texts import shown
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,12 @@ def max_positions(name: str, model: Any) -> int | None:
 
     Args:
         name: of the checkpoint.
-        model: a Hugging Face model.
+        model: a Hugging Face model or a ModularReranker.
 
     Raises:
         ValueError: config.json gives something else than a number.
     """
+    model = model.encoder if isinstance(model, ModularReranker) else model
     config = model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and not isinstance(limit, int):

@@ -97,7 +97,13 @@ def load(
     base = adapter_base(encoder) or encoder
     if base is not encoder:
         hub["revision"] = None  # which is the adapter's
-    config = read_config(base, hub, check_dtype=dtype is None)
+    try:
+        config = read_config(base, hub, check_dtype=dtype is None)
+    except ValueError as error:
+        if base is encoder:
+            raise
+        what = f"{encoder.name} holds a PEFT adapter of {base.name} and no model"
+        raise ValueError(f"{what}: {error}") from error
     if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
         entries[0] = replace(entries[0], path="")
     prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)
@@ -161,10 +167,14 @@ def _set_template(tokenizer: Any, template: str) -> None:
 def _longest(
     checkpoint: Checkpoint, tokenizer: Any, settings: Mapping[str, Any], positions: int | None
 ) -> int | None:
-    """The saved limit of a pair in tokens: the least of those that the files name."""
+    """The saved limit of a pair in tokens: the Transformer's own before the tokenizer's, and the
+    model's positions at most.
+    """
     limit = text_limit(f"{checkpoint.name}/{TRANSFORMER_CONFIG}", settings)
-    known = (limit or tokenizer.model_max_length, positions, settings.get("max_seq_length"))
-    limits = [one for one in known if isinstance(one, int | float) and one < sys.maxsize]
+    limit = limit or settings.get("max_seq_length") or tokenizer.model_max_length
+    limits = [
+        one for one in (limit, positions) if isinstance(one, int | float) and one < sys.maxsize
+    ]
     return int(min(limits, default=0)) or None
 
 

@@ -70,7 +70,8 @@ def _check_adapter(checkpoint: Checkpoint) -> None:
         if file is None:
             raise ValueError(
                 f"{checkpoint.name} has an adapter_config.json and no adapter_model.safetensors; "
-                "pickled weights are not loaded"
+                "pickled weights are not loaded: rerank-fast convert --model "
+                f"{checkpoint.name} --output DIR writes them as safetensors"
             )
         header(file)
 

@@ -22,16 +22,23 @@ from rerank_fast.model.packed.heads import Answers
 from rerank_fast.model.storage.files import SENTENCE_TRANSFORMERS_CONFIG, quiet_transformers
 from rerank_fast.model.storage.modules import TRANSFORMER_CONFIG
 from rerank_fast.model.storage.tokenizer import TokenizerSettings
-from rerank_fast.model.texts import one_line
+from rerank_fast.model.texts import check_text, one_line
 
 logger = logging.getLogger(__name__)
 
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What transformers would add, of a model that lay there before, to the one that is saved.
+_STALE = (*_ADAPTER, "added_tokens.json", "special_tokens_map.json")
+
+
 def holds_model(directory: Path) -> bool:
-    """Whether a directory has a config, weights or a README that a save would replace."""
-    return any((directory / name).exists() for name in ("config.json", CARD_FILE)) or any(
-        directory.glob("*.safetensors")
-    )
+    """Whether a directory has a config, weights, an adapter or a README that a save would
+    replace.
+    """
+    return any(
+        (directory / name).exists() for name in ("config.json", CARD_FILE, *_ADAPTER)
+    ) or any(directory.glob("*.safetensors"))
 
 
 def save(
@@ -57,6 +64,12 @@ def save(
             f"{directory} already holds a model or a README.md; pass overwrite=True (--overwrite) "
             "to replace it"
         )
+    for name, prompt in prompts.items():
+        check_text(prompt, f"prompt {name!r}")
+    if default_prompt_name is not None and default_prompt_name not in prompts:
+        raise ValueError(
+            f"default_prompt_name is {default_prompt_name!r}: expected None or one of {[*prompts]}"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
@@ -66,7 +79,7 @@ def save(
         with quiet_transformers():
             model.save_pretrained(staging)
             tokenizer_settings.save(tokenizer, staging, max_length)
-        files = _module_files(entries or _plain_entries(answers, encoder_decoder))
+        files = _module_files(entries or _plain_entries(answers, encoder_decoder), max_length)
         files[SENTENCE_TRANSFORMERS_CONFIG] = _settings(
             activation_fn, prompts, default_prompt_name, keep_in_fp32_modules
         )
@@ -74,6 +87,8 @@ def save(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         card.write(staging)
+        for name in _STALE:
+            (directory / name).unlink(missing_ok=True)
         mode = (staging / "modules.json").stat().st_mode
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             file.chmod(mode)  # safetensors makes its files the owner's alone
@@ -113,9 +128,9 @@ def _settings(
     )
 
 
-def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
+def _module_files(entries: Sequence[Entry], max_length: int | None) -> dict[str, Any]:
     """modules.json and each module's config."""
-    files: dict[str, Any] = {TRANSFORMER_CONFIG: dict(entries[0].config)}
+    files: dict[str, Any] = {TRANSFORMER_CONFIG: _limited(entries[0].config, max_length)}
     files |= {f"{entry.path}/config.json": dict(entry.config) for entry in entries[1:]}
     files["modules.json"] = [
         {"idx": index, "name": entry.name, "path": entry.path, "type": entry.type}
@@ -123,6 +138,19 @@ def _module_files(entries: Sequence[Entry]) -> dict[str, Any]:
         for index, entry in enumerate(entries)
     ]
     return files
+
+
+def _limited(config: Mapping[str, Any], max_length: int | None) -> dict[str, Any]:
+    """A Transformer's config; where it names a limit, which goes before the tokenizer's, this
+    one.
+    """
+    limited = dict(config)
+    if limited.get("max_seq_length") is not None:
+        limited["max_seq_length"] = max_length
+    text = (limited.get("processing_kwargs") or {}).get("text") or {}
+    if text.get("max_length") is not None:
+        limited["processing_kwargs"] = {"text": {**text, "max_length": max_length}}
+    return limited
 
 
 def _plain_entries(answers: Answers | None, encoder_decoder: bool) -> list[Entry]:

@@ -126,10 +126,13 @@ class PairTokenizer:
             texts += query_ids, document_ids
         return self.framed(texts) if fast else self._prepared(texts, max_length), truncated
 
-    def prompt_length(self, prompt: str) -> int:
-        """The tokens of a prompt before any text, with the special one that begins a pair."""
+    def prompt_length(self, prompt: str, max_length: int) -> int:
+        """The tokens of a prompt before any text, with the special one that begins a pair; what
+        max_length leaves of them where they are more.
+        """
         ids = self.tokenizer(prompt, verbose=False)["input_ids"]
-        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+        ends = bool(ids) and ids[-1] in self.tokenizer.all_special_ids
+        return min(len(ids), max_length) - ends
 
     def _end_of_text(self) -> list[int]:
         known = (

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers.cross_encoder.modules import Dense
+from sentence_transformers.sentence_transformer.modules import CNN, LSTM
 from torch import nn
 
 from rerank_fast import CrossEncoder
-from tests.model.modular_factory import PAIRS, ettin, make_peer
+from tests.model.modular_factory import PAIRS, ettin, make_peer, score
 from tests.model.storage.damage import edit, refused
 
 
@@ -89,6 +91,7 @@ def test_configs_of_modules(modular: Path, folder: str, changes: dict[str, Any],
     [
         ({"path": "../outside"}, "leads out of the model's directory"),
         ({"path": ""}, "expected a path for the module"),
+        ({"kwargs": 3}, "expected kwargs to be a list of names, got int 3"),
         ({"path": "9_Missing"}, r"expected pooling modes|9_Missing"),
         (
             {"type": "somebodys.modules.Dense"},
@@ -104,6 +107,12 @@ def test_entries_of_modules(modular: Path, changes: dict[str, Any], message: str
     refused(modular, message)
 
 
+def test_a_transformer_of_somebodys_own_is_not_read_as_theirs(modular: Path):
+    (modular / "custom_st.py").write_text("raise SystemExit")
+    edit_module(modular, 0, type="custom_st.Transformer")
+    refused(modular, "has the module custom_st.Transformer: expected sentence-transformers' own")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -116,6 +125,8 @@ def test_entries_of_modules(modular: Path, changes: dict[str, Any], message: str
         ({"processing_kwargs": 3}, "expected processing_kwargs of text alone"),
         ({"processing_kwargs": {"text": {"truncation": False}}}, "truncation that are true"),
         ({"processing_kwargs": {"text": {"max_length": 0}}}, "max_length to be at least 4, got"),
+        ({"modality_config": 3}, "expected a modality_config of objects, got int 3"),
+        ({"modality_config": {"text": 3}}, "expected a modality_config of objects, got dict"),
         ({"query_expansion": {"strategy": "fixed"}}, "query_expansion is not supported"),
         (
             {"modality_config": {"text": {"method": "encode"}}},
@@ -171,13 +182,22 @@ def test_a_damaged_file_of_a_module(modular: Path):
     refused(modular, r"4_Dense/model.safetensors is damaged")
 
 
-def test_two_scores_are_refused(tmp_path: Path):
-    from sentence_transformers.cross_encoder.modules import Dense
-
-    head = ettin("cls")
+@pytest.mark.parametrize("theirs", [False, True])
+def test_two_scores_are_refused(theirs: bool, tmp_path: Path):
+    head = [CNN(32, 16, [1, 1]), *ettin("cls")] if theirs else ettin("cls")
     head[-1] = Dense(32, 2, activation_function=nn.Identity(), module_output_name="scores")
     make_peer(tmp_path, head, "bert", num_labels=2)
     refused(tmp_path / "model", "has 2 labels; expected modules that give 1 score")
+
+
+def test_a_score_for_each_token_is_refused(tmp_path: Path):
+    make_peer(tmp_path, [score(module_input_name="token_embeddings")], "bert")
+    refused(tmp_path / "model", r"scores of the shape \(2, 2, 1\) for 2 texts; expected \(2, 1\)")
+
+
+def test_modules_that_want_what_a_transformer_does_not_give(tmp_path: Path):
+    make_peer(tmp_path, [LSTM(32, 16), *ettin("cls")], "bert")
+    refused(tmp_path / "model", "the modules give no score: KeyError: 'sentence_lengths'")
 
 
 def test_without_sentence_transformers_what_is_theirs_alone_is_named(

@@ -83,7 +83,10 @@ def test_modules_are_converted_too(tmp_path: Path):
     np.testing.assert_allclose(scores, peer.predict(PAIRS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("content", ["code", "a list", "numbers", "damaged"])
+@pytest.mark.parametrize(
+    "content",
+    ["code", "a pickle of old", "a list", "numbers", "damaged", "empty", "sparse", "meta"],
+)
 def test_what_is_more_than_tensors_is_refused_and_not_run(
     directory: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture
 ):
@@ -95,17 +98,73 @@ def test_what_is_more_than_tensors_is_refused_and_not_run(
     (directory / "model.safetensors").unlink()
     if content == "code":
         file.write_bytes(pickle.dumps({**tensors, "x": Payload(marker)}))
+        said = "can't be read as tensors alone: it is damaged, or holds something else"
+    elif content == "a pickle of old":
+        torch.save({**tensors, "x": Payload(marker)}, file)
+        said = "can't be read as tensors alone: it names "
     elif content == "damaged":
         torch.save(tensors, file)
         file.write_bytes(file.read_bytes()[:500])
+        said = "can't be read as tensors alone: "
+    elif content == "empty":
+        file.write_bytes(b"")
+        said = "can't be read as tensors alone: "
     else:
-        torch.save([1, 2] if content == "a list" else {**tensors, "step": 3}, file)
+        more: dict[str, Any] = {
+            "numbers": {"step": 3},
+            "sparse": {"x": torch.eye(2).to_sparse()},
+            "meta": {"x": torch.zeros(2, device="meta")},
+        }
+        torch.save([1, 2] if content == "a list" else tensors | more[content], file)
+        said = "expected tensors by name" if content == "a list" else "expected a "
     assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "pytorch_model.bin" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "pytorch_model.bin" in printed
+    assert said in printed
+    assert "weights_only" not in printed  # torch's advice to run the code
+    assert printed.count("\n") == 1
     assert not marker.exists()
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("head", [None, "modular"])
+def test_safetensors_beside_a_pickle_are_the_model(
+    directory: Path, tmp_path: Path, head: str | None, capsys: pytest.CaptureFixture
+):
+    """What a run that began with a pickle has written beside it."""
+    expected = CrossEncoder(directory, device="cpu").predict(PAIRS)
+    halves = {key: one / 2 for key, one in load_file(directory / "model.safetensors").items()}
+    torch.save(halves, directory / "pytorch_model.bin")
+    flags = ["--head", head] if head else []
+    command = ["convert", "--model", str(directory), "--output", str(tmp_path / "out"), *flags]
+    assert main(command) == (0 if head else 2)
+    if head is None:
+        assert "there are safetensors of them, which are what is opened" in capsys.readouterr().err
+        return
+    scores = CrossEncoder(tmp_path / "out", device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_heads_fault_is_said_of_it_too(directory: Path, tmp_path: Path, capsys: Any):
+    to_pickles(directory)
+    flags = ["--output", str(tmp_path / "out"), "--head", "classification"]
+    assert main(["convert", "--model", str(directory), *flags]) == 2
+    assert f"error: {directory} has a classification head already" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_weights_is_said_of_the_directory_that_has_it(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    tensors["classifier.weight"].fill_(torch.nan)
+    torch.save(tensors, directory / "pytorch_model.bin")
+    assert main(["convert", "--model", str(directory), "--output", str(tmp_path / "out")]) == 2
+    said = (
+        f"opens as no reranker: {directory}: the weight classifier.weight has a value that is NaN"
+    )
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["no pickles", "no directory", "output holds a model"])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rerank_fast.model.modular.pooling import Pool, pool_by
-from rerank_fast.model.modular.reranker import ModularReranker
+from rerank_fast.model.modular.reranker import TOKENS, ModularReranker
 from rerank_fast.model.packed.architectures.views import Reading
 
 # sentence-transformers' classes, and this package's by the same names.
@@ -28,11 +28,9 @@ def modular_reading(model: ModularReranker) -> Reading | str:
             name = f"{kind.__module__}.{kind.__name__}"
             return f"the CrossEncoder has the module {name}, which needs a padded batch"
     pools = [place for place, module in enumerate(modules) if type(module).__name__ == "Pooling"]
-    if len(pools) != 1 or model.output[1] != _TOKENS:
-        return (
-            f"the CrossEncoder has {len(pools)} Pooling modules after a Transformer with "
-            f"{model.output[1]}"
-        )
+    if len(pools) != 1 or model.output != TOKENS:
+        read = ".".join(map(str, model.output[0]))
+        return f"the CrossEncoder has {len(pools)} Pooling modules after a Transformer's {read}"
     (place,) = pools
     before, pooling, after = modules[:place], modules[place], modules[place + 1 :]
     if not pooling.include_prompt:
