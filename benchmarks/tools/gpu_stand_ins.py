@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.tools.gpu_counts import DeviceCounts
 from rerank_fast.model import cross_encoder, pretrained
-from rerank_fast.model.packed import bucket_encoder, encoder, linear, pre_norm_step, ready_layers
-from rerank_fast.ops import ragged, registry
+from rerank_fast.model.packed import bucket_encoder, encoder, linear, ready_layers
+from rerank_fast.ops import layer_kernels, ragged, registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training import backward
 
@@ -97,8 +97,8 @@ def stubbed_kernels() -> Iterator[None]:
         (registry.Backends, "_best", lambda backends, tensor, facts: "triton"),
         (guard, "refusal", lambda device: ""),
         *(
-            (module, "has_kernels", lambda device, dtype: True)
-            for module in (encoder, bucket_encoder, pre_norm_step, ready_layers)
+            (module, "triton_serves", lambda device, dtype: True)
+            for module in (encoder, bucket_encoder, ready_layers, layer_kernels)
         ),
         (linear, "_onednn_multiplies", lambda dtype: False),
         (linear, "_widens", lambda grad, dtype: dtype == torch.float32),

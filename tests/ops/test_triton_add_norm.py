@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rerank_fast.ops.pre_norm import kernels_of
+from rerank_fast.ops.layer_kernels import kernels_of
 from tests.ops.test_backends import require_triton
-from tests.ops.test_pre_norm import KINDS, check_add_norm
+from tests.ops.test_layer_kernels import KINDS, check_add_norm
 
 
 # Not bf16, which the interpreter cuts where a GPU rounds: fp16 loses less by that.

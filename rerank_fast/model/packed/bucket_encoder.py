@@ -18,9 +18,9 @@ from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces, Wo
 from rerank_fast.model.packed.layers import MicroBatch, prepare_layers, run_layer
 from rerank_fast.model.packed.linear import must_be_called
 from rerank_fast.model.packed.post_norm_step import PostNormStep
-from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 from rerank_fast.model.packed.ready_layers import Step, finished, summed
+from rerank_fast.ops.layer_kernels import triton_serves
 
 
 class BucketEncoder:
@@ -49,7 +49,7 @@ class BucketEncoder:
         self._modules = list(model.modules())
         if part := _uncapturable(self._modules, architecture, layers):
             refuse(part)
-        if not has_kernels(architecture.word_embeddings.weight.device, dtype):
+        if not triton_serves(architecture.word_embeddings.weight.device, dtype):
             refuse("what Triton does not run")
         self.parameters = list(model.parameters())
         self._owned: list[tuple[dict[str, Any], str]] = [

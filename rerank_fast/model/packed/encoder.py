@@ -33,11 +33,11 @@ from rerank_fast.model.packed.layers import (
     run_layer,
 )
 from rerank_fast.model.packed.norm import norm
-from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 from rerank_fast.model.packed.ready_layers import ReadyLayers, Step, finished, summed
 from rerank_fast.model.random_state import nothing_drawn, random_state
 from rerank_fast.model.tokens.packing import TokenizedPairs, fill_up, upload
+from rerank_fast.ops.layer_kernels import triton_serves
 
 
 class PackedPairs:
@@ -114,7 +114,7 @@ class PackedPairs:
             padding = architecture.word_embeddings.padding_idx
             unread = padding if padding is not None and padding in used else None
             self._rows = DistinctRows.apply(weight, upload(used, weight.device), unread)
-        self._has_kernels = has_kernels(self.device, dtype)
+        self._on_triton = triton_serves(self.device, dtype)
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """(M,) fp32 scores of the pairs at the (M,) indices, in their order.
@@ -251,7 +251,7 @@ class PackedPairs:
             wide, narrow = self._embeddings(self._rows, token_places, tokens, self.dtype)
             return wide, None if pre_norm else narrow, token_places.ids[1:2], tokens
         position_ids = upload(positions, device)[None]
-        if self._has_kernels and self._rows.requires_grad and torch.is_grad_enabled():
+        if self._on_triton and self._rows.requires_grad and torch.is_grad_enabled():
             found = upload(WordPlaces.values(words, len(self._rows)), device)
             rows = WordPlaces.within(found, len(words)).rows(self._rows)
         else:

@@ -28,11 +28,10 @@ from rerank_fast.model.packed.linear import (
 )
 from rerank_fast.model.packed.norm import add_norm, ready_norm
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
-from rerank_fast.model.packed.pre_norm import has_kernels, kernels_on_host
 from rerank_fast.model.packed.pre_norm_parts import gate_of
 from rerank_fast.model.packed.relative import RelativeStep
 from rerank_fast.ops.int8_linear import Int8Rows
-from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
+from rerank_fast.ops.layer_kernels import LayerKernels, kernels_for
 from rerank_fast.ops.residual_norm import backend_for
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
@@ -293,19 +292,16 @@ class PostNormStep:
         )
 
 
-def _kernels_of(layer: PostNormLayer, dtype: torch.dtype) -> PreNormKernels | None:
+def _kernels_of(layer: PostNormLayer, dtype: torch.dtype) -> LayerKernels | None:
     """Those that its rotary positions and its gate run through; None where none are there, and
     none needed.
     """
     if layer.rotary is None and layer.gate is None:
         return None
-    device = layer.output_norm.weight.device
-    if has_kernels(device, dtype):
-        return kernels_of("triton")
-    return kernels_on_host(device, dtype)
+    return kernels_for(layer.output_norm.weight.device, dtype)
 
 
-def _is_known(layer: PostNormLayer, kernels: PreNormKernels | None) -> bool:
+def _is_known(layer: PostNormLayer, kernels: LayerKernels | None) -> bool:
     """Whether each part between the products has its gradient here."""
     dropout = layer.mlp_dropout
     if dropout is not None and (type(dropout) is not nn.Dropout or must_be_called(dropout)):

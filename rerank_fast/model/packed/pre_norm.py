@@ -16,26 +16,12 @@ from torch import Tensor
 from rerank_fast.model.packed.linear import pass_on
 from rerank_fast.model.packed.pre_norm_parts import Normed
 from rerank_fast.ops import varlen_attention
-from rerank_fast.ops.cpu import pre_norm as cpu
 from rerank_fast.ops.differentiated_once import differentiated_once
-from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
-from rerank_fast.ops.registry import HAS_TRITON
+from rerank_fast.ops.layer_kernels import LayerKernels
 
 if TYPE_CHECKING:
     from rerank_fast.model.packed.layers import LayerBatch
     from rerank_fast.model.packed.pre_norm_step import PreNormStep
-
-
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's run on a device; a meta tensor stands for a GPU's."""
-    return (
-        device.type in ("cuda", "meta") and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
-    )
-
-
-def kernels_on_host(device: torch.device, dtype: torch.dtype) -> PreNormKernels | None:
-    """Those of a CPU; None where they don't run."""
-    return kernels_of("cpu") if cpu.serves(device, dtype) else None
 
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -103,7 +89,7 @@ class TrainedPreNorm(torch.autograd.Function):
     @differentiated_once
     def backward(ctx: Any, d_result: Tensor | None, d_down: Tensor) -> tuple[Tensor | None, ...]:
         step, batch, parts = ctx.step, ctx.batch, ctx.step.parts
-        kernels: PreNormKernels = parts.kernels
+        kernels: LayerKernels = parts.kernels
         saved = iter(ctx.saved_tensors)
         first, last = (Normed._make(islice(saved, len(Normed._fields))) for _ in range(2))
         gate_up, active, projected, query, key, value, attended, lse, *weights = saved

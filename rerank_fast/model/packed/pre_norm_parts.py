@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PreNormLayer
 from rerank_fast.model.packed.linear import NarrowCopies, is_gelu, must_be_called
-from rerank_fast.ops.pre_norm import PreNormKernels
+from rerank_fast.ops.layer_kernels import LayerKernels
 
 _MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of Triton's kernels
 
@@ -125,7 +125,7 @@ class AddNorm:
     is added, as Gemma 2 does.
     """
 
-    kernels: PreNormKernels
+    kernels: LayerKernels
     norm: TrainedNorm | None
     added: TrainedNorm | None
 
@@ -134,7 +134,7 @@ class AddNorm:
         norm: nn.Module | None,
         added: nn.Module | None,
         copies: NarrowCopies,
-        kernels: PreNormKernels,
+        kernels: LayerKernels,
     ) -> AddNorm | None:
         """None of modules that have no kernel."""
         modules = norm, added
@@ -198,7 +198,7 @@ class AddNorm:
 class TrainedParts:
     """What TrainedPreNorm needs of a layer beside its products."""
 
-    kernels: PreNormKernels
+    kernels: LayerKernels
     before_attention: AddNorm
     before_mlp: AddNorm
     head_weights: Tensor | None  # (2 x head size,) fp32 of the queries' and the keys' norm
@@ -211,7 +211,7 @@ class TrainedParts:
         layer: PreNormLayer,
         added_norm: nn.Module | None,
         copies: NarrowCopies,
-        kernels: PreNormKernels,
+        kernels: LayerKernels,
     ) -> TrainedParts | None:
         """None of a layer that has a part without a kernel.
 

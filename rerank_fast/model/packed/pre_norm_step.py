@@ -26,12 +26,10 @@ from rerank_fast.model.packed.norm import added, norm
 from rerank_fast.model.packed.pre_norm import (
     TrainedPreNorm,
     fused_layer,
-    has_kernels,
-    kernels_on_host,
 )
 from rerank_fast.model.packed.pre_norm_parts import TrainedParts
 from rerank_fast.model.packed.relative import RelativeStep
-from rerank_fast.ops.pre_norm import kernels_of
+from rerank_fast.ops.layer_kernels import kernels_for
 from rerank_fast.ops.varlen_attention import own_backend_for, varlen_attention
 
 
@@ -101,11 +99,8 @@ class PreNormStep:
         if weight is None:
             return None
         own = copies is not None and all(one.has_weight for one in linears)
-        if has_kernels(weight.device, self.dtype):
-            kernels = kernels_of("triton") if own else None
-        else:
-            kernels = kernels_on_host(weight.device, self.dtype)
-        if kernels is None or not (own or self.infers):
+        kernels = kernels_for(weight.device, self.dtype)
+        if kernels is None or not (own or (self.infers and kernels.backend == "cpu")):
             return None
         made = NarrowCopies() if copies is None else copies
         parts = TrainedParts.of(self.layer, self.added_norm, made, kernels)

@@ -14,8 +14,8 @@ from rerank_fast.model.packed.layers import Rows, dropped
 from rerank_fast.model.packed.linear import NarrowCopies
 from rerank_fast.model.packed.norm import added, norm
 from rerank_fast.model.packed.post_norm_step import PostNormStep
-from rerank_fast.model.packed.pre_norm import has_kernels
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
+from rerank_fast.ops.layer_kernels import triton_serves
 
 Step: TypeAlias = PostNormStep | PreNormStep
 
@@ -81,7 +81,7 @@ class ReadyLayers:
             and all(isinstance(one, PostNormStep) and one.calls_no_module for one in self.layers)
         )
         self.embeddings = None
-        if has_kernels(architecture.word_embeddings.weight.device, dtype):
+        if triton_serves(architecture.word_embeddings.weight.device, dtype):
             self.embeddings = FusedEmbeddings.find(architecture.embeddings)
 
     def is_current(self, dtype: torch.dtype) -> bool:

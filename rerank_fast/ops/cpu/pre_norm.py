@@ -1,4 +1,6 @@
-"""What stands between the products of a pre-norm layer, through the C++ kernels: no graph."""
+"""What stands between the products of a layer that norms first, has rotary positions or a gate,
+through the C++ kernels: no graph.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels between the products of a pre-norm layer beside PyTorch in fp64."""
+"""The C++ kernels between the products of a layer beside PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rerank_fast.ops.cpu import available, unavailable_reason
-from rerank_fast.ops.pre_norm import PreNormKernels, kernels_of
+from rerank_fast.ops.layer_kernels import LayerKernels, kernels_of
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason=unavailable_reason()),
@@ -64,7 +64,7 @@ def test_add_norm(kind: str, shape: tuple[int, int], dtype: torch.dtype):
 
 
 def check_add_norm(
-    kernels: PreNormKernels,
+    kernels: LayerKernels,
     kind: str,
     shape: tuple[int, int],
     dtype: torch.dtype,

@@ -1,5 +1,5 @@
-"""The kernels between the products of a pre-norm layer, of either backend: what stands in the row
-that a layer calls, forward and backward.
+"""The kernels between the products of a layer that is one function: sums with norms, rotary
+positions and gates, of either backend, forward and backward.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
+from rerank_fast.ops.cpu import pre_norm as cpu
+from rerank_fast.ops.registry import HAS_TRITON
+
 
 @dataclass(frozen=True)
-class PreNormKernels:
+class LayerKernels:
     """Of one backend; ops/cpu/pre_norm.py says what each computes."""
 
     backend: Literal["cpu", "triton"]
@@ -26,12 +31,10 @@ class PreNormKernels:
 
 
 @functools.cache
-def kernels_of(backend: Literal["cpu", "triton"]) -> PreNormKernels:
+def kernels_of(backend: Literal["cpu", "triton"]) -> LayerKernels:
     """A backend's; its modules are imported when it is first asked for."""
     if backend == "cpu":
-        from rerank_fast.ops.cpu import pre_norm as cpu
-
-        return PreNormKernels(
+        return LayerKernels(
             backend,
             cpu.add_norm,
             cpu.add_norm_grads,
@@ -44,7 +47,7 @@ def kernels_of(backend: Literal["cpu", "triton"]) -> PreNormKernels:
         )
     from rerank_fast.ops.triton import add_norm, column_sums, gated, residual_norm, rotary
 
-    return PreNormKernels(
+    return LayerKernels(
         backend,
         add_norm.add_norm,
         add_norm.add_norm_grads,
@@ -55,3 +58,16 @@ def kernels_of(backend: Literal["cpu", "triton"]) -> PreNormKernels:
         gated.gated_grad,
         column_sums.column_sums,
     )
+
+
+def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's run on a device; a meta tensor stands for a GPU's."""
+    on_gpu = device.type in ("cuda", "meta")
+    return on_gpu and HAS_TRITON and dtype.itemsize <= torch.float32.itemsize
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> LayerKernels | None:
+    """Those that run there; None where none do."""
+    if triton_serves(device, dtype):
+        return kernels_of("triton")
+    return kernels_of("cpu") if cpu.serves(device, dtype) else None
