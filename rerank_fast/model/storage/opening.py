@@ -17,9 +17,9 @@ from transformers import (
 
 from rerank_fast.model.modular.reranker import Entry
 from rerank_fast.model.storage.adapters import merged
-from rerank_fast.model.storage.files import Checkpoint
+from rerank_fast.model.storage.files import Checkpoint, named
 from rerank_fast.model.storage.modules import assemble, encoder_loader, is_modular
-from rerank_fast.model.storage.names import check_encoder, in_encoder, unwrapped
+from rerank_fast.model.storage.names import check_encoder, unwrapped
 from rerank_fast.model.storage.weights import check_weight_files, check_weights
 from rerank_fast.model.texts import one_line, shown
 
@@ -81,10 +81,12 @@ def open_model(
         config.num_labels = 1
     files = check_weight_files(base, getattr(config, "transformers_weights", None))
     model, report = _model(base, loader, config, dtype, hub)
-    if in_encoder(model, report["missing_keys"]):
-        names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
-        tensors = {names[name]: tensor for name, tensor in files.read().items()}
-        model, report = _model(base, type(model), config, dtype, {"state_dict": tensors})
+    if report["missing_keys"]:
+        with named(name):
+            names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
+        if any(own != as_saved for as_saved, own in names.items()):
+            tensors = {names[one]: tensor for one, tensor in files.read().items()}
+            model, report = _model(base, type(model), config, dtype, {"state_dict": tensors})
     missing = set(report["missing_keys"])
     check_encoder(name, model, missing, files.dtypes)
     if not modular:
