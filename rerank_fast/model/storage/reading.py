@@ -15,6 +15,7 @@ from torch import Tensor
 from rerank_fast.model.card import CARD_FILE, Card, read_card
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.padded import padding_token
 from rerank_fast.model.storage.activations import is_torchs, make_activation
 from rerank_fast.model.storage.adapters import adapter_base
 from rerank_fast.model.storage.answers import find_answers
@@ -126,8 +127,10 @@ def load(
         entries,
         saved.get("keep_in_fp32_modules") or [],
     )
-    if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    pad, rows = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
+    # transformers may have given the tokenizer one that the model has no embedding for.
+    if pad is not None and padding_token(model) is None and not (rows and pad >= rows):
+        model.config.pad_token_id = pad
     positions = max_positions(path_or_hub_id, model)
     settings = entries[0].config if entries else {}
     max_length = _longest(checkpoint, tokenizer, settings, positions)
