@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rerank_fast.model.storage.files import Checkpoint, named
@@ -38,7 +39,7 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
             f"{checkpoint.name} holds a PEFT adapter of {base} without {_WEIGHTS}; pickled weights "
             "are not loaded"
         )
-    return Checkpoint(base, None, checkpoint.token)
+    return replace(checkpoint, name=base, revision=None)
 
 
 def merged(
@@ -64,6 +65,5 @@ def merged(
     with named(f"{what}; it does not fit there"):
         if unknown:
             raise ValueError(f"the model has no weight {unknown[0]}")
-        options: dict[str, Any] = {"revision": checkpoint.revision, "token": checkpoint.token}
-        adapted = PeftModel.from_pretrained(model, checkpoint.name, **options)
+        adapted = PeftModel.from_pretrained(model, checkpoint.name, **checkpoint.hub)
         return adapted.merge_and_unload().eval(), missing - brought

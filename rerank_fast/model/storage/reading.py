@@ -70,6 +70,12 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_folder: str | Path | None = None,
+    local_files_only: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    config_kwargs: Mapping[str, Any] | None = None,
+    keep_in_fp32_modules: list[str] | None = None,
     template: str | None = None,
     answers: str | tuple[str, str] | None = None,
 ) -> LoadedModel:
@@ -83,12 +89,8 @@ def load(
         ValueError: a file is missing, damaged, holds something else than is expected of it, or
             names a file outside of the checkpoint; says which.
     """
-    hub: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-        "token": token,
-    }
-    checkpoint = Checkpoint(path_or_hub_id, revision, token)
+    code = {"trust_remote_code": trust_remote_code}
+    checkpoint = Checkpoint(path_or_hub_id, revision, token, cache_folder, local_files_only)
     check_place(checkpoint)
     saved = checkpoint.read_json(SENTENCE_TRANSFORMERS_CONFIG) or {}
     # Else its prompts and modules are an embedder's.
@@ -96,16 +98,20 @@ def load(
     entries = read_entries(checkpoint) if is_reranker else []
     encoder = checkpoint.folder(entries[0].path) if entries else checkpoint
     base = adapter_base(encoder) or encoder
-    if base is not encoder:
-        hub["revision"] = None  # which is the adapter's
-    config = read_config(base, hub, check_dtype=dtype is None)
+    config = read_config(base, {**code, **(config_kwargs or {})}, check_dtype=dtype is None)
     if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
         entries[0] = replace(entries[0], path="")
-    prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)
+    prompts, default_prompt_name = check_prompts(
+        (is_reranker and saved.get("prompts")) or {},
+        saved.get("default_prompt_name") if is_reranker else None,
+        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
+    )
     with quiet_transformers():
-        model, untrained = open_model(checkpoint, encoder, base, config, entries, dtype, hub)
+        options = {**code, **(model_kwargs or {})}
+        model, untrained = open_model(checkpoint, encoder, base, config, entries, dtype, options)
         own_tokenizer = base is encoder or encoder.file("tokenizer_config.json") is not None
-        tokenizer = load_tokenizer(encoder if own_tokenizer else base, model, hub)
+        options = {**code, **(processor_kwargs or {})}
+        tokenizer = load_tokenizer(encoder if own_tokenizer else base, model, options)
     if untrained:
         logger.warning(
             "%s has no trained score head: %s start from random values, so train before you rank.",
@@ -121,12 +127,11 @@ def load(
         )
     if template is not None:
         _set_template(tokenizer, template)
-    fp32 = keep_in_fp32(
-        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
-        model,
-        entries,
-        saved.get("keep_in_fp32_modules") or [],
-    )
+    fp32, where = keep_in_fp32_modules, checkpoint.name
+    if fp32 is None:
+        fp32 = saved.get("keep_in_fp32_modules") or []
+        where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
+    fp32 = keep_in_fp32(where, model, entries, fp32)
     pad, rows = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
     # transformers may have given the tokenizer one that the model has no embedding for.
     if pad is not None and padding_token(model) is None and not (rows and pad >= rows):
@@ -171,10 +176,12 @@ def _longest(
     return int(min(limits, default=0)) or None
 
 
-def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """The prompts by name, and the name of the default one."""
-    where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
-    prompts, default = saved.get("prompts") or {}, saved.get("default_prompt_name")
+def check_prompts(prompts: Any, default: Any, where: str) -> tuple[dict[str, str], str | None]:
+    """Prompts by name, and the name of the default one.
+
+    Raises:
+        ValueError: they are no texts, or the default is none of them; begins with the place.
+    """
     if not isinstance(prompts, dict):
         raise ValueError(f"{where}: expected prompts to be texts by name, got {shown(prompts)}")
     for name, prompt in prompts.items():

@@ -62,8 +62,8 @@ class TokenizerSettings:
         tokenizer.save_pretrained(directory)
 
 
-def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> Any:
-    """The checkpoint's tokenizer.
+def load_tokenizer(checkpoint: Checkpoint, model: Any, options: dict[str, Any]) -> Any:
+    """The checkpoint's tokenizer, made with these options of from_pretrained.
 
     Raises:
         ValueError: its files are missing or damaged, it has no words or can't join the texts of a
@@ -90,7 +90,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
             f"{checkpoint.name} has no tokenizer: expected the file tokenizer.json or a vocabulary"
         )
     with named(what):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **{**checkpoint.hub, **options})
     own = {
         file for kind, file in type(tokenizer).vocab_files_names.items() if kind != "merges_file"
     }
