@@ -168,11 +168,14 @@ class CrossEncoder(TokenizingModel):
         batch_size is the most pairs per forward pass; None lets their tokens decide.
         """
         scores = self._scores(iter([tokens]), len(tokens), batch_size, show_progress_bar)
-        return self._activate(scores, activation_fn)
+        return self.activated(scores, activation_fn)
 
-    def _activate(self, scores: Tensor, activation_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
-        activation: Any = activation_fn or self.activation_fn
-        return activation(scores)
+    def activated(self, scores: Tensor, activation_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """(N,) scores after an activation, the model's own for None. It sees (N, 1), a column for
+        each label.
+        """
+        activation = self.activation_fn if activation_fn is None else activation_fn
+        return activation(scores[:, None]).reshape(-1)
 
     def _scores(
         self,
@@ -249,7 +252,7 @@ class CrossEncoder(TokenizingModel):
         scores = self._scores(
             self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar
         )
-        scores = self._activate(scores, activation_fn)
+        scores = self.activated(scores, activation_fn)
         if convert_to_tensor:
             return scores[0] if single else scores
         if convert_to_numpy:

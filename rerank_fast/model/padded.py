@@ -165,6 +165,14 @@ def padding_token(model: Any) -> int | None:
     return pad if isinstance(pad, int) and pad >= 0 else None
 
 
+def scores_alone(model: Any, answers: Answers | None) -> bool:
+    """Whether only a batch of one has the score that it should: the model finds the end of a text
+    by its padding token, and knows none. A modular model reads what the mask says.
+    """
+    modular = isinstance(model, ModularReranker)
+    return answers is None and not modular and padding_token(model) is None
+
+
 def _reads_padding(model: Any) -> bool:
     """Whether a pair's score is another one with padding beside it."""
     inner = model.encoder if isinstance(model, ModularReranker) else model
@@ -196,12 +204,7 @@ def padded_scores(
     """
     if answers is None:
         mask = inputs["attention_mask"].bool()
-        # A modular model reads what the mask says, not what it knows for padding.
-        if (
-            len(mask) > 1
-            and padding_token(model) is None
-            and not isinstance(model, ModularReranker)
-        ):
+        if len(mask) > 1 and scores_alone(model, answers):
             _say_one_by_one(type(model).__name__)
             rows = [
                 {name: one[n : n + 1, mask[n]] for name, one in inputs.items()}

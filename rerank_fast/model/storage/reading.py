@@ -215,7 +215,7 @@ def _saved_activation(
     # A name in a config must not run code of its choosing: PyTorch's activations only.
     if not is_torchs(name):
         logger.warning(
-            "%s names the activation %s, which is not one of torch.nn; using Sigmoid.",
+            "%s names the activation %.60r, which is not one of torch.nn; using Sigmoid.",
             checkpoint.name,
             name,
         )

@@ -49,6 +49,8 @@ class TokenizerSettings:
     def save(self, tokenizer: Any, directory: Path, max_length: int | None) -> None:
         """Write a tokenizer's files with these settings and a model's limit, None for its own."""
         tokenizer = copy.deepcopy(tokenizer)  # others may be using it
+        for name in ("is_local", "local_files_only"):  # how it was opened, which transformers adds
+            tokenizer.init_kwargs.pop(name, None)
         if max_length is not None:
             tokenizer.model_max_length = max_length
         if tokenizer.is_fast:
