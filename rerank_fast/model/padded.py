@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.architectures import find_answer_head, start_token_id
-from rerank_fast.model.packed.heads import AnswerHead, Answers, cut_head
+from rerank_fast.model.packed.heads import AnswerHead, Answers, cut_head, own_class
 from rerank_fast.model.tokens.packing import (
     TokenizedPairs,
     row_count,
@@ -184,13 +184,14 @@ def _padding_side(model: Any, tokenizer: Any) -> str:
     """Where padding leaves a score what it is: right of a pair, for positions are counted from the
     left; left of it where the last place is read. Of code that is not known the tokenizer says it.
     """
-    inner = model.encoder if isinstance(model, ModularReranker) else model
-    kind = type(inner)
-    known = kind.__module__.startswith("transformers.models.")
-    if not known or not (inner is not model or kind.__name__.endswith("ForSequenceClassification")):
+    modular = isinstance(model, ModularReranker)
+    kind = own_class(model.encoder if modular else model)
+    classifies = modular or kind.__name__.endswith("ForSequenceClassification")
+    if not (classifies and kind.__module__.startswith("transformers.models.")):
         side: str = tokenizer.padding_side
         return side
-    return "left" if getattr(model.config, "summary_type", None) == "last" else "right"
+    last = not modular and getattr(model.config, "summary_type", None) == "last"
+    return "left" if last else "right"
 
 
 def padded_scores(
