@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from rerank_fast.model.texts import shown
+
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,12 +101,12 @@ def with_their_options(init: F) -> F:
                 f"CrossEncoder() got {min(twice)} twice, also by an older name or place"
             )
         options |= given
-        dropout = options.pop("classifier_dropout", None)
-        if dropout is not None:
-            options["config_kwargs"] = {
-                **(options.get("config_kwargs") or {}),
-                "classifier_dropout": dropout,
-            }
+        for name in ("model_kwargs", "processor_kwargs", "config_kwargs"):
+            if not isinstance(value := options.get(name) or {}, Mapping):
+                raise ValueError(f"{name}: expected options by name, got {shown(value)}")
+        if (dropout := options.pop("classifier_dropout", None)) is not None:
+            config = options.get("config_kwargs") or {}
+            options["config_kwargs"] = {**config, "classifier_dropout": dropout}
         for name, instead in _REFUSED_OPTIONS.items():
             if options.pop(name, None) is not None:
                 raise ValueError(f"expected no {name}: {instead}")

@@ -106,6 +106,12 @@ def test_each_of_their_options_has_an_answer():
         ),
         ({"prompts": {"a": 1}}, ValueError, "prompt 'a': expected a string, got int 1"),
         ({"prompts": ["a"]}, ValueError, "expected prompts to be texts by name"),
+        ({"config_kwargs": "x"}, ValueError, "config_kwargs: expected options by name, got str"),
+        (
+            {"processor_kwargs": {"model_max_length": 2}},
+            ValueError,
+            "processor_kwargs: expected model_max_length to be at least 4, got int 2",
+        ),
         ({"keep_in_fp32_modules": ["0.x"]}, ValueError, "names 0.x, which is no nn.Linear"),
         ({"path_or_hub_id": "x"}, TypeError, "path_or_hub_id"),
         ({"model_name": "x"}, TypeError, "path_or_hub_id"),

@@ -114,10 +114,9 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, options: dict[str, Any]) 
             PairTokenizer(tokenizer).framed([[0], [0]])
     limit = tokenizer.model_max_length  # two texts and their separators
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 4 <= limit < math.inf:
-        raise ValueError(
-            f"{checkpoint.name}/{_CONFIG}: expected model_max_length to be at least 4, got "
-            f"{shown(limit)}"
-        )
+        given = "model_max_length" in options
+        where = "processor_kwargs" if given else f"{checkpoint.name}/{_CONFIG}"
+        raise ValueError(f"{where}: expected model_max_length to be at least 4, got {shown(limit)}")
     return tokenizer
 
 
