@@ -25,6 +25,7 @@ from rerank_fast.data.pairs import PairBlock, PairFile, as_text
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.texts import check_text, one_line
 from rerank_fast.model.tokens.ahead import ahead
+from rerank_fast.model.tokens.packing import TokenizedPairs
 from rerank_fast.training.distributed.collectives import join_processes
 
 logger = logging.getLogger(__name__)
@@ -140,10 +141,7 @@ def _score_parts(
         return index % shares == mine and not _part(parts, index).exists()
 
     # The next part is read and tokenised while one is scored.
-    ready = ahead(
-        (block, *model.tokenize_counting(block.pairs, prompt=prompt))
-        for block in file.blocks(wanted)
-    )
+    ready = ahead((block, *_tokenized(model, file, block, prompt)) for block in file.blocks(wanted))
     with closing(ready), tqdm(unit="rows", disable=not show_progress_bar) as bar:
         for block, tokens, cut in ready:
             scores = model.score_tokens(tokens, batch_size=batch_size).float().cpu().numpy()
@@ -231,6 +229,17 @@ def _read_note(note: Path) -> dict[str, Any]:
 
 def _part(parts: Path, index: int) -> Path:
     return parts / f"{index:09d}.parquet"
+
+
+def _tokenized(
+    model: CrossEncoder, file: PairFile, block: PairBlock, prompt: str | None
+) -> tuple[TokenizedPairs, int]:
+    try:
+        return model.tokenize_counting(block.pairs, prompt=prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"{file.path}, part {block.index} of {file.rows_per_block} rows: {error}"
+        ) from error
 
 
 def _with_scores(block: PairBlock, scores: np.ndarray) -> pyarrow.Table:

@@ -43,7 +43,7 @@ class CrossEncoder(TokenizingModel):
 
     Args:
         path_or_hub_id: a local directory or a model id on the Hugging Face hub.
-        num_labels: must be 1.
+        num_labels: must be 1, or None.
         max_length: longest pair in tokens; longer ones are truncated, longest side first. None
             takes the smaller of the tokenizer's limit and the number of positions that the model
             has; where it has neither, nothing is truncated.
@@ -63,9 +63,21 @@ class CrossEncoder(TokenizingModel):
         answers: of a language model: the words whose logits are the score, the first's less the
             second's, or one whose logit is the score; None takes those of its files, else "yes" and
             "no", of T5 "true" and "false". They are saved with the model.
+        prompts: texts by name, beside and before those of its files. They are saved with the model.
+        default_prompt_name: of the prompt that stands for prompt=None; None takes the saved one.
+        cache_folder: where the hub's files are kept; None takes the usual place.
+        local_files_only: ask the hub for nothing.
+        model_kwargs: attn_implementation, of padded execution, or dtype.
+        processor_kwargs: for transformers' AutoTokenizer.from_pretrained.
+        config_kwargs: for transformers' AutoConfig.from_pretrained, as classifier_dropout.
+        keep_in_fp32_modules: linear layers that compute in fp32 whatever the dtype, by
+            sentence-transformers' names ("0.model.classifier"); None takes the saved ones.
+
+    sentence-transformers' arguments under older names, and the first four by position, are taken
+    too. Its names for methods and attributes are there: config, dtype, max_seq_length, save, ...
 
     Attributes:
-        prompts: texts by name, of a directory that sentence-transformers saved with some.
+        prompts: texts by name, saved or given.
         default_prompt_name: of the prompt that stands for prompt=None in every method; None for no
             prompt.
         truncated_pairs: how many pairs were truncated so far, by max_length.
@@ -76,7 +88,7 @@ class CrossEncoder(TokenizingModel):
             names one outside of its directory; a weight is not finite or not a float; max_length is
             below 4 or above the model's positions; dtype is none of the above; the device is not
             there; template does not carry both texts, an answer is not one token, or the model is
-            no language model.
+            no language model; an argument of sentence-transformers is not served, as modules.
     """
 
     # -- tokens to scores -------------------------------------------------------------------------
@@ -156,11 +168,14 @@ class CrossEncoder(TokenizingModel):
         batch_size is the most pairs per forward pass; None lets their tokens decide.
         """
         scores = self._scores(iter([tokens]), len(tokens), batch_size, show_progress_bar)
-        return self._activate(scores, activation_fn)
+        return self.activated(scores, activation_fn)
 
-    def _activate(self, scores: Tensor, activation_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
-        activation: Any = activation_fn or self.activation_fn
-        return activation(scores)
+    def activated(self, scores: Tensor, activation_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """(N,) scores after an activation, the model's own for None. It sees (N, 1), a column for
+        each label.
+        """
+        activation = self.activation_fn if activation_fn is None else activation_fn
+        return activation(scores[:, None]).reshape(-1)
 
     def _scores(
         self,
@@ -237,7 +252,7 @@ class CrossEncoder(TokenizingModel):
         scores = self._scores(
             self._tokenized_chunks(batch, prompt), len(batch), batch_size, show_progress_bar
         )
-        scores = self._activate(scores, activation_fn)
+        scores = self.activated(scores, activation_fn)
         if convert_to_tensor:
             return scores[0] if single else scores
         if convert_to_numpy:

@@ -25,8 +25,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rerank_fast.model.cross_encoder import CrossEncoder
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.heads import Answers
-from rerank_fast.model.padded import padded_scores
-from rerank_fast.model.texts import Pair, check_pairs
+from rerank_fast.model.padded import padded_scores, scores_alone
+from rerank_fast.model.texts import Pair, check_pairs, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,9 @@ def export_onnx(
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: the pooling leaves out a prompt's tokens, a package is missing, the file is
-            there, or the scores differ by more than the tolerance; then nothing is written.
+        ValueError: the pooling leaves out a prompt's tokens, the model has no padding token and
+            needs one, torch can't export it, a package is missing, the file is there, or the scores
+            differ by more than the tolerance; then nothing is written.
     """
     if dtype not in FILES:
         raise ValueError(f"dtype must be one of {tuple(FILES)}, got {dtype!r}")
@@ -151,6 +152,11 @@ def export_onnx(
         raise ValueError(
             f"the pooling of {model.name_or_path} leaves out the tokens of a prompt, whose number "
             "is no input of an ONNX file: expected include_prompt, or no default prompt"
+        )
+    if scores_alone(model.model, model.answers):
+        raise ValueError(
+            f"{model.name_or_path} has no padding token, by which a batch of an ONNX file is told "
+            "from its padding: expected a pad_token_id in config.json"
         )
     exact = _copy_in_fp32(model)
     new = [path for path in (target.parent, Path(directory)) if not path.exists()]
@@ -224,17 +230,21 @@ def _quiet() -> Iterator[None]:
 
 def _write(model: Any, names: Sequence[str], example: dict[str, Tensor], file: Path) -> None:
     free = torch.export.Dim.DYNAMIC
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _Logits(model, names),
-            tuple(example[name] for name in names),
-            input_names=list(names),
-            output_names=["logits"],
-            dynamic_shapes=(tuple({0: free, 1: free} for _ in names),),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Logits(model, names),
+                tuple(example[name] for name in names),
+                input_names=list(names),
+                output_names=["logits"],
+                dynamic_shapes=(tuple({0: free, 1: free} for _ in names),),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        said = one_line(error.__cause__ or error)
+        raise ValueError(f"torch can't export a {type(model).__name__}: {said}") from error
     if program is None:
         raise ValueError(f"torch could not export {type(model).__name__}")
     _save(program.model_proto, file)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.architectures import find_answer_head, start_token_id
-from rerank_fast.model.packed.heads import AnswerHead, Answers, cut_head
+from rerank_fast.model.packed.heads import AnswerHead, Answers, cut_head, own_class
 from rerank_fast.model.tokens.packing import (
     TokenizedPairs,
     row_count,
@@ -23,6 +23,10 @@ from rerank_fast.model.tokens.packing import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Convolutions, Fourier transforms, hashes and landmarks of attention that padding is part of,
+# whatever the mask says.
+_READS_PADDING = ("canine", "convbert", "fnet", "nystromformer", "yoso")
 
 
 class PaddedPairs:
@@ -51,9 +55,12 @@ class PaddedPairs:
         autocasts = dtype not in (own, torch.float32)
         # oneDNN keeps half a megabyte for every shape that a bf16 weight was ever multiplied with:
         # see fill_up.
-        # Else padding is read.
-        masked = "attention_mask" in inspect.signature(model.forward).parameters
-        self.keeps_shapes = model.device.type == "cpu" and dtype == torch.bfloat16 and masked
+        self.reads_padding = _reads_padding(model)
+        if self.reads_padding:
+            _say_by_length(type(model).__name__)
+        self.keeps_shapes = (
+            model.device.type == "cpu" and dtype == torch.bfloat16 and not self.reads_padding
+        )
         # One region for all micro-batches of a step: autocast then casts the weights once.
         self.region = torch.autocast(
             model.device.type, dtype if autocasts else None, enabled=autocasts
@@ -69,7 +76,10 @@ class PaddedPairs:
 
     def __call__(self, indices: np.ndarray, keep: np.ndarray | None = None) -> Tensor:
         """As PackedPairs's; with keep all pairs are computed nevertheless."""
-        if self.keeps_shapes:
+        if self.reads_padding:
+            changes = np.flatnonzero(np.diff(self.tokens.lengths[indices])) + 1
+            scores = torch.cat([self._scores(part) for part in np.split(indices, changes)])
+        elif self.keeps_shapes:
             scores = torch.cat([self._scores(part) for part in _powers_of_two(indices)])
         else:
             scores = self._scores(indices)
@@ -137,23 +147,51 @@ def padded(
     """The pairs at the (B,) indices as a batch that the model takes, padded with what it knows for
     padding.
     """
-    pad = _padding_token(model)
     return tokens.pad(
         indices,
-        pad_token_id=(tokenizer.pad_token_id or 0) if pad is None else pad,
-        padding_side=tokenizer.padding_side,
+        pad_token_id=padding_token(model) or 0,
+        padding_side=_padding_side(model, tokenizer),
         pad_token_type_id=tokenizer.pad_token_type_id,
         width=width,
         device=device,
     )
 
 
-def _padding_token(model: Any) -> int | None:
+def padding_token(model: Any) -> int | None:
     """The number of the token by which the model itself tells padding from text; None where it
     knows none.
     """
     pad = getattr(model.config, "pad_token_id", None)
     return pad if isinstance(pad, int) and pad >= 0 else None
+
+
+def scores_alone(model: Any, answers: Answers | None) -> bool:
+    """Whether only a batch of one has the score that it should: the model finds the end of a text
+    by its padding token, and knows none. A modular model reads what the mask says.
+    """
+    modular = isinstance(model, ModularReranker)
+    return answers is None and not modular and padding_token(model) is None
+
+
+def _reads_padding(model: Any) -> bool:
+    """Whether a pair's score is another one with padding beside it."""
+    inner = model.encoder if isinstance(model, ModularReranker) else model
+    unmasked = "attention_mask" not in inspect.signature(inner.forward).parameters
+    return unmasked or getattr(model.config, "model_type", None) in _READS_PADDING
+
+
+def _padding_side(model: Any, tokenizer: Any) -> str:
+    """Where padding leaves a score what it is: right of a pair, for positions are counted from the
+    left; left of it where the last place is read. Of code that is not known the tokenizer says it.
+    """
+    modular = isinstance(model, ModularReranker)
+    kind = own_class(model.encoder if modular else model)
+    classifies = modular or kind.__name__.endswith("ForSequenceClassification")
+    if not (classifies and kind.__module__.startswith("transformers.models.")):
+        side: str = tokenizer.padding_side
+        return side
+    last = not modular and getattr(model.config, "summary_type", None) == "last"
+    return "left" if last else "right"
 
 
 def padded_scores(
@@ -167,27 +205,40 @@ def padded_scores(
     """
     if answers is None:
         mask = inputs["attention_mask"].bool()
-        # A modular model reads what the mask says, not what it knows for padding.
-        if (
-            len(mask) > 1
-            and _padding_token(model) is None
-            and not isinstance(model, ModularReranker)
-        ):
+        if len(mask) > 1 and scores_alone(model, answers):
             _say_one_by_one(type(model).__name__)
             rows = [
                 {name: one[n : n + 1, mask[n]] for name, one in inputs.items()}
                 for n in range(len(mask))
             ]
             return torch.cat([padded_scores(model, row, None) for row in rows])
+        if model.config.is_encoder_decoder and len(parts := _by_ends(model, inputs)) > 1:
+            scores = torch.cat([padded_scores(model, _rows(inputs, part), None) for part in parts])
+            return scores[torch.cat(parts).argsort()]
         return model(**inputs).logits.reshape(-1).float()
     if model.config.is_encoder_decoder:
         ids = inputs["input_ids"]
         start = torch.full((len(ids), 1), start_token_id(model), device=ids.device)
         logits = model(**inputs, decoder_input_ids=start, use_cache=False).logits
         return answers.score(logits[:, -1]).float()
+    if "position_ids" in inspect.signature(model.forward).parameters:  # which left padding moves
+        positions = inputs["attention_mask"].cumsum(-1) - 1
+        inputs = {**inputs, "position_ids": positions.clamp_min(0)}
     if head is None:
         return answers.score(model(**inputs, logits_to_keep=1).logits[:, -1]).float()
     return head(model.base_model(**inputs).last_hidden_state[:, -1]).float()
+
+
+def _rows(inputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: one[rows] for name, one in inputs.items()}
+
+
+def _by_ends(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The rows of a batch, those with as many tokens that end a text together: a classifier that
+    reads the last of them asks for it, and a text may hold some of its own.
+    """
+    ends = (inputs["input_ids"] == model.config.eos_token_id).sum(1)
+    return [torch.nonzero(ends == count).flatten() for count in ends.unique()]
 
 
 @functools.cache
@@ -196,4 +247,11 @@ def _say_one_by_one(name: str) -> None:
         "This %s has no padding token: pairs are scored one by one. A pad_token_id in config.json "
         "allows batches.",
         name,
+    )
+
+
+@functools.cache
+def _say_by_length(name: str) -> None:
+    logger.warning(
+        "This %s reads padding too: pairs of one length are scored together, and no others.", name
     )

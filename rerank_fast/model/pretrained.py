@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_fast.model import storage
-from rerank_fast.model.calls import NoCardData
+from rerank_fast.model.calls import split_dtype, with_their_options
 from rerank_fast.model.captured import CapturedScoring
 from rerank_fast.model.card import Card, known_metadata, short_card
 from rerank_fast.model.devices import choose_device
@@ -23,24 +23,24 @@ from rerank_fast.model.packed.graphs import has_graphs
 from rerank_fast.model.precision.hardware import arithmetic, name_of
 from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.precision.names import Precision, choose_precision
+from rerank_fast.model.same_names import SameNames
 from rerank_fast.model.texts import plain
 from rerank_fast.model.tokens.tokenization import PairTokenizer, PromptTokenizer
 from rerank_fast.model.tokens.truncation import TruncationLog
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(SameNames, nn.Module):
     """A Hugging Face model with its tokenizer and settings, opened and saved.
 
     It scores nothing yet: that, and the docs of all arguments and attributes, are CrossEncoder's.
     """
 
-    model_card_data = NoCardData()
-
+    @with_their_options
     def __init__(
         self,
         path_or_hub_id: str | Path,
         *,
-        num_labels: int = 1,
+        num_labels: int | None = 1,
         max_length: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | Precision | None = None,
@@ -50,19 +50,24 @@ class PretrainedModel(nn.Module):
         token: str | bool | None = None,
         template: str | None = None,
         answers: str | tuple[str, str] | None = None,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        cache_folder: str | Path | None = None,
+        local_files_only: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        keep_in_fp32_modules: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if num_labels != 1:
-            raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {num_labels}")
+        for labels in (num_labels, (config_kwargs or {}).get("num_labels")):
+            if labels not in (None, 1):
+                raise ValueError(f"a reranker has 1 label: expected num_labels=1, got {labels}")
         if not isinstance(path_or_hub_id, str | os.PathLike):
             raise ValueError(
                 f"expected a model's directory or a hub id, got a {type(path_or_hub_id).__name__}"
             )
-        hub: dict[str, Any] = {
-            "trust_remote_code": trust_remote_code,
-            "revision": revision,
-            "token": token,
-        }
+        dtype, model_kwargs = split_dtype(dtype, model_kwargs)
         device = choose_device(device)
         self._precision = choose_precision(dtype, device)
         loaded = storage.load(
@@ -70,14 +75,26 @@ class PretrainedModel(nn.Module):
             dtype=self._precision.weights,
             template=template,
             answers=answers,
-            **hub,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            token=token,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            model_kwargs=model_kwargs,
+            processor_kwargs=processor_kwargs,
+            config_kwargs=config_kwargs,
+            keep_in_fp32_modules=keep_in_fp32_modules,
         )
         self.name_or_path = str(path_or_hub_id)
         self.model = loaded.model
         self.tokenizer, self._tokenizer_settings = loaded.tokenizer, loaded.tokenizer_settings
         self.answers = loaded.answers
-        self.prompts = loaded.prompts
-        self.default_prompt_name = loaded.default_prompt_name
+        given, _ = storage.check_prompts(prompts or {}, None, "CrossEncoder")
+        self.prompts, self.default_prompt_name = storage.check_prompts(
+            loaded.prompts | given,
+            default_prompt_name or loaded.default_prompt_name,
+            "CrossEncoder",
+        )
         self.keep_in_fp32_modules = loaded.keep_in_fp32_modules
         self._compiler: Compiler | None = None
         self._captured: CapturedScoring | None = None
@@ -102,8 +119,8 @@ class PretrainedModel(nn.Module):
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation_fn":
-            object.__setattr__(self, name, value)
+        if name == "activation_fn":  # None is none
+            object.__setattr__(self, name, nn.Identity() if value is None else value)
         else:
             super().__setattr__(name, value)
 
@@ -259,7 +276,14 @@ class PretrainedModel(nn.Module):
 
     # -- to disk and hub --------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        *,
+        overwrite: bool = False,
+        safe_serialization: bool = True,
+    ) -> None:
         """Write safetensors weights, config, tokenizer, sentence-transformers' files and a card to
         a directory.
 
@@ -268,10 +292,21 @@ class PretrainedModel(nn.Module):
         one. Set `card_metadata["license"]`, `["language"]` or any other key of the hub's metadata
         beforehand.
 
+        Args:
+            path: of the directory.
+            model_name: as the card's code opens it; None takes the directory's name.
+            overwrite: replace a model that is there.
+            safe_serialization: must be True.
+
         Raises:
             ValueError: the directory holds a model and overwrite is False, or can't be written.
         """
-        self.save_as(Path(path), Path(path).resolve().name, overwrite=overwrite)
+        if not safe_serialization:
+            raise ValueError(
+                "weights are saved as safetensors alone: expected safe_serialization=True"
+            )
+        name = model_name or Path(path).resolve().name
+        self.save_as(Path(path), name, overwrite=overwrite)
 
     def save_as(
         self, directory: Path, name: str, *, overwrite: bool = False, model: Any = None

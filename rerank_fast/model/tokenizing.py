@@ -67,25 +67,39 @@ class TokenizingModel(PretrainedModel):
         checked, prompt = check_pairs(pairs), self._prompt(prompt)
         parts, truncated = [], 0
         tokenize = self._pair_tokenizer()
-        for chunk in tqdm(chunks(checked), desc="Tokenizing", disable=not show_progress_bar):
-            part, cut = self._tokenized(tokenize, chunk, prompt)
+        bar = tqdm(chunks(checked), desc="Tokenizing", disable=not show_progress_bar)
+        for number, chunk in enumerate(bar):
+            part, cut = self._tokenized(tokenize, chunk, prompt, number * CHUNK)
             parts.append(part)
             truncated += cut
         return TokenizedPairs.concatenate(parts), truncated
 
     def _tokenized(
-        self, tokenize: PairTokenizer | PromptTokenizer, pairs: Sequence[Pair], prompt: str | None
+        self,
+        tokenize: PairTokenizer | PromptTokenizer,
+        pairs: Sequence[Pair],
+        prompt: str | None,
+        first: int,
     ) -> tuple[TokenizedPairs, int]:
+        """Token ids of pairs, of which the first has this number, and how many were truncated."""
         limit = self.max_length or sys.maxsize
         tokens, truncated = tokenize(pairs, limit, prompt)
+        if len(empty := np.flatnonzero(tokens.lengths == 0)):
+            raise ValueError(
+                f"pair {first + empty[0]}: both texts are empty, and the tokenizer has no token "
+                "that ends a text: expected at least one token to read a score from"
+            )
         if prompt and isinstance(tokenize, PairTokenizer) and self._leaves_prompt_out():
             tokens = replace(tokens, prompt_length=tokenize.prompt_length(prompt, limit))
         rows = getattr(self.model.config, "vocab_size", None)
         number = int(tokens.input_ids.max(initial=0))
         if isinstance(rows, int) and number >= rows:  # on a GPU a look-up of it ends the process
+            place = int(tokens.input_ids.argmax())
+            pair = first + int(np.searchsorted(tokens.offsets, place, side="right")) - 1
+            token = self.tokenizer.convert_ids_to_tokens(number)
             raise ValueError(
-                f"a text has the token {self.tokenizer.convert_ids_to_tokens(number)!r} with the "
-                f"number {number}, and the model has embeddings for {rows}"
+                f"pair {pair}: a text has the token {token!r} with the number {number}, and the "
+                f"model has embeddings for {rows}"
             )
         self._truncation.count(truncated, limit)
         return tokens, truncated
@@ -124,7 +138,10 @@ class TokenizingModel(PretrainedModel):
         self, pairs: Sequence[Pair], prompt: str | None
     ) -> Iterator[TokenizedPairs]:
         truncated, tokenize = 0, self._pair_tokenizer()
-        parts = (self._tokenized(tokenize, chunk, prompt) for chunk in chunks(pairs))
+        parts = (
+            self._tokenized(tokenize, chunk, prompt, number * CHUNK)
+            for number, chunk in enumerate(chunks(pairs))
+        )
         if len(pairs) > CHUNK:  # for one part a thread would only cost
             parts = ahead(parts)
         for tokens, cut in parts:

@@ -72,7 +72,8 @@ def test_equals_sentence_transformers(
         assert got[name] == pytest.approx(float(value), abs=1e-9), name
     assert ours.primary_metric == theirs.primary_metric == f"NanoBEIR_R{rerank_k}_mean_ndcg@{at_k}"
     assert set(got) >= set(ours.metric_names)
-    # The same evaluator on their model, and the files of both.
+    # Theirs on our model, ours on theirs, and the files of both.
+    assert theirs(model) == pytest.approx(expected, abs=1e-9)
     on_theirs = ours(peer.CrossEncoder(str(tiny), device="cpu"))
     assert on_theirs == pytest.approx(got, abs=1e-9)
     files, their_files = csv_rows(tmp_path / "ours"), csv_rows(tmp_path / "theirs")

@@ -53,6 +53,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "apply_softmax": lambda model: model.predict(PAIRS, apply_softmax=True),
     "num_workers": lambda model: model.predict(PAIRS, num_workers=2, batch_size=1),
     "activation_fn": lambda model: model.predict(PAIRS, activation_fn=nn.Identity()),
+    "activation over labels": lambda model: model.predict(PAIRS, activation_fn=nn.Softmax(dim=-1)),
+    "activation of a column": lambda model: model.predict(
+        PAIRS, activation_fn=lambda scores: scores[:, 0].exp()
+    ),
     "activation_fct": lambda model: model.predict(PAIRS, activation_fct=nn.Identity()),
     "inputs": lambda model: model.predict(inputs=PAIRS),
     "sentences": lambda model: model.predict(sentences=PAIRS, show_progress_bar=False),

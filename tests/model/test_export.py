@@ -139,6 +139,23 @@ def test_a_file_beyond_the_tolerance_is_not_written(
 
 
 @needs_onnx
+def test_what_torch_cant_export_is_said_in_a_line(
+    reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **options: object) -> None:
+        try:
+            raise KeyError("aten.einsum")
+        except KeyError as error:
+            raise torch.onnx.OnnxExporterError("\x1b[96mstep 2/3\x1b[0m\nof many") from error
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(
+        ValueError, match=r"^torch can't export a BertFor.*: KeyError: 'aten.einsum'"
+    ):
+        export.export_onnx(CrossEncoder(reranker, device="cpu"), tmp_path)
+
+
+@needs_onnx
 def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
     reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -155,8 +155,10 @@ def test_two_empty_texts_have_one_value(
 def test_without_a_token_to_end_a_text_they_are_refused(tmp_path: Path):
     model = CrossEncoder(make_decoder("Llama", tmp_path / "model"), device="cpu")
     model.tokenizer.eos_token = model.tokenizer.sep_token = model.tokenizer.bos_token = None
-    with pytest.raises(ValueError, match="both texts of a pair are empty"):
+    with pytest.raises(ValueError, match="pair 1: both texts are empty"):
         model.predict([("rain", ""), ("", "")])
+    with pytest.raises(ValueError, match="pair 1500: both texts are empty"):  # in a later chunk
+        model.predict([*[("rain", "")] * 1500, ("", "")])
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded"])

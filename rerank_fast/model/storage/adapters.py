@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -49,7 +50,7 @@ def adapter_base(checkpoint: Checkpoint) -> Checkpoint | None:
             f"are not loaded: rerank-fast convert --model {checkpoint.name} --output DIR writes "
             "them as safetensors"
         )
-    return Checkpoint(base, None, checkpoint.token)
+    return replace(checkpoint, name=base, revision=None)
 
 
 def merged(
@@ -74,10 +75,9 @@ def merged(
     assert file is not None
     brought, own = set(header(file)), {f"{_PREFIX}{name}" for name in model.state_dict()}
     with named(f"{what}; it does not fit there"):
-        options: dict[str, Any] = {"revision": checkpoint.revision, "token": checkpoint.token}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are missing, which are named below
-            adapted = PeftModel.from_pretrained(model, checkpoint.name, **options)
+            adapted = PeftModel.from_pretrained(model, checkpoint.name, **checkpoint.hub)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if unknown := sorted(brought - expected - own):
             raise ValueError(f"the model has no weight {unknown[0].removeprefix(_PREFIX)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +27,18 @@ class Checkpoint:
     name: str  # the directory's path, or the hub id
     revision: str | None = None
     token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Where transformers finds its files, as options of from_pretrained."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+        }
 
     @property
     def is_local(self) -> bool:
@@ -46,8 +58,7 @@ class Checkpoint:
         file: str | None = cached_file(
             self.name,
             name,
-            revision=self.revision,
-            token=self.token,
+            **self.hub,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
@@ -101,7 +112,7 @@ class Checkpoint:
                 f"{self.name}/modules.json: expected a Transformer in the model's own directory, "
                 f"or in one that a local model has, got {shown(name)}"
             )
-        return Checkpoint(str(path), self.revision, self.token)
+        return replace(self, name=str(path))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 _WRAPPERS = re.compile(
     r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_original_module)\."
 )
+_MODULE = re.compile(r"(?:^|(?<=\.))module\.")
 _MAX_DEPTH = (
     4  # of wrappers around a whole model: DistributedDataParallel, a trainer's own module, ...
 )
@@ -27,9 +28,15 @@ def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> d
         names: of the tensors in a checkpoint's files.
         expected: of the model's.
         base: base_model_prefix, which names of a bare encoder lack.
+
+    Raises:
+        ValueError: two tensors come to one name, or two prefixes hold a model each.
     """
     plain = {name: _WRAPPERS.sub("", name) for name in names}
     own = {*expected, *(name.removeprefix(f"{base}.") for name in expected)}
+    # DataParallel goes around single parts too.
+    if not any("module" in name.split(".") for name in own):
+        plain = {name: _MODULE.sub("", short) for name, short in plain.items()}
     prefixes: Counter[str] = Counter()
     for name in plain.values():
         parts = name.split(".")
@@ -38,8 +45,22 @@ def unwrapped(names: Collection[str], expected: Collection[str], base: str) -> d
         )
         if (depth := next(ends, None)) is not None:
             prefixes[".".join([*parts[:depth], ""])] += 1
-    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    return {name: short.removeprefix(prefix) for name, short in plain.items()}
+    (prefix, count), *others = prefixes.most_common(2) or [("", 0)]
+    if others and others[0][1] == count:
+        raise ValueError(
+            f"its files hold {count} weights of the model under {_shown(prefix)} and as many "
+            f"under {_shown(others[0][0])}: expected one model"
+        )
+    short_names = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    first: dict[str, str] = {}
+    for name, short in short_names.items():
+        if (other := first.setdefault(short, name)) != name:
+            raise ValueError(f"its files hold {short} twice: as {other} and as {name}")
+    return short_names
+
+
+def _shown(prefix: str) -> str:
+    return repr(prefix) if prefix else "no prefix"
 
 
 def _of_encoder(model: Any, names: Iterable[str]) -> list[str]:
@@ -48,10 +69,6 @@ def _of_encoder(model: Any, names: Iterable[str]) -> list[str]:
     return sorted(
         name for name in names if name.startswith(prefix) and "pooler" not in name.split(".")
     )
-
-
-def in_encoder(model: Any, missing: Iterable[str]) -> bool:
-    return bool(_of_encoder(model, missing))
 
 
 def check_encoder(name: str, model: Any, missing: Collection[str], names: Collection[str]) -> None:

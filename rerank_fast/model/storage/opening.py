@@ -17,9 +17,9 @@ from transformers import (
 
 from rerank_fast.model.modular.reranker import Entry
 from rerank_fast.model.storage.adapters import has_adapter, merged
-from rerank_fast.model.storage.files import Checkpoint
+from rerank_fast.model.storage.files import Checkpoint, named
 from rerank_fast.model.storage.modules import assemble, encoder_loader, is_modular
-from rerank_fast.model.storage.names import check_encoder, in_encoder, unwrapped
+from rerank_fast.model.storage.names import check_encoder, unwrapped
 from rerank_fast.model.storage.weights import check_weight_files, check_weights
 from rerank_fast.model.texts import one_line, shown
 
@@ -45,7 +45,7 @@ def open_model(
     config: Any,
     entries: Sequence[Entry],
     dtype: str | torch.dtype | None,
-    hub: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[Any, set[str]]:
     """The model, and the weights of its head that start from random values.
 
@@ -56,7 +56,7 @@ def open_model(
         config: the base's.
         entries: sentence-transformers' modules; none for a Hugging Face model.
         dtype: of the weights; None keeps the files' own.
-        hub: options of from_pretrained.
+        options: of from_pretrained.
 
     Raises:
         ValueError: a file is missing or damaged, the encoder lacks weights, or there is more than
@@ -80,13 +80,16 @@ def open_model(
     else:
         config.num_labels = 1
     files = check_weight_files(base, getattr(config, "transformers_weights", None))
-    model, report = _model(base, loader, config, dtype, hub)
+    model, report = _model(base, loader, config, dtype, {**base.hub, **options})
     beside = base is encoder and has_adapter(base)
-    # An adapter that lies beside it, transformers has put into the model unmerged.
-    if beside or in_encoder(model, report["missing_keys"]):
-        names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
-        tensors = {names[name]: tensor for name, tensor in files.read().items()}
-        model, report = _model(base, type(model), config, dtype, {"state_dict": tensors})
+    if beside or report["missing_keys"]:
+        with named(name):
+            names = unwrapped(files.dtypes, model.state_dict(), model.base_model_prefix)
+        # An adapter that lies beside it, transformers has put into the model unmerged.
+        if beside or any(own != as_saved for as_saved, own in names.items()):
+            tensors = {names[one]: tensor for one, tensor in files.read().items()}
+            kind, options = type(model), {**options, "state_dict": tensors}
+            model, report = _model(base, kind, config, dtype, options)
     missing = set(report["missing_keys"])
     check_encoder(name, model, missing, files.dtypes)
     if not modular:
@@ -110,7 +113,7 @@ def check_place(checkpoint: Checkpoint) -> None:
         raise ValueError(f"model directory {name} does not exist, and it is no hub id (user/name)")
 
 
-def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: bool) -> Any:
+def read_config(checkpoint: Checkpoint, options: dict[str, Any], *, check_dtype: bool) -> Any:
     """What config.json says, of the types that are read here.
 
     Raises:
@@ -123,7 +126,7 @@ def read_config(checkpoint: Checkpoint, hub: dict[str, Any], *, check_dtype: boo
     if checkpoint.is_local:
         checkpoint.read_json("config.json")
     try:
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(name, **{**checkpoint.hub, **options})
     except OSError as error:
         raise ValueError(_explain(name, error)) from error
     except Exception as error:  # of as many kinds as there are values in a config

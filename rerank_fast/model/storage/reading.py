@@ -15,6 +15,7 @@ from torch import Tensor
 from rerank_fast.model.card import CARD_FILE, Card, read_card
 from rerank_fast.model.modular.reranker import ModularReranker
 from rerank_fast.model.packed.heads import Answers
+from rerank_fast.model.padded import padding_token
 from rerank_fast.model.storage.activations import is_torchs, make_activation
 from rerank_fast.model.storage.adapters import adapter_base
 from rerank_fast.model.storage.answers import find_answers
@@ -69,6 +70,12 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_folder: str | Path | None = None,
+    local_files_only: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    config_kwargs: Mapping[str, Any] | None = None,
+    keep_in_fp32_modules: list[str] | None = None,
     template: str | None = None,
     answers: str | tuple[str, str] | None = None,
 ) -> LoadedModel:
@@ -82,12 +89,8 @@ def load(
         ValueError: a file is missing, damaged, holds something else than is expected of it, or
             names a file outside of the checkpoint; says which.
     """
-    hub: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-        "token": token,
-    }
-    checkpoint = Checkpoint(path_or_hub_id, revision, token)
+    code = {"trust_remote_code": trust_remote_code}
+    checkpoint = Checkpoint(path_or_hub_id, revision, token, cache_folder, local_files_only)
     check_place(checkpoint)
     saved = checkpoint.read_json(SENTENCE_TRANSFORMERS_CONFIG) or {}
     # Else its prompts and modules are an embedder's.
@@ -95,10 +98,9 @@ def load(
     entries = read_entries(checkpoint) if is_reranker else []
     encoder = checkpoint.folder(entries[0].path) if entries else checkpoint
     base = adapter_base(encoder) or encoder
-    if base is not encoder:
-        hub["revision"] = None  # which is the adapter's
+    options = {**code, **(config_kwargs or {})}
     try:
-        config = read_config(base, hub, check_dtype=dtype is None)
+        config = read_config(base, options, check_dtype=dtype is None)
     except ValueError as error:
         if base is encoder:
             raise
@@ -106,11 +108,17 @@ def load(
         raise ValueError(f"{what}: {error}") from error
     if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
         entries[0] = replace(entries[0], path="")
-    prompts, default_prompt_name = _prompts(checkpoint, saved) if is_reranker else ({}, None)
+    prompts, default_prompt_name = check_prompts(
+        (is_reranker and saved.get("prompts")) or {},
+        saved.get("default_prompt_name") if is_reranker else None,
+        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
+    )
     with quiet_transformers():
-        model, untrained = open_model(checkpoint, encoder, base, config, entries, dtype, hub)
+        options = {**code, **(model_kwargs or {})}
+        model, untrained = open_model(checkpoint, encoder, base, config, entries, dtype, options)
         own_tokenizer = base is encoder or encoder.file("tokenizer_config.json") is not None
-        tokenizer = load_tokenizer(encoder if own_tokenizer else base, model, hub)
+        options = {**code, **(processor_kwargs or {})}
+        tokenizer = load_tokenizer(encoder if own_tokenizer else base, model, options)
     if untrained:
         logger.warning(
             "%s has no trained score head: %s start from random values, so train before you rank.",
@@ -126,14 +134,15 @@ def load(
         )
     if template is not None:
         _set_template(tokenizer, template)
-    fp32 = keep_in_fp32(
-        f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}",
-        model,
-        entries,
-        saved.get("keep_in_fp32_modules") or [],
-    )
-    if tokenizer.pad_token_id is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    fp32, where = keep_in_fp32_modules, checkpoint.name
+    if fp32 is None:
+        fp32 = saved.get("keep_in_fp32_modules") or []
+        where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
+    fp32 = keep_in_fp32(where, model, entries, fp32)
+    pad, rows = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
+    # transformers may have given the tokenizer one that the model has no embedding for.
+    if pad is not None and padding_token(model) is None and not (rows and pad >= rows):
+        model.config.pad_token_id = pad
     positions = max_positions(path_or_hub_id, model)
     settings = entries[0].config if entries else {}
     max_length = _longest(checkpoint, tokenizer, settings, positions)
@@ -178,10 +187,12 @@ def _longest(
     return int(min(limits, default=0)) or None
 
 
-def _prompts(checkpoint: Checkpoint, saved: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """The prompts by name, and the name of the default one."""
-    where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
-    prompts, default = saved.get("prompts") or {}, saved.get("default_prompt_name")
+def check_prompts(prompts: Any, default: Any, where: str) -> tuple[dict[str, str], str | None]:
+    """Prompts by name, and the name of the default one.
+
+    Raises:
+        ValueError: they are no texts, or the default is none of them; begins with the place.
+    """
     if not isinstance(prompts, dict):
         raise ValueError(f"{where}: expected prompts to be texts by name, got {shown(prompts)}")
     for name, prompt in prompts.items():
@@ -215,7 +226,7 @@ def _saved_activation(
     # A name in a config must not run code of its choosing: PyTorch's activations only.
     if not is_torchs(name):
         logger.warning(
-            "%s names the activation %s, which is not one of torch.nn; using Sigmoid.",
+            "%s names the activation %.60r, which is not one of torch.nn; using Sigmoid.",
             checkpoint.name,
             name,
         )

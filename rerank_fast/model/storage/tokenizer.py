@@ -49,6 +49,8 @@ class TokenizerSettings:
     def save(self, tokenizer: Any, directory: Path, max_length: int | None) -> None:
         """Write a tokenizer's files with these settings and a model's limit, None for its own."""
         tokenizer = copy.deepcopy(tokenizer)  # others may be using it
+        for name in ("is_local", "local_files_only"):  # how it was opened, which transformers adds
+            tokenizer.init_kwargs.pop(name, None)
         if max_length is not None:
             tokenizer.model_max_length = max_length
         if tokenizer.is_fast:
@@ -62,8 +64,8 @@ class TokenizerSettings:
         tokenizer.save_pretrained(directory)
 
 
-def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> Any:
-    """The checkpoint's tokenizer.
+def load_tokenizer(checkpoint: Checkpoint, model: Any, options: dict[str, Any]) -> Any:
+    """The checkpoint's tokenizer, made with these options of from_pretrained.
 
     Raises:
         ValueError: its files are missing or damaged, it has no words or can't join the texts of a
@@ -90,7 +92,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
             f"{checkpoint.name} has no tokenizer: expected the file tokenizer.json or a vocabulary"
         )
     with named(what):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **{**checkpoint.hub, **options})
     own = {
         file for kind, file in type(tokenizer).vocab_files_names.items() if kind != "merges_file"
     }
@@ -112,10 +114,9 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, hub: dict[str, Any]) -> A
             PairTokenizer(tokenizer).framed([[0], [0]])
     limit = tokenizer.model_max_length  # two texts and their separators
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 4 <= limit < math.inf:
-        raise ValueError(
-            f"{checkpoint.name}/{_CONFIG}: expected model_max_length to be at least 4, got "
-            f"{shown(limit)}"
-        )
+        given = "model_max_length" in options
+        where = "processor_kwargs" if given else f"{checkpoint.name}/{_CONFIG}"
+        raise ValueError(f"{where}: expected model_max_length to be at least 4, got {shown(limit)}")
     return tokenizer
 
 

@@ -89,11 +89,11 @@ class PairTokenizer:
         """The pairs without padding, and how many of them were truncated, the longer text first.
 
         The prompt goes before each query. A text that stands in several pairs is tokenised once.
-        Two empty texts to which the tokenizer adds nothing are read as the token that ends a text.
+        Two empty texts to which the tokenizer adds nothing are read as the token that ends a text;
+        without such a token the pair has none.
 
         Raises:
-            ValueError: max_length is less than the special tokens of a pair; a pair has no token,
-                nor the tokenizer one that ends a text.
+            ValueError: max_length is less than the special tokens of a pair.
         """
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         room = max_length - special
@@ -140,13 +140,7 @@ class PairTokenizer:
             self.tokenizer.sep_token_id,
             self.tokenizer.bos_token_id,
         )
-        token = next((one for one in known if one is not None), None)
-        if token is None:
-            raise ValueError(
-                "both texts of a pair are empty, and the tokenizer has no token that ends a text: "
-                "expected at least one token to read a score from"
-            )
-        return [token]
+        return [one for one in known if one is not None][:1]
 
     def framed(self, texts: list[list[int]]) -> TokenizedPairs:
         """The pairs of a fast tokenizer; texts: a query, its document, the next query, ...

@@ -184,8 +184,7 @@ class ShardedScorer:
             )
             scores.index_copy_(0, upload(mine, scores.device), raw)
         sum_over_processes([scores])  # the others' are 0: nothing is rounded
-        activation: Any = activation_fn or self._model.activation_fn
-        return activation(scores)
+        return self._model.activated(scores, activation_fn)
 
     def predict(
         self, pairs: Sequence[Any], *, convert_to_tensor: bool = False, **options: Any

@@ -38,6 +38,9 @@ def rename(directory: Path, pattern: str, replacement: str) -> None:
         (r"layer\.(\d)\.", r"layer.\1._checkpoint_wrapped_module._fsdp_wrapped_module."),
         (r"^(bert\.encoder\.layer\.0\.)", r"\1_orig_mod."),
         (r"^(bert\.)", r"module.\1_orig_mod."),
+        (r"layer\.(\d)\.", r"layer.\1.module."),
+        (r"^classifier\.", "classifier._orig_mod."),
+        (r"^classifier\.", "module.classifier."),
     ],
 )
 @pytest.mark.parametrize("sharded", [False, True])
@@ -129,6 +132,27 @@ def test_more_labels_than_one_are_said_whatever_the_architecture(
         ),
     )
     refused(directory, f"has {labels} labels; expected a sequence-classification model with 1")
+
+
+@pytest.mark.parametrize(
+    ("copy", "message"),
+    [
+        (r"^(?:bert|classifier)\.", "41 weights of the model under 'student.' and as many under"),
+        (r"^bert\.", r"bert\.\S+ twice: as student\.bert\.\S+ and as student\.module\.bert\."),
+    ],
+)
+def test_two_models_in_one_file_are_refused(directory: Path, copy: str, message: str):
+    other = "teacher." if "classifier" in copy else "student.module."
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            value = tensors.pop(name)
+            tensors[f"student.{name}"] = value
+            if re.search(copy, name):
+                tensors[f"{other}{name}"] = value.clone()
+
+    edit_weights(directory, change)
+    refused(directory, message)
 
 
 def test_prefixes_are_no_part_of_the_log(directory: Path, caplog: pytest.LogCaptureFixture):

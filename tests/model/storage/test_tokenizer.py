@@ -127,6 +127,8 @@ def test_a_tokenizer_is_saved_as_it_came(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         saved = (tmp_path / "used" / name).read_bytes()
         assert saved == (tmp_path / "unused" / name).read_bytes()
+        if name == "tokenizer_config.json" and not (truncation or padding):
+            assert json.loads(saved) == json.loads((directory / name).read_text())
     content = json.loads((tmp_path / "used" / "tokenizer.json").read_text())
     given = json.loads((directory / "tokenizer.json").read_text())
     assert content["truncation"] == given["truncation"]
