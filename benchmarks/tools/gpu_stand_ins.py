@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.tools.gpu_counts import DeviceCounts
 from rerank_fast.model import cross_encoder, pretrained
-from rerank_fast.model.packed import bucket_encoder, encoder, linear, ready_layers
+from rerank_fast.model.packed import bucket_encoder, encoder, gradients, linear, ready_layers
 from rerank_fast.ops import layer_kernels, ragged, registry
 from rerank_fast.ops.triton import guard
 from rerank_fast.training import backward
@@ -101,8 +101,8 @@ def stubbed_kernels() -> Iterator[None]:
             for module in (encoder, bucket_encoder, ready_layers, layer_kernels)
         ),
         (linear, "_onednn_multiplies", lambda dtype: False),
-        (linear, "_widens", lambda grad, dtype: dtype == torch.float32),
-        (linear, "_weight_gradient", _wide_product),
+        (gradients, "_widens", lambda grad, dtype: dtype == torch.float32),
+        (linear, "product_weight_gradient", _wide_product),
         # Cumulative lengths are read where they lie on the CPU alone.
         (ragged, "check_ends", lambda name, ends, num_tokens: None),
         (ragged, "check_offsets", lambda offsets, num_documents: None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.packed.hooks import must_be_called
 from rerank_fast.model.preparation import Preparer
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rerank_fast.model.modular.reranker import ModularReranker, output_path
 from rerank_fast.model.packed.heads import Answers
-from rerank_fast.model.packed.linear import has_hooks, must_be_called
+from rerank_fast.model.packed.hooks import has_hooks, must_be_called
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -90,7 +90,7 @@ def test_each_of_their_options_has_an_answer():
     ("options", "kind", "message"),
     [
         ({"modules": [nn.Linear(1, 1)]}, ValueError, "expected no modules: save them"),
-        ({"model_card_data": object()}, ValueError, "no model_card_data: set card_metadata"),
+        ({"model_card_data": {}}, ValueError, "no model_card_data: set card_metadata"),
         ({"backend": "onnx"}, ValueError, "expected backend='torch', got 'onnx': rerank-fast exp"),
         ({"num_labels": 3}, ValueError, "expected num_labels=1, got 3"),
         ({"config_kwargs": {"num_labels": 2}}, ValueError, "expected num_labels=1, got 2"),

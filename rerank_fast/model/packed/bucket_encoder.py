@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from rerank_fast.model.packed.architectures import Architecture
 from rerank_fast.model.packed.buckets import Bucket, BucketInputs, InputLayout
 from rerank_fast.model.packed.embeddings import FusedEmbeddings, TokenPlaces, WordPlaces
+from rerank_fast.model.packed.hooks import must_be_called
 from rerank_fast.model.packed.layers import MicroBatch, prepare_layers, run_layer
-from rerank_fast.model.packed.linear import must_be_called
 from rerank_fast.model.packed.post_norm_step import PostNormStep
 from rerank_fast.model.packed.pre_norm_step import PreNormStep
 from rerank_fast.model.packed.ready_layers import Step, finished, summed

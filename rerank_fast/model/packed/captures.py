@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from rerank_fast.model.packed.linear import add_gradients
+from rerank_fast.model.packed.gradients import add_gradients
 from rerank_fast.ops.differentiated_once import differentiated_once
 
 Result = TypeVar("Result")

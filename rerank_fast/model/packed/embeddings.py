@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.packed.hooks import must_be_called
 from rerank_fast.model.tokens.packing import upload
 from rerank_fast.ops.differentiated_once import differentiated_once
 

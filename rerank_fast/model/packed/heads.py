@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rerank_fast.model.packed.linear import is_gelu, leaf_for, must_be_called
+from rerank_fast.model.packed.gradients import leaf_for
+from rerank_fast.model.packed.hooks import must_be_called
+from rerank_fast.model.packed.linear import is_gelu
 from rerank_fast.ops.choices import Activation
 from rerank_fast.ops.score_head import score_head
 

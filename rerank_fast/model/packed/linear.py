@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from rerank_fast.model.packed.gradients import bias_gradient, product_weight_gradient, split_rows
+from rerank_fast.model.packed.hooks import must_be_called
 from rerank_fast.model.precision.int8 import Int8Linear
 from rerank_fast.model.tokens.packing import MAX_TOKENS
 from rerank_fast.ops.differentiated_once import differentiated_once
 from rerank_fast.ops.int8_linear import Int8Rows, Int8Weight, int8_gelu, int8_linear
-from rerank_fast.ops.weight_gradient import weight_gradient
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -49,94 +50,14 @@ class _NarrowLinear(torch.autograd.Function):
         count, dtypes = ctx.num_weights, ctx.dtypes
         parts: list[Tensor | None] = [None] * len(wants)
         if any(wants[:count]):
-            parts[:count] = _split(_weight_gradient(grad, x, dtypes[0]), ctx.rows)
+            parts[:count] = split_rows(product_weight_gradient(grad, x, dtypes[0]), ctx.rows)
         if any(wants[count:]):
-            parts[count:] = _split(bias_gradient(grad, dtypes[count]), ctx.rows)
+            parts[count:] = split_rows(bias_gradient(grad, dtypes[count]), ctx.rows)
         gradients = [
             part.to(dtype) if want and part is not None else None
             for part, want, dtype in zip(parts, wants, dtypes, strict=True)
         ]
         return grad @ narrow_weight if wants_x else None, None, None, *gradients
-
-
-def _split(gradient: Tensor, rows: list[int]) -> Sequence[Tensor]:
-    return [gradient] if len(rows) == 1 else gradient.split_with_sizes(rows)
-
-
-def in_own_dtypes(
-    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients in the dtypes of their parameters."""
-    return [
-        gradient
-        if gradient is None or gradient.dtype is weight.dtype
-        else gradient.to(weight.dtype)
-        for gradient, weight in zip(gradients, parameters, strict=True)
-    ]
-
-
-class Trained(Protocol):
-    """A layer's step that is one function of autograd."""
-
-    trained: list[Tensor]
-    adds_gradients: bool
-
-
-def parameters_through(step: Trained, wide: Tensor) -> list[Tensor]:
-    """The parameters that autograd is to know of: none where the function adds their gradients
-    itself, which it is asked for only if its rows have one. Autograd alone calls what
-    register_hook left with a parameter.
-    """
-    adds = step.adds_gradients and wide.requires_grad
-    return [] if adds and not any(one._backward_hooks for one in step.trained) else step.trained
-
-
-def pass_on(
-    step: Trained, gradients: Sequence[Tensor | None], needs_input_grad: Sequence[bool]
-) -> list[Tensor | None]:
-    """A function's gradients of the parameters that it was given by parameters_through."""
-    if needs_input_grad:
-        return in_own_dtypes(gradients, step.trained)
-    add_gradients(gradients, step.trained)
-    return []
-
-
-def add_gradients(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
-    """Add gradients to what their parameters have, as the nodes of autograd that end in these do,
-    which take ten times as long for each: theirs is a fifth of the host's time of a backward pass.
-    """
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        if gradient is None or not parameter.requires_grad:
-            continue
-        if gradient.dtype is not parameter.dtype:
-            gradient = gradient.to(parameter.dtype)
-        before = parameter.grad
-        parameter.grad = gradient if before is None else before.add_(gradient)
-        hooks: Any = parameter._post_accumulate_grad_hooks
-        if hooks:
-            for hook in hooks.values():
-                hook(parameter)
-
-
-def _widens(grad: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product or sum of 16-bit numbers comes out in fp32 at once.
-
-    That is one launch instead of two, and nothing is rounded to 16 bits in between. ROCm's library
-    has no such product, and torch.compile no shape of it.
-    """
-    served = grad.is_meta or (grad.is_cuda and torch.version.hip is None)
-    return served and dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if _widens(grad, dtype):
-        return torch.mm(grad.t(), x, out_dtype=dtype)
-    return weight_gradient(grad, x).to(dtype)
-
-
-def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the rows of a product's gradient, in the bias's dtype."""
-    return grad.sum(0, dtype=dtype) if _widens(grad, dtype) else grad.sum(0).to(dtype)
 
 
 class NarrowCopies:
@@ -307,14 +228,14 @@ class StepLinear:
         weights = self.weights
         for weight in weights:
             if weight.requires_grad:
-                return _split(_weight_gradient(grad, x, weights[0].dtype), self._sizes)
+                return split_rows(product_weight_gradient(grad, x, weights[0].dtype), self._sizes)
         return [None] * len(weights)
 
     def bias_gradients(self, grad: Tensor) -> Sequence[Tensor | None]:
         """Of each bias, from the product's gradient."""
         if not any(bias.requires_grad for bias in self.biases):
             return [None] * len(self.biases)
-        return _split(bias_gradient(grad, self.biases[0].dtype), self._sizes)
+        return split_rows(bias_gradient(grad, self.biases[0].dtype), self._sizes)
 
     @property
     def has_weight(self) -> bool:
@@ -373,28 +294,3 @@ class StepLinear:
             # F.linear would write the bias into every row, and oneDNN then add the product to it.
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
-
-
-def leaf_for(shared: Tensor) -> Tensor | None:
-    """A leaf to stand for a tensor that was made from weights; None where there is nothing to
-    cut.
-    """
-    if not shared.requires_grad or shared.is_leaf:
-        return None
-    return shared.detach().requires_grad_()
-
-
-def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody changed what a call does: by hooks, or a forward of its own, as Accelerate
-    puts on one.
-    """
-    return has_hooks(module) or "forward" in vars(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

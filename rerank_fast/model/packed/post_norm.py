@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rerank_fast.model.packed.gradients import pass_on
 from rerank_fast.model.packed.layers import share_of
-from rerank_fast.model.packed.linear import pass_on
 from rerank_fast.model.packed.vector_gradients import vector_gradients
 from rerank_fast.ops import relative_attention, residual_norm, varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PostNormLayer
+from rerank_fast.model.packed.gradients import parameters_through
+from rerank_fast.model.packed.hooks import must_be_called
 from rerank_fast.model.packed.layers import (
     LayerBatch,
     MicroBatch,
@@ -19,13 +21,7 @@ from rerank_fast.model.packed.layers import (
     rotated,
     share_of,
 )
-from rerank_fast.model.packed.linear import (
-    NarrowCopies,
-    StepLinear,
-    joins_product,
-    must_be_called,
-    parameters_through,
-)
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, joins_product
 from rerank_fast.model.packed.norm import add_norm, ready_norm
 from rerank_fast.model.packed.post_norm import TrainedPostNorm
 from rerank_fast.model.packed.pre_norm_parts import gate_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rerank_fast.model.packed.linear import pass_on
+from rerank_fast.model.packed.gradients import pass_on
 from rerank_fast.model.packed.pre_norm_parts import Normed
 from rerank_fast.ops import varlen_attention
 from rerank_fast.ops.differentiated_once import differentiated_once

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import PreNormLayer
-from rerank_fast.model.packed.linear import NarrowCopies, is_gelu, must_be_called
+from rerank_fast.model.packed.hooks import must_be_called
+from rerank_fast.model.packed.linear import NarrowCopies, is_gelu
 from rerank_fast.ops.layer_kernels import LayerKernels
 
 _MAX_WIDTH, _MAX_HEAD_SIZE = 4096, 256  # of Triton's kernels

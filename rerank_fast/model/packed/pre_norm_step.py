@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rerank_fast.model.packed.architectures import CrossAttention, PreNormLayer
+from rerank_fast.model.packed.gradients import parameters_through
 from rerank_fast.model.packed.layers import (
     EncodedBatch,
     LayerBatch,
@@ -21,7 +22,7 @@ from rerank_fast.model.packed.layers import (
     rotated,
     share_of,
 )
-from rerank_fast.model.packed.linear import NarrowCopies, StepLinear, parameters_through
+from rerank_fast.model.packed.linear import NarrowCopies, StepLinear
 from rerank_fast.model.packed.norm import added, norm
 from rerank_fast.model.packed.pre_norm import (
     TrainedPreNorm,

@@ -53,7 +53,7 @@ from rerank_fast.model.packed.architectures.views import (
     Reading,
 )
 from rerank_fast.model.packed.heads import Answers, own_class
-from rerank_fast.model.packed.linear import must_be_called
+from rerank_fast.model.packed.hooks import must_be_called
 
 __all__ = [
     "Architecture",
