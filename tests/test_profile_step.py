@@ -13,13 +13,13 @@ from torch.profiler import profile
 from benchmarks.tools.profile_step import group_of, name_kernels
 
 name_kernels()  # before an op has looked its kernels up
-from rerank_fast.ops import lambda_loss, pre_norm, varlen_attention
+from rerank_fast.ops import lambda_loss, layer_kernels, varlen_attention
 
 x, ends = torch.randn(6, 2, 32, requires_grad=True), torch.tensor([0, 2, 6], dtype=torch.int32)
 with profile() as run:
     varlen_attention.varlen_attention(x, x, x, ends, ends).sum().backward()
     lambda_loss.lambda_loss(x[:, 0, 0], torch.arange(6.0), ends.long()).backward()
-    pre_norm.kernels_of("cpu").gated(torch.randn(3, 8), "gelu")
+    layer_kernels.kernels_of("cpu").gated(torch.randn(3, 8), "gelu")
 names = {event.key for event in run.key_averages() if event.key.startswith("rerank_fast")}
 print(*sorted({group_of(name) for name in names}))
 print(*names)

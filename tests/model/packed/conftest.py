@@ -16,6 +16,7 @@ from rerank_fast.model.packed import (
     post_norm_step,
     pre_norm_step,
 )
+from rerank_fast.ops import layer_kernels
 from tests.model.packed.graph_stand_in import CallStandIn, StandIn
 
 
@@ -33,8 +34,8 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(module, op, functools.partial(getattr(module, op), backend="triton"))
     for choose in ("backend_for", "own_backend_for"):
         monkeypatch.setattr(post_norm_step, choose, lambda *tensors: "triton")
-    for module in (encoder, post_norm_step, pre_norm_step, bucket_encoder):
-        monkeypatch.setattr(module, "has_kernels", lambda *arguments: True)
+    for module in (encoder, bucket_encoder, layer_kernels):
+        monkeypatch.setattr(module, "triton_serves", lambda *arguments: True)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -149,7 +149,7 @@ def test_modernberts_kinds_of_layers_in_bf16(
     new_graphs()
     model = make_model("modernbert-last-layer-slides").train()
     with monkeypatch.context() as composed:
-        composed.setattr(pre_norm_step, "kernels_on_host", lambda device, dtype: None)
+        composed.setattr(pre_norm_step, "kernels_for", lambda device, dtype: None)
         expected = two_steps(model, dtype=torch.bfloat16)
     assert_the_same(two_steps(model, dtype=torch.bfloat16, compiler="aot_eager"), expected)
     assert new_graphs() == 4

@@ -27,7 +27,7 @@ NAMES = ["modernbert", "modernbert-mean", "eurobert", "qwen3", "gemma2", "gemma3
 @pytest.fixture
 def compose(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on layers are composed."""
-    return lambda: monkeypatch.setattr(pre_norm_step, "kernels_on_host", lambda *of: None)
+    return lambda: monkeypatch.setattr(pre_norm_step, "kernels_for", lambda *of: None)
 
 
 def scores_of(model: torch.nn.Module, dtype: torch.dtype) -> Tensor:
