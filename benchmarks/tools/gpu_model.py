@@ -287,16 +287,15 @@ ran on a GPU.
 - Launches: kernels, views aside. Copies: from host to device. Waits: copies that the host waits
   for. Reads: values that the host asks the device for. GB: all operands. TFLOP: products and
   attention.
-- Device: each operation takes the larger of its bytes and its arithmetic, and {
-        1e6 * gpu_counts.LEAST_SECONDS
-    } microseconds a kernel at least. {cards}.
+- Device: each operation takes the larger of its bytes and its arithmetic, and
+  {1e6 * gpu_counts.LEAST_SECONDS:g} microseconds a kernel at least. {cards}.
 - Host: processor time of one thread here for the same layers with next to nothing in their tensors
   on a GPU's path, whose own kernels are not launched,
-  and {1e6 * LAUNCH_SECONDS} microseconds of a driver a launch, {1e6 * TRITON_SECONDS} more for
+  and {1e6 * LAUNCH_SECONDS:g} microseconds of a driver a launch, {1e6 * TRITON_SECONDS:g} more for
   one of Triton's. It counts the loss to the forward pass.
 - CUDA graphs: the second call of a bucket, of all words and tokens; a replay is one launch of the
-  host's and {1e6 * NODE_SECONDS} microseconds for each of its kernels, which is an assumption. The
-  device takes for each of them what it takes outside of a graph.
+  host's and {1e6 * NODE_SECONDS:g} microseconds for each of its kernels, which is an assumption.
+  The device takes for each of them what it takes outside of a graph.
 """
 
 
