@@ -74,6 +74,13 @@ _WORDS = [
     "query",
     "document",
 ]
+SIZES = {  # of a tiny model of any family, as configs name them
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_labels": 1,
+}
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from rerank_fast import CrossEncoder
-from tests.model_factory import make_tokenizer
+from tests.model_factory import SIZES, make_tokenizer
 
 PAIRS = [
     ("what is a panda", "a bear"),
@@ -20,16 +20,7 @@ PAIRS = [
     ("sun [SEP]", "the [SEP] sea"),
     ("the rain", "a bear"),
 ]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "num_labels": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 POSITIONS = {"max_position_embeddings": 64}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -73,7 +64,7 @@ def make_padded_tokenizer(side: str) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_classifiers(name: str, side: str, tmp_path: Path):
     tokenizer = make_padded_tokenizer(side)
-    sizes = {**SIZES, "vocab_size": len(tokenizer), **FAMILIES[name]}
+    sizes = {**SIZES, **TOKENS, "vocab_size": len(tokenizer), **FAMILIES[name]}
     config = getattr(transformers, f"{name}Config")(**sizes)
     made = getattr(transformers, f"{name}ForSequenceClassification")(config)
     model = CrossEncoder(save(made, tmp_path / "model", tokenizer), device="cpu")
@@ -94,7 +85,7 @@ def test_language_models_with_learned_positions(name: str, tmp_path: Path):
         f"{{{{ (messages | selectattr('role', 'eq', '{role}') | first).content }}}} "
         for role in ("query", "document")
     )
-    sizes = {**SIZES, "vocab_size": len(tokenizer), **FAMILIES.get(name, POSITIONS)}
+    sizes = {**SIZES, **TOKENS, "vocab_size": len(tokenizer), **FAMILIES.get(name, POSITIONS)}
     config = getattr(transformers, f"{name}Config")(**sizes)
     made = getattr(transformers, f"{name}ForCausalLM")(config)
     model = CrossEncoder(save(made, tmp_path / "model", tokenizer), device="cpu")
@@ -108,7 +99,8 @@ def test_a_padding_token_beyond_the_embeddings_is_not_the_models(tmp_path: Path)
     tokenizer = make_padded_tokenizer("right")
     tokenizer.pad_token = None
     config = transformers.Qwen2Config(
-        **{**SIZES, "vocab_size": len(tokenizer), "pad_token_id": None}, num_key_value_heads=2
+        **{**SIZES, **TOKENS, "vocab_size": len(tokenizer), "pad_token_id": None},
+        num_key_value_heads=2,
     )
     made = transformers.Qwen2ForSequenceClassification(config)
     model = CrossEncoder(save(made, tmp_path / "model", tokenizer), device="cpu")

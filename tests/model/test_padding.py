@@ -14,7 +14,7 @@ from tokenizers import processors
 from rerank_fast import CrossEncoder, Trainer, TrainingConfig
 from rerank_fast.model.preparation import Preparer
 from rerank_fast.model.tokens.packing import TokenizedPairs
-from tests.model_factory import make_tiny_bert, make_tokenizer
+from tests.model_factory import SIZES, make_tiny_bert, make_tokenizer
 
 PAIRS = [
     ("what is a panda", "a bear"),
@@ -22,13 +22,6 @@ PAIRS = [
     ("rain", ""),
     ("sun", "the sea"),
 ]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "num_labels": 1,
-}
 GEMMA = {"num_key_value_heads": 2, "head_dim": 8}
 
 

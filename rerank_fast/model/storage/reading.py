@@ -99,13 +99,7 @@ def load(
     encoder = checkpoint.folder(entries[0].path) if entries else checkpoint
     base = adapter_base(encoder) or encoder
     options = {**code, **(config_kwargs or {})}
-    try:
-        config = read_config(base, options, check_dtype=dtype is None)
-    except ValueError as error:
-        if base is encoder:
-            raise
-        what = f"{encoder.name} holds a PEFT adapter of {base.name} and no model"
-        raise ValueError(f"{what}: {error}") from error
+    config = _config_of(encoder, base, options, check_dtype=dtype is None)
     if entries:  # it is saved in the model's own directory, as sentence-transformers saves it
         entries[0] = replace(entries[0], path="")
     prompts, default_prompt_name = check_prompts(
@@ -139,10 +133,7 @@ def load(
         fp32 = saved.get("keep_in_fp32_modules") or []
         where = f"{checkpoint.name}/{SENTENCE_TRANSFORMERS_CONFIG}"
     fp32 = keep_in_fp32(where, model, entries, fp32)
-    pad, rows = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
-    # transformers may have given the tokenizer one that the model has no embedding for.
-    if pad is not None and padding_token(model) is None and not (rows and pad >= rows):
-        model.config.pad_token_id = pad
+    _take_padding_token(model, tokenizer)
     positions = max_positions(path_or_hub_id, model)
     settings = entries[0].config if entries else {}
     max_length = _longest(checkpoint, tokenizer, settings, positions)
@@ -162,6 +153,27 @@ def load(
         default_prompt_name,
         fp32,
     )
+
+
+def _config_of(
+    encoder: Checkpoint, base: Checkpoint, options: dict[str, Any], *, check_dtype: bool
+) -> Any:
+    """What the base's config.json says; a fault of it names the adapter that is opened on it."""
+    try:
+        return read_config(base, options, check_dtype=check_dtype)
+    except ValueError as error:
+        if base is encoder:
+            raise
+        what = f"{encoder.name} holds a PEFT adapter of {base.name} and no model"
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _take_padding_token(model: Any, tokenizer: Any) -> None:
+    """The tokenizer's padding token for a model that knows none."""
+    pad, rows = tokenizer.pad_token_id, getattr(model.config, "vocab_size", None)
+    # transformers may have given the tokenizer one that the model has no embedding for.
+    if pad is not None and padding_token(model) is None and not (rows and pad >= rows):
+        model.config.pad_token_id = pad
 
 
 def _set_template(tokenizer: Any, template: str) -> None:

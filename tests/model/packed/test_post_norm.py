@@ -17,7 +17,6 @@ from rerank_fast.model.packed import post_norm_step
 from rerank_fast.model.packed.architectures import find_architecture
 from rerank_fast.model.packed.encoder import PackedPairs
 from rerank_fast.model.packed.ready_layers import ReadyLayers
-from rerank_fast.model.precision.int8 import quantize_linears
 from rerank_fast.model.preparation import Preparer
 from rerank_fast.ops.cpu import available, unavailable_reason
 from tests.model.packed import test_encoder
@@ -28,7 +27,7 @@ from tests.model.packed.test_encoder import (
     make_tokens,
     padded_scores,
 )
-from tests.model.packed.test_pre_norm import gradients_of, scores_of
+from tests.model.packed.test_pre_norm import check_predict, gradients_of, scores_of
 
 pytestmark = pytest.mark.skipif(not available(), reason=unavailable_reason())
 # A gate of SiLU and no biases; of GELU, with biases beside it and a dropout behind; no gate.
@@ -66,15 +65,7 @@ def test_bf16_is_as_near_to_fp32_as_composed(name: str, compose: Callable[[], No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_predict_is_that_of_composed_layers(name: str, compose: Callable[[], None]):
-    model = make_model(name).eval()
-    with torch.inference_mode():
-        found = scores_of(model, torch.float32)
-        quantize_linears(model)
-        int8 = scores_of(model, torch.float32)
-        compose()
-        torch.testing.assert_close(int8, scores_of(model, torch.float32), rtol=1e-2, atol=1e-2)
-        model = make_model(name).eval()
-        torch.testing.assert_close(found, scores_of(model, torch.float32), rtol=1e-5, atol=1e-5)
+    check_predict(name, compose)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -44,6 +44,20 @@ def gradients_of(model: torch.nn.Module, dtype: torch.dtype) -> Tensor:
     return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
 
 
+def check_predict(name: str, compose: Callable[[], None]) -> None:
+    """Scores in fp32 and by int8 beside those of composed layers."""
+    model = make_model(name).eval()
+    with torch.inference_mode():
+        found = scores_of(model, torch.float32)
+        quantize_linears(model)
+        int8 = scores_of(model, torch.float32)
+        compose()
+        torch.testing.assert_close(int8, scores_of(model, torch.float32), rtol=1e-2, atol=1e-2)
+    model = make_model(name).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(found, scores_of(model, torch.float32), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_is_as_near_to_fp32_as_composed(name: str, compose: Callable[[], None]):
     model = make_model(name).eval()
@@ -62,16 +76,7 @@ def test_bf16_is_as_near_to_fp32_as_composed(name: str, compose: Callable[[], No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_predict_is_that_of_composed_layers(name: str, compose: Callable[[], None]):
-    model = make_model(name).eval()
-    with torch.inference_mode():
-        found = scores_of(model, torch.float32)
-        quantize_linears(model)
-        int8 = scores_of(model, torch.float32)
-        compose()
-        torch.testing.assert_close(int8, scores_of(model, torch.float32), rtol=1e-2, atol=1e-2)
-    model = make_model(name).eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(found, scores_of(model, torch.float32), rtol=1e-5, atol=1e-5)
+    check_predict(name, compose)
 
 
 def test_a_part_that_must_be_called_is_called():

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from rerank_fast import CrossEncoder
-from tests.model_factory import make_tokenizer
+from tests.model_factory import SIZES, make_tokenizer
 
 LONG = [("what is a panda", "bear " * 300), ("rain", "the sea")]
 ROBERTA = {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 2}
@@ -45,13 +45,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], int | None]] = {
         None,
     ),
     "XLNet": ({"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, None),
-}
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "num_labels": 1,
 }
 
 
